@@ -1,0 +1,3 @@
+"""jaxcl: contrastive learning in JAX, from one CPU to a TPU pod."""
+
+__version__ = "0.1.0"

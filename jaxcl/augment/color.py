@@ -1,0 +1,218 @@
+"""Colour operations: grayscale, and the jitter of brightness, contrast, saturation and hue in random order.
+
+Semantics are torchvision's `ColorJitter` on floating images: factors multiply, the hue turns on the HSV
+circle, every step ends in [0,1]. Images are float32 [N,H,W,3] in [0,1].
+
+Letters: N images.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.augment import ops
+from jaxcl.errors import UserError
+
+PARTS = ("brightness", "contrast", "saturation", "hue")  # the meaning of 0..3 in an order
+IDENTITY = (1.0, 1.0, 1.0, 0.0)
+_ORDERS = tuple(itertools.permutations(range(4)))
+_LUMA = (0.299, 0.587, 0.114)
+
+Planes = tuple[jax.Array, jax.Array, jax.Array]  # red, green, blue, each [N,H,W]
+
+
+def draw_color_jitter(
+    keys: jax.Array, *, strength: tuple[float, float, float, float], p: float = 1.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Factors, order and coin of a colour jitter, one row an image.
+
+    Args:
+      keys: [N] typed keys.
+      strength: (brightness, contrast, saturation, hue). A factor is uniform in [max(0, 1 - s), 1 + s], the
+        hue shift uniform in [-s, s] turns.
+      p: probability that an image is jittered at all.
+
+    Returns:
+      factors float32 [N,4], (1, 1, 1, 0) where not applied; order int32 [N,4], a permutation of 0..3:
+      order[n, t] is the part (`PARTS`) that comes t-th; applied bool [N].
+    """
+    u_Nx6 = ops.draw_uniform(keys, 6)
+    applied = u_Nx6[:, 4] < p
+    low = jnp.array([max(0.0, 1.0 - s) for s in strength[:3]] + [-strength[3]], jnp.float32)
+    high = jnp.array([1.0 + s for s in strength[:3]] + [strength[3]], jnp.float32)
+    factors = jnp.where(applied[:, None], low + (high - low) * u_Nx6[:, :4], jnp.array(IDENTITY))
+    which = jnp.minimum((u_Nx6[:, 5] * len(_ORDERS)).astype(jnp.int32), len(_ORDERS) - 1)
+    order = jnp.array(_ORDERS, jnp.int32)[which]
+    return factors, order, applied
+
+
+def grayscale(images: jax.Array, mask: jax.Array) -> jax.Array:
+    """Replaces all three channels by the grey value where mask, bool [N], is set."""
+    planes = _split(images, "grayscale")
+    return _join(_select(mask, (_grey(planes),) * 3, planes))
+
+
+def adjust_brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
+    """clip(factor * x), factor [N] >= 0."""
+    return _join(_blend(_split(images, "brightness"), factor, 0.0))
+
+
+def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
+    """clip(factor * x + (1 - factor) * m), m the mean of the grey image; factor [N] >= 0."""
+    return _join(_contrast(_split(images, "contrast"), factor))
+
+
+def adjust_saturation(images: jax.Array, factor: jax.Array) -> jax.Array:
+    """clip(factor * x + (1 - factor) * grey), factor [N] >= 0."""
+    return _join(_blend(_split(images, "saturation"), factor, 1.0 - factor))
+
+
+def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
+    """Turns the hue by shift [N] turns on the HSV circle; a shift of exactly 0 changes no bit."""
+    planes = _split(images, "hue")
+    return _join(_hue(planes, shift))
+
+
+def color_jitter(
+    images: jax.Array, factors: jax.Array, order: jax.Array, *, parts: tuple[str, ...] = PARTS
+) -> jax.Array:
+    """Applies brightness, contrast, saturation and hue, each once, in each image's own order.
+
+    Exactly the sequential definition, without a branch an image and without trying every part in every place.
+    Brightness and saturation are pointwise blends clip(a x + b grey), next to nothing once fused; contrast
+    waits for the image's mean and the hue is the dear one. Every order is a subsequence of
+
+        P P contrast hue | P P contrast hue | P P
+
+    with P P the earlier, then the later of brightness and saturation: the first of (contrast, hue) acts in
+    the first round, the second in the second, a pointwise part in the gap after as many of the two as precede
+    it, and all that is not an image's turn runs with its identity factors. Two hue rotations and two means,
+    where choosing among four parts in each of four rounds takes four of each.
+
+    Args:
+      images: [N,H,W,3] in [0,1].
+      factors: [N,4] brightness, contrast, saturation factor and hue shift in turns; (1, 1, 1, 0) changes no
+        bit.
+      order: int [N,4], order[n, t] is the part that comes t-th (`PARTS`).
+      parts: the parts in the program, static; a part left out is the identity.
+
+    Raises:
+      UserError: not three channels.
+    """
+    planes = _split(images, "colour jitter")
+    bright, contrast, sat, hue = (
+        factors[:, i] if part in parts else jnp.full_like(factors[:, i], IDENTITY[i]) for i, part in enumerate(PARTS)
+    )
+    # The inverse permutation: when each part comes.
+    t_bright, t_contrast, t_sat, t_hue = (jnp.sum(jnp.arange(4) * (order == i), axis=1) for i in range(4))
+
+    barriers = [t for part, t in (("contrast", t_contrast), ("hue", t_hue)) if part in parts]
+    bright_first = t_bright < t_sat
+    pointwise_parts = [
+        # (the gap it acts in, factor, share of grey)
+        (
+            sum((b < t).astype(jnp.int32) for b in barriers),
+            jnp.where(is_bright, bright, sat),
+            jnp.where(is_bright, 0.0, 1.0 - sat),
+        )
+        for t, is_bright in (
+            (jnp.minimum(t_bright, t_sat), bright_first),
+            (jnp.maximum(t_bright, t_sat), ~bright_first),
+        )
+    ]
+
+    def pointwise(planes, gap):
+        if "brightness" not in parts and "saturation" not in parts:
+            return planes
+        for own_gap, factor, grey_share in pointwise_parts:
+            now = own_gap == gap
+            planes = _blend(planes, jnp.where(now, factor, 1.0), jnp.where(now, grey_share, 0.0))
+        return planes
+
+    def round_(planes, turn):
+        planes = pointwise(planes, turn)
+        if "contrast" in parts:
+            now = turn == ((t_hue < t_contrast) if "hue" in parts else 0)
+            planes = _contrast(planes, jnp.where(now, contrast, 1.0))
+        if "hue" in parts:
+            now = turn == ((t_contrast < t_hue) if "contrast" in parts else 0)
+            planes = _hue(planes, jnp.where(now, hue, 0.0))
+        return planes, None
+
+    if len(barriers) == 2:
+        # A loop and not two calls: XLA's CPU compiler would fuse the unrolled steps, recompute each in every
+        # place that reads it, and run a hundred times as long (it ignores optimization_barrier when it
+        # fuses).
+        planes, _ = jax.lax.scan(round_, planes, jnp.arange(2))
+    elif barriers:
+        planes, _ = round_(planes, 0)
+    return _join(pointwise(planes, len(barriers)))
+
+
+# -------------------------------------------------------------------------------------------- on planes
+# One array a channel: with three channels innermost, vector units would idle or shuffle.
+
+
+def _split(images: jax.Array, what: str) -> Planes:
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(
+            f"{what} needs images [N,H,W,3], got shape {tuple(images.shape)}: "
+            "leave colour operations out or repeat the channel three times"
+        )
+    return images[..., 0], images[..., 1], images[..., 2]
+
+
+def _join(planes: Planes) -> jax.Array:
+    return jnp.stack(planes, axis=-1)
+
+
+def _image(value) -> jax.Array:
+    """[N] -> [N,1,1]."""
+    return jnp.asarray(value)[..., None, None]
+
+
+def _grey(planes: Planes) -> jax.Array:
+    return sum(weight * plane for weight, plane in zip(_LUMA, planes, strict=True))
+
+
+def _select(mask: jax.Array, yes: Planes, no: Planes) -> Planes:
+    return tuple(jnp.where(_image(mask), a, b) for a, b in zip(yes, no, strict=True))
+
+
+def _blend(planes: Planes, factor, grey_share) -> Planes:
+    """clip(factor * x + grey_share * grey)."""
+    grey = _image(grey_share) * _grey(planes)
+    return tuple(jnp.clip(_image(factor) * plane + grey, 0.0, 1.0) for plane in planes)
+
+
+def _contrast(planes: Planes, factor: jax.Array) -> Planes:
+    grey = _grey(planes)
+    mean = jnp.mean(grey, axis=(1, 2))
+    offset = _image((1.0 - factor) * mean)
+    return tuple(jnp.clip(_image(factor) * plane + offset, 0.0, 1.0) for plane in planes)
+
+
+def _hue(planes: Planes, shift: jax.Array) -> Planes:
+    """HSV with hue + shift, back to RGB, without a branch.
+
+    On the hexagon a channel is v - (v - min) * clip(min(k, 4 - k), 0, 1) with k = (n + 6 h) mod 6 and n = 5,
+    3, 1
+    for red, green, blue: the textbook's six cases in one line.
+    """
+    red, green, blue = planes
+    top = jnp.maximum(jnp.maximum(red, green), blue)
+    spread = top - jnp.minimum(jnp.minimum(red, green), blue)
+    scale = 1.0 / jnp.where(spread > 0, spread, 1.0)
+    sextant = jnp.where(
+        top == red,
+        (green - blue) * scale,
+        jnp.where(top == green, 2.0 + (blue - red) * scale, 4.0 + (red - green) * scale),
+    )
+    sextant = sextant + _image(6.0 * shift)
+    turned = []
+    for n in (5.0, 3.0, 1.0):
+        k = sextant + n
+        k = k - 6.0 * jnp.floor(k * (1.0 / 6.0))
+        turned.append(top - spread * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0))
+    return _select(shift != 0, tuple(turned), planes)

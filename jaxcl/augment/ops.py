@@ -1,0 +1,240 @@
+"""Batched image operations with static shapes, each in two parts: draw parameters, then apply them.
+
+`draw_*` turns one key an image into one row of parameters an image; the operation itself is a deterministic
+function of (images, parameters), so it can be tested, replayed or pictured without a key. Every row of every
+result depends on its own key and its own pixels only: a batch may be permuted, split or sharded without
+changing an image.
+
+Images are float32 [N,H,W,C] in [0,1] unless said. Colour operations are in `jaxcl.augment.color`.
+
+Letters: N images, H height, W width, S output side, C channels, K taps of a blur.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.errors import UserError
+
+# An accelerator's default matmul precision (bfloat16, TF32) would cost two to three bits of an 8-bit image.
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+# ---------------------------------------------------------------------------------------------- draws
+
+
+def draw_uniform(keys: jax.Array, count: int) -> jax.Array:
+    """`count` float32 numbers uniform in [0, 1) from each of keys [N] -> [N, count]."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+def draw_mask(keys: jax.Array, *, p: float) -> jax.Array:
+    """One coin an image: keys [N] -> bool [N], True with probability p."""
+    return draw_uniform(keys, 1)[:, 0] < p
+
+
+def draw_resized_crop(
+    keys: jax.Array,
+    height: int,
+    width: int,
+    *,
+    area: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    tries: int = 10,
+) -> jax.Array:
+    """Boxes of a random resized crop, as torchvision's `RandomResizedCrop.get_params` draws them.
+
+    A try draws an area fraction uniform in `area` and an aspect ratio (width / height) log-uniform in
+    `ratio`, and rounds to whole pixels; the first of `tries` that fits the image is placed uniformly. Where
+    none fits, the box is the largest centred one whose aspect ratio is inside `ratio`. All tries are drawn at
+    once, so shapes are static.
+
+    Args:
+      keys: [N] typed keys.
+      height, width: of the images the boxes are for, pixels.
+
+    Returns:
+      float32 [N, 4] whole numbers: top, left, height, width in pixels.
+    """
+    u_NxT = draw_uniform(keys, 2 * tries + 2)
+    fraction = area[0] + (area[1] - area[0]) * u_NxT[:, :tries]
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = jnp.exp(low + (high - low) * u_NxT[:, tries : 2 * tries])
+    w_NxT = jnp.round(jnp.sqrt(height * width * fraction * aspect))
+    h_NxT = jnp.round(jnp.sqrt(height * width * fraction / aspect))
+    fits_NxT = (w_NxT > 0) & (w_NxT <= width) & (h_NxT > 0) & (h_NxT <= height)
+    # One-hot of the first try that fits, all zero where none does.
+    first_NxT = fits_NxT & (jnp.cumsum(fits_NxT, axis=1) == 1)
+    found = jnp.any(fits_NxT, axis=1)
+
+    whole_h, whole_w = height, width
+    if width / height < ratio[0]:
+        whole_h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        whole_w = round(height * ratio[1])
+    h = jnp.where(found, jnp.sum(jnp.where(first_NxT, h_NxT, 0.0), axis=1), whole_h)
+    w = jnp.where(found, jnp.sum(jnp.where(first_NxT, w_NxT, 0.0), axis=1), whole_w)
+    # min: u * (n + 1) can round up to n + 1 for u just under 1.
+    top = jnp.minimum(jnp.floor(u_NxT[:, -2] * (height - h + 1)), height - h)
+    left = jnp.minimum(jnp.floor(u_NxT[:, -1] * (width - w + 1)), width - w)
+    top = jnp.where(found, top, (height - whole_h) // 2)
+    left = jnp.where(found, left, (width - whole_w) // 2)
+    return jnp.stack([top, left, h, w], axis=1)
+
+
+def draw_blur_sigma(keys: jax.Array, *, sigma: tuple[float, float] = (0.1, 2.0), p: float = 1.0) -> jax.Array:
+    """Blur widths in pixels: [N] keys -> float32 [N], uniform in `sigma` with probability p, else 0."""
+    u_Nx2 = draw_uniform(keys, 2)
+    return jnp.where(u_Nx2[:, 1] < p, sigma[0] + (sigma[1] - sigma[0]) * u_Nx2[:, 0], 0.0)
+
+
+# ------------------------------------------------------------------------------------ crop, resize, flip
+
+
+def resize_weights(
+    start: jax.Array, length: jax.Array, *, input_size: int, output_size: int, antialias: bool = True
+) -> jax.Array:
+    """Bilinear interpolation of [start, start + length) to `output_size` samples, a matrix whose rows sum to
+    1.
+
+    With `antialias` the triangle is widened by the shrink factor, as Pillow's BILINEAR does; without, it
+    always spans two pixels. Pixels outside the interval take no part: cropping first and resizing afterwards
+    gives the same.
+
+    Args:
+      start, length: [...], pixels; length > 0.
+
+    Returns:
+      float32 [..., output_size, input_size].
+    """
+    start, length = (jnp.asarray(v, jnp.float32)[..., None, None] for v in (start, length))
+    out = jnp.arange(output_size, dtype=jnp.float32)[:, None]
+    pixel = jnp.arange(input_size, dtype=jnp.float32)[None, :]
+    step = length / output_size
+    radius = jnp.maximum(step, 1.0) if antialias else 1.0
+    center = start + (out + 0.5) * step
+    weight = jnp.maximum(0.0, 1.0 - jnp.abs(pixel + 0.5 - center) / radius)
+    # A pixel counts by how much of it lies inside. For whole boxes that is 0 or 1; for others it is continuous, so
+    # that a box which went through fractions and back (5 -> 5.0000005) does not gain or lose a pixel.
+    weight *= jnp.clip(jnp.minimum(pixel + 1.0, start + length) - jnp.maximum(pixel, start), 0.0, 1.0)
+    return weight / jnp.sum(weight, axis=-1, keepdims=True)
+
+
+def resized_crop(images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True) -> jax.Array:
+    """Crops every image to its own box and resizes the crop to size x size, bilinear.
+
+    Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on
+    a PIL image, up to Pillow's rounding to 8 bits. (Pillow's `resize(box=...)` differs: it also reads pixels
+    beside the box.) Two dense matmuls an image rather than a gather: that is what matrix units and vector
+    units are fast at.
+
+    Args:
+      images: [N,H,W,C].
+      boxes: [N,4] top, left, height, width in pixels, whole or fractional, inside the image.
+      antialias: widen the filter when shrinking (Pillow); False samples two pixels (torch's plain
+        `interpolate`).
+
+    Returns:
+      [N,size,size,C], the dtype of images.
+    """
+    _, height, width, _ = images.shape
+    rows_NxSxH = resize_weights(boxes[:, 0], boxes[:, 2], input_size=height, output_size=size, antialias=antialias)
+    cols_NxSxW = resize_weights(boxes[:, 1], boxes[:, 3], input_size=width, output_size=size, antialias=antialias)
+    return _separable(images, rows_NxSxH, cols_NxSxW)
+
+
+def _separable(images: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
+    """images [N,H,W,C], rows [N,S,H], cols [N,R,W] -> [N,S,R,C]: rows @ image @ cols^T in every channel."""
+    # Channels move between height and width: then both products are plain matrix products an image, [S,H] @
+    # [H,CW] and [SC,W] @ [W,R], that no library has to transpose for.
+    image_NxHxCxW = jnp.swapaxes(images, 2, 3).astype(jnp.float32)
+    tall_NxSxCxW = jnp.einsum("nsh,nhcw->nscw", rows, image_NxHxCxW, precision=_EXACT)
+    small_NxSxCxR = jnp.einsum("nscw,nrw->nscr", tall_NxSxCxW, cols, precision=_EXACT)
+    return jnp.swapaxes(small_NxSxCxR, 2, 3).astype(images.dtype)
+
+
+def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array:
+    """Resizes [N,H,W,C] to [N,size,size,C], bilinear as `resized_crop`; the aspect ratio is not kept."""
+    count, height, width, _ = images.shape
+    if (height, width) == (size, size):
+        return images
+    boxes = jnp.broadcast_to(jnp.array([0.0, 0.0, height, width]), (count, 4))
+    return resized_crop(images, boxes, size, antialias=antialias)
+
+
+def flip(images: jax.Array, flipped: jax.Array) -> jax.Array:
+    """Mirrors left and right the images [N,H,W,C] where flipped, bool [N]."""
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1, :], images)
+
+
+# ------------------------------------------------------------------------------------------------ blur
+
+
+def blur_kernel_size(side: int) -> int:
+    """An odd number of taps, about a tenth of the side, at least 3 (SimCLR's choice: 23 at 224 pixels)."""
+    return max(3, 2 * (side // 10 // 2) + 1)
+
+
+def gaussian_blur(images: jax.Array, sigma: jax.Array, *, kernel_size: int | None = None) -> jax.Array:
+    """Gaussian blur with each image's own width, reflected at the border, as torchvision's `gaussian_blur`.
+
+    Args:
+      images: [N,H,W,C].
+      sigma: [N] standard deviations in pixels; 0 leaves an image exactly as it is.
+      kernel_size: odd number of taps, static; None: `blur_kernel_size` of the shorter side.
+
+    Raises:
+      UserError: kernel even or less than 1, or its radius not below the image's side.
+    """
+    _, height, width, _ = images.shape
+    taps = blur_kernel_size(min(height, width)) if kernel_size is None else kernel_size
+    if taps < 1 or taps % 2 == 0:
+        raise UserError(f"blur kernel size {taps} must be odd and at least 1: use {abs(taps) // 2 * 2 + 1}")
+    radius = taps // 2
+    if radius >= min(height, width):
+        raise UserError(
+            f"blur kernel size {taps} is too large for a {height}x{width} image: "
+            f"use at most {2 * min(height, width) - 1}"
+        )
+    offset = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
+    blurred = sigma > 0
+    safe_Nx1 = jnp.where(blurred, sigma, 1.0)[:, None]
+    kernel_NxK = jnp.exp(-0.5 * jnp.square(offset / safe_Nx1))
+    kernel_NxK = kernel_NxK / jnp.sum(kernel_NxK, axis=1, keepdims=True)
+    kernel_NxK = kernel_NxK.astype(images.dtype)
+    out = images
+    for axis, side in ((1, height), (2, width)):
+        pad = [(0, 0)] * 4
+        pad[axis] = (radius, radius)
+        padded = jnp.pad(out, pad, mode="reflect")
+        shifted = [jax.lax.slice_in_dim(padded, k, k + side, axis=axis) for k in range(taps)]
+        out = functools.reduce(jnp.add, (kernel_NxK[:, k, None, None, None] * part for k, part in enumerate(shifted)))
+    return jnp.where(blurred[:, None, None, None], out, images)
+
+
+# ------------------------------------------------------------------------------------------- pointwise
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+    """float32 in [0,1]: integer images (uint8) are divided by 255, floating ones keep their values."""
+    images = jnp.asarray(images)
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        return images.astype(jnp.float32) / 255.0
+    return images.astype(jnp.float32)
+
+
+def solarize(images: jax.Array, mask: jax.Array, *, threshold: float = 0.5) -> jax.Array:
+    """Inverts the values at or above `threshold` in the images [N,H,W,C] where mask, bool [N], is set."""
+    return jnp.where(mask[:, None, None, None] & (images >= threshold), 1.0 - images, images)
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """(images - mean) / std a channel; mean and std in [0,1] units."""
+    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+def denormalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """The inverse of `normalize`, without clipping."""
+    return images * jnp.asarray(std, images.dtype) + jnp.asarray(mean, images.dtype)

@@ -1,0 +1,181 @@
+"""What every config starts from, and the small words configs are written in.
+
+from jaxcl import config as base
+
+def get_config(preset="garments"):
+    c = base.default()
+    c.views.view1 = base.view("random", crop_area=(0.2, 1.0))
+    ...
+"""
+
+import hashlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxcl import recipe
+from jaxcl.errors import UserError
+from jaxcl.models import ModelOptions
+from jaxcl.optimizers import OptimizerOptions
+
+# Keys that may differ between a run and its continuation: they change nothing of what is learned.
+FREE_KEYS = ("log_every", "checkpoint", "report", "eval", "devices", "data.prefetch", "data.data_dir")
+
+
+def default() -> ConfigDict:
+    """Every key a config has, without views, stages, passes, terms and memory: those are the method."""
+    c = ConfigDict()
+    c.name = ""  # shown in the report; the config's file name if empty
+    c.seed = 0
+    c.batch_size = 256  # images an update, over all devices
+    c.duration = "10 epochs"  # of the encoder; any duration: steps, epochs, examples
+    c.size = 0  # side of the views in pixels; 0: the images' own
+    c.devices = 0  # 0: all there are
+
+    c.data = ConfigDict()
+    c.data.source = "garments"  # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME
+    c.data.data_dir = ""  # tfds: where the prepared folders are; "": TFDS's own default
+    c.data.image_size = 0  # tfds: resize to this side when images differ in shape
+    c.data.validation = 0.0  # share of the training set held out; evaluation then selects on it, not on the test set
+    c.data.limit = 0  # use only this many training images, class-balanced; 0: all
+    c.data.options = ConfigDict()  # options of the source itself
+    c.data.prefetch = 2  # batches on the way to the devices
+
+    c.model = options(ModelOptions)
+    c.optimizer = options(OptimizerOptions)
+
+    c.views = ConfigDict()  # slot 1: name -> view(...)
+    c.stages = ()  # slot 2: stage(...), in this order
+    c.passes = ()  # slot 3: encode(...)
+    c.terms = ConfigDict()  # slot 4: name -> term(...)
+    c.memory = ConfigDict()  # slot 5: name -> memory(...)
+
+    c.log_every = "10 steps"  # any duration, between lines of metrics.jsonl
+    c.eval = ConfigDict()
+    c.eval.every = "50%"  # the quick suite, any duration; 0: never before the end
+    c.eval.quick = ("knn", "classifier")  # every `every`
+    c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
+    c.eval.batch_size = 500
+    c.eval.knn_k = 200
+    c.eval.knn_temperature = 0.1
+    c.eval.fgsm = (1, 2, 4, 8)  # epsilon in 1/255
+    c.eval.explanation_fraction = 0.15  # share of pixels kept for drop and increase in confidence
+    c.eval.tap = "stage2"  # the layer GradCAM explains
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = "25%"  # any duration; the last step is always saved
+    c.checkpoint.keep = 2
+    c.checkpoint.keep_best = True  # also keep the best by the classifier on the validation split, where there is one
+    c.report = True  # write report/index.html at the end
+    return c
+
+
+def options(part: Callable, **overrides: Any) -> ConfigDict:
+    """All options of a part with their defaults, some overridden; a misspelt one is refused."""
+    known = recipe.fields(part)
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"{getattr(part, '__name__', part)} has no option {key!r}{recipe.suggestion(key, known)}")
+    return ConfigDict({**known, **overrides})
+
+
+def _part(registry: Mapping[str, Callable], what: str, kind: str, overrides: Mapping[str, Any]) -> ConfigDict:
+    if kind not in registry:
+        raise UserError(f"no {what} is called {kind!r}{recipe.suggestion(kind, registry)}")
+    c = options(registry[kind], **overrides)
+    c.kind = kind
+    return c
+
+
+def view(kind: str, **overrides: Any) -> ConfigDict:
+    """A view by kind: random, standard, classifier."""
+    return _part(recipe.VIEWS, "view", kind, overrides)
+
+
+def stage(kind: str, **overrides: Any) -> ConfigDict:
+    """A stage by kind: saliency."""
+    return _part(recipe.STAGES, "stage", kind, overrides)
+
+
+def encode(*views: str) -> ConfigDict:
+    """A pass: these views are encoded together."""
+    return ConfigDict(dict(views=tuple(views)))
+
+
+def term(kind: str, **overrides: Any) -> ConfigDict:
+    """A term by kind: supcon."""
+    return _part(recipe.TERMS, "term", kind, overrides)
+
+
+def memory(kind: str, *, optimizer: Mapping[str, Any] | None = None, **overrides: Any) -> ConfigDict:
+    """A memory part by kind: linear_probe, with an optimiser of its own."""
+    c = _part(recipe.MEMORY, "memory", kind, overrides)
+    c.optimizer = options(OptimizerOptions, **(optimizer or {}))
+    return c
+
+
+def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:
+    """One word an axis from a config's suffix: choose("cifar100,excon", datasets, variants).
+
+    The first word of an axis is its default; words come in any order, separated by commas.
+    """
+    words = [w.strip() for w in (argument or "").split(",") if w.strip()]
+    chosen = []
+    for axis in axes:
+        mine = [w for w in words if w in axis]
+        if len(mine) > 1:
+            raise UserError(f"preset {argument!r} names both {mine[0]!r} and {mine[1]!r}; choose one")
+        chosen.append(mine[0] if mine else axis[0])
+    known = [w for axis in axes for w in axis]
+    for w in words:
+        if w not in known:
+            raise UserError(f"unknown preset {w!r}{recipe.suggestion(w, known)}")
+    return tuple(chosen)
+
+
+def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
+    """The config of another file in the same folder, to change from there; what is left in the file is the difference."""
+    path = pathlib.Path(config_file).with_name(sibling)
+    spec = importlib.util.spec_from_file_location(f"jaxcl_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain containers, as written to config.json."""
+    return json.loads(config.to_json_best_effort())
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.depth": 18, "stages[0].tap": "stage2", ...}"""
+    if isinstance(tree, dict):
+        items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(v, dict) for v in tree):
+        items = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {k: v for key, value in items for k, v in flatten(value, key).items()}
+
+
+def _learned(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys that decide what is learned, flat."""
+
+    def free(key: str) -> bool:
+        return any(key == f or key.startswith((f"{f}.", f"{f}[")) for f in FREE_KEYS)
+
+    return {k: v for k, v in flatten(config).items() if not free(k)}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys in which two configs would learn something else, as "key: old -> new"."""
+    a, b = _learned(old), _learned(new)
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """A short hash of what a config learns; equal for a run and its continuation."""
+    return hashlib.sha256(json.dumps(_learned(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,245 @@
+"""Batches for training (`Loader`: shuffled, endless, resumable) and for evaluation (`batches`: one pass)."""
+
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import numpy as np
+
+from jaxcl.data import hashing
+from jaxcl.data.base import Source
+from jaxcl.errors import UserError
+
+Batch = dict[str, np.ndarray | jax.Array]
+
+
+class ExampleOrder:
+    """The endless sequence of example ids, and this process's part of it.
+
+    The whole set is shuffled before it is shared out, so global batch k holds the same examples however many
+    processes there are: element i of the sequence belongs to process i % process_count. Each epoch is
+    shuffled anew and cut to whole batches, so no batch mixes two epochs. One sort an epoch costs far less
+    than asking for ids one by one, and the order is the same whatever the version of any library.
+    """
+
+    def __init__(
+        self, num_examples: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    ):
+        self._num_examples = num_examples
+        self._epoch_length = num_examples // batch_size * batch_size
+        self._seed = seed
+        self._process_index, self._process_count = process_index, process_count
+        self._lock = threading.Lock()  # reading threads meet a new epoch together; one sorts, the others wait
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Ids, int64 [B], of the local positions int [B] (0 is this process's first example ever)."""
+        epochs, places = np.divmod(
+            np.asarray(positions) * self._process_count + self._process_index, self._epoch_length
+        )
+        ids = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs):
+            ids[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
+        return ids
+
+    def _order(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._orders:
+                self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
+                self._orders[epoch] = hashing.order(self._seed, epoch, self._num_examples)
+            return self._orders[epoch]
+
+
+class Loader(Iterator[Batch]):
+    """An endless iterator of training batches whose position is the step.
+
+    A background thread makes the next batches and puts them on the devices. Batch `k` depends only on the
+    source, `batch_size`, `seed` and `k`: a loader with `start_step=k` continues exactly what one from step 0
+    would give, and over any number of processes the global batch holds the same examples (their order inside
+    it differs).
+
+    Args:
+      source: a `Source`, or anything with its attributes.
+      batch_size: global, over all processes; the last partial batch of an epoch is dropped.
+      seed: of the shuffle.
+      start_step: the first step to give.
+      process_index, process_count: this process's rows, batch_size / process_count of them.
+      sharding: of the batch axis; batches are then global `jax.Array`s, otherwise NumPy arrays of the local
+        rows.
+      prefetch: batches made ahead, at least 1.
+
+    Attributes:
+      steps_per_epoch: len(source) // batch_size.
+      step: of the batch that `next` gives next.
+      seconds_waited: how long `next` has blocked in all; near zero when the input keeps up with the training.
+
+    Raises:
+      UserError: the batch is larger than the set or cannot be shared equally.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        sharding: jax.sharding.Sharding | None = None,
+        prefetch: int = 2,
+    ):
+        name = f"{getattr(source, 'name', 'source')} ({getattr(source, 'split', 'train')})"
+        if batch_size < 1 or prefetch < 1 or start_step < 0:
+            raise UserError(
+                f"batch_size={batch_size} and prefetch={prefetch} must be at least 1,"
+                f" start_step={start_step} at least 0"
+            )
+        if batch_size > len(source):
+            raise UserError(
+                f"batch_size={batch_size} is larger than {name} with {len(source)} images; use at most {len(source)}"
+            )
+        if batch_size % process_count:
+            raise UserError(
+                f"batch_size={batch_size} cannot be shared equally by {process_count} processes;"
+                f" use a multiple of {process_count}"
+            )
+        if not 0 <= process_index < process_count:
+            raise UserError(f"process_index={process_index} must be from 0 to {process_count - 1}")
+        self.steps_per_epoch = len(source) // batch_size
+        self.step = start_step
+        self.seconds_waited = 0.0
+        self._error: BaseException | None = None
+        self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+
+        local = batch_size // process_count
+        order = ExampleOrder(
+            len(source),
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        make = _indexed_batches if source.in_memory else _read_batches
+        local_batches = make(source, order, local, start_step)
+        # The thread holds no reference to the loader, so dropping the loader without close() also ends the
+        # thread; finalize runs at interpreter exit too, before JAX is torn down under a thread that still
+        # uses it.
+        self._thread = threading.Thread(
+            target=_produce,
+            args=(local_batches, _placer(sharding), self._ready, self._stop),
+            name="jaxcl-loader",
+            daemon=True,
+        )
+        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._ready, self._stop)
+        self._thread.start()
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise StopIteration
+        begin = time.perf_counter()
+        item = self._ready.get()
+        self.seconds_waited += time.perf_counter() - begin
+        if isinstance(item, BaseException):
+            self._error = item
+            raise item
+        self.step += 1
+        return item
+
+    def close(self) -> None:
+        """Ends the thread and drops what it made ahead; a closed loader gives nothing more."""
+        self._finalizer()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def _indexed_batches(source: Source, order: ExampleOrder, local: int, step: int) -> Iterator[Batch]:
+    """In memory: one fancy index a batch, no workers."""
+    while True:
+        yield source.batch(order(np.arange(step * local, (step + 1) * local)))
+        step += 1
+
+
+def _read_batches(source: Source, order: ExampleOrder, local: int, step: int) -> Iterator[Batch]:
+    """Random access: examples are read and decoded one by one in grain's threads, in order."""
+
+    def read(position: int) -> Batch:
+        return {k: v[0] for k, v in source.batch(order(np.array([position]))).items()}
+
+    endless = grain.MapDataset.range(sys.maxsize - 1).map(read)
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=max(64, 2 * local))
+    examples = iter(endless.to_iter_dataset(options))
+    examples.set_state({**examples.get_state(), "next_index": step * local})  # the position is all its state
+    while True:
+        rows = [next(examples) for _ in range(local)]
+        yield {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def _placer(sharding: jax.sharding.Sharding | None) -> Callable[[Batch], Batch]:
+    if sharding is None:
+        return lambda batch: batch
+
+    def place(batch: Batch) -> Batch:
+        with jax.transfer_guard("allow"):  # this copy is the loader's purpose; the guard is for accidental ones
+            return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    return place
+
+
+def _produce(made: Iterator[Batch], place: Callable, ready: queue.Queue, stop: threading.Event) -> None:
+    try:
+        while not stop.is_set():
+            _put(place(next(made)), ready, stop)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
+        _put(error, ready, stop)
+
+
+def _put(item, ready: queue.Queue, stop: threading.Event) -> None:
+    """Waits for room, but never past `stop`."""
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=0.05)
+        except queue.Full:
+            continue
+
+
+def _shut_down(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
+    stop.set()
+    thread.join(timeout=10)
+    while not ready.empty():
+        ready.get_nowait()
+
+
+def batches(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over the source in order, in batches of one constant shape.
+
+    Yields {"image", "label", "index", "where"}: `where` bool [B] is False in the rows that pad the last batch
+    (image 0, label -1, index -1), so one compiled function serves every batch.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    for begin in range(0, len(source), batch_size):
+        rows = np.arange(begin, min(begin + batch_size, len(source)))
+        batch = source.batch(rows)
+        pad = batch_size - len(rows)
+        fill = {"image": 0, "label": -1, "index": -1}
+        padded = {
+            k: np.concatenate([v, np.full((pad, *v.shape[1:]), fill[k], v.dtype)]) if pad else v
+            for k, v in batch.items()
+        }
+        yield padded | {"where": np.arange(batch_size) < len(rows)}

@@ -1,0 +1,79 @@
+"""`make_source`: one string in the config names an image set."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+from jaxcl.data.base import Source, selector
+from jaxcl.errors import UserError
+
+__all__ = ["KINDS", "Source", "make_source"]
+
+# kind -> (module, whether the spec carries an argument, how it is written). Modules load when they are asked
+# for.
+KINDS = {
+    "garments": ("jaxcl.data.garments", False, "garments"),
+    "fashion_mnist": ("jaxcl.data.fashion_mnist", False, "fashion_mnist"),
+    "npz": ("jaxcl.data.npz", True, "npz:PATH"),
+    "cifar": ("jaxcl.data.cifar", True, "cifar:PATH"),
+    "tfds": ("jaxcl.data.tfds", True, "tfds:NAME"),
+}
+
+
+def make_source(
+    spec: str,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    validation: float = 0.0,
+    limit: int | None = None,
+    **options,
+) -> Source:
+    """The image set that `spec` names.
+
+    Args:
+      spec: "garments" (embedded, composed in colour, with true masks), "fashion_mnist" (embedded, 10,000 +
+        2,000), "npz:PATH" (arrays `images` and optionally `labels`, or train_images / train_labels /
+        test_images / test_labels; a file without a test part gives up a fixed tenth of every class as test,
+        whatever the seed), "cifar:PATH" (the folder of CIFAR-10 or CIFAR-100, python or binary version),
+        "tfds:NAME" (a prepared TFDS folder; options `data_dir`, `image_size`).
+      split: "train", "test" or "validation"; garments has "test_shifted" and "cue_conflict" too.
+      seed: of the hold-out and of the cut-down choice.
+      validation: fraction of every class of the training part that is held out: split="train" is without it,
+        split="validation" is it. In [0, 1).
+      limit: at most so many examples, a seeded class-balanced choice.
+      **options: of that kind of source.
+
+    Raises:
+      UserError: unknown spec, split or option, or unreadable data.
+    """
+    kind, colon, argument = spec.partition(":")
+    known = ", ".join(form for _, _, form in KINDS.values())
+    if kind not in KINDS:
+        raise UserError(f"unknown data source {spec!r}; known: {known}")
+    module, wants_argument, form = KINDS[kind]
+    if wants_argument != bool(argument) or bool(colon) != wants_argument:
+        raise UserError(f"data source {spec!r} must be written {form}; known: {known}")
+    if not 0.0 <= validation < 1.0:
+        raise UserError(f"validation={validation} must be a fraction from 0 up to, not including, 1")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} must be at least 1")
+    if split == "validation" and not validation:
+        raise UserError("split='validation' is held out of the training part: set validation, for example 0.2")
+
+    reader = import_module(module)
+    splits = ("train", "test", "validation", *getattr(reader, "EXTRA_SPLITS", ()))
+    if split not in splits:
+        raise UserError(f"unknown split {split!r} of {spec}; known: {', '.join(splits)}")
+    _check_options(spec, reader.load, options)
+    select = selector(split=split, validation=validation, limit=limit, seed=seed, spec=spec)
+    arguments = (argument,) if wants_argument else ()
+    return reader.load(*arguments, split=split, select=select, **options)
+
+
+def _check_options(spec: str, load: Callable, options: dict) -> None:
+    parameters = inspect.signature(load).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("split", "select")]
+    for option in options:
+        if option not in names:
+            raise UserError(f"unknown option {option!r} of data source {spec}; known: {', '.join(names) or 'none'}")

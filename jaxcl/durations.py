@@ -1,0 +1,34 @@
+"""Any duration in a config may be steps, epochs, examples or percent; here they all become steps."""
+
+import re
+
+from jaxcl.errors import UserError
+
+_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%|percent|)\s*$")
+
+
+def to_steps(duration: str | int, *, name: str, steps_per_epoch: int, batch_size: int, total: int | None = None) -> int:
+    """Steps of "300 steps", "8 epochs", "50000 examples" or "25%" (of `total` steps); a bare number means steps.
+
+    Rounded to the nearest step. Errors: UserError that names the config key for anything else, and for percent where
+    there is nothing to take a percentage of.
+    """
+    if isinstance(duration, int) and not isinstance(duration, bool) and duration >= 0:
+        return duration
+    match = _PATTERN.match(duration) if isinstance(duration, str) else None
+    if match is None:
+        raise UserError(
+            f"{name} is {duration!r}; expected a duration such as '300 steps', '8 epochs', '50000 examples' or '25%'"
+        )
+    number, unit = float(match[1]), match[2]
+    if unit.startswith("step") or not unit:
+        return round(number)
+    if unit.startswith("epoch"):
+        return round(number * steps_per_epoch)
+    if unit.startswith("example"):
+        return round(number / batch_size)
+    if total is None:
+        raise UserError(f"{name} is {duration!r}, but there is nothing to take a percentage of; use steps or epochs")
+    if number > 100:
+        raise UserError(f"{name} is {duration!r}; expected at most 100%")
+    return round(total * number / 100)

@@ -1,0 +1,92 @@
+"""Weighted k-nearest-neighbour classification on frozen features.
+
+Letters: N bank rows, Q queries, D features, C classes, k neighbours.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxcl.errors import UserError
+
+# Similarities held at once (64 MiB in float32): a chunk of queries against the whole bank.
+CHUNK_ENTRIES = 2**24
+CHUNK_QUERIES_MAX = 4096
+
+
+def knn_predict(
+    bank: ArrayLike,
+    bank_labels: ArrayLike,
+    queries: ArrayLike,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    num_classes: int,
+) -> jax.Array:
+    """Class probabilities by a vote of the k most similar bank rows, weighted by exp(cosine / temperature).
+
+    Args:
+      bank: [N, D] features; scaled to unit length here.
+      bank_labels: [N] int in [0, num_classes); a negative label (unlabelled, padded) never votes.
+      queries: [Q, D], on the same encoder.
+      k: neighbours that vote; more than the bank holds means the whole bank.
+      temperature: > 0. Small is no danger: only differences to the best neighbour are exponentiated.
+      num_classes: C.
+
+    Returns:
+      [Q, C] float32 or wider; rows sum to 1 (to 0 if the bank has no label at all).
+
+    Raises:
+      UserError: an empty bank, shapes that do not match, k < 1.
+
+    References:
+      Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978,
+      section 3.4.
+    """
+    bank, bank_labels, queries = jnp.asarray(bank), jnp.asarray(bank_labels), jnp.asarray(queries)
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1] or not len(bank):
+        raise UserError(
+            f"knn: bank of shape {bank.shape} and queries of shape {queries.shape}, expected [rows, "
+            "features] with as many features and at least one bank row"
+        )
+    if bank_labels.shape != (len(bank),):
+        raise UserError(f"knn: bank_labels of shape {bank_labels.shape}, expected ({len(bank)},)")
+    if k < 1:
+        raise UserError(f"knn: k={k}, expected at least 1")
+    return _knn(bank, bank_labels, queries, temperature, k=min(k, len(bank)), num_classes=num_classes)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "num_classes"))
+def _knn(bank, labels_N, queries, temperature, *, k, num_classes):
+    dtype = jnp.promote_types(jnp.promote_types(bank.dtype, queries.dtype), jnp.float32)
+    bank_NxD, queries_QxD = _unit(bank.astype(dtype)), _unit(queries.astype(dtype))
+    excluded_N = jnp.where(labels_N >= 0, 0, -jnp.inf).astype(dtype)
+    num_queries = len(queries_QxD)
+    chunk = max(1, min(num_queries, CHUNK_QUERIES_MAX, CHUNK_ENTRIES // len(bank_NxD)))
+
+    def vote(chunk_qxD):
+        s_qxN = jnp.matmul(chunk_qxD, bank_NxD.T, precision=lax.Precision.HIGHEST) + excluded_N
+        s_qxk, index_qxk = lax.top_k(s_qxN, k)
+        # A maximum, not s_qxk[:, :1]: XLA would merge that slice with the top-k's own and sort whole rows,
+        # at ten times the price.
+        best_qx1 = jnp.max(s_qxk, axis=1, keepdims=True)
+        best_qx1 = jnp.where(jnp.isfinite(best_qx1), best_qx1, 0)
+        weight_qxk = jnp.exp((s_qxk - best_qx1) / jnp.asarray(temperature, dtype))
+        row_qx1 = jnp.arange(len(chunk_qxD))[:, None]
+        # Unlabelled neighbours carry weight exp(-inf) = 0, whatever class they are added to.
+        votes_qxC = jnp.zeros((len(chunk_qxD), num_classes), dtype)
+        votes_qxC = votes_qxC.at[row_qx1, jnp.maximum(labels_N[index_qxk], 0)].add(weight_qxk)
+        total_qx1 = jnp.sum(votes_qxC, axis=1, keepdims=True)
+        return votes_qxC / jnp.where(total_qx1 > 0, total_qx1, 1)
+
+    padded = jnp.pad(queries_QxD, ((0, -num_queries % chunk), (0, 0)))
+    probs = lax.map(vote, padded.reshape(-1, chunk, padded.shape[1]))
+    return probs.reshape(-1, num_classes)[:num_queries]
+
+
+def _unit(x):
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / jnp.where(norm > 0, norm, 1)

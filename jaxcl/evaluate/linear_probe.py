@@ -1,0 +1,117 @@
+"""Linear probe: multinomial logistic regression on frozen features, solved on the device.
+
+Letters: N rows, D features, C classes.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxcl.errors import UserError
+from jaxcl.losses import cross_entropy
+
+# Features that vary less than this are left as they are: dividing by their spread would amplify rounding.
+MIN_STD = 1e-6
+
+
+class LinearProbe(NamedTuple):
+    """logits = features @ weights + bias; the standardisation is folded in."""
+
+    weights: jax.Array  # [D, C]
+    bias: jax.Array  # [C]
+
+
+def fit_linear_probe(
+    features: ArrayLike,
+    labels: ArrayLike,
+    *,
+    num_classes: int,
+    l2: float = 1e-3,
+    max_steps: int = 300,
+    tolerance: float = 1e-4,
+    standardize: bool = True,
+) -> LinearProbe:
+    """Minimises mean cross-entropy + l2 / 2 * |weights|^2 by L-BFGS from zero.
+
+    Deterministic, and no learning rate to choose. The bias is not penalised. The penalty acts on the weights
+    of the standardised features, and equals scikit-learn's LogisticRegression with C = 1 / (l2 * N) on them.
+
+    Args:
+      features: [N, D], any float type; the fit runs in float32 at least.
+      labels: [N] int in [0, num_classes); negative rows (unlabelled, padded) are ignored.
+      num_classes: C.
+      l2: >= 0. At 0 a separable set has no optimum and the fit ends at max_steps.
+      max_steps: L-BFGS steps at most.
+      tolerance: stop when the largest entry of the gradient falls below it.
+      standardize: scale each feature to mean 0, spread 1 over the labelled rows first.
+
+    Returns:
+      LinearProbe for the features as they were given.
+
+    Raises:
+      UserError: shapes that do not match.
+    """
+    features, labels = jnp.asarray(features), jnp.asarray(labels)
+    if features.ndim != 2 or labels.shape != (len(features),):
+        raise UserError(
+            f"linear probe: features of shape {features.shape} and labels of shape {labels.shape}, "
+            "expected [rows, features] and [rows]"
+        )
+    return _fit(
+        features,
+        labels,
+        l2,
+        tolerance,
+        num_classes=num_classes,
+        max_steps=max_steps,
+        standardize=standardize,
+    )
+
+
+def probe_logits(probe: LinearProbe, features: ArrayLike) -> jax.Array:
+    """Logits [..., C] of features [..., D], in the probe's precision."""
+    features = jnp.asarray(features, probe.weights.dtype)
+    return jnp.matmul(features, probe.weights, precision=lax.Precision.HIGHEST) + probe.bias
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "max_steps", "standardize"))
+def _fit(features, labels, l2, tolerance, *, num_classes, max_steps, standardize):
+    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    valid = labels >= 0
+    x_NxD = jnp.where(valid[:, None], features.astype(dtype), 0)
+    mean_D, std_D = jnp.zeros(x_NxD.shape[1], dtype), jnp.ones(x_NxD.shape[1], dtype)
+    if standardize:
+        count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
+        mean_D = jnp.sum(x_NxD, axis=0) / count
+        variance_D = jnp.sum(jnp.where(valid[:, None], (x_NxD - mean_D) ** 2, 0), axis=0) / count
+        std_D = jnp.where(variance_D > MIN_STD**2, jnp.sqrt(variance_D), 1)
+        x_NxD = (x_NxD - mean_D) / std_D
+
+    def objective(probe):
+        penalty = 0.5 * l2 * jnp.sum(probe.weights**2)
+        return cross_entropy(probe_logits(probe, x_NxD), labels) + penalty
+
+    solver = optax.lbfgs(memory_size=10)
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(carry):
+        probe, state, _ = carry
+        value, grad = value_and_grad(probe, state=state)
+        updates, state = solver.update(grad, state, probe, value=value, grad=grad, value_fn=objective)
+        return optax.apply_updates(probe, updates), state, optax.tree.get(state, "grad")
+
+    def unfinished(carry):
+        _, state, grad = carry
+        steps = optax.tree.get(state, "count")
+        largest = jnp.maximum(jnp.max(jnp.abs(grad.weights)), jnp.max(jnp.abs(grad.bias)))
+        return (steps == 0) | ((steps < max_steps) & (largest > tolerance))
+
+    start = LinearProbe(jnp.zeros((x_NxD.shape[1], num_classes), dtype), jnp.zeros(num_classes, dtype))
+    probe, _, _ = lax.while_loop(unfinished, step, (start, solver.init(start), start))
+    weights = probe.weights / std_D[:, None]
+    return LinearProbe(weights, probe.bias - mean_D @ weights)

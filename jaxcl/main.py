@@ -1,0 +1,84 @@
+"""Flags only: `python -m jaxcl.main --config=configs/excon.py[:PRESET] [--workdir=DIR] [--config.KEY=VALUE ...]`."""
+
+import logging
+import pathlib
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from jaxcl.errors import Diverged, Preempted, UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Run folder; default runs/<config>[-<preset>]. The same command with the same folder resumes.",
+)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's own parser, with a config's mistakes in one line instead of a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(_reason(str(error))) from None
+    except (AttributeError, KeyError) as error:
+        # ml_collections raises these for a key that a locked config does not have.
+        raise UserError(f"unknown config key: {_first_line(error)}; the keys are those of the config file") from None
+    except (IndexError, OSError, TypeError, ValueError) as error:
+        raise UserError(_first_line(error)) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    if _CONFIG.value is None:
+        raise UserError("no --config; for example --config=configs/excon.py")
+    return rest
+
+
+def _reason(text: str) -> str:
+    """The one line that matters: of a config that raised, its own error rather than the traceback around it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "Error whilst parsing config file" not in text:
+        return lines[0]
+    kind, _, message = lines[-1].partition(": ")
+    return message if kind.endswith("UserError") else f"{lines[0].split(':', 1)[0]}: {lines[-1]}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0] if error.args else error).strip().strip("'\"")
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _default_workdir(argument: str) -> pathlib.Path:
+    path, _, preset = argument.partition(":")
+    return pathlib.Path("runs") / "-".join([pathlib.Path(path).stem, *preset.replace(",", "-").split("-")]).strip("-")
+
+
+def main(argv: list[str]) -> int:
+    """Run one config; -> exit code."""
+    del argv
+    from jaxcl import train  # after the flags are known to be right: a typo need not wait for the imports
+
+    workdir = _WORKDIR.value or _default_workdir(flags.FLAGS["config"].value_string)
+    train.run(_CONFIG.value, workdir)
+    return 0
+
+
+def cli() -> None:
+    """Exit codes: 0 done; 2 a mistake to mend; 3 the loss diverged; 75 stopped on request, run again to go on."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)  # libraries: warnings; ours: progress too
+    logging.getLogger("jaxcl").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    codes = {UserError: 2, Diverged: 3, Preempted: 75}
+    try:
+        argv = _parse(sys.argv)
+        code = main(argv)
+    except tuple(codes) as error:
+        print(f"jaxcl: {error}", file=sys.stderr)
+        code = codes[type(error)]
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,108 @@
+"""Encoders behind a small functional interface: parameters in, features and new batch statistics out.
+
+N batch, D features, E embedding.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxcl.errors import UserError
+from jaxcl.models.heads import ProjectionHead
+from jaxcl.models.resnet import ResNet, resnet, tap_stage
+
+__all__ = ["Model", "ModelOptions", "ProjectionHead", "ResNet", "make_model", "resnet", "tap_stage"]
+
+Array = jax.Array
+Tree = Any
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """What a config may say of its model."""
+
+    depth: int = 18  # 18, 34, 50, 101
+    stem: str = "cifar"  # cifar 3x3; imagenet 7x7 stride 2 and max-pool; patch2, patch4, patch8 strided patches
+    width: float = 1.0  # factor on all widths
+    stage_sizes: Sequence[int] = ()  # blocks per stage, instead of the depth's own
+    stage_widths: Sequence[int] = ()  # planes per stage, instead of 64, 128, ...
+    strides: Sequence[int] = ()  # stride of each stage, instead of 1, 2, 2, ...
+    head_hidden_layers: int = 1  # 0: one dense layer
+    head_features: int = 128  # size of the embedding
+    dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An encoder and a projection head; all state is passed in and handed back."""
+
+    encoder: nn.Module
+    head: nn.Module
+
+    @property
+    def features(self) -> int:
+        return self.encoder.features
+
+    def init(self, key: Array, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
+        """-> (params {"encoder", "head"}, batch statistics of the encoder)."""
+        encoder_key, head_key = jax.random.split(key)
+        variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
+        head = self.head.init(head_key, jnp.zeros((1, self.features)))
+        return {"encoder": variables["params"], "head": head["params"]}, variables.get("batch_stats", {})
+
+    def _encoder(self, params: Tree, stats: Tree, *args, train: bool, **kwargs) -> tuple[Any, Tree]:
+        variables = {"params": params["encoder"], "batch_stats": stats}
+        if not train:
+            return self.encoder.apply(variables, *args, train=False, **kwargs), stats
+        out, new = self.encoder.apply(variables, *args, train=True, mutable=["batch_stats"], **kwargs)
+        return out, {**stats, **new.get("batch_stats", {})}
+
+    def encode(self, params: Tree, stats: Tree, images: Array, *, train: bool, where: Array | None = None):
+        """images [N,H,W,C] -> (features [N,D] float32, new batch statistics).
+
+        train: normalise by this batch (rows with `where` False do not count) and move the running statistics.
+        """
+        return self._encoder(params, stats, images, train=train, where=where)
+
+    def project(self, params: Tree, h: Array) -> Array:
+        """features [N,D] -> embedding [N,E], not normalised (the losses normalise)."""
+        return self.head.apply({"params": params["head"]}, h)
+
+    def split_at(
+        self, params: Tree, stats: Tree, images: Array, tap: str, *, train: bool
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Tree]], Tree]:
+        """-> (activations [N,h,w,M] at the tap, tail: activations -> (features [N,D], statistics), statistics).
+
+        The tail is a function of the activations alone, so its `jax.vjp` costs the backward pass down to the tap and
+        no more. With `train` both halves use the statistics of this batch, as one pass over the network would.
+        """
+        (a, x), new = self._encoder(params, stats, images, tap, train=train, method="to_tap")
+
+        def tail(a: Array) -> tuple[Array, Tree]:
+            return self._encoder(params, new, a, x, tap, train=train, method="from_tap")
+
+        return a, tail, new
+
+
+def make_model(options: ModelOptions) -> Model:
+    """A model from its options; UserError for what does not exist."""
+    if options.dtype not in DTYPES:
+        raise UserError(f"model.dtype is {options.dtype!r}; expected one of {', '.join(DTYPES)}")
+    dtype = DTYPES[options.dtype]
+    encoder = resnet(
+        depth=options.depth,
+        stem=options.stem,
+        width=options.width,
+        stage_sizes=options.stage_sizes,
+        stage_widths=options.stage_widths,
+        strides=options.strides,
+        dtype=dtype,
+    )
+    if options.head_features < 1 or options.head_hidden_layers < 0:
+        raise UserError("model.head_features must be at least 1 and model.head_hidden_layers at least 0")
+    return Model(encoder, ProjectionHead(options.head_features, options.head_hidden_layers, dtype=dtype))

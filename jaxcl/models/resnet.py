@@ -1,0 +1,263 @@
+"""ResNets with CIFAR, ImageNet and patch stems, cut open at any stage so that an explainer can stand in the middle.
+
+N batch, H W image, C image channels, h w M height, width and channels of a feature map, D features.
+
+Source: He et al. 2016, in the form of the SupCon and ExCon code: symmetric padding 1 for 3x3 and 0 for 1x1 convolutions
+(not "SAME", which differs at stride 2), stride on the first 3x3 of a basic block and on the 3x3 of a bottleneck.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxcl.errors import UserError
+
+Array = jax.Array
+
+DEPTHS = {
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+}
+STEMS = ("cifar", "imagenet", "patch2", "patch4", "patch8")
+
+# Kaiming normal, fan-out, gain for ReLU.
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class MatmulConv(nn.Module):
+    """A convolution whose windows do not overlap, as one matrix product: 1x1 (any stride) and strided patches.
+
+    The same function and the same kernel [kh,kw,in,out] as `nn.Conv` without padding. XLA makes this of a 1x1
+    convolution by itself on TPU and GPU; on CPU the product runs two to three times faster than its convolution.
+    """
+
+    features: int
+    kernel: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        N, H, W, C = x.shape
+        k = self.kernel
+        kernel = self.param("kernel", conv_init, (k, k, C, self.features), jnp.float32).astype(self.dtype)
+        if k == 1:
+            return x[:, :: self.stride, :: self.stride].astype(self.dtype) @ kernel[0, 0]
+        h, w = H // k, W // k
+        x = x[:, : h * k, : w * k].astype(self.dtype).reshape(N, h, k, w, k, C)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(N, h, w, k * k * C)
+        return x @ kernel.reshape(k * k * C, self.features)
+
+
+def _conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Module:
+    if kernel == 1:
+        return MatmulConv(features, 1, stride, dtype)
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding=(kernel - 1) // 2,
+        use_bias=False,
+        kernel_init=conv_init,
+        dtype=dtype,
+    )
+
+
+def _norm(dtype: Any) -> nn.BatchNorm:
+    # Flax keeps 0.9 of the old value where torch writes momentum 0.1; its running variance is the biased one (n, not n-1).
+    return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype)
+
+
+class BasicBlock(nn.Module):
+    """3x3 - BN - ReLU - 3x3 - BN, plus shortcut, ReLU."""
+
+    in_features: int
+    planes: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+    expansion = 1
+
+    def setup(self):
+        self.conv1, self.bn1 = _conv(self.planes, 3, self.stride, self.dtype), _norm(self.dtype)
+        self.conv2, self.bn2 = _conv(self.planes, 3, 1, self.dtype), _norm(self.dtype)
+        self.projects = self.stride != 1 or self.in_features != self.planes
+        if self.projects:
+            self.shortcut_conv = _conv(self.planes, 1, self.stride, self.dtype)
+            self.shortcut_bn = _norm(self.dtype)
+
+    def to_tap(self, x: Array, norm: dict) -> Array:
+        """The raw output of the last convolution: before its batch norm, the residual sum and the ReLU."""
+        return self.conv2(nn.relu(self.bn1(self.conv1(x), **norm)))
+
+    def from_tap(self, a: Array, x: Array, norm: dict) -> Array:
+        y = self.bn2(a, **norm)
+        shortcut = self.shortcut_bn(self.shortcut_conv(x), **norm) if self.projects else x
+        return nn.relu(y + shortcut)
+
+    def __call__(self, x: Array, norm: dict) -> Array:
+        return self.from_tap(self.to_tap(x, norm), x, norm)
+
+
+class Bottleneck(nn.Module):
+    """1x1 - BN - ReLU - 3x3(stride) - BN - ReLU - 1x1 (four times the planes) - BN, plus shortcut, ReLU."""
+
+    in_features: int
+    planes: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+    expansion = 4
+
+    def setup(self):
+        self.conv1, self.bn1 = _conv(self.planes, 1, 1, self.dtype), _norm(self.dtype)
+        self.conv2, self.bn2 = _conv(self.planes, 3, self.stride, self.dtype), _norm(self.dtype)
+        self.conv3, self.bn3 = _conv(4 * self.planes, 1, 1, self.dtype), _norm(self.dtype)
+        self.projects = self.stride != 1 or self.in_features != 4 * self.planes
+        if self.projects:
+            self.shortcut_conv = _conv(4 * self.planes, 1, self.stride, self.dtype)
+            self.shortcut_bn = _norm(self.dtype)
+
+    def to_tap(self, x: Array, norm: dict) -> Array:
+        """The raw output of the third convolution, before its batch norm."""
+        y = nn.relu(self.bn1(self.conv1(x), **norm))
+        return self.conv3(nn.relu(self.bn2(self.conv2(y), **norm)))
+
+    def from_tap(self, a: Array, x: Array, norm: dict) -> Array:
+        y = self.bn3(a, **norm)
+        shortcut = self.shortcut_bn(self.shortcut_conv(x), **norm) if self.projects else x
+        return nn.relu(y + shortcut)
+
+    def __call__(self, x: Array, norm: dict) -> Array:
+        return self.from_tap(self.to_tap(x, norm), x, norm)
+
+
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class ResNet(nn.Module):
+    """Image [N,H,W,C] -> pooled features [N,D]; `to_tap` and `from_tap` are its two halves.
+
+    A tap "stageK" is the raw output of the last convolution of the last block of stage K, the GradCAM layer of ExCon.
+    """
+
+    stage_sizes: Sequence[int]
+    widths: Sequence[int]
+    strides: Sequence[int]
+    block: str = "basic"
+    stem: str = "cifar"
+    dtype: Any = jnp.float32
+
+    @property
+    def features(self) -> int:
+        return self.widths[len(self.stage_sizes) - 1] * BLOCKS[self.block].expansion
+
+    def setup(self):
+        width, block = self.widths[0], BLOCKS[self.block]
+        if self.stem == "cifar":
+            self.stem_conv = _conv(width, 3, 1, self.dtype)
+        elif self.stem == "imagenet":
+            self.stem_conv = _conv(width, 7, 2, self.dtype)
+        else:
+            size = int(self.stem.removeprefix("patch"))
+            self.stem_conv = MatmulConv(width, size, size, self.dtype)
+        self.stem_bn = _norm(self.dtype)
+        stages, channels = [], width
+        for size, planes, stride in zip(self.stage_sizes, self.widths, self.strides, strict=True):
+            blocks = []
+            for i in range(size):
+                blocks.append(block(channels, planes, stride if i == 0 else 1, self.dtype))
+                channels = planes * block.expansion
+            stages.append(blocks)
+        self.stages = stages
+
+    def _stem(self, x: Array, norm: dict) -> Array:
+        x = nn.relu(self.stem_bn(self.stem_conv(x.astype(self.dtype)), **norm))
+        if self.stem == "imagenet":
+            # Post-ReLU values are >= 0, so zero padding equals the -inf padding of the original.
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        return x
+
+    @staticmethod
+    def _pool(x: Array) -> Array:
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+
+    def __call__(self, x: Array, train: bool = False, where: Array | None = None) -> Array:
+        """x [N,H,W,C] normalised images; `where` [N] bool: rows that count in the batch statistics."""
+        norm = _norm_options(train, where)
+        x = self._stem(x, norm)
+        for blocks in self.stages:
+            for block in blocks:
+                x = block(x, norm)
+        return self._pool(x)
+
+    def to_tap(self, x: Array, tap: str, train: bool = False, where: Array | None = None) -> tuple[Array, Array]:
+        """-> (activations [N,h,w,M] at the tap, the input of the tapped block, which `from_tap` wants back)."""
+        norm, stage = _norm_options(train, where), tap_stage(tap, self.stage_sizes)
+        x = self._stem(x, norm)
+        for blocks in self.stages[:stage]:
+            for block in blocks:
+                x = block(x, norm)
+        for block in self.stages[stage][:-1]:
+            x = block(x, norm)
+        return self.stages[stage][-1].to_tap(x, norm), x
+
+    def from_tap(self, a: Array, x: Array, tap: str, train: bool = False, where: Array | None = None) -> Array:
+        """Activations at the tap and the tapped block's input -> pooled features [N,D]."""
+        norm, stage = _norm_options(train, where), tap_stage(tap, self.stage_sizes)
+        x = self.stages[stage][-1].from_tap(a, x, norm)
+        for blocks in self.stages[stage + 1 :]:
+            for block in blocks:
+                x = block(x, norm)
+        return self._pool(x)
+
+
+def _norm_options(train: bool, where: Array | None) -> dict:
+    mask = None if where is None or not train else where[:, None, None, None]
+    return dict(use_running_average=not train, mask=mask)
+
+
+def tap_stage(tap: str, stage_sizes: Sequence[int]) -> int:
+    """The index of the stage that a tap's name means; UserError where the network has no such stage."""
+    names = [f"stage{i + 1}" for i in range(len(stage_sizes))]
+    if tap not in names:
+        raise UserError(f"tap {tap!r} is not in this encoder; expected one of {', '.join(names)}")
+    return names.index(tap)
+
+
+def resnet(
+    *,
+    depth: int = 18,
+    stem: str = "cifar",
+    width: float = 1.0,
+    stage_sizes: Sequence[int] = (),
+    stage_widths: Sequence[int] = (),
+    strides: Sequence[int] = (),
+    dtype: Any = jnp.float32,
+) -> ResNet:
+    """A ResNet by depth (18, 34, 50, 101), stem and width factor; the three sequences override the standard stages.
+
+    Errors: UserError for an unknown depth or stem, or sequences of unequal length.
+    """
+    if depth not in DEPTHS:
+        raise UserError(f"model.depth is {depth}; expected one of {', '.join(map(str, DEPTHS))}")
+    if stem not in STEMS:
+        raise UserError(f"model.stem is {stem!r}; expected one of {', '.join(STEMS)}")
+    if not width > 0:
+        raise UserError(f"model.width is {width}; expected a factor above 0")
+    block, sizes = DEPTHS[depth]
+    sizes = tuple(stage_sizes) or sizes
+    widths = tuple(stage_widths) or tuple(64 * 2**i for i in range(len(sizes)))
+    strides = tuple(strides) or (1,) + (2,) * (len(sizes) - 1)
+    if not len(sizes) == len(widths) == len(strides):
+        raise UserError(
+            f"model.stage_sizes, stage_widths and strides have {len(sizes)}, {len(widths)} and {len(strides)} entries; "
+            "expected one of each per stage"
+        )
+    widths = tuple(max(1, round(w * width)) for w in widths)
+    make = partial(ResNet, block=block, stem=stem, dtype=dtype)
+    return make(stage_sizes=sizes, widths=widths, strides=strides)

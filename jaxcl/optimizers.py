@@ -1,0 +1,147 @@
+"""Schedules and optimisers; each optimiser counts its own steps, so two of them can take turns in one TrainState.
+
+e epoch counted from 1, E epochs, S steps per epoch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcl.durations import to_steps
+from jaxcl.errors import UserError
+
+Array = jax.Array
+Schedule = Callable[[Array], Array]
+
+SCHEDULES = ("constant", "cosine", "epoch_cosine", "epoch_steps")
+OPTIMIZERS = ("sgd", "adamw", "lars")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """What a config may say of an optimiser."""
+
+    kind: str = "sgd"  # sgd, adamw, lars
+    lr: float = 0.5  # peak learning rate, as given: never rescaled behind your back
+    momentum: float = 0.9  # sgd, lars
+    weight_decay: float = 1e-4  # sgd: added to the gradient of all parameters; adamw, lars: matrices and kernels only
+    schedule: str = "epoch_cosine"  # constant; cosine per step; epoch_cosine and epoch_steps as in the SupCon code
+    warmup: str = "0"  # linear, any duration
+    warmup_from: float = 0.0  # learning rate at the first step of the warm-up
+    decay_rate: float = 0.1  # epoch_cosine ends at lr * decay_rate**3; epoch_steps multiplies by it
+    decay_epochs: Sequence[int] = ()  # epoch_steps: after each of these epochs
+    clip_norm: float = 0.0  # global gradient norm is clipped to this; 0: not clipped
+
+
+def epoch_cosine(
+    lr: float,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    decay_rate: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_from: float = 0.01,
+) -> Schedule:
+    """Cosine that changes once an epoch, to lr * decay_rate**3, with a linear warm-up by steps.
+
+    lr(e) = eta + (lr - eta)(1 + cos(pi e / E)) / 2, eta = lr * decay_rate**3, so epoch 1 is already below lr.
+    The warm-up, in whole epochs, ends at the cosine's value at its last epoch. Source: SupCon code; papers/excon.md c.
+    """
+    eta = lr * decay_rate**3
+
+    def cosine(e: Array) -> Array:
+        return eta + (lr - eta) * (1 + jnp.cos(jnp.pi * e / epochs)) / 2
+
+    return _with_epoch_warmup(cosine, steps_per_epoch, warmup_steps, warmup_from, after=cosine)
+
+
+def epoch_steps(
+    lr: float,
+    *,
+    decay_epochs: Sequence[int],
+    steps_per_epoch: int,
+    decay_rate: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_from: float = 0.01,
+) -> Schedule:
+    """lr * decay_rate**(number of milestones strictly below the epoch), with a linear warm-up to lr by steps."""
+    milestones = jnp.asarray(tuple(decay_epochs) or (jnp.inf,))
+
+    def value(e: Array) -> Array:
+        return lr * decay_rate ** jnp.sum(milestones < e)
+
+    return _with_epoch_warmup(value, steps_per_epoch, warmup_steps, warmup_from, after=lambda e: jnp.float32(lr))
+
+
+def _with_epoch_warmup(value: Schedule, steps_per_epoch: int, steps: int, start: float, after: Schedule) -> Schedule:
+    def schedule(step: Array) -> Array:
+        epoch = jnp.floor_divide(step, steps_per_epoch) + 1
+        if not steps:
+            return value(epoch)
+        warm = start + step / steps * (after(jnp.ceil(steps / steps_per_epoch)) - start)
+        return jnp.where(step < steps, warm, value(epoch))
+
+    return schedule
+
+
+def make_schedule(
+    options: OptimizerOptions, *, name: str, steps: int, steps_per_epoch: int, batch_size: int
+) -> Schedule:
+    """The learning rate as a function of the optimiser's own step count."""
+    if options.schedule not in SCHEDULES:
+        raise UserError(f"{name}.schedule is {options.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    if not options.lr > 0:
+        raise UserError(f"{name}.lr is {options.lr}; expected a learning rate above 0")
+    warmup = to_steps(
+        options.warmup,
+        name=f"{name}.warmup",
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batch_size,
+        total=steps,
+    )
+    common = dict(
+        steps_per_epoch=steps_per_epoch,
+        decay_rate=options.decay_rate,
+        warmup_steps=warmup,
+        warmup_from=options.warmup_from,
+    )
+    if options.schedule == "epoch_cosine":
+        return epoch_cosine(options.lr, epochs=-(-steps // steps_per_epoch), **common)
+    if options.schedule == "epoch_steps":
+        return epoch_steps(options.lr, decay_epochs=options.decay_epochs, **common)
+    if options.schedule == "constant":
+        main = optax.constant_schedule(options.lr)
+    else:
+        main = optax.cosine_decay_schedule(options.lr, max(1, steps - warmup))
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(options.warmup_from, options.lr, warmup), main], [warmup])
+
+
+def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) -> optax.GradientTransformation:
+    """SGD with weight decay on all parameters (as the SupCon code has it), AdamW or LARS with it on matrices only."""
+    if options.kind not in OPTIMIZERS:
+        raise UserError(f"{name}.kind is {options.kind!r}; expected one of {', '.join(OPTIMIZERS)}")
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    if options.kind == "sgd":
+        tx = optax.chain(
+            optax.add_decayed_weights(options.weight_decay), optax.sgd(schedule, momentum=options.momentum)
+        )
+    elif options.kind == "adamw":
+        tx = optax.adamw(schedule, weight_decay=options.weight_decay, mask=matrices)
+    else:
+        tx = optax.lars(
+            schedule,
+            weight_decay=options.weight_decay,
+            weight_decay_mask=matrices,
+            trust_ratio_mask=matrices,
+            momentum=options.momentum,
+        )
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), tx) if options.clip_norm else tx

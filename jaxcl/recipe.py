@@ -1,0 +1,260 @@
+"""A recipe: the parts a config names, put together, and refused here where they cannot work, before anything compiles."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from jaxcl import augment
+from jaxcl.durations import to_steps
+from jaxcl.errors import UserError
+from jaxcl.memory import LinearProbe
+from jaxcl.models import Model, ModelOptions, make_model, tap_stage
+from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
+from jaxcl.terms import SupCon
+from jaxcl.views.saliency import SaliencyMask
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Views encoded together, as one batch of the batch norm; views that do not exist (yet) are left out."""
+
+    views: tuple[str, ...]
+
+
+# The parts a config can name. A new part is a class (or factory) and one line here.
+VIEWS: Mapping[str, Callable] = {
+    "random": augment.random_view,
+    "standard": augment.standard_view,
+    "classifier": augment.classifier_view,
+}
+STAGES: Mapping[str, Callable] = {"saliency": SaliencyMask}
+TERMS: Mapping[str, Callable] = {"supcon": SupCon}
+MEMORY: Mapping[str, Callable] = {"linear_probe": LinearProbe}
+
+
+def fields(part: Callable) -> dict[str, Any]:
+    """The options of a part with their defaults, in order; what the recipe itself supplies is not among them."""
+    supplied = {"size", "mean", "std"}
+    return {
+        name: p.default
+        for name, p in inspect.signature(part).parameters.items()
+        if name not in supplied and p.default is not inspect.Parameter.empty
+    }
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def make_part(name: str, node: ConfigDict, registry: Mapping[str, Callable], **supplied: Any) -> Any:
+    """The part a config node means: `kind` chooses it, the other keys are its options."""
+    kind = node.get("kind")
+    if kind not in registry:
+        raise UserError(f"{name}.kind is {kind!r}; expected one of {', '.join(registry)}")
+    extra = {k for k in node if k not in ("kind", "optimizer")}
+    return construct(name, registry[kind], {k: node[k] for k in extra}, **supplied)
+
+
+def construct(name: str, part: Callable, options: Mapping[str, Any], **supplied: Any) -> Any:
+    """Call `part` with checked options; UserError names the config key of an unknown one."""
+    known = fields(part)
+    for key in options:
+        if key not in known:
+            raise UserError(f"{name} has no option {key!r}{suggestion(key, known)}")
+    return part(**supplied, **{k: _tuples(v) for k, v in options.items()})
+
+
+def suggestion(word: str, known: Any) -> str:
+    """'; did you mean ...?' or the list of what there is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What one update does: which part learns and which stages have begun. One compiled program each."""
+
+    learns: str  # "encoder" or "probe"
+    stages: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """The five slots, the model and the optimisers, with every duration in steps."""
+
+    model: Model
+    views: dict[str, augment.Pipeline]
+    stages: tuple[Any, ...]
+    stage_starts: tuple[int, ...]  # in encoder steps
+    passes: tuple[Pass, ...]
+    terms: dict[str, Any]
+    memory: dict[str, Any]
+    tx: optax.GradientTransformation
+    schedule: Schedule
+    memory_tx: dict[str, optax.GradientTransformation]
+    memory_schedule: dict[str, Schedule]
+    seed: int
+    batch_size: int
+    steps_per_epoch: int
+    encoder_steps: int
+    image_shape: tuple[int, int, int]  # of a view
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_classes: int
+
+    @property
+    def probe_schedule(self) -> str:
+        """How the classifier learns; "online" where there is none."""
+        return next((p.schedule for p in self.memory.values() if p.schedule != "online"), "online")
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in the whole run, those of a probe that learns by itself included."""
+        return self.encoder_steps * (1 if self.probe_schedule == "online" else 2)
+
+    def encoder_step(self, step: int) -> int:
+        """Encoder updates done before update `step` of the run."""
+        if self.probe_schedule == "online":
+            return step
+        if self.probe_schedule == "sequential":
+            return min(step, self.encoder_steps)
+        cycle, position = divmod(step, 2 * self.steps_per_epoch)
+        return min(cycle * self.steps_per_epoch + min(position, self.steps_per_epoch), self.encoder_steps)
+
+    def phase(self, step: int) -> Phase:
+        """What update `step` (from 0) does."""
+        done = self.encoder_step(step)
+        if self.encoder_step(step + 1) == done:
+            return Phase("probe")
+        return Phase("encoder", tuple(i for i, start in enumerate(self.stage_starts) if done >= start))
+
+    def view_names(self, phase: Phase) -> tuple[str, ...]:
+        """The pipelines that run in a phase: what its passes and stages read, less what only a stage makes."""
+        wanted = {n for p in self.passes for n in p.views} | {n for i in phase.stages for n in self.stages[i].reads}
+        return tuple(n for n in self.views if n in wanted)
+
+
+def build_recipe(
+    config: ConfigDict,
+    *,
+    num_examples: int,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    num_classes: int,
+    labelled: bool,
+    num_devices: int = 1,
+) -> Recipe:
+    """Parts from a config and the facts of its data. Errors: UserError, one line, naming the config key."""
+    B = config.batch_size
+    if B < 1 or B % num_devices:
+        raise UserError(f"batch_size {B} does not divide over {num_devices} devices; use a multiple of {num_devices}")
+    if B > num_examples:
+        raise UserError(f"batch_size {B} is larger than the training set ({num_examples} images); use a smaller one")
+    per_epoch = num_examples // B
+    unit = dict(steps_per_epoch=per_epoch, batch_size=B)
+    steps = to_steps(config.duration, name="duration", **unit)
+    if steps < 1:
+        raise UserError(f"duration {config.duration!r} is less than one step; expected at least one")
+
+    size = config.size or image_shape[0]
+    pixels = dict(size=size, mean=mean, std=std)
+    views = {n: make_part(f"views.{n}", v, VIEWS, **pixels) for n, v in config.views.items()}
+    stages = tuple(make_part(f"stages[{i}]", s, STAGES) for i, s in enumerate(config.stages))
+    passes = tuple(construct(f"passes[{i}]", _make_pass, p) for i, p in enumerate(config.passes))
+    terms = {n: make_part(f"terms.{n}", t, TERMS) for n, t in config.terms.items()}
+    memory = {n: make_part(f"memory.{n}", m, MEMORY) for n, m in config.memory.items()}
+
+    model = make_model(construct("model", ModelOptions, config.model))
+    options = construct("optimizer", OptimizerOptions, config.optimizer)
+    schedule = make_schedule(options, name="optimizer", steps=steps, **unit)
+    memory_schedule, memory_tx = {}, {}
+    for n, node in config.memory.items():
+        name = f"memory.{n}.optimizer"
+        own = construct(name, OptimizerOptions, node.optimizer)
+        memory_schedule[n] = make_schedule(own, name=name, steps=steps, **unit)
+        memory_tx[n] = make_optimizer(own, memory_schedule[n], name=name)
+
+    recipe = Recipe(
+        model=model,
+        views=views,
+        stages=stages,
+        stage_starts=tuple(
+            to_steps(s.start, name=f"stages[{i}].start", total=steps, **unit) for i, s in enumerate(stages)
+        ),
+        passes=passes,
+        terms=terms,
+        memory=memory,
+        tx=make_optimizer(options, schedule, name="optimizer"),
+        schedule=schedule,
+        memory_tx=memory_tx,
+        memory_schedule=memory_schedule,
+        seed=config.seed,
+        batch_size=B,
+        steps_per_epoch=per_epoch,
+        encoder_steps=steps,
+        image_shape=(size, size, image_shape[2]),
+        mean=tuple(mean),
+        std=tuple(std),
+        num_classes=num_classes,
+    )
+    _check(recipe, labelled=labelled, num_devices=num_devices)
+    return recipe
+
+
+def _make_pass(views: tuple[str, ...] = ()) -> Pass:
+    return Pass(tuple(views))
+
+
+def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
+    """Refuse names that nothing makes and parts whose needs are not met."""
+    made = set(recipe.views) | {n for s in recipe.stages for n in s.writes}
+
+    def exists(name: str, where: str, known: set[str]) -> None:
+        if name not in known:
+            raise UserError(f"{where} names view {name!r}, which nothing makes{suggestion(name, sorted(known))}")
+
+    available = set(recipe.views)
+    for i, stage in enumerate(recipe.stages):
+        for name in stage.reads:
+            exists(name, f"stages[{i}]", available)
+        available |= set(stage.writes)
+        part = recipe.memory.get(stage.classifier)
+        if part is None:
+            raise UserError(f"stages[{i}] needs memory.{stage.classifier} (a linear_probe), which the config lacks")
+        if stage.method == "grad_cam":
+            tap_stage(stage.tap, recipe.model.encoder.stage_sizes)
+        if stage.capacity(recipe.batch_size) % num_devices:
+            raise UserError(
+                f"stages[{i}].background_capacity gives {stage.capacity(recipe.batch_size)} rows, which do not divide "
+                f"over {num_devices} devices"
+            )
+    if not recipe.passes or not recipe.terms:
+        raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
+    encoded: set[str] = set()
+    for i, p in enumerate(recipe.passes):
+        for name in p.views:
+            exists(name, f"passes[{i}]", made)
+            if name in encoded:
+                raise UserError(f"passes[{i}] encodes view {name!r} a second time; name it once")
+            encoded.add(name)
+    for n, term in recipe.terms.items():
+        for name in (*term.reads, *term.optional):
+            exists(name, f"terms.{n}", encoded)
+    for n, part in recipe.memory.items():
+        for name in part.views if part.schedule == "online" else ():
+            exists(name, f"memory.{n}", encoded & set(recipe.views))
+        if part.schedule != "online":
+            exists(part.view, f"memory.{n}", set(recipe.views))
+    needs = [f"terms.{n}" for n, t in recipe.terms.items() if t.needs_labels]
+    needs += [f"memory.{n}" for n in recipe.memory]
+    if needs and not labelled:
+        raise UserError(
+            f"{needs[0]} needs labels and the training data has none; use a label-free config such as "
+            "configs/supcon.py:folder, or give labels"
+        )

@@ -1,0 +1,274 @@
+"""The report of a run: an HTML page and its pictures in `report/`; it opens from disk and runs no scripts."""
+
+import html
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+from jaxcl.report import figures, verdict
+from jaxcl.report.style import DPI
+
+_log = logging.getLogger(__name__)
+
+# Panel -> (title, what to look for, how its panel's dict is drawn), in the order of the page.
+_SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]] = {
+    "curves": (
+        "Training",
+        "Light lines are single measurements, strong lines their running mean; the number is where each "
+        "ends. The loss should fall and flatten while accuracy rises; a loss that falls while accuracy "
+        "stays points to a shortcut. Images a second that sag, or a wait for data above a few percent, "
+        "mean the device was not kept busy.",
+        lambda panel: figures.curves(panel),
+    ),
+    "views": (
+        "What the encoder saw",
+        "Each row is one view of the same images. You should still recognise the class in every row: "
+        "where you cannot, the augmentation is too strong; where two rows look the same, there is "
+        "little to learn from the pair.",
+        lambda panel: figures.view_grid(panel["images"], panel.get("labels")),
+    ),
+    "saliency": (
+        "Saliency masks",
+        "What the classifier looked at, and what the mask kept. A good mask covers the object and "
+        "leaves the background out: the two outlines agree. A mask is accepted when the kept pixels "
+        "alone are still given the right class. The rejected ones are worth a look: they show what the "
+        "network needed and did not get.",
+        lambda panel: figures.saliency_grid(**panel),
+    ),
+    "embedding": (
+        "The embeddings in two dimensions",
+        "A t-SNE picture of the embeddings, scaled to unit length first; colour is the true class. Look "
+        "for islands of one colour; classes that share an island are the ones the encoder takes for "
+        "each other. Distances between islands mean little.",
+        lambda panel: figures.embedding(**panel),
+    ),
+    "confusion": (
+        "Which classes are confused",
+        "Rows are true classes, columns predictions; each row adds up to 100%. A perfect encoder has a "
+        "dark diagonal and nothing else.",
+        lambda panel: figures.confusion(**panel),
+    ),
+    "reliability": (
+        "Is its confidence to be trusted?",
+        "Predictions grouped by the confidence they were made with; the height of a bar is the share "
+        "that was right. Bars that end below the dashed line are overconfident, above it too modest. "
+        "The strip below shows where the predictions are.",
+        lambda panel: figures.reliability(panel),
+    ),
+    "robustness": (
+        "Under attack",
+        "Every pixel of each test image is moved by the given amount in the direction that hurts most "
+        "(FGSM). The slower accuracy falls and the less the calibration error grows, the better.",
+        lambda panel: figures.robustness(panel),
+    ),
+    "reliability_fgsm": (
+        "Its confidence under attack",
+        "The reliability diagram again, on attacked images. Tall shaded parts mean the network is sure "
+        "of answers that the attack has made wrong.",
+        lambda panel: figures.reliability(panel),
+    ),
+}
+
+
+def write_report(
+    workdir: str | os.PathLike,
+    *,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    results: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    panels: Mapping[str, Any],
+) -> pathlib.Path:
+    """Writes `workdir/report/index.html` and its PNG files.
+
+    A figure that cannot be drawn is named on the page and logged; it never costs the run its report.
+
+    Args:
+      workdir: the run folder.
+      config: the whole config; its "name" is the title.
+      environment: packages, devices, commit.
+      results: nested dict of the final figures, fractions in [0,1]; those known to `verdict` are explained at
+        the top, and all are listed below.
+      metrics: what `read_metrics` returns.
+      panels: name -> what its figure is drawn from; each may be missing:
+        "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
+        "embedding" those of `embedding`, "confusion" those of `confusion`, "reliability", "reliability_fgsm"
+        (on attacked images) and "robustness" the dicts of the functions of that name.
+
+    Returns:
+      The path of the page.
+    """
+    folder = pathlib.Path(workdir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _SECTIONS:  # pictures of an earlier report must not outlive their section
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    panels = {"curves": metrics, **panels}
+    for name in panels.keys() - _SECTIONS.keys():
+        _log.warning("the report has no section for the panel %r", name)
+    sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]
+
+    title = str(config.get("name") or pathlib.Path(workdir).resolve().name)
+    command = results.get("command") or environment.get("command")
+    body = [
+        f"<header><h1>{_esc(title)}</h1><p class=lead>{_esc(verdict.sentence(config, results))}</p></header>",
+        _verdict_table(results),
+        *sections,
+        _table_section("All results", verdict.flatten({k: v for k, v in results.items() if k != "command"})),
+        "<section><h2>How it was made</h2>",
+        f"<h3>Command</h3><pre>{_esc(command)}</pre>" if command else "",
+        f"<details><summary>Config</summary><pre>{_esc(_json(config))}</pre></details>" if config else "",
+        _details_table("Environment", verdict.flatten(environment)) if environment else "",
+        "</section>",
+    ]
+    page = folder / "index.html"
+    temporary = folder / "index.html.tmp"
+    temporary.write_text(_PAGE.format(title=_esc(title), style=_CSS, body="\n".join(body)), encoding="utf-8")
+    os.replace(temporary, page)
+    return page
+
+
+def _present(panel: Any) -> bool:
+    return panel is not None and len(panel) > 0
+
+
+def _section(folder: pathlib.Path, name: str, panel: Any) -> str:
+    title, caption, draw = _SECTIONS[name]
+    try:
+        figure = draw(panel)
+        figures.save(figure, folder / f"{name}.png")
+    except Exception as error:  # the weeks of training behind the page are worth more than one of its pictures
+        _log.warning("the figure %r of the report could not be drawn", name, exc_info=True)
+        said = f"This figure could not be drawn: {type(error).__name__}: {error}"
+        return f'<section id="{name}"><h2>{_esc(title)}</h2><p class=missing>{_esc(said)}</p></section>'
+    # Fewer pixels on the page than in the file keep it sharp on dense screens; CSS shrinks it on narrow ones.
+    width, height = (round(inches * DPI / 1.8) for inches in figure.get_size_inches())
+    return (
+        f'<section id="{name}"><h2>{_esc(title)}</h2><p>{_esc(caption)}</p>'
+        f'<figure><img src="{name}.png" width="{width}" height="{height}" alt="{_esc(title)}"></figure>'
+        "</section>"
+    )
+
+
+def _verdict_table(results: Mapping[str, Any]) -> str:
+    rows = verdict.rows(results)
+    if not rows:
+        return ""
+    cells = "".join(
+        f"<tr><th scope=row>{_esc(row.name)}</th><td class=value>{_esc(row.value)}</td>"
+        f"<td class=better>{_esc(row.better)}</td><td>{_esc(row.meaning)}</td></tr>"
+        for row in rows
+    )
+    head = "<tr><th>measure</th><th class=value>result</th><th>better</th><th>what it says</th></tr>"
+    return (
+        f"<section><h2>In short</h2><div class=wide><table class=verdict><thead>{head}</thead>"
+        f"<tbody>{cells}</tbody></table></div></section>"
+    )
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    cells = "".join(
+        f"<tr><th scope=row>{_esc(name)}</th><td class=plain>{_esc(_value(value))}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<div class=wide><table class=all>{cells}</table></div>"
+
+
+def _table_section(title: str, rows: Mapping[str, Any]) -> str:
+    return f"<section><h2>{_esc(title)}</h2>{_table(rows)}</section>" if rows else ""
+
+
+def _details_table(title: str, rows: Mapping[str, Any]) -> str:
+    return f"<details><summary>{_esc(title)}</summary>{_table(rows)}</details>"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, (bool, str)):
+        return str(value)
+    if isinstance(value, (int, np.integer)):
+        return str(int(value))
+    if isinstance(value, (float, np.floating)):
+        return f"{float(value):.5g}"
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+        if not isinstance(value, list):
+            return _value(value)
+    if isinstance(value, (list, tuple)):
+        if len(value) <= 12 and not any(isinstance(v, (list, tuple, Mapping)) for v in value):
+            return ", ".join(_value(v) for v in value)
+        return f"({len(value)} values, in results.json)"
+    return str(value)
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    def plain(value: Any) -> Any:
+        if hasattr(value, "items"):
+            return dict(value.items())
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    return json.dumps(config, indent=2, default=plain, ensure_ascii=False)
+
+
+def _esc(text: Any) -> str:
+    return html.escape(str(text), quote=True)
+
+
+_CSS = """
+:root{color-scheme:light dark;--ink:#1c2733;--muted:#5c6773;--line:#dfe3e8;--page:#fff;--box:#f5f7f9;
+--accent:#0072b2}
+@media(prefers-color-scheme:dark){:root{--ink:#e8ecf0;--muted:#a3adb8;--line:#38424d;--page:#14191f;--box:#1d242c;
+--accent:#56b4e9}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:948px;padding:32px 24px 64px;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sans-serif}
+h1{font-size:2rem;line-height:1.2;margin:0 0 8px;overflow-wrap:anywhere}
+h2{font-size:1.3rem;margin:0 0 8px}
+h3{font-size:1rem;margin:16px 0 4px}
+.lead{font-size:1.1rem;color:var(--muted);margin:0;overflow-wrap:anywhere}
+section{margin-top:48px}
+section>p{max-width:72ch;margin:0 0 16px;color:var(--muted)}
+figure{margin:0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:16px;text-align:center}
+img{max-width:100%;height:auto;vertical-align:middle}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.94rem}
+th,td{text-align:left;vertical-align:top;padding:8px 16px 8px 0;border-bottom:1px solid var(--line)}
+th{font-weight:600}
+thead th{color:var(--muted);font-weight:400;font-size:.85rem}
+.value{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.value{font-weight:700;font-size:1.1rem;color:var(--accent);line-height:1.4}
+.better{color:var(--muted);white-space:nowrap}
+@media(min-width:700px){.verdict th{white-space:nowrap}}
+.all th,.all td{padding:3px 16px 3px 0;font-weight:400}
+.plain{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.missing{border-left:4px solid #d55e00;padding:8px 16px;background:var(--box)}
+pre{background:var(--box);border:1px solid var(--line);border-radius:8px;padding:12px 16px;overflow-x:auto;
+font:13.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
+overflow-wrap:anywhere;margin:4px 0}
+details{margin-top:16px}
+summary{cursor:pointer;font-weight:600}
+@media(max-width:699px){body{padding:16px 12px 48px}figure{padding:8px}
+.verdict thead{display:none}.verdict tr{display:grid;grid-template-columns:1fr auto auto;padding:8px 0;
+border-bottom:1px solid var(--line)}.verdict th,.verdict td{border:0;padding:0 0 0 12px}.verdict th{padding:0}
+.verdict td:last-child{grid-column:1/-1;padding:2px 0 0;color:var(--muted)}}
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,180 @@
+"""One look for every figure: a light page, few lines, colours that colour-blind readers can tell apart."""
+
+import contextlib
+import functools
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import ParamSpec
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+# Inches and dots: a figure is 1620 dots wide and shown at 900, so 1 point of type is 1.4 pixels on screen.
+WIDTH = 9.0
+DPI = 180
+
+INK, MUTED, FAINT = "#1c2733", "#66717d", "#dfe3e8"
+BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#56b4e9",
+    "#cc79a7",
+)
+LINES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
+# Ten hues for classes: Okabe and Ito's eight with black left out, and three that stay apart from them.
+CLASSES = (*LINES[:4], "#7a3e9d", SKY, "#c24d8a", "#8a9a00", "#6b6b6b", "#7f4a1e")
+GOOD, BAD = BLUE, VERMILLION
+
+_RC = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#b6bec7",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 8,
+    "figure.facecolor": "white",
+    "figure.dpi": DPI,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "savefig.facecolor": "white",
+    "text.color": INK,
+    # A class may be called "$5 note": names are names, never formulas.
+    "text.parse_math": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+P = ParamSpec("P")
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The style, and no warning about letters the bundled font lacks (they show as boxes)."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # a notebook's own style stays out of the report
+        matplotlib.rcParams.update(_RC)
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def styled(draw: Callable[P, matplotlib.figure.Figure]) -> Callable[P, matplotlib.figure.Figure]:
+    """Draws under `style`, so that a figure looks the same whatever the caller's own settings are."""
+
+    @functools.wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> matplotlib.figure.Figure:
+        with style():
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
+def new_figure(height: float, *, width: float = WIDTH, layout: str | None = "constrained"):
+    """A figure on an Agg canvas of its own: no pyplot, no window, nothing to close."""
+    figure = matplotlib.figure.Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: matplotlib.figure.Figure, path: str | pathlib.Path) -> pathlib.Path:
+    """Writes a PNG in the style."""
+    path = pathlib.Path(path)
+    with style():
+        figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
+    return path
+
+
+def message(text: str) -> matplotlib.figure.Figure:
+    """A short figure that says why there is nothing to draw."""
+    figure = new_figure(1.0, layout=None)
+    figure.text(0.02, 0.5, text, va="center", color=MUTED)
+    return figure
+
+
+def short(name: object, length: int = 18) -> str:
+    """A name that fits, on one line."""
+    name = " ".join(str(name).split())
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def as_rgb(images: np.ndarray) -> np.ndarray:
+    """[..., H, W, 1 or 3] or [..., H, W], uint8 or float in [0,1] -> float32 [..., H, W, 3] in [0,1]."""
+    images = np.asarray(images)
+    if images.ndim == 2 or images.shape[-1] not in (1, 3):
+        images = images[..., None]
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    images = np.clip(np.nan_to_num(images.astype(np.float32) / scale), 0.0, 1.0)
+    return np.broadcast_to(images, (*images.shape[:-1], 3))
+
+
+class Sheet:
+    """A sheet of small images, placed to the dot so that each pixel is a square of the same size.
+
+    Positions are in dots from the top left corner. Type is set in points as everywhere else.
+    """
+
+    def __init__(self, width: int, height: int):
+        self.figure = new_figure(height / DPI, width=width / DPI, layout=None)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set_axis_off()
+        self.axes.set_xlim(0, width)
+        self.axes.set_ylim(height, 0)
+        self.axes.set_aspect("auto")
+
+    def image(self, pixels: np.ndarray, x: int, y: int, size: tuple[int, int]) -> None:
+        """Draws [H,W,3] in [0,1] at (x, y), `size` = (width, height) in dots."""
+        w, h = size
+        self.axes.imshow(pixels, extent=(x, x + w, y + h, y), interpolation="nearest", aspect="auto", vmin=0, vmax=1)
+        self.axes.set_xlim(0, self.figure.bbox.width)
+        self.axes.set_ylim(self.figure.bbox.height, 0)
+
+    def text(self, x: float, y: float, text: str, **options) -> None:
+        self.axes.text(x, y, text, **{"va": "center", "ha": "left", **options})
+
+    def frame(self, x: float, y: float, size: tuple[int, int], color: str, width: float = 1.6) -> None:
+        from matplotlib.patches import Rectangle
+
+        self.axes.add_patch(Rectangle((x, y), *size, fill=False, edgecolor=color, linewidth=width, joinstyle="miter"))
+
+    def outline(self, mask: np.ndarray, x: int, y: int, size: tuple[int, int], color: str, width: float) -> None:
+        """The border of a boolean mask [H,W], along its pixels' edges."""
+        from matplotlib.collections import LineCollection
+
+        mask = np.pad(np.asarray(mask, bool), 1)
+        sx, sy = size[0] / (mask.shape[1] - 2), size[1] / (mask.shape[0] - 2)
+        rows, cols = np.nonzero(mask[:, 1:] != mask[:, :-1])  # vertical edges
+        lines = [((x + c * sx, y + (r - 1) * sy), (x + c * sx, y + r * sy)) for r, c in zip(rows, cols, strict=True)]
+        rows, cols = np.nonzero(mask[1:] != mask[:-1])  # horizontal edges
+        lines += [((x + (c - 1) * sx, y + r * sy), (x + c * sx, y + r * sy)) for r, c in zip(rows, cols, strict=True)]
+        self.axes.add_collection(
+            LineCollection(lines, colors=color, linewidths=width, capstyle="projecting"), autolim=False
+        )
+
+
+def cell_size(shape: tuple[int, int], room: int, limit: int = 200) -> tuple[int, int]:
+    """(width, height) in dots of an image [H,W] in `room` dots: a whole number of dots a pixel."""
+    h, w = shape
+    scale = min(room, limit) / w
+    scale = float(int(scale)) if scale >= 1 else scale
+    return int(round(w * scale)), int(round(h * scale))

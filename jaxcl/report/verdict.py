@@ -1,0 +1,226 @@
+"""Which results stand at the top of the report, and what each of them says in plain words."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxcl.report.progress import duration
+
+HIGHER, LOWER = "↑ higher", "↓ lower"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    value: str
+    better: str
+    meaning: str
+
+
+# (name, where it may stand in the results, better, meaning); fractions, shown in percent.
+_PERCENT = (
+    (
+        "Linear probe",
+        ("linear.accuracy", "linear"),
+        HIGHER,
+        "a linear classifier trained on the frozen features, the usual measure of an encoder",
+    ),
+    (
+        "Nearest neighbours",
+        ("knn.accuracy", "knn"),
+        HIGHER,
+        "the class of the most similar training embeddings, with nothing trained on top",
+    ),
+    (
+        "Online classifier",
+        ("classifier.accuracy", "probe.accuracy", "classifier", "probe"),
+        HIGHER,
+        "the classifier learned beside the encoder",
+    ),
+    (
+        "Raw-pixel baseline",
+        (
+            "raw_pixels.accuracy",
+            "raw_pixel.accuracy",
+            "linear_raw_pixels.accuracy",
+            "raw_pixels",
+            "raw_pixel",
+        ),
+        "",
+        "the same linear probe on plain pixels: what the encoder has to beat",
+    ),
+    (
+        "Accuracy, shifted test",
+        ("calibration.test_shifted.accuracy", "test_shifted.accuracy"),
+        HIGHER,
+        "on test images from another distribution than the training images",
+    ),
+    (
+        "ECE, clean",
+        (
+            "calibration.clean.ece",
+            "calibration.test.ece",
+            "calibration.ece",
+            "calibration.clean",
+            "calibration.test",
+        ),
+        LOWER,
+        "how far confidence is from the share of right answers, on average",
+    ),
+    (
+        "ECE, shifted test",
+        (
+            "calibration.test_shifted.ece",
+            "calibration.shifted.ece",
+            "calibration.test_shifted",
+            "calibration.shifted",
+        ),
+        LOWER,
+        "the same on the shifted test images, where networks tend to be too sure",
+    ),
+    (
+        "Average drop",
+        ("explanation.average_drop",),
+        LOWER,
+        "confidence lost when only the most salient pixels are left; low: the map found what mattered",
+    ),
+    (
+        "Rate of increase",
+        ("explanation.rate_of_increase",),
+        HIGHER,
+        "share of images that get more confident when all but the salient pixels is removed",
+    ),
+    (
+        "Mask overlap (IoU)",
+        ("explanation.iou", "explanation.mask_iou", "iou"),
+        HIGHER,
+        "overlap of the salient area with the true object, 100% = identical",
+    ),
+    (
+        "Pointing hit",
+        ("explanation.pointing_hit", "explanation.pointing_game", "pointing_hit"),
+        HIGHER,
+        "share of images whose most salient pixel lies on the object",
+    ),
+)
+
+
+def rows(results: Mapping[str, Any]) -> list[Row]:
+    """The known results that are there, in the order of the page."""
+    found = []
+    pixels = number(results, *_PERCENT[3][1])
+    for name, places, better, meaning in _PERCENT:
+        value = number(results, *places)
+        if value is None:
+            continue
+        if name == "Linear probe" and pixels is not None:
+            meaning += f"; {_points(value - pixels)} raw pixels"
+        found.append(Row(name, percent(value), better, meaning))
+    attacked = _attacks(results)
+    for epsilon in sorted({min(attacked, key=lambda e: abs(e - 4))} if attacked else ()):
+        meaning = f"after every pixel moved by {epsilon:g}/255 in the direction that hurts most (FGSM)"
+        found.append(Row("Accuracy under attack", percent(attacked[epsilon]), HIGHER, meaning))
+    seconds = total_seconds(results)
+    if seconds is not None:
+        found.append(Row("Time", duration(seconds), LOWER, _time_split(results)))
+    return found
+
+
+def sentence(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """One sentence that says what was run and how it went."""
+    said = "Trained"
+    data = config.get("data")
+    source = data.get("source") if hasattr(data, "get") else data
+    if isinstance(source, str) and source:
+        said += f" on {source}"
+    steps = results.get("steps")
+    if isinstance(steps, int):
+        said += f" for {steps:,} steps"
+    seed = results.get("seed", config.get("seed"))
+    if seed is not None:
+        said += f" with seed {seed}"
+    seconds = total_seconds(results)
+    if seconds is not None:
+        said += f" in {duration(seconds)}"
+    linear, pixels = number(results, *_PERCENT[0][1]), number(results, *_PERCENT[3][1])
+    neighbours = number(results, *_PERCENT[1][1])
+    if linear is not None:
+        said += f": a linear probe reaches {percent(linear)}"
+        said += f", {_points(linear - pixels)} raw pixels" if pixels is not None else ""
+    elif neighbours is not None:
+        said += f": nearest neighbours reach {percent(neighbours)}"
+    return said + "."
+
+
+def number(results: Mapping[str, Any], *places: str) -> float | None:
+    """The first of the dotted `places` that holds a finite number."""
+    for place in places:
+        value: Any = results
+        for key in place.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        value = _as_float(value)
+        if value is not None:
+            return value
+    return None
+
+
+def total_seconds(results: Mapping[str, Any]) -> float | None:
+    """seconds.total, else the sum of the parts, else None."""
+    seconds = results.get("seconds")
+    if not isinstance(seconds, Mapping):
+        return _as_float(seconds)
+    if (total := _as_float(seconds.get("total"))) is not None:
+        return total
+    parts = [v for v in map(_as_float, seconds.values()) if v is not None]
+    return sum(parts) if parts else None
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
+def _points(difference: float) -> str:
+    return f"{abs(100 * difference):.1f} points {'above' if difference >= 0 else 'below'}"
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, (bool, str)) or value is None or isinstance(value, Mapping):
+        return None
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _attacks(results: Mapping[str, Any]) -> dict[float, float]:
+    attacks = {}
+    for epsilon, value in (results.get("fgsm") if isinstance(results.get("fgsm"), Mapping) else {}).items():
+        accuracy = number({"a": value}, "a.accuracy", "a")
+        try:
+            epsilon = float(epsilon)
+        except ValueError:
+            continue
+        if accuracy is not None and epsilon > 0:
+            attacks[epsilon] = accuracy
+    return attacks
+
+
+def _time_split(results: Mapping[str, Any]) -> str:
+    seconds = results.get("seconds")
+    parts = seconds if isinstance(seconds, Mapping) else {}
+    said = [f"{key} {duration(v)}" for key in parts if key != "total" and (v := _as_float(parts[key])) is not None]
+    return ("by the clock: " + ", ".join(said)) if said else "by the clock, from start to end"

@@ -1,0 +1,98 @@
+"""Terms: losses on the named embeddings of one update. The equations are in jaxcl.losses; here they meet their inputs.
+
+B batch, K background rows, V views, D features, E embedding.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl import losses
+from jaxcl.errors import UserError
+
+Array = jax.Array
+
+
+class Embedding(NamedTuple):
+    """What one view became: pooled features h [B,D], embedding z [B,E] (not normalised), rows that exist [B] or None."""
+
+    h: Array
+    z: Array
+    where: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SupCon:
+    """SupCon (L_out) on two or more views, with an optional view of background rows. papers/excon.md b.1 to b.4."""
+
+    views: tuple[str, ...] = ("view1", "view2")
+    labels: bool = True  # False: each image is its own class, which is SimCLR's NT-Xent
+    background: str = ""  # a view whose rows are negatives only; dropped while no stage makes it
+    background_anchor: bool = False  # those rows are instead one more class, and anchors too (b.4)
+    temperature: float = 0.1
+    base_temperature: float = 0.1  # the loss is multiplied by temperature / base_temperature
+    anchors: str = "all"  # "all" views or the "first" only
+    anchor_mean: str = "all"  # an anchor without a positive counts 0 ("all") or not at all ("positive")
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not (self.temperature > 0 and self.base_temperature > 0):
+            raise UserError("term supcon: temperature and base_temperature must be above 0")
+        for key, value, known in (
+            ("anchors", self.anchors, ("all", "first")),
+            ("anchor_mean", self.anchor_mean, ("all", "positive")),
+        ):
+            if value not in known:
+                raise UserError(f"term supcon: {key} is {value!r}; expected one of {', '.join(known)}")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.labels
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.views
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return (self.background,) if self.background else ()
+
+    def __call__(self, e: dict[str, Embedding], label: Array) -> Array:
+        z_BxVxE = jnp.stack([e[name].z for name in self.views], axis=1)
+        wheres = [e[name].where for name in self.views if e[name].where is not None]
+        where = jnp.all(jnp.stack(wheres), axis=0) if wheres else None
+        B = z_BxVxE.shape[0]
+        # An image without a label (-1) is a class of its own, below every real one.
+        labels = jnp.where(label >= 0, label, -2 - jnp.arange(B)) if self.labels else jnp.arange(B)
+        options = dict(
+            temperature=self.temperature,
+            base_temperature=self.base_temperature,
+            anchors=self.anchors,
+            anchor_mean=self.anchor_mean,
+        )
+        background = e.get(self.background) if self.background else None
+        if background is None:
+            return losses.supcon(z_BxVxE, labels, where=where, **options)
+        if not self.background_anchor:
+            return losses.supcon(
+                z_BxVxE,
+                labels,
+                where=where,
+                negatives=background.z,
+                negatives_where=background.where,
+                negatives_count=len(self.views),
+                **options,
+            )
+        # One class past the last for all backgrounds. Every view of a background is its one image.
+        K, V = background.z.shape[0], len(self.views)
+        extra = jnp.broadcast_to(background.z[:, None], (K, V, background.z.shape[-1]))
+        ones = jnp.ones(B, bool) if where is None else where
+        exists = jnp.ones(K, bool) if background.where is None else background.where
+        return losses.supcon(
+            jnp.concatenate([z_BxVxE, extra]),
+            jnp.concatenate([labels, jnp.full(K, jnp.iinfo(labels.dtype).max, labels.dtype)]),
+            where=jnp.concatenate([ones, exists]),
+            **options,
+        )

@@ -1,0 +1,278 @@
+"""The loop, read top to bottom: data -> update -> metrics -> evaluate -> checkpoint -> report."""
+
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxcl import config as configs
+from jaxcl import report, run_folder, sharding
+from jaxcl.checkpoint import Checkpoints, Preemption
+from jaxcl.data import Loader, Source, make_source
+from jaxcl.durations import to_steps
+from jaxcl.errors import Diverged, Preempted, UserError
+from jaxcl.evaluate.suite import Evaluation
+from jaxcl.recipe import Recipe, build_recipe
+from jaxcl.report import MetricsWriter, Progress, read_metrics
+from jaxcl.train_state import TrainState
+from jaxcl.update import compile_update, init_state
+
+say = logging.getLogger("jaxcl")
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Train what the config says in `workdir`, or go on where it stopped; -> the contents of results.json.
+
+    Errors: UserError before anything compiles; Diverged when the loss is no longer finite; Preempted after a SIGTERM,
+    with everything saved.
+    """
+    started = time.monotonic()
+    workdir = pathlib.Path(workdir)
+    plain = configs.to_dict(config)
+    if (results := run_folder.finished(workdir, plain)) is not None:
+        return results
+
+    # ---- data
+    source = _source(config, "train")
+    devices = config.devices or jax.device_count()
+    if devices > jax.device_count():
+        raise UserError(f"devices is {devices}, but there are {jax.device_count()}; use 0 for all of them")
+    recipe = build_recipe(
+        config,
+        num_examples=len(source),
+        image_shape=source.image_shape,
+        mean=source.mean,
+        std=source.std,
+        num_classes=source.num_classes,
+        labelled=source.labelled,
+        num_devices=devices,
+    )
+    evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: _source(config, split))
+    every = _intervals(config, recipe)
+    writes = jax.process_index() == 0
+    run_folder.claim(workdir, plain, writes)
+
+    # ---- state: the newest checkpoint of this workdir, else fresh
+    mesh = sharding.make_mesh(devices)
+    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    state, step = _initial_state(recipe, checkpoints, replicated)
+    if step:
+        say.info("resuming %s from step %d", workdir, step)
+
+    # ---- loop
+    total = recipe.total_steps
+    metrics_writer = MetricsWriter(workdir, first_step=step) if writes else None
+    stream = None if writes else open(os.devnull, "w")
+    progress = Progress(total, initial=step, unit_images=recipe.batch_size, stream=stream)
+    updates, pending, log = {}, None, _Log(recipe, metrics_writer, progress, every["log"])
+    preemption = Preemption()
+    best = _Best(workdir, config, recipe)
+    loader = Loader(
+        source,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        start_step=step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        sharding=rows,
+        prefetch=config.data.prefetch,
+    )
+    try:
+        log.begin(loader)
+        while step < total:
+            phase = recipe.phase(step)
+            if phase not in updates:
+                updates[phase] = compile_update(recipe, phase, replicated, rows)
+            batch = next(loader)
+            with jax.transfer_guard("disallow"):
+                state, metrics = updates[phase](state, batch)
+            # Step n is on its way; only now read what step n - 1 gave, so the device never waits for the host.
+            if pending is not None:
+                log.add(*pending)
+            step, pending = step + 1, (step + 1, metrics)
+
+            due = step == total or step % every["checkpoint"] == 0
+            evaluate = step < total and every["eval"] and step % every["eval"] == 0
+            preempted = preemption.reached(step)
+            if due or evaluate or preempted:
+                log.add(*pending)  # waits for this step: a state whose loss is not finite is never saved
+                pending = None
+            if evaluate:
+                with progress.paused():
+                    figures = evaluation.quick(state, mesh)
+                log.write(step, figures)
+                best.offer(step, state, figures)
+                log.begin(loader)
+            if due or preempted:
+                checkpoints.save(step, state)
+            if preempted and step < total:
+                checkpoints.wait()
+                raise Preempted(f"stopped at step {step} of {total} on request; the same command goes on from there")
+    except Diverged as error:
+        raise Diverged(_diverged(error, checkpoints)) from None
+    finally:
+        log.flush()
+        loader.close()
+        preemption.close()
+        progress.close()
+        checkpoints.close()
+        if metrics_writer:
+            metrics_writer.close()
+
+    # ---- evaluation, results, report
+    trained = time.monotonic()
+    results, panels = evaluation.final(state, mesh)
+    results |= best.result(evaluation, state, mesh)
+    results |= {
+        "seed": config.seed,
+        "config": config.name,
+        "steps": total,
+        "command": run_folder.command(),
+        "versions": run_folder.environment()["packages"],
+        "seconds": {"train": round(trained - started, 1), "evaluate": round(time.monotonic() - trained, 1)},
+    }
+    if writes:
+        if config.report:
+            begun = time.monotonic()
+            page = report.write_report(
+                workdir,
+                config=plain,
+                environment=run_folder.environment(),
+                results=results,
+                metrics=read_metrics(workdir),
+                panels=panels,
+            )
+            results["seconds"]["report"] = round(time.monotonic() - begun, 1)
+            say.info("report: %s", page)
+        run_folder.write_json(workdir / "results.json", results)  # last: its presence means the run is finished
+    return results
+
+
+def _source(config: ConfigDict, split: str) -> Source:
+    options = dict(config.data.options)
+    if config.data.source.startswith("tfds:"):
+        options["data_dir"] = config.data.data_dir or None
+        options["image_size"] = config.data.image_size or None
+    limit = config.data.limit if split == "train" else 0
+    return make_source(
+        config.data.source,
+        split=split,
+        seed=config.seed,
+        validation=config.data.validation,
+        limit=limit or None,
+        **options,
+    )
+
+
+def _intervals(config: ConfigDict, recipe: Recipe) -> dict[str, int]:
+    """log, eval and checkpoint intervals in steps."""
+    unit = dict(steps_per_epoch=recipe.steps_per_epoch, batch_size=recipe.batch_size, total=recipe.total_steps)
+    return {
+        "log": max(1, to_steps(config.log_every, name="log_every", **unit)),
+        "eval": to_steps(config.eval.every, name="eval.every", **unit),
+        "checkpoint": max(1, to_steps(config.checkpoint.every, name="checkpoint.every", **unit)),
+    }
+
+
+def _initial_state(recipe: Recipe, checkpoints: Checkpoints, replicated) -> tuple[TrainState, int]:
+    create = jax.jit(lambda: init_state(recipe), out_shardings=replicated)
+    if checkpoints.latest is None:
+        return create(), 0
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create)
+    )
+    state = checkpoints.restore(abstract)
+    return state, checkpoints.latest
+
+
+class _Log:
+    """Means of the metrics since the last line, one line every `interval` steps."""
+
+    def __init__(self, recipe: Recipe, writer: MetricsWriter | None, progress: Progress, interval: int):
+        self._recipe, self._writer, self._progress, self._interval = recipe, writer, progress, interval
+        self._sums: dict[str, list[float]] = {}
+        self._step = 0
+
+    def begin(self, loader: Loader) -> None:
+        """Start the clock of an interval (again, after time spent on other things)."""
+        self._loader, self._since, self._waited = loader, time.monotonic(), loader.seconds_waited
+        self._first = None
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take in the metrics of update `step` (counted from 1). Errors: Diverged."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if not math.isfinite(values["loss"]):
+            raise Diverged(f"loss is {values['loss']} at step {step}")
+        for k, v in values.items():
+            self._sums.setdefault(k, []).append(v)
+        self._step = step
+        if self._first is None:
+            self._first = step - 1
+        if step % self._interval == 0 or step == self._recipe.total_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the line of what was added since the last one."""
+        if not self._sums:
+            return
+        now, waited = time.monotonic(), self._loader.seconds_waited
+        seconds, steps = now - self._since, self._step - self._first
+        figures = {k: sum(v) / len(v) for k, v in self._sums.items()}
+        figures["lr"] = float(self._recipe.schedule(jnp.asarray(self._recipe.encoder_step(self._step - 1))))
+        figures["images_per_second"] = steps * self._recipe.batch_size / seconds
+        figures["data_wait"] = (waited - self._waited) / seconds
+        self._sums, self._since, self._waited, self._first = {}, now, waited, self._step
+        self._progress.update(self._step, loss=figures["loss"], data_wait=figures["data_wait"])
+        self.write(self._step, figures)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        if self._writer:
+            self._writer.write(step, figures)
+
+
+class _Best:
+    """Keeps the state that is best on the validation split; without one there is no best, only a last."""
+
+    def __init__(self, workdir: pathlib.Path, config: ConfigDict, recipe: Recipe):
+        self._on = bool(config.checkpoint.keep_best and config.data.validation)
+        self._recipe, self._path, self._file = recipe, workdir / "best", workdir / "best.json"
+        self._record = json.loads(self._file.read_text()) if self._on and self._file.exists() else None
+
+    def offer(self, step: int, state: TrainState, figures: dict[str, float]) -> None:
+        score = figures.get("eval/classifier_accuracy", figures.get("eval/knn_accuracy"))
+        if not self._on or score is None or (self._record and score <= self._record["validation_accuracy"]):
+            return
+        with Checkpoints(self._path, keep=1) as checkpoints:
+            checkpoints.save(step, state)
+        self._record = {"step": step, "validation_accuracy": score}
+        if jax.process_index() == 0:
+            run_folder.write_json(self._file, self._record)
+
+    def result(self, evaluation: Evaluation, state: TrainState, mesh) -> dict[str, Any]:
+        """{"best": ...}: the last state is offered too, and the winner measured once on the test split."""
+        if not self._on:
+            return {}
+        self.offer(int(state.step), state, evaluation.quick(state, mesh))
+        with Checkpoints(self._path, keep=1) as checkpoints:
+            winner = checkpoints.restore(state)
+        figures = evaluation.quick(winner, mesh, split="test")
+        return {"best": self._record | {k.removeprefix("eval/"): v for k, v in figures.items()}}
+
+
+def _diverged(error: Diverged, checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    last = checkpoints.latest
+    where = (
+        "no checkpoint was saved yet"
+        if last is None
+        else f"the last good checkpoint is step {last} in {checkpoints.directory}"
+    )
+    return f"{error}; {where}; try a lower optimizer.lr, a warm-up or optimizer.clip_norm"

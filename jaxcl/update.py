@@ -1,0 +1,190 @@
+"""The one update: views -> stages -> passes -> terms -> gradients -> memory -> new TrainState, inside one jit.
+
+A recipe fills the five slots; nothing else differs between methods. B batch, S side of a view, D features, E embedding.
+
+Batch norm is global under `jit` (a sharded batch gives the statistics of one device). Views are stacked image by image
+rather than one batch after the other, so that a pass over several views of a sharded batch moves no image.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcl.recipe import Pass, Phase, Recipe
+from jaxcl.terms import Embedding
+from jaxcl.train_state import TrainState
+from jaxcl.views import Context, View, view_keys
+
+Array = jax.Array
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def make_update(recipe: Recipe, phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The pure update of one phase of the schedule; jit it with donation (see `compile_update`)."""
+    return _probe_update(recipe) if phase.learns == "probe" else _encoder_update(recipe, phase)
+
+
+def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding):
+    """`make_update` under jit: the state is donated, so on an accelerator it is updated in place."""
+    return jax.jit(
+        make_update(recipe, phase),
+        in_shardings=(state_sharding, batch_sharding),
+        out_shardings=(state_sharding, state_sharding),
+        donate_argnums=0,
+    )
+
+
+def init_state(recipe: Recipe) -> TrainState:
+    """A fresh TrainState; a function of the seed alone."""
+    key = jax.random.key(recipe.seed)
+    params, batch_stats = recipe.model.init(jax.random.fold_in(key, 1), recipe.image_shape)
+    memory = {
+        name: part.init(
+            jax.random.fold_in(key, 2 + i), recipe.model.features, recipe.num_classes, recipe.memory_tx[name]
+        )
+        for i, (name, part) in enumerate(sorted(recipe.memory.items()))
+    }
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=recipe.tx.init(params),
+        memory=memory,
+    )
+
+
+def to_pixels(image: Array) -> Array:
+    """uint8 [B,H,W,C] -> float32 in [0, 1]."""
+    return image.astype(jnp.float32) / 255
+
+
+def make_views(recipe: Recipe, state: TrainState, batch: Batch, names: tuple[str, ...]) -> dict[str, View]:
+    """The named views of a batch; every image draws from its own key."""
+    pixels = to_pixels(batch["image"])
+    return {n: _draw(recipe, state, batch["index"], n, n, pixels) for n in names}
+
+
+def _draw(recipe: Recipe, state: TrainState, index: Array, pipeline: str, name: str, pixels: Array) -> View:
+    image, params = recipe.views[pipeline](view_keys(state.key, state.step, index, name), pixels)
+    return View(image, params)
+
+
+def run_stages(
+    recipe: Recipe, phase: Phase, state: TrainState, batch: Batch, views: dict[str, View]
+) -> tuple[dict[str, View], dict, Metrics]:
+    """-> (views with what the active stages made, batch statistics, figures). Nothing here is differentiated."""
+    stats, metrics = state.batch_stats, {}
+    for i in phase.stages:
+        stage = recipe.stages[i]
+        part = recipe.memory.get(getattr(stage, "classifier", None))
+        context = Context(
+            model=recipe.model,
+            params=state.params,
+            batch_stats=stats,
+            memory=state.memory,
+            pixels=to_pixels(batch["image"]),
+            mean=recipe.mean,
+            label=batch["label"],
+            classifier=(None if part is None else lambda m, h, p=part, n=stage.classifier: p.logits(m[n], h)),
+            augment=lambda pipeline, name, x: _draw(recipe, state, batch["index"], pipeline, name, x),
+        )
+        out = jax.lax.stop_gradient(stage(context, views))
+        views = {**views, **out.views}
+        stats = stats if out.batch_stats is None else out.batch_stats
+        metrics.update(out.metrics)
+    return views, stats, metrics
+
+
+def run_pass(recipe: Recipe, params, stats, views: dict[str, View], spec: Pass) -> tuple[dict[str, Embedding], dict]:
+    """Encode some views together, as one batch of the batch norm. -> (embeddings by name, new statistics)."""
+    names = [n for n in spec.views if n in views]
+    images = [views[n].image for n in names]
+    wheres = [views[n].where for n in names]
+    if all(w is None for w in wheres):
+        where = None
+    else:
+        wheres = [jnp.ones(len(x), bool) if w is None else w for w, x in zip(wheres, images, strict=True)]
+        where = _merge(wheres)
+    h, stats = recipe.model.encode(params, stats, _merge(images), train=True, where=where)
+    z = recipe.model.project(params, h)
+    sizes = [len(x) for x in images]
+    return {
+        n: Embedding(hh, zz, views[n].where)
+        for n, hh, zz in zip(names, _split(h, sizes), _split(z, sizes), strict=True)
+    }, stats
+
+
+def _merge(arrays: list[Array]) -> Array:
+    if len({len(a) for a in arrays}) == 1:
+        # Row r of every view side by side: rows stay on the device that holds them.
+        return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+    return jnp.concatenate(arrays)
+
+
+def _split(array: Array, sizes: list[int]) -> list[Array]:
+    if len(set(sizes)) == 1:
+        array = array.reshape(sizes[0], len(sizes), *array.shape[1:])
+        return [array[:, i] for i in range(len(sizes))]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return jnp.split(array, ends)
+
+
+def _encoder_update(recipe: Recipe, phase: Phase):
+    names = recipe.view_names(phase)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        views = make_views(recipe, state, batch, names)
+        views, stats_before, metrics = run_stages(recipe, phase, state, batch, views)
+
+        def objective(params):
+            embeddings, stats = {}, stats_before
+            for spec in recipe.passes:
+                encoded, stats = run_pass(recipe, params, stats, views, spec)
+                embeddings.update(encoded)
+            terms = {n: term(embeddings, batch["label"]) for n, term in recipe.terms.items()}
+            loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
+            return loss, (terms, embeddings, stats)
+
+        (loss, (terms, embeddings, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
+
+        memory = dict(state.memory)
+        for name, part in recipe.memory.items():
+            if part.schedule == "online":
+                e = [embeddings[v] for v in part.views]
+                memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
+                metrics.update(figures)
+        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        if len(terms) > 1:
+            metrics |= {f"loss/{n}": value for n, value in terms.items()}
+        return state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=stats,
+            opt_state=opt_state,
+            memory=memory,
+        ), metrics
+
+    return update
+
+
+def _probe_update(recipe: Recipe):
+    """A step of the schedules that train the probe by itself: the encoder is frozen and normalises by running means."""
+    learners = {n: part for n, part in recipe.memory.items() if part.schedule != "online"}
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        memory, metrics = dict(state.memory), {}
+        for name, part in learners.items():
+            view = make_views(recipe, state, batch, (part.view,))[part.view]
+            h, _ = recipe.model.encode(state.params, state.batch_stats, view.image, train=False)
+            e = [Embedding(h, h, view.where)]
+            memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
+            metrics.update(figures)
+        metrics["loss"] = metrics["probe/loss"]
+        return state.replace(step=state.step + 1, memory=memory), metrics
+
+    return update

@@ -1,0 +1,57 @@
+"""How a batch becomes what the encoder sees: named views, and stages that make views from views.
+
+B batch, H W image, S side of a view, C channels.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Tree = Any
+
+
+class View(NamedTuple):
+    """A named image batch inside the update.
+
+    image: [B,S,S,C] float32, normalised. params: what the pipeline drew, by name, each [B,...].
+    where: [B] bool, rows that exist (None: all do); padded rows enter no statistics and no loss.
+    """
+
+    image: Array
+    params: dict[str, Array]
+    where: Array | None = None
+
+
+class Context(NamedTuple):
+    """What a stage may use of the running update. Everything it returns is under stop-gradient."""
+
+    model: Any
+    params: Tree
+    batch_stats: Tree
+    memory: dict[str, Tree]
+    pixels: Array  # [B,H,W,C] float32 in [0,1]
+    mean: tuple[float, ...]  # [C] the colour that is 0 once normalised
+    label: Array  # [B] int32
+    classifier: Callable[[Tree, Array], Array] | None  # (memory, features [B,D]) -> logits [B,classes]
+    augment: Callable[[str, str, Array], View]  # (view's pipeline, name for its keys, pixels) -> view
+
+
+class StageOutput(NamedTuple):
+    """Views a stage adds or replaces, batch statistics (None: its updates are discarded) and figures to log."""
+
+    views: dict[str, View]
+    batch_stats: Tree | None
+    metrics: dict[str, Array]
+
+
+def view_keys(key: Array, step: Array, index: Array, view: str) -> Array:
+    """One key an image [B], from (seed, step, example index, view).
+
+    A view is known by its name and an image by its global index, so neither the order of views in a config, nor the
+    slot in the batch, nor the number of hosts can change a draw.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(key, step), zlib.crc32(view.encode()))
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

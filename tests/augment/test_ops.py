@@ -1,0 +1,395 @@
+"""Every operation against Pillow or the definition written out in NumPy, and what the draws follow."""
+
+import colorsys
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.augment import color, ops
+from jaxcl.errors import UserError
+
+BYTE = 1 / 255
+ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def photo(count=4, height=24, width=20, seed=0) -> np.ndarray:
+    """uint8 images with smooth parts, noise, pure colours, greys, black and white."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([np.sin(y / 5 + i) * np.cos(x / 4 - i) for i in range(3)], -1) * 90 + 128
+    images = base + rng.normal(0, 40, (count, height, width, 3))
+    images[:, :3] = rng.integers(0, 2, (count, 3, width, 3)) * 255
+    images[:, 3] = rng.integers(0, 256, (count, width, 1))
+    return np.clip(images, 0, 255).astype(np.uint8)
+
+
+def unit(images) -> jnp.ndarray:
+    return jnp.asarray(images, jnp.float32) / 255
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def ks(sample, cdf) -> float:
+    """Kolmogorov-Smirnov statistic in units of its 1% point for a large sample: below 1 is a fit."""
+    sample = np.sort(np.asarray(sample, np.float64))
+    n = len(sample)
+    theory = cdf(sample)
+    gap = max(np.max(np.arange(1, n + 1) / n - theory), np.max(theory - np.arange(n) / n))
+    return gap * math.sqrt(n) / 1.63
+
+
+# ------------------------------------------------------------------------------------------ crop, resize
+
+
+@pytest.mark.parametrize("size", [8, 20, 33])
+def test_resized_crop_is_pillows_crop_then_resize(size):
+    image = pytest.importorskip("PIL.Image")
+    images = photo(6)
+    boxes = np.array([[0, 0, 24, 20], [3, 5, 10, 7], [0, 0, 1, 1], [23, 19, 1, 1], [2, 0, 20, 20], [10, 1, 3, 18]])
+    got = np.asarray(jax.jit(ops.resized_crop, static_argnums=2)(unit(images), jnp.asarray(boxes), size))
+    assert got.shape == (6, size, size, 3)
+    for one, (top, left, h, w), out in zip(images, boxes, got, strict=True):
+        crop = image.fromarray(one).crop((left, top, left + w, top + h))
+        want = np.asarray(crop.resize((size, size), image.Resampling.BILINEAR)) / 255
+        np.testing.assert_allclose(out, want, atol=1.01 * BYTE)  # Pillow rounds to bytes twice
+
+
+def plain_bilinear(image, box, size):
+    """Two taps an axis at (i + 1/2) scale - 1/2, edges repeated: the definition, pixel by pixel."""
+    top, left, h, w = box
+    crop = image[top : top + h, left : left + w].astype(np.float64)
+    out = np.empty((size, size, image.shape[2]))
+    for i, j in itertools.product(range(size), range(size)):
+        y, x = max((i + 0.5) * h / size - 0.5, 0), max((j + 0.5) * w / size - 0.5, 0)
+        y0, x0 = min(int(y), h - 1), min(int(x), w - 1)
+        y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+        fy, fx = y - y0, x - x0
+        upper = crop[y0, x0] * (1 - fx) + crop[y0, x1] * fx
+        lower = crop[y1, x0] * (1 - fx) + crop[y1, x1] * fx
+        out[i, j] = upper * (1 - fy) + lower * fy
+    return out
+
+
+def test_resized_crop_without_antialias_is_plain_bilinear():
+    images = photo(3) / 255
+    boxes = np.array([[0, 0, 24, 20], [5, 2, 9, 13], [20, 3, 4, 2]])
+    got = ops.resized_crop(jnp.asarray(images, jnp.float32), jnp.asarray(boxes), 7, antialias=False)
+    for one, box, out in zip(images, boxes, np.asarray(got), strict=True):
+        np.testing.assert_allclose(out, plain_bilinear(one, box, 7), atol=2e-6)
+
+
+def test_antialias_matters_only_when_shrinking():
+    images = unit(photo(2))
+    small, large = jnp.array([[2, 3, 5, 5]] * 2), jnp.array([[0, 0, 24, 20]] * 2)
+    same = [ops.resized_crop(images, small, 9, antialias=a) for a in (True, False)]
+    np.testing.assert_allclose(*same, atol=1e-6)
+    apart = [ops.resized_crop(images, large, 5, antialias=a) for a in (True, False)]
+    assert np.abs(apart[0] - apart[1]).max() > 0.1
+
+
+def test_fractional_box_of_a_ramp_reads_the_ramp():
+    ramp = jnp.broadcast_to((jnp.arange(32) + 0.5)[None, None, :, None], (1, 32, 32, 1))
+    out = ops.resized_crop(ramp, jnp.array([[4.0, 6.25, 16.0, 12.5]]), 4)
+    # Away from the box's edges a linear function is reproduced: sample i sits at left + (i + 1/2) w / 4.
+    np.testing.assert_allclose(out[0, 0, 1:3, 0], 6.25 + (np.arange(1, 3) + 0.5) * 12.5 / 4, rtol=1e-3)
+
+
+def test_whole_box_at_the_same_size_changes_nothing():
+    images = unit(photo(3, 16, 16))
+    out = ops.resized_crop(images, jnp.array([[0, 0, 16, 16]] * 3), 16)
+    np.testing.assert_allclose(out, images, atol=1e-7)
+
+
+def test_resize_is_pillows_resize_and_free_at_its_own_size():
+    image = pytest.importorskip("PIL.Image")
+    images = photo(2)
+    got = np.asarray(ops.resize(unit(images), 11))
+    for one, out in zip(images, got, strict=True):
+        want = np.asarray(image.fromarray(one).resize((11, 11), image.Resampling.BILINEAR)) / 255
+        np.testing.assert_allclose(out, want, atol=1.01 * BYTE)
+    square = unit(photo(1, 12, 12))
+    assert ops.resize(square, 12) is square
+
+
+def test_flip():
+    images = unit(photo(2))
+    out = ops.flip(images, jnp.array([True, False]))
+    np.testing.assert_array_equal(out[0], images[0][:, ::-1])
+    np.testing.assert_array_equal(out[1], images[1])
+
+
+# ------------------------------------------------------------------------------------------ crop draws
+
+
+def test_drawn_boxes_are_whole_and_inside():
+    for height, width in ((32, 32), (17, 40), (5, 3)):
+        boxes = np.asarray(ops.draw_resized_crop(keys(4000), height, width, area=(0.05, 1.0)))
+        np.testing.assert_array_equal(boxes, np.round(boxes))
+        top, left, h, w = boxes.T
+        assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
+        assert (top + h <= height).all() and (left + w <= width).all()
+
+
+def test_drawn_area_is_uniform_and_ratio_log_uniform():
+    # Large, so that rounding to pixels is invisible; area small enough that every first try fits.
+    side, area, ratio = 4000, (0.1, 0.5), (3 / 4, 4 / 3)
+    boxes = np.asarray(ops.draw_resized_crop(keys(20000), side, side, area=area, ratio=ratio), np.float64)
+    top, left, h, w = boxes.T
+    log = math.log(ratio[1])
+    assert ks(h * w / side**2, lambda v: np.clip((v - 0.1) / 0.4, 0, 1)) < 1
+    assert ks(np.log(w / h), lambda v: np.clip((v + log) / (2 * log), 0, 1)) < 1
+    assert ks((top + 0.5) / (side - h + 1), lambda v: np.clip(v, 0, 1)) < 1
+    assert ks((left + 0.5) / (side - w + 1), lambda v: np.clip(v, 0, 1)) < 1
+    for pair in ((h * w, w / h), (top / (side - h), left / (side - w)), (h * w, top / (side - h))):
+        assert abs(np.corrcoef(*pair)[0, 1]) < 0.03  # 4 / sqrt(20000)
+
+
+def sequential_box(rng, height, width, area, ratio):
+    """torchvision's rule, try after try."""
+    for _ in range(10):
+        target = height * width * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+    return None
+
+
+def test_rejected_tries_are_redrawn_as_in_the_sequential_rule():
+    rng = np.random.default_rng(0)
+    want = np.array([sequential_box(rng, 16, 12, (0.2, 1.0), (3 / 4, 4 / 3)) or (0,) * 4 for _ in range(20000)])
+    got = np.asarray(ops.draw_resized_crop(keys(20000), 16, 12))
+    for column in range(4):
+        counts = [np.bincount(v[:, column].astype(int), minlength=17) for v in (want, got)]
+        # Two samples of the same discrete law: chi-square per cell about 1.
+        seen = (counts[0] + counts[1]) > 20
+        chi = ((counts[0] - counts[1]) ** 2)[seen] / (counts[0] + counts[1])[seen]
+        assert chi.mean() < 2.0, (column, chi)
+
+
+@pytest.mark.parametrize(
+    "height, width, ratio, box",
+    [
+        (10, 100, (3 / 4, 4 / 3), (0, 43, 10, 13)),  # too wide: all rows, the widest ratio allowed
+        (100, 10, (3 / 4, 4 / 3), (43, 0, 13, 10)),
+        (10, 11, (0.2, 4.0), (0, 0, 10, 11)),  # the image's own ratio is allowed: the whole image
+    ],
+)
+def test_fallback_is_the_largest_centred_box(height, width, ratio, box):
+    boxes = ops.draw_resized_crop(keys(50), height, width, area=(1.0, 1.0), ratio=ratio)
+    np.testing.assert_array_equal(boxes, np.tile(box, (50, 1)))
+
+
+# ------------------------------------------------------------------------------------------------ colour
+
+
+def grey(image):
+    return image @ LUMA
+
+
+def turn_hue(image, shift):
+    flat = [colorsys.rgb_to_hsv(*p) for p in image.reshape(-1, 3)]
+    return np.array([colorsys.hsv_to_rgb((h + shift) % 1.0, s, v) for h, s, v in flat]).reshape(image.shape)
+
+
+def sequential_jitter(image, factors, order):
+    """The definition: one part after the other, in float64, clipped after each."""
+    x = np.asarray(image, np.float64)
+    b, c, s, h = np.asarray(factors, np.float64)
+    for part in order:
+        if part == 0:
+            x = b * x
+        elif part == 1:
+            x = c * x + (1 - c) * grey(x).mean()
+        elif part == 2:
+            x = s * x + (1 - s) * grey(x)[..., None]
+        else:
+            x = turn_hue(x, h)
+        x = np.clip(x, 0, 1)
+    return x
+
+
+def test_jitter_in_each_of_the_24_orders():
+    images = unit(photo(24, 7, 6))
+    rng = np.random.default_rng(1)
+    factors = np.concatenate([rng.uniform(0.2, 1.8, (24, 3)), rng.uniform(-0.5, 0.5, (24, 1))], axis=1)
+    got = np.asarray(jax.jit(color.color_jitter)(images, jnp.asarray(factors, jnp.float32), ORDERS))
+    want = np.stack([sequential_jitter(*row) for row in zip(images, factors, ORDERS, strict=True)])
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    # The order is visible in this data, so a wrong order cannot pass.
+    other = np.stack([sequential_jitter(*r) for r in zip(images, factors, np.roll(ORDERS, 1, 0), strict=True)])
+    assert (np.abs(other - want).max(axis=(1, 2, 3)) > 1e-2).sum() >= 22
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("brightness", "contrast", "saturation"),
+        ("saturation", "hue"),
+        ("contrast", "hue"),
+        ("brightness",),
+        ("hue",),
+        (),
+    ],
+)
+def test_jitter_with_parts_left_out(parts):
+    images = unit(photo(24, 5, 4, seed=2))
+    factors = np.tile(np.float32([0.6, 1.5, 0.3, 0.2]), (24, 1))
+    got = np.asarray(color.color_jitter(images, factors, ORDERS, parts=parts))
+    kept = np.where([p in parts for p in color.PARTS], factors, color.IDENTITY)
+    want = np.stack([sequential_jitter(*row) for row in zip(images, kept, ORDERS, strict=True)])
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_identity_factors_change_no_bit():
+    images = unit(photo(24))
+    factors = jnp.tile(jnp.array(color.IDENTITY), (24, 1))
+    np.testing.assert_array_equal(jax.jit(color.color_jitter)(images, factors, ORDERS), images)
+
+
+def test_hue_against_colorsys():
+    colours = np.array(list(itertools.product([0.0, 0.2, 0.5, 0.9, 1.0], repeat=3)), np.float32)
+    shifts = np.float32([-0.5, -0.31, -0.1, 0.0, 1e-3, 1 / 6, 0.25, 0.5])
+    images = np.tile(colours.reshape(1, 25, 5, 3), (len(shifts), 1, 1, 1))
+    got = np.asarray(color.adjust_hue(jnp.asarray(images), jnp.asarray(shifts)))
+    for shift, one, out in zip(shifts, images, got, strict=True):
+        np.testing.assert_allclose(out, turn_hue(one.astype(np.float64), float(shift)), atol=3e-6)
+    np.testing.assert_array_equal(got[3], images[3])
+
+
+def test_colour_parts_against_pillow():
+    image = pytest.importorskip("PIL.Image")
+    enhance = pytest.importorskip("PIL.ImageEnhance")
+    images = photo(1)
+    for factor in (0.0, 0.6, 1.0, 1.4):
+        row = jnp.array([factor])
+        for ours, theirs in (
+            (color.adjust_brightness, enhance.Brightness),
+            (color.adjust_contrast, enhance.Contrast),
+            (color.adjust_saturation, enhance.Color),
+        ):
+            want = np.asarray(theirs(image.fromarray(images[0])).enhance(factor)) / 255
+            np.testing.assert_allclose(ours(unit(images), row)[0], want, atol=1.6 * BYTE)
+    shift = 25 / 255  # whole steps of Pillow's 8-bit hue
+    hsv = np.array(image.fromarray(images[0]).convert("HSV"))
+    hsv[..., 0] += 25
+    want = np.asarray(image.fromarray(hsv, "HSV").convert("RGB")) / 255
+    # Hue in 256 steps: one step moves a channel by up to 6 bytes.
+    assert np.abs(color.adjust_hue(unit(images), jnp.array([shift]))[0] - want).max() < 9 * BYTE
+
+
+def test_grayscale():
+    images = unit(photo(2))
+    out = np.asarray(color.grayscale(images, jnp.array([True, False])))
+    np.testing.assert_allclose(out[0], np.repeat(grey(np.asarray(images[0]))[..., None], 3, -1), atol=1e-6)
+    np.testing.assert_array_equal(out[1], images[1])
+
+
+def test_jitter_draws():
+    strength = (0.4, 1.5, 0.2, 0.1)
+    factors, order, applied = color.draw_color_jitter(keys(30000), strength=strength, p=0.8)
+    factors, order, applied = np.asarray(factors), np.asarray(order), np.asarray(applied)
+    assert abs(applied.mean() - 0.8) < 4 * math.sqrt(0.16 / 30000)
+    np.testing.assert_array_equal(factors[~applied], np.tile(np.float32(color.IDENTITY), ((~applied).sum(), 1)))
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)]):
+        cdf = lambda v, low=low, high=high: np.clip((v - low) / (high - low), 0, 1)  # noqa: E731
+        assert ks(factors[applied, column], cdf) < 1
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(4), (30000, 1)))
+    _, counts = np.unique(order, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert ((counts - 1250) ** 2 / 1250).sum() < 41.6  # chi-square, 23 degrees of freedom, 1%
+    assert abs(np.corrcoef(factors[applied].T) - np.eye(4)).max() < 0.03
+
+
+@pytest.mark.parametrize("op", ["adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "grayscale"])
+def test_colour_needs_three_channels(op):
+    with pytest.raises(UserError, match="three times"):
+        getattr(color, op)(jnp.zeros((2, 8, 8, 1)), jnp.ones(2, bool))
+
+
+# --------------------------------------------------------------------------- blur, solarize, normalise
+
+
+@pytest.mark.parametrize("taps", [3, 9])
+def test_blur_against_the_written_out_sum(taps):
+    images = photo(3, 12, 10) / 255
+    sigma = np.array([0.1, 0.8, 2.0])
+    got = np.asarray(
+        jax.jit(ops.gaussian_blur, static_argnames="kernel_size")(
+            jnp.asarray(images, jnp.float32), jnp.asarray(sigma, jnp.float32), kernel_size=taps
+        )
+    )
+    r = taps // 2
+    for one, s, out in zip(images, sigma, got, strict=True):
+        kernel = np.exp(-0.5 * (np.arange(-r, r + 1) / s) ** 2)
+        kernel = np.outer(kernel, kernel) / kernel.sum() ** 2
+        padded = np.pad(one, ((r, r), (r, r), (0, 0)), mode="reflect")
+        want = np.zeros_like(one)
+        for i, j in itertools.product(range(12), range(10)):
+            want[i, j] = np.tensordot(kernel, padded[i : i + taps, j : j + taps], 2)
+        np.testing.assert_allclose(out, want, atol=2e-6)
+
+
+def test_blur_of_sigma_zero_changes_no_bit():
+    images = unit(photo(2))
+    out = ops.gaussian_blur(images, jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(out[0], images[0])
+    assert np.abs(out[1] - images[1]).max() > 0.05
+
+
+def test_blur_kernel():
+    assert [ops.blur_kernel_size(s) for s in (8, 32, 64, 96, 224)] == [3, 3, 7, 9, 23]
+    for taps in (4, 0, -3, 41):
+        with pytest.raises(UserError):
+            ops.gaussian_blur(jnp.zeros((1, 20, 20, 3)), jnp.ones(1), kernel_size=taps)
+
+
+def test_blur_draws():
+    sigma = np.asarray(ops.draw_blur_sigma(keys(20000), sigma=(0.1, 2.0), p=0.3))
+    on = sigma > 0
+    assert abs(on.mean() - 0.3) < 4 * math.sqrt(0.21 / 20000)
+    assert ks(sigma[on], lambda v: np.clip((v - 0.1) / 1.9, 0, 1)) < 1
+
+
+def test_solarize_against_pillow():
+    image = pytest.importorskip("PIL.Image")
+    from PIL import ImageOps
+
+    images = photo(2)
+    out = np.asarray(ops.solarize(unit(images), jnp.array([True, False])))
+    np.testing.assert_allclose(out[0], np.asarray(ImageOps.solarize(image.fromarray(images[0]), 128)) / 255, atol=1e-6)
+    np.testing.assert_array_equal(out[1], unit(images)[1])
+
+
+def test_normalize_and_back():
+    images = unit(photo(2))
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    normal = ops.normalize(images, mean, std)
+    np.testing.assert_allclose(normal, (np.asarray(images, np.float64) - mean) / std, atol=1e-6)
+    np.testing.assert_allclose(ops.denormalize(normal, mean, std), images, atol=1e-6)
+
+
+def test_masks_have_their_probability():
+    for p in (0.0, 0.2, 1.0):
+        mask = np.asarray(ops.draw_mask(keys(20000), p=p))
+        assert abs(mask.mean() - p) <= 4 * math.sqrt(p * (1 - p) / 20000)
+
+
+def test_operations_vmap():
+    images = unit(photo(6)).reshape(2, 3, 24, 20, 3)
+    factors, order, _ = color.draw_color_jitter(keys(6), strength=(0.4, 0.4, 0.4, 0.1))
+    boxes = ops.draw_resized_crop(keys(6), 24, 20)
+
+    def both(images, boxes, factors, order):
+        return color.color_jitter(ops.resized_crop(images, boxes, 10), factors, order)
+
+    flat = jax.jit(both)(images.reshape(6, 24, 20, 3), boxes, factors, order)
+    nested = jax.jit(jax.vmap(both))(images, *(v.reshape(2, 3, 4) for v in (boxes, factors, order)))
+    np.testing.assert_allclose(nested.reshape(flat.shape), flat, atol=1e-6)

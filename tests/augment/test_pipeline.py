@@ -1,0 +1,219 @@
+"""Pipelines: what they return, what an image's result depends on, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxcl import augment
+from jaxcl.augment import color, ops
+from jaxcl.errors import UserError
+
+MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
+SIZE, COUNT = 12, 16
+EVERYTHING = dict(blur=0.5, solarize=0.3)
+
+
+def keys(count=COUNT, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def batch(count=COUNT, height=16, width=14, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def view():
+    return jax.jit(augment.random_view(SIZE, MEAN, STD, **EVERYTHING))
+
+
+@pytest.fixture(scope="module")
+def result(view):
+    return jax.tree.map(np.asarray, view(keys(), batch()))
+
+
+def test_shapes_dtypes_and_names(result):
+    images, params = result
+    assert images.shape == (COUNT, SIZE, SIZE, 3) and images.dtype == np.float32
+    assert {name: (value.shape[1:], value.dtype.name) for name, value in params.items()} == {
+        "crop": ((4,), "float32"),
+        "flip": ((), "bool"),
+        "jitter": ((4,), "float32"),
+        "jitter_order": ((4,), "int32"),
+        "jitter_applied": ((), "bool"),
+        "grayscale": ((), "bool"),
+        "blur_sigma": ((), "float32"),
+        "solarize": ((), "bool"),
+    }
+    assert all(len(value) == COUNT for value in params.values())
+    assert np.isfinite(images).all()
+
+
+def test_params_replay_the_view(result):
+    """The returned parameters, applied one by one with the deterministic parts, give the same images."""
+    images, params = result
+    x = ops.to_unit(batch())
+    x = ops.resized_crop(x, params["crop"] * np.float32([16, 14, 16, 14]), SIZE)
+    x = ops.flip(x, params["flip"])
+    x = color.color_jitter(x, params["jitter"], params["jitter_order"])
+    x = color.grayscale(x, params["grayscale"])
+    x = ops.gaussian_blur(x, params["blur_sigma"])
+    x = np.asarray(ops.solarize(x, params["solarize"]))
+    x = (x - np.float32(MEAN)) / np.float32(STD)
+    # A value that lies on solarize's threshold may fall to either side; none may differ elsewhere.
+    assert (np.abs(x - images) > 1e-4).sum() <= 3
+    skipped = ~params["jitter_applied"]
+    assert skipped.any()
+    np.testing.assert_array_equal(params["jitter"][skipped], np.tile([1, 1, 1, 0], (skipped.sum(), 1)))
+
+
+def test_permuting_the_batch_permutes_the_result(view, result):
+    order = np.random.default_rng(3).permutation(COUNT)
+    got = view(keys()[order], batch()[order])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[order]), got, result)
+
+
+def test_result_does_not_depend_on_the_batch_around_it(view, result):
+    got = view(keys()[5:8], batch()[5:8])
+    images, params = result
+    np.testing.assert_allclose(got[0], images[5:8], atol=2e-5)  # the matmuls may sum in another order
+    for name, value in got[1].items():
+        np.testing.assert_allclose(value, params[name][5:8], rtol=1e-6)
+
+
+def test_an_image_answers_to_its_key(view, result):
+    other = view(keys(seed=1), batch())
+    assert (np.abs(other[0] - result[0]).max(axis=(1, 2, 3)) > 0.1).all()
+
+
+def test_one_and_eight_devices_agree(view, result):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    images, params = view(jax.device_put(keys(), sharding), jax.device_put(batch(), sharding))
+    assert images.sharding.is_equivalent_to(sharding, images.ndim)
+    np.testing.assert_allclose(images, result[0], atol=2e-5)
+    for name, value in params.items():
+        np.testing.assert_allclose(value, result[1][name], rtol=1e-6)
+
+
+def test_a_sharded_batch_needs_no_communication():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    arguments = jax.device_put((keys(), batch()), sharding)
+    text = jax.jit(augment.random_view(SIZE, MEAN, STD, **EVERYTHING)).lower(*arguments).compile().as_text()
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
+
+
+def test_leaving_a_part_out_keeps_the_draws_of_the_others(result):
+    pipeline = augment.random_view(SIZE, MEAN, STD, flip=0.0, jitter_p=0.0, **EVERYTHING)
+    _, params = jax.jit(pipeline)(keys(), batch())
+    assert "flip" not in params and "jitter" not in params
+    for name, value in params.items():
+        np.testing.assert_array_equal(value, result[1][name])
+
+
+def test_parts_draw_independently():
+    pipeline = augment.Pipeline([augment.RandomFlip(), augment.RandomGrayscale(p=0.5), augment.RandomFlip()])
+    _, params = jax.jit(pipeline)(keys(4000), np.zeros((4000, 2, 2, 3), np.uint8))
+    assert set(params) == {"flip", "grayscale", "flip_2"}
+    coins = np.stack([np.asarray(v) for v in params.values()])
+    assert np.abs(np.corrcoef(coins) - np.eye(3)).max() < 4 / np.sqrt(4000)
+    assert np.abs(coins.mean(1) - 0.5).max() < 2 / np.sqrt(4000)
+
+
+def test_parts_of_probability_zero_are_not_in_the_program():
+    small = augment.random_view(8, MEAN, STD, flip=0, jitter_p=0, grayscale=0)
+    assert [type(op).__name__ for op in small.ops] == ["RandomResizedCrop", "Normalize"]
+    whole = augment.random_view(8, MEAN, STD, **EVERYTHING)
+    assert [op.name for op in whole.ops] == "crop flip jitter grayscale blur solarize normalize".split()
+
+
+def test_jitter_of_strength_zero_leaves_its_part_out():
+    x = np.random.default_rng(0).uniform(size=(8, 6, 6, 3)).astype(np.float32)
+    op = augment.ColorJitter(brightness=0, contrast=0, saturation=0, hue=0, p=1.0)
+    images, params = augment.Pipeline([op])(keys(8), x)
+    np.testing.assert_array_equal(images, x)
+    np.testing.assert_array_equal(params["jitter"], np.tile([1, 1, 1, 0], (8, 1)))
+
+
+def test_standard_view_only_normalises(view):
+    images = batch(4, 10, 10)
+    out, params = augment.standard_view(10, MEAN, STD)(keys(4), images)
+    assert params == {}
+    np.testing.assert_allclose(out, (images / 255 - MEAN) / STD, atol=1e-5)
+    resized, _ = augment.standard_view(5, MEAN, STD)(keys(4), images)
+    np.testing.assert_allclose(resized, ops.normalize(ops.resize(ops.to_unit(images), 5), MEAN, STD), atol=1e-6)
+
+
+def test_classifier_view():
+    pipeline = augment.classifier_view(8, MEAN, STD, crop_area=(0.5, 0.9))
+    assert [op.name for op in pipeline.ops] == ["crop", "flip", "normalize"]
+    _, params = jax.jit(pipeline)(keys(64), batch(64, 32, 32))
+    area = np.prod(np.asarray(params["crop"])[:, 2:], axis=1)
+    assert area.min() > 0.45 and area.max() < 0.95
+
+
+def test_bytes_and_floats_are_the_same_image(view, result):
+    got = view(keys(), batch().astype(np.float32) / 255)
+    np.testing.assert_allclose(got[0], result[0], atol=1e-4)
+
+
+def test_one_channel_goes_through_what_has_no_colour():
+    images = batch(4)[..., :1]
+    out, _ = augment.classifier_view(8, (0.5,), (0.5,))(keys(4), images)
+    assert out.shape == (4, 8, 8, 1)
+    for options in ({"grayscale": 0.0}, {"jitter_p": 0.0}):
+        with pytest.raises(UserError, match=r"\(4, 8, 8, 1\)"):
+            augment.random_view(8, (0.5,), (0.5,), **options)(keys(4), images)
+    with pytest.raises(UserError, match="1 channel"):
+        augment.standard_view(16, MEAN, STD)(keys(4), images)
+
+
+def test_pipelines_are_values():
+    a, b = (augment.random_view(8, list(MEAN), STD, crop_area=[0.2, 1.0]) for _ in range(2))
+    assert a == b and hash(a) == hash(b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(crop_area=(0.0, 1.0)),
+        dict(crop_area=(0.2, 1.1)),
+        dict(crop_area=(0.9, 0.2)),
+        dict(crop_area=(0.2,)),
+        dict(crop_ratio=(0.0, 1.0)),
+        dict(crop_ratio=(2.0, 1.0)),
+        dict(crop_ratio=(1.0, float("inf"))),
+        dict(flip=1.5),
+        dict(jitter_p=-0.1),
+        dict(grayscale=float("nan")),
+        dict(blur=2),
+        dict(blur=0.0, blur_sigma=(2.0, 0.1)),
+        dict(blur_sigma=(0.0, 0.1)),
+        dict(solarize=-1),
+        dict(jitter=(0.4, 0.4, 0.4)),
+        dict(jitter=(0.4, 0.4, 0.4, 0.6)),
+        dict(jitter=(-0.4, 0.4, 0.4, 0.1)),
+        dict(size=0),
+        dict(size=32.0),
+        dict(std=(0.2, 0.0, 0.2)),
+        dict(std=(0.2, 0.2)),
+    ],
+)
+def test_bad_options_are_one_line(options):
+    with pytest.raises(UserError) as caught:
+        augment.random_view(**{"size": 8, "mean": MEAN, "std": STD, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_batches_are_refused(view):
+    for bad_keys, images in (
+        (keys(4), batch(5)),
+        (keys(4), batch(4)[0]),
+        (jax.random.key_data(keys(4)), batch(4)),
+        (jax.random.split(jax.random.key(0, impl="rbg"), 4), batch(4)),
+    ):
+        with pytest.raises(UserError):
+            view(bad_keys, jnp.asarray(images))

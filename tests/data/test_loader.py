@@ -1,0 +1,226 @@
+"""Loader: the same batches whatever the number of processes, the starting step and the kind of source."""
+
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcl.data import Loader, Source, batches
+from jaxcl.errors import UserError
+
+
+def numbered(n, *, labelled=True):
+    """Image i holds i in every pixel (modulo 256), and label i % 7."""
+    images = np.broadcast_to(np.arange(n)[:, None, None, None] % 256, (n, 2, 2, 3)).astype(np.uint8)
+    labels = np.arange(n) % 7 if labelled else np.full(n, -1)
+    names = tuple("abcdefg")
+    half = (0.5, 0.5, 0.5)
+    return Source(images=images, labels=labels.astype(np.int32), class_names=names, mean=half, std=half)
+
+
+class OnDisk:
+    """The same examples as `numbered`, read one at a time."""
+
+    in_memory = False
+
+    def __init__(self, n, fail_at=None, delay=0.0):
+        self._memory, self._fail_at, self._delay = numbered(n), fail_at, delay
+        self.threads = set()
+
+    def __len__(self):
+        return len(self._memory)
+
+    def batch(self, indices):
+        self.threads.add(threading.get_ident())
+        time.sleep(self._delay)
+        if self._fail_at in indices:
+            raise OSError("disk on fire")
+        return self._memory.batch(indices)
+
+
+def take(source, count, **options):
+    with Loader(source, **{"batch_size": 8, "seed": 0, **options}) as loader:
+        return [next(loader) for _ in range(count)]
+
+
+def ids(taken):
+    return [b["index"].tolist() for b in taken]
+
+
+@pytest.mark.parametrize("make", [numbered, OnDisk])
+def test_an_epoch_is_a_shuffled_pass_without_its_last_partial_batch(make):
+    steps = 35 // 8
+    taken = ids(take(make(35), 3 * steps))
+    epochs = [sum(taken[e * steps : (e + 1) * steps], []) for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == 32  # no example twice, so no batch holds two epochs
+        assert epoch != sorted(epoch)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != epochs[2]
+    assert len(set(epochs[0]) | set(epochs[1]) | set(epochs[2])) > 32  # other examples are dropped each time
+
+
+def test_rows_belong_together():
+    for batch in take(numbered(50), 6):
+        assert (batch["image"][:, 0, 0, 0] == batch["index"]).all()
+        assert (batch["label"] == batch["index"] % 7).all()
+        assert batch["image"].dtype == np.uint8 and batch["label"].dtype == batch["index"].dtype == np.int32
+
+
+@pytest.mark.parametrize("make", [numbered, OnDisk])
+@pytest.mark.parametrize("step", [1, 4, 5, 1_000_003])
+def test_starting_later_gives_the_batches_of_that_step(make, step):
+    if step > 100:  # too far to walk: two loaders that start there and one step earlier agree
+        assert ids(take(make(35), 3, start_step=step))[1:] == ids(take(make(35), 2, start_step=step + 1))
+    else:
+        assert ids(take(make(35), step + 3))[step:] == ids(take(make(35), 3, start_step=step))
+
+
+def test_seeds_differ_and_repeat():
+    first, again, other = (ids(take(numbered(64), 5, seed=s)) for s in (0, 0, 1))
+    assert first == again != other
+    # A neighbouring seed must not be the same run one epoch later.
+    assert ids(take(numbered(64), 16, seed=0))[8:] != ids(take(numbered(64), 8, seed=1))
+
+
+@pytest.mark.parametrize("make", [numbered, OnDisk])
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_every_global_batch(make, count):
+    whole = ids(take(make(35), 9))
+    parts = [ids(take(make(35), 9, process_index=p, process_count=count)) for p in range(count)]
+    for k, batch in enumerate(whole):
+        shares = [part[k] for part in parts]
+        assert all(len(share) == 8 // count for share in shares)
+        assert sorted(sum(shares, [])) == sorted(batch)
+    # A run may go on with another number of processes.
+    later = [ids(take(make(35), 2, start_step=7, process_index=p, process_count=count)) for p in range(count)]
+    assert [part[7:] for part in parts] == later
+
+
+def test_memory_and_disk_give_the_same_order_and_disk_reads_in_parallel():
+    disk = OnDisk(40, delay=0.002)
+    for a, b in zip(take(numbered(40), 12), take(disk, 12), strict=True):
+        assert all((a[k] == b[k]).all() for k in a)
+    assert len(disk.threads) > 1
+
+
+def mesh_sharding(devices):
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+
+def test_batches_arrive_sharded_and_pass_the_transfer_guard():
+    expected = take(numbered(35), 3)
+    update = jax.jit(lambda batch: batch["label"].sum())
+    with jax.transfer_guard("disallow"):
+        with Loader(numbered(35), batch_size=8, seed=0, sharding=mesh_sharding(8)) as loader:
+            taken = [next(loader) for _ in range(3)]
+            for batch in taken:
+                update(batch)
+    for batch, reference in zip(taken, expected, strict=True):
+        assert batch["image"].shape == (8, 2, 2, 3) and batch["image"].sharding == mesh_sharding(8)
+        assert len(batch["index"].addressable_shards) == 8
+        for key in reference:
+            np.testing.assert_array_equal(jax.device_get(batch[key]), reference[key])
+            assert batch[key].dtype == reference[key].dtype
+
+
+def test_global_guard_does_not_stop_the_thread():
+    old = jax.config.jax_transfer_guard
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        take(numbered(16), 2, sharding=mesh_sharding(2))
+    finally:
+        jax.config.update("jax_transfer_guard", old)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"batch_size": 36}, "larger than arrays .train. with 35 images; use at most 35"),
+        ({"batch_size": 9, "process_count": 2}, "shared equally by 2 processes"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"prefetch": 0}, "at least 1"),
+        ({"start_step": -1}, "at least 0"),
+        ({"process_index": 2, "process_count": 2}, "from 0 to 1"),
+    ],
+)
+def test_mistakes(options, match):
+    with pytest.raises(UserError, match=match) as caught:
+        Loader(numbered(35), **{"batch_size": 8, "seed": 0, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_batch_as_large_as_the_set():
+    assert [sorted(b) for b in ids(take(numbered(8), 3))] == [list(range(8))] * 3
+
+
+def test_an_error_while_reading_reaches_the_consumer():
+    with Loader(OnDisk(8, fail_at=5), batch_size=8, seed=0) as loader:
+        for _ in range(2):  # and goes on being said
+            with pytest.raises(OSError, match="disk on fire"):
+                next(loader)
+
+
+def test_seconds_waited_counts_only_waiting():
+    with Loader(numbered(64), batch_size=8, seed=0) as loader:
+        assert loader.seconds_waited == 0 and loader.steps_per_epoch == 8 and loader.step == 0
+        next(loader)
+        time.sleep(0.5)  # the consumer is busy; two batches are made meanwhile
+        before = loader.seconds_waited
+        next(loader), next(loader)
+        assert loader.seconds_waited - before < 0.25 and loader.step == 3
+    slow = numbered(64)
+    object.__setattr__(slow, "batch", lambda rows, give=slow.batch: (time.sleep(0.1), give(rows))[1])
+    with Loader(slow, batch_size=8, seed=0) as loader:
+        for _ in range(4):
+            next(loader)
+        assert loader.seconds_waited > 0.25
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name == "jaxcl-loader"]
+
+
+def test_close_ends_the_thread():
+    loader = Loader(numbered(64), batch_size=8, seed=0)
+    assert len(threads()) == 1
+    loader.close()
+    loader.close()
+    assert not threads()
+    with pytest.raises(StopIteration):
+        next(loader)
+    Loader(numbered(64), batch_size=8, seed=0)  # dropped unused: nothing refers to it any more
+    assert not threads()
+
+
+@pytest.mark.parametrize("kind", ["numbered", "OnDisk"])
+def test_interpreter_exits_with_an_open_loader(kind):
+    code = (
+        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import test_loader as t\n"
+        f"loader = t.Loader(t.{kind}(512), batch_size=64, seed=0, sharding=t.mesh_sharding(1))\n"
+        "print(next(loader)['image'].shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "(64, 2, 2, 3)" in done.stdout and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("n, size", [(10, 4), (8, 4), (3, 8)])
+def test_evaluation_passes_are_padded_to_one_shape(n, size):
+    seen = []
+    for batch in batches(numbered(n), size):
+        assert batch["image"].shape == (size, 2, 2, 3) and batch["where"].shape == (size,)
+        assert (batch["label"][~batch["where"]] == -1).all() and (batch["index"][~batch["where"]] == -1).all()
+        assert not batch["image"][~batch["where"]].any()
+        seen += batch["index"][batch["where"]].tolist()
+        assert (batch["image"][batch["where"], 0, 0, 0] == batch["index"][batch["where"]]).all()
+    assert seen == list(range(n))
+    assert len(list(batches(numbered(n), size))) == -(-n // size)
+    with pytest.raises(UserError):
+        next(batches(numbered(3), 0))

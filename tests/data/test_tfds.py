@@ -1,0 +1,242 @@
+"""tfds:NAME on small sets prepared here in ArrayRecord form, and what is said when something is missing."""
+
+import io
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcl.data import Loader, make_source, prepare
+from jaxcl.data import tfds as reader
+from jaxcl.errors import UserError
+
+tfds = pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("array_record")
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (32, 32, 32, 3)).astype(np.uint8)
+LABELS = np.arange(32) % 10
+
+
+def png(image):
+    """TFDS stores encoded bytes as they are; an array it would encode with TensorFlow."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(data_dir, name, **splits):
+    """Prepares the official set `name` from {split: [{feature: value}]} without TensorFlow or a download."""
+    from tensorflow_datasets.core import registered
+
+    official = tfds.builder_cls(name)  # imported before registration is skipped, or it stays unknown
+    with registered.skip_registration():
+
+        class Local(official):
+            def _split_generators(self, dl_manager):
+                return {split: self._generate_examples(rows) for split, rows in splits.items()}
+
+            def _generate_examples(self, rows):
+                for i, row in enumerate(rows):
+                    rest = {k: f"{k}{i}" for k in self.info.features if k not in row}
+                    yield i, {**rest, **row, "image": png(row["image"])}
+
+    Local.name = name
+    builder = Local(data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_path
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("tfds")
+    rows = [{"image": x, "label": int(y)} for x, y in zip(IMAGES, LABELS, strict=True)]
+    write(data_dir, "cifar10", train=rows[:24], test=rows[24:])
+    coarse = [row | {"label": i + 50, "coarse_label": i % 20} for i, row in enumerate(rows)]
+    write(data_dir, "cifar100", train=coarse[:24], test=coarse[24:])
+    # Images of many sizes, and a training part only.
+    flowers = [{"image": np.full((20 + i, 60 - i, 3), 5 * i, np.uint8), "label": i % 5} for i in range(40)]
+    write(data_dir, "tf_flowers", train=flowers)
+    # A test part without labels: the validation part stands for it.
+    birds = [{"image": x, "label": int(y)} for x, y in zip(IMAGES, LABELS, strict=True)]
+    hidden = [row | {"label": -1} for row in birds]
+    write(data_dir, "imagenet2012", train=birds[:20], validation=birds[20:26], test=hidden[26:])
+    return str(data_dir)
+
+
+def sort_rows(images, labels):
+    order = np.argsort([x.tobytes() for x in images])
+    return images[order], labels[order]
+
+
+def fails(match, spec, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        make_source(spec, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("split, part", [("train", slice(0, 24)), ("test", slice(24, 32))])
+def test_cifar10_is_decoded_into_memory(prepared, split, part):
+    source = make_source("tfds:cifar10", split=split, data_dir=prepared)
+    assert source.in_memory and source.image_shape == (32, 32, 3) and source.num_classes == 10 and source.labelled
+    # TFDS keeps examples in the order of a hash of their keys.
+    images, labels = sort_rows(source.images, source.labels)
+    expected_images, expected_labels = sort_rows(IMAGES[part], LABELS[part])
+    assert (images == expected_images).all() and (labels == expected_labels).all()
+    assert source.mean == (0.4914, 0.4822, 0.4465) and source.std == (0.2023, 0.1994, 0.2010)
+
+
+def test_data_dir_from_the_environment(prepared, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", prepared)
+    assert len(make_source("tfds:cifar10")) == 24
+    assert len(make_source("tfds:cifar10:3.0.2")) == 24
+
+
+def test_coarse_labels_of_cifar100(prepared):
+    source = make_source("tfds:cifar100", data_dir=prepared)
+    assert (source.extras["coarse"] == (source.labels - 50) % 20).all() and len(source.coarse_names) == 20
+    assert source.mean == (0.5071, 0.4867, 0.4408)
+
+
+def test_a_set_too_large_for_memory_is_read_as_it_is_asked_for(prepared, monkeypatch):
+    memory = make_source("tfds:cifar10", data_dir=prepared)
+    monkeypatch.setattr(reader, "IN_MEMORY_BYTES", 0)
+    disk = make_source("tfds:cifar10", data_dir=prepared)
+    assert not disk.in_memory and len(disk) == 24 and disk.image_shape == memory.image_shape
+    for name in ("class_names", "num_classes", "mean", "std", "labelled", "name", "split", "coarse_names"):
+        assert getattr(disk, name) == getattr(memory, name), name
+    rows = np.array([5, 0, 23, 5])
+    a, b = memory.batch(rows), disk.batch(rows)
+    assert all((a[k] == b[k]).all() and a[k].dtype == b[k].dtype for k in a)
+    with Loader(memory, batch_size=6, seed=1) as x, Loader(disk, batch_size=6, seed=1) as y:
+        for _ in range(9):
+            a, b = next(x), next(y)
+            assert all((a[k] == b[k]).all() for k in a)
+    held = make_source("tfds:cifar10", data_dir=prepared, split="validation", validation=0.25)
+    kept = make_source("tfds:cifar10", data_dir=prepared, validation=0.25)
+    assert (len(held), len(kept)) == (6, 18)
+    a, b = (s.batch(np.arange(len(s)))["image"] for s in (held, kept))
+    assert len({x.tobytes() for x in np.concatenate([a, b])}) == 24
+    assert len(make_source("tfds:cifar10", data_dir=prepared, limit=5)) == 5
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_images_of_many_sizes_are_resized_and_a_lone_training_part_is_divided(prepared, monkeypatch, memory):
+    monkeypatch.setattr(reader, "IN_MEMORY_BYTES", memory)
+    fails("differ in size; set image_size", "tfds:tf_flowers", data_dir=prepared)
+    fails("image_size=0", "tfds:tf_flowers", data_dir=prepared, image_size=0)
+    train = make_source("tfds:tf_flowers", data_dir=prepared, image_size=16)
+    test = make_source("tfds:tf_flowers", data_dir=prepared, image_size=16, split="test", seed=9)
+    assert train.image_shape == (16, 16, 3) and len(train) + len(test) == 40 and len(test) in (4, 5)
+    grey = [s.batch(np.arange(len(s)))["image"][:, 8, 8, 0] for s in (train, test)]
+    assert sorted(np.concatenate(grey).tolist()) == [5 * i for i in range(40)]
+    np.testing.assert_allclose(train.mean, np.arange(40).mean() * 5 / 255, rtol=1e-6)
+
+
+def test_validation_stands_for_an_unlabelled_test_part(prepared):
+    source = make_source("tfds:imagenet2012", data_dir=prepared, split="test", image_size=32)
+    images, labels = sort_rows(source.images, source.labels)
+    expected_images, expected_labels = sort_rows(IMAGES[20:26], LABELS[20:26])
+    assert (images == expected_images).all() and (labels == expected_labels).all()
+
+
+def test_resize_takes_the_shorter_side_and_the_centre():
+    x = np.zeros((40, 80, 3), np.uint8)
+    x[:, 20:60] = 200  # exactly the central square
+    out = reader.resize_and_crop(x, 10)
+    assert out.shape == (10, 10, 3) and (out[:, 1:-1] == 200).all()
+    # Antialiased: a fine checkerboard becomes an even grey, not a coarse checkerboard.
+    board = np.repeat((np.indices((64, 64)).sum(0) % 2 * 255)[..., None], 3, -1).astype(np.uint8)
+    assert np.ptp(reader.resize_and_crop(board, 16)[2:-2, 2:-2].astype(int)) < 12
+    assert reader.resize_and_crop(x[:, :40], 40) is not None
+    assert reader.resize_and_crop(np.zeros((3, 500, 3), np.uint8), 8).shape == (8, 8, 3)
+
+
+def test_an_unprepared_set_fails_at_once_with_the_command(tmp_path):
+    begin = time.perf_counter()
+    fails(
+        rf"not prepared in .*cifar10.*python -m jaxcl.data.prepare cifar10 --data_dir={tmp_path}",
+        "tfds:cifar10",
+        data_dir=str(tmp_path),
+    )
+    assert time.perf_counter() - begin < 5
+
+
+def test_unknown_names_and_options(prepared):
+    fails("tfds:cifarr10 cannot be opened", "tfds:cifarr10", data_dir=prepared)
+    fails("must be written tfds:NAME", "tfds:")
+    fails("known: data_dir, image_size", "tfds:cifar10", datadir=prepared)
+
+
+def test_damaged_example_is_named(prepared, monkeypatch):
+    class Broken:
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, row):
+            if row == 17:
+                raise OSError("bad\nblock")
+            return intact[row]
+
+        def __getitems__(self, rows):
+            return [self[row] for row in rows]
+
+    intact = tfds.builder("cifar10", data_dir=prepared).as_data_source(
+        split="train", decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    given = reader.Reader.__init__
+
+    def broken(self, *args):
+        given(self, *args)
+        self._records = Broken()
+
+    monkeypatch.setattr(reader.Reader, "__init__", broken)
+    fails(r"example 17 cannot be read .OSError: bad block", "tfds:cifar10", data_dir=prepared)
+
+
+def test_without_tfds_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    fails(r"pip install 'jaxcl\[tfds\]'", "tfds:cifar10")
+
+
+def test_a_half_installed_tfds_is_named(monkeypatch):
+    monkeypatch.delattr(tfds, "builder")  # what is left of it when a module it needs is missing
+    fails(r"pip install 'jaxcl\[tfds\]'", "tfds:cifar10")
+
+
+def test_prepare_without_tensorflow_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None if name == "tensorflow" else object())
+    assert prepare.main(["cifar10", "--data_dir=/tmp/x"]) == 2
+    error = capsys.readouterr().err
+    assert error == "preparing cifar10 needs tensorflow: pip install 'jaxcl[prepare]'\n"
+
+
+def test_prepare_writes_array_records(monkeypatch, capsys):
+    asked = {}
+
+    class Builder:
+        data_path = "/data/cifar10/3.0.2"
+
+        def download_and_prepare(self):
+            asked["prepared"] = True
+
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: asked.update(name=name, **options) or Builder())
+    assert prepare.main(["cifar10", "--data_dir=/data"]) == 0
+    assert asked == {"name": "cifar10", "data_dir": "/data", "file_format": "array_record", "prepared": True}
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: object())
+    assert prepare.main(["cifarr10"]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_reading_needs_no_tensorflow(prepared):
+    code = (
+        "import sys\n"
+        "from jaxcl.data import make_source\n"
+        f"print(len(make_source('tfds:cifar10', data_dir={prepared!r})), 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "24 False\n", done.stderr

@@ -1,0 +1,274 @@
+"""The page stands alone, says and escapes what it was given, and survives a panel that cannot be drawn."""
+
+import html.parser
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from jaxcl.report import MetricsWriter, figures, read_metrics, style, verdict, write_report
+from jaxcl.report import curves as curves_module
+
+EVIL = '<script>alert("x")</script>'
+
+
+def _panels(n=12, classes=4):
+    rng = np.random.default_rng(0)
+    images = rng.random((n, 16, 16, 3)).astype(np.float32)
+    labels = np.arange(n) % classes
+    names = [EVIL, "$5 note", "a & b", "靴"]
+    heat = rng.random((n, 16, 16))
+    bins = {"count": [0, 5, 15], "accuracy": [np.nan, 0.4, 0.8], "confidence": [np.nan, 0.5, 0.9]}
+    return {
+        "views": {"images": {"view1": images, EVIL: (255 * images).astype(np.uint8)}, "labels": names * 3},
+        "saliency": {
+            "image": images,
+            "map": heat,
+            "keep": heat > 0.5,
+            "masked": images * (heat > 0.5)[..., None],
+            "accepted": labels < 3,
+            "true_mask": heat > 0.4,
+            "names": names * 3,
+        },
+        "embedding": {"features": rng.normal(size=(n, 8)), "labels": labels, "class_names": names},
+        "confusion": {"matrix": rng.integers(0, 9, (classes, classes)), "class_names": names},
+        "reliability": {"clean": bins, EVIL: bins},
+        "robustness": {"1": {"accuracy": 0.5, "ece": 0.1}, "4": {"accuracy": 0.2, "ece": 0.3}},
+        "reliability_fgsm": {"FGSM 4/255": bins},
+    }
+
+
+_RESULTS = {
+    "linear": {"accuracy": np.float32(0.75)},
+    "raw_pixels": {"accuracy": 0.5},
+    "knn": {"accuracy": 0.7},
+    "explanation": {"average_drop": 0.25, "iou": 0.5},
+    "calibration": {"clean": 0.03, "test_shifted": {"ece": 0.2}},
+    "fgsm": {"1": {"accuracy": 0.6}, "4": {"accuracy": 0.21}},
+    "seconds": {"train": 60, "evaluate": 30},
+    "seed": 3,
+    "strange": {"note": EVIL, "list": [1, 2.5], "none": None, "long": list(range(99))},
+    "command": f"python -m jaxcl.main --config={EVIL}",
+}
+
+
+class _Page(html.parser.HTMLParser):
+    """Text and links of a page; fails on a tag that is not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.tags, self.text, self.open = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    with MetricsWriter(workdir, tensorboard=False) as writer:
+        for step in range(1, 60):
+            writer.write(step, {"loss": 5 / step, "lr": 0.1, "probe/accuracy": 0.5, f"{EVIL}/x": 1.0})
+    return write_report(
+        workdir,
+        config={"name": EVIL, "data": {"source": "garments"}, "lr": 0.5, "passes": (("view1", "view2"),)},
+        environment={"packages": {"jax": "0.10"}, "devices": [EVIL]},
+        results=_RESULTS,
+        metrics=read_metrics(workdir),
+        panels=_panels(),
+    )
+
+
+def test_page_needs_nothing_but_its_folder(full):
+    text = full.read_text(encoding="utf-8")
+    page = _Page(text)
+    assert full.name == "index.html" and full.parent.name == "report"
+    assert "script" not in page.tags and "link" not in page.tags
+    assert not any(word in text for word in ("http:", "https:", "url(", "@import"))
+    pictures = [*page.links]
+    assert pictures == [f"{p}.png" for p in ("curves", *_panels())]
+    assert {p.name for p in full.parent.iterdir()} == {"index.html", *pictures}
+    for name in pictures:
+        pixels = imread(full.parent / name)
+        assert 500 <= pixels.shape[1] <= 1640 and pixels[..., :3].std() > 0.02  # something is drawn
+
+
+def test_page_escapes_everything_it_is_given(full):
+    text = full.read_text(encoding="utf-8")
+    assert "<script" not in text and "alert(&quot;x&quot;)" in text
+    page = _Page(text)
+    for place in (f"--config={EVIL}", f"strange.note{EVIL}", f"devices{EVIL}"):
+        assert place in page.text
+    assert page.text.count(EVIL) >= 4
+
+
+def test_page_says_the_results(full):
+    text = _Page(full.read_text(encoding="utf-8")).text
+    assert "Trained on garments with seed 3 in 1 min 30 s: a linear probe reaches 75.0%" in text
+    assert "25.0 points above raw pixels" in text
+    assert "strange.list1, 2.5" in text and "strange.long(99 values, in results.json)" in text
+    assert '"passes": [' in text and "packages.jax0.10" in text
+
+
+def test_verdict_rows():
+    rows = {row.name: row for row in verdict.rows(_RESULTS)}
+    assert [row.name for row in verdict.rows({})] == []
+    assert rows["ECE, clean"].value == "3.0%" and rows["ECE, shifted test"].value == "20.0%"
+    assert rows["Average drop"].better == verdict.LOWER and rows["Mask overlap (IoU)"].better == verdict.HIGHER
+    assert rows["Accuracy under attack"].value == "21.0%" and "4/255" in rows["Accuracy under attack"].meaning
+    assert rows["Time"].value == "1 min 30 s" and "train 1 min 0 s" in rows["Time"].meaning
+    assert "Pointing hit" not in rows
+    below = verdict.rows({"linear": {"accuracy": 0.4}, "raw_pixels": 0.45})
+    assert "5.0 points below raw pixels" in below[0].meaning
+    odd = {
+        "knn": "lost",
+        "linear": None,
+        "fgsm": {"x": 1},
+        "seconds": {"train": float("nan")},
+        "explanation": 3,
+    }
+    assert verdict.rows(odd) == []
+
+
+def test_missing_panels_and_results_leave_their_sections_out(tmp_path):
+    page = write_report(tmp_path / "bare", config={}, environment={}, results={}, metrics=[], panels={"views": {}})
+    parsed = _Page(page.read_text(encoding="utf-8"))
+    assert parsed.links == [] and "bare" in parsed.text and "In short" not in parsed.text
+    assert [p.name for p in page.parent.iterdir()] == ["index.html"]
+
+
+def test_a_broken_panel_is_named_and_a_stale_picture_goes(tmp_path, caplog):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "confusion.png").write_bytes(b"old")
+    page = write_report(
+        tmp_path,
+        config={"name": "x"},
+        environment={},
+        results={},
+        metrics=[{"step": 1, "loss": 2.0}],
+        panels={"confusion": {"matrix": "nonsense"}, "robustness": {"4": 0.5}, "unheard_of": [1]},
+    )
+    parsed = _Page(page.read_text(encoding="utf-8"))
+    assert parsed.links == ["curves.png", "robustness.png"]
+    assert "could not be drawn: " in parsed.text and not (tmp_path / "report" / "confusion.png").exists()
+    assert "'confusion'" in caplog.text and "'unheard_of'" in caplog.text
+
+
+def test_config_is_readable_json(tmp_path):
+    config = {"name": "n", "deep": {"array": np.arange(2), "scalar": np.float32(0.5)}, "path": tmp_path}
+    page = write_report(tmp_path, config=config, environment={}, results={}, metrics=[], panels={})
+    shown = _Page(page.read_text(encoding="utf-8")).text
+    parsed, _ = json.JSONDecoder().raw_decode(shown[shown.index("{\n") :])
+    assert parsed["deep"] == {"array": [0, 1], "scalar": 0.5}
+
+
+def test_expected_calibration_error_by_hand():
+    bins = {"count": [0, 5, 15], "accuracy": [np.nan, 0.4, 0.8], "confidence": [np.nan, 0.5, 0.95]}
+    assert figures.calibration_error(bins) == pytest.approx(0.25 * 0.1 + 0.75 * 0.15)
+    assert figures.calibration_error({"count": [0], "accuracy": [0], "confidence": [1]}) == 0.0
+
+
+def test_curves_group_what_is_there():
+    rows = [{"step": s, "time": 0.0, "loss": 1.0, "loss/a": 1.0, "lr": 0.1, "extra/x": 2.0} for s in range(1, 9)]
+    rows += [{"step": 4, "eval/knn_accuracy": 0.5, "note": "text", "flag": True}]
+    panels = {title: set(lines) for title, lines, _ in curves_module._panels(curves_module._series(rows))}
+    # A single term of weight 1 is the loss itself and is not drawn twice.
+    assert panels == {"Loss": {"loss"}, "Learning rate": {"lr"}, "Accuracy": {"knn"}, "Extra": {"x"}}
+    rows[0]["loss/b"] = 0.5
+    panels = {title: set(lines) for title, lines, _ in curves_module._panels(curves_module._series(rows))}
+    assert panels["Loss"] == {"total", "a", "b"}
+
+
+def test_running_mean_by_loop():
+    values = np.random.default_rng(0).normal(size=30)
+    values[[4, 29]] = np.nan
+    got = curves_module._running_mean(values, 7)
+    for i in range(30):
+        window = values[max(0, i - 3) : i + 4]
+        want = np.nanmean(window) if np.isfinite(values[i]) else np.nan
+        np.testing.assert_allclose(got[i], want, atol=1e-12)
+
+
+def test_curves_say_where_a_loss_stopped_being_finite():
+    rows = [{"step": s, "loss": 1.0 if s < 30 else float("nan")} for s in range(1, 60)]
+    assert "not finite from step 30" in "".join(t.get_text() for t in figures.curves(rows).axes[0].texts)
+    figures.curves([{"step": 1, "loss": float("inf")}])
+
+
+@pytest.mark.parametrize("accepted", [np.ones(3, bool), np.zeros(3, bool), np.array([True, False, True])])
+def test_saliency_grid_has_every_example_in_its_block(accepted):
+    images, heat = np.full((3, 8, 8, 1), 128, np.uint8), np.zeros((3, 8, 8))
+    figure = figures.saliency_grid(images, heat, heat > 0.5, images, accepted)
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    for word, count in (("Accepted", accepted.sum()), ("Rejected", (~accepted).sum())):
+        line = next(t for t in texts if t.startswith(word))
+        assert ("none of these" in line) == (count == 0)
+    frames = [p.get_edgecolor() for p in figure.axes[0].patches]
+    assert len(frames) == 3 and len(set(frames)) == len(set(accepted.tolist()))
+
+
+def test_outline_follows_the_pixels():
+    sheet = style.Sheet(100, 100)
+    mask = np.zeros((4, 4), bool)
+    mask[0, 1:3] = True
+    sheet.outline(mask, 10, 20, (40, 40), "k", 1.0)
+    sides = {tuple(map(tuple, np.sort(s, axis=0))) for s in sheet.axes.collections[0].get_segments()}
+    want = {((20, 20), (20, 30)), ((40, 20), (40, 30))}
+    want |= {((x, y), (x + 10, y)) for x in (20, 30) for y in (20, 30)}
+    assert sides == want
+
+
+def test_view_grid_pixels_are_exact(tmp_path):
+    image = np.zeros((1, 2, 2, 3))
+    image[0, 0, 0], image[0, 1, 1] = (1, 0, 0), (0, 0, 1)
+    path = style.save(figures.view_grid({"v": image}), tmp_path / "v.png")
+    pixels = np.round(imread(path)[..., :3], 3)
+    for color in ((1, 0, 0), (0, 0, 1)):
+        rows, cols = np.nonzero((pixels == color).all(-1))
+        side = rows.max() - rows.min() + 1
+        assert side == cols.max() - cols.min() + 1 == np.sqrt(len(rows)) > 20  # a full square, no blur
+
+
+def test_confusion_lists_the_commonest_mistakes_of_many_classes():
+    matrix = 50 * np.eye(30, dtype=int)
+    matrix[3, 7], matrix[5, 5] = 50, 0  # half of class 3 goes to 7; class 5 has no examples
+    texts = [t.get_text() for ax in figures.confusion(matrix).axes for t in ax.texts]
+    assert texts == ["50%", "3 → 7"]
+    few = figures.confusion(np.array([[3, 1], [0, 0]]), ["cat", "dog"])
+    assert [t.get_text() for t in few.axes[0].texts] == ["75", "25"]
+
+
+def test_embedding_is_reproducible_and_takes_odd_features():
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(40, 6)), np.arange(40) % 3 - 1
+    features[3] = np.nan
+    one, two = (figures.embedding(features, labels, ["a", "b"]) for _ in range(2))
+    offsets = [[c.get_offsets().data for c in f.axes[0].collections] for f in (one, two)]
+    assert sum(len(o) for o in offsets[0]) == 39
+    assert all(np.array_equal(a, b) for a, b in zip(*offsets, strict=True))
+    assert [t.get_text() for t in one.axes[0].texts] == ["a", "b"]
+    assert "collapsed" in figures.embedding(np.ones((20, 4)), np.zeros(20, int)).texts[0].get_text()
+    assert "too few" in figures.embedding(np.ones((2, 4)), np.zeros(2, int)).texts[0].get_text()
+
+
+def test_importing_the_writers_loads_no_plotting_and_no_pyplot_ever():
+    code = (
+        "import sys, jaxcl.report; assert 'matplotlib' not in sys.modules and 'sklearn' not in sys.modules;"
+        "import jaxcl.report.page; assert 'matplotlib.pyplot' not in sys.modules and 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
