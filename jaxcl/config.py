@@ -82,6 +82,22 @@ def options(part: Callable, **overrides: Any) -> ConfigDict:
     return ConfigDict({**known, **overrides})
 
 
+# Named here so that configs need import nothing else.
+__all__ = [
+    "OptimizerOptions",
+    "choose",
+    "default",
+    "encode",
+    "extend",
+    "memory",
+    "options",
+    "stage",
+    "term",
+    "title",
+    "view",
+]
+
+
 def _part(registry: Mapping[str, Callable], what: str, kind: str, overrides: Mapping[str, Any]) -> ConfigDict:
     if kind not in registry:
         raise UserError(f"no {what} is called {kind!r}{recipe.suggestion(kind, registry)}")
@@ -134,6 +150,11 @@ def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:
         if w not in known:
             raise UserError(f"unknown preset {w!r}{recipe.suggestion(w, known)}")
     return tuple(chosen)
+
+
+def title(method: str, chosen: Sequence[str], usual: Sequence[str]) -> str:
+    """A run's name for people: the method and what is not as usual, "excon cifar100 alternating"."""
+    return " ".join([method, chosen[0], *(w for w, u in zip(chosen[1:], usual[1:], strict=True) if w != u)])
 
 
 def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:

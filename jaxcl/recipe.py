@@ -1,4 +1,4 @@
-"""A recipe: the parts a config names, put together, and refused here where they cannot work, before anything compiles."""
+"""A recipe: the parts a config names, put together; what cannot work is refused here, before anything compiles."""
 
 import dataclasses
 import difflib
@@ -66,7 +66,18 @@ def construct(name: str, part: Callable, options: Mapping[str, Any], **supplied:
     for key in options:
         if key not in known:
             raise UserError(f"{name} has no option {key!r}{suggestion(key, known)}")
+        if not _fits(options[key], known[key]):
+            raise UserError(f"{name}.{key} is {options[key]!r}; expected a value like {known[key]!r}")
     return part(**supplied, **{k: _tuples(v) for k, v in options.items()})
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's kind; a string may be given as a number, since "0" and 0 steps are the same."""
+    kinds = ((bool, bool), ((int, float), (int, float)), (str, (str, int)), ((list, tuple), (list, tuple)))
+    for kind, accepted in kinds:
+        if isinstance(default, kind):
+            return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    return True
 
 
 def suggestion(word: str, known: Any) -> str:
@@ -223,10 +234,17 @@ def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
     for i, stage in enumerate(recipe.stages):
         for name in stage.reads:
             exists(name, f"stages[{i}]", available)
+        if stage.rejected in available:
+            raise UserError(f"stages[{i}].rejected is {stage.rejected!r}, which is a view already; choose a new name")
         available |= set(stage.writes)
         part = recipe.memory.get(stage.classifier)
         if part is None:
             raise UserError(f"stages[{i}] needs memory.{stage.classifier} (a linear_probe), which the config lacks")
+        if part.schedule == "sequential":
+            raise UserError(
+                f"stages[{i}] explains with memory.{stage.classifier}, which schedule 'sequential' trains only after "
+                "the encoder; use 'online' or 'alternating'"
+            )
         if stage.method == "grad_cam":
             tap_stage(stage.tap, recipe.model.encoder.stage_sizes)
         if stage.capacity(recipe.batch_size) % num_devices:

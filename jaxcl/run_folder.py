@@ -40,7 +40,8 @@ def _same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
-            f"{workdir} holds a run of another config, {changed[0]}{more}; use another --workdir, or the same config to go on"
+            f"{workdir} holds a run of another config, {changed[0]}{more}; "
+            "use another --workdir, or the same config to go on"
         )
 
 

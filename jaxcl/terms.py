@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class Embedding(NamedTuple):
-    """What one view became: pooled features h [B,D], embedding z [B,E] (not normalised), rows that exist [B] or None."""
+    """What one view became: features h [B,D], embedding z [B,E] (not normalised), rows that exist [B] or None."""
 
     h: Array
     z: Array
@@ -38,6 +38,8 @@ class SupCon:
     weight: float = 1.0
 
     def __post_init__(self):
+        if not self.views:
+            raise UserError("term supcon: views is empty; expected the names of one or more views")
         if not (self.temperature > 0 and self.base_temperature > 0):
             raise UserError("term supcon: temperature and base_temperature must be above 0")
         for key, value, known in (

@@ -41,7 +41,7 @@ def draw_color_jitter(
     applied = u_Nx6[:, 4] < p
     low = jnp.array([max(0.0, 1.0 - s) for s in strength[:3]] + [-strength[3]], jnp.float32)
     high = jnp.array([1.0 + s for s in strength[:3]] + [strength[3]], jnp.float32)
-    factors = jnp.where(applied[:, None], low + (high - low) * u_Nx6[:, :4], jnp.array(IDENTITY))
+    factors = jnp.where(applied[:, None], low + (high - low) * u_Nx6[:, :4], jnp.array(IDENTITY, jnp.float32))
     which = jnp.minimum((u_Nx6[:, 5] * len(_ORDERS)).astype(jnp.int32), len(_ORDERS) - 1)
     order = jnp.array(_ORDERS, jnp.int32)[which]
     return factors, order, applied
@@ -80,15 +80,14 @@ def color_jitter(
     """Applies brightness, contrast, saturation and hue, each once, in each image's own order.
 
     Exactly the sequential definition, without a branch an image and without trying every part in every place.
-    Brightness and saturation are pointwise blends clip(a x + b grey), next to nothing once fused; contrast
-    waits for the image's mean and the hue is the dear one. Every order is a subsequence of
+    Brightness and saturation are pointwise blends clip(a x + b grey); contrast waits for the image's mean, and the hue
+    is the dear one. Every order is a subsequence of
 
-        P P contrast hue | P P contrast hue | P P
+        P P  contrast  P P  hue  P P  contrast  P P
 
-    with P P the earlier, then the later of brightness and saturation: the first of (contrast, hue) acts in
-    the first round, the second in the second, a pointwise part in the gap after as many of the two as precede
-    it, and all that is not an image's turn runs with its identity factors. Two hue rotations and two means,
-    where choosing among four parts in each of four rounds takes four of each.
+    with P P the earlier, then the later of brightness and saturation; what is not an image's turn runs with its
+    identity factors. One hue rotation and two means, where choosing among four parts in each of four rounds takes
+    four of each.
 
     Args:
       images: [N,H,W,3] in [0,1].
@@ -107,47 +106,43 @@ def color_jitter(
     # The inverse permutation: when each part comes.
     t_bright, t_contrast, t_sat, t_hue = (jnp.sum(jnp.arange(4) * (order == i), axis=1) for i in range(4))
 
-    barriers = [t for part, t in (("contrast", t_contrast), ("hue", t_hue)) if part in parts]
+    special_times = [t for part, t in (("contrast", t_contrast), ("hue", t_hue)) if part in parts]
+    both = len(special_times) == 2
+    hue_first = t_hue < t_contrast
     bright_first = t_bright < t_sat
-    pointwise_parts = [
-        # (the gap it acts in, factor, share of grey)
-        (
-            sum((b < t).astype(jnp.int32) for b in barriers),
-            jnp.where(is_bright, bright, sat),
-            jnp.where(is_bright, 0.0, 1.0 - sat),
-        )
-        for t, is_bright in (
-            (jnp.minimum(t_bright, t_sat), bright_first),
-            (jnp.maximum(t_bright, t_sat), ~bright_first),
-        )
-    ]
 
-    def pointwise(planes, gap):
+    def gap(t):
+        """How many of the special steps of the program come before the part at time t."""
+        count = sum((special < t).astype(jnp.int32) for special in special_times)
+        return count + hue_first if both else count  # hue first: the first contrast is not this image's
+
+    earlier = gap(jnp.minimum(t_bright, t_sat)), bright_first
+    later = gap(jnp.maximum(t_bright, t_sat)), ~bright_first
+
+    def pointwise(planes, here):
         if "brightness" not in parts and "saturation" not in parts:
             return planes
-        for own_gap, factor, grey_share in pointwise_parts:
-            now = own_gap == gap
-            planes = _blend(planes, jnp.where(now, factor, 1.0), jnp.where(now, grey_share, 0.0))
+        for own_gap, is_bright in (earlier, later):
+            now = own_gap == here
+            factor = jnp.where(now, jnp.where(is_bright, bright, sat), 1.0)
+            planes = _blend(planes, factor, jnp.where(now & ~is_bright, 1.0 - sat, 0.0))
         return planes
 
-    def round_(planes, turn):
-        planes = pointwise(planes, turn)
-        if "contrast" in parts:
-            now = turn == ((t_hue < t_contrast) if "hue" in parts else 0)
-            planes = _contrast(planes, jnp.where(now, contrast, 1.0))
-        if "hue" in parts:
-            now = turn == ((t_contrast < t_hue) if "contrast" in parts else 0)
-            planes = _hue(planes, jnp.where(now, hue, 0.0))
-        return planes, None
+    def special_step(planes, here):
+        planes = pointwise(planes, here)
+        contrast_here = jnp.where((here == 2) == hue_first, contrast, 1.0)
+        return jax.lax.cond(here == 1, lambda: _hue(planes, hue), lambda: _contrast(planes, contrast_here)), None
 
-    if len(barriers) == 2:
-        # A loop and not two calls: XLA's CPU compiler would fuse the unrolled steps, recompute each in every
-        # place that reads it, and run a hundred times as long (it ignores optimization_barrier when it
-        # fuses).
-        planes, _ = jax.lax.scan(round_, planes, jnp.arange(2))
-    elif barriers:
-        planes, _ = round_(planes, 0)
-    return _join(pointwise(planes, len(barriers)))
+    if both:
+        # A loop with a condition and not three calls: XLA's CPU compiler would fuse the unrolled steps and recompute
+        # each in every place that reads it, a hundred times as slow (optimization_barrier does not stop it).
+        planes, _ = jax.lax.scan(special_step, planes, jnp.arange(3))
+        return _join(pointwise(planes, 3))
+    planes = pointwise(planes, 0)
+    if special_times:
+        planes = _contrast(planes, contrast) if "contrast" in parts else _hue(planes, hue)
+        planes = pointwise(planes, 1)
+    return _join(planes)
 
 
 # -------------------------------------------------------------------------------------------- on planes

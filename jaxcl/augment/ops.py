@@ -11,10 +11,10 @@ Letters: N images, H height, W width, S output side, C channels, K taps of a blu
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcl.errors import UserError
 
@@ -27,7 +27,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 def draw_uniform(keys: jax.Array, count: int) -> jax.Array:
     """`count` float32 numbers uniform in [0, 1) from each of keys [N] -> [N, count]."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
 
 
 def draw_mask(keys: jax.Array, *, p: float) -> jax.Array:
@@ -60,7 +60,7 @@ def draw_resized_crop(
     """
     u_NxT = draw_uniform(keys, 2 * tries + 2)
     fraction = area[0] + (area[1] - area[0]) * u_NxT[:, :tries]
-    low, high = np.log(ratio[0]), np.log(ratio[1])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = jnp.exp(low + (high - low) * u_NxT[:, tries : 2 * tries])
     w_NxT = jnp.round(jnp.sqrt(height * width * fraction * aspect))
     h_NxT = jnp.round(jnp.sqrt(height * width * fraction / aspect))
@@ -160,7 +160,7 @@ def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array
     count, height, width, _ = images.shape
     if (height, width) == (size, size):
         return images
-    boxes = jnp.broadcast_to(jnp.array([0.0, 0.0, height, width]), (count, 4))
+    boxes = jnp.broadcast_to(jnp.array([0, 0, height, width], jnp.float32), (count, 4))
     return resized_crop(images, boxes, size, antialias=antialias)
 
 
@@ -204,6 +204,8 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array, *, kernel_size: int | Non
     kernel_NxK = jnp.exp(-0.5 * jnp.square(offset / safe_Nx1))
     kernel_NxK = kernel_NxK / jnp.sum(kernel_NxK, axis=1, keepdims=True)
     kernel_NxK = kernel_NxK.astype(images.dtype)
+    # Shifted sums, one fused loop an axis: on a CPU 2x as fast as banded matrices at 32 pixels, equal at 224.
+    # A matrix unit would take [S,S] banded matrices through `_separable`.
     out = images
     for axis, side in ((1, height), (2, width)):
         pad = [(0, 0)] * 4

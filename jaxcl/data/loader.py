@@ -1,7 +1,6 @@
 """Batches for training (`Loader`: shuffled, endless, resumable) and for evaluation (`batches`: one pass)."""
 
 import queue
-import sys
 import threading
 import time
 import weakref
@@ -11,48 +10,32 @@ import grain
 import jax
 import numpy as np
 
-from jaxcl.data import hashing
 from jaxcl.data.base import Source
 from jaxcl.errors import UserError
 
 Batch = dict[str, np.ndarray | jax.Array]
 
 
-class ExampleOrder:
-    """The endless sequence of example ids, and this process's part of it.
+def example_ids(
+    num_examples: int,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset[int]:
+    """The endless sequence of example ids of one process, from `start_step` on; any place of it is at hand.
 
     The whole set is shuffled before it is shared out, so global batch k holds the same examples however many
     processes there are: element i of the sequence belongs to process i % process_count. Each epoch is
-    shuffled anew and cut to whole batches, so no batch mixes two epochs. One sort an epoch costs far less
-    than asking for ids one by one, and the order is the same whatever the version of any library.
+    shuffled anew and cut to whole batches, so no batch mixes two epochs.
     """
-
-    def __init__(
-        self, num_examples: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-    ):
-        self._num_examples = num_examples
-        self._epoch_length = num_examples // batch_size * batch_size
-        self._seed = seed
-        self._process_index, self._process_count = process_index, process_count
-        self._lock = threading.Lock()  # reading threads meet a new epoch together; one sorts, the others wait
-        self._orders: dict[int, np.ndarray] = {}
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Ids, int64 [B], of the local positions int [B] (0 is this process's first example ever)."""
-        epochs, places = np.divmod(
-            np.asarray(positions) * self._process_count + self._process_index, self._epoch_length
-        )
-        ids = np.empty(len(places), np.int64)
-        for epoch in np.unique(epochs):
-            ids[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
-        return ids
-
-    def _order(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._orders:
-                self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
-                self._orders[epoch] = hashing.order(self._seed, epoch, self._num_examples)
-            return self._orders[epoch]
+    epoch = num_examples // batch_size * batch_size
+    # `seed()` and not `shuffle(seed)`: grain shuffles epoch e with seed + e, and `seed()` first scatters the
+    # seeds, so that a run is not its neighbouring seed's run one epoch later. It takes no negative number.
+    shuffled = grain.MapDataset.range(num_examples).seed(seed % 2**32).shuffle()
+    return shuffled[:epoch].repeat()[start_step * batch_size + process_index :: process_count]
 
 
 class Loader(Iterator[Batch]):
@@ -66,7 +49,7 @@ class Loader(Iterator[Batch]):
     Args:
       source: a `Source`, or anything with its attributes.
       batch_size: global, over all processes; the last partial batch of an epoch is dropped.
-      seed: of the shuffle.
+      seed: of the shuffle, modulo 2^32.
       start_step: the first step to give.
       process_index, process_count: this process's rows, batch_size / process_count of them.
       sharding: of the batch axis; batches are then global `jax.Array`s, otherwise NumPy arrays of the local
@@ -118,16 +101,15 @@ class Loader(Iterator[Batch]):
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
 
-        local = batch_size // process_count
-        order = ExampleOrder(
+        ids = example_ids(
             len(source),
             batch_size=batch_size,
             seed=seed,
+            start_step=start_step,
             process_index=process_index,
             process_count=process_count,
         )
-        make = _indexed_batches if source.in_memory else _read_batches
-        local_batches = make(source, order, local, start_step)
+        local_batches = iter(_local_batches(source, ids, batch_size // process_count))
         # The thread holds no reference to the loader, so dropping the loader without close() also ends the
         # thread; finalize runs at interpreter exit too, before JAX is torn down under a thread that still
         # uses it.
@@ -168,26 +150,21 @@ class Loader(Iterator[Batch]):
         self.close()
 
 
-def _indexed_batches(source: Source, order: ExampleOrder, local: int, step: int) -> Iterator[Batch]:
-    """In memory: one fancy index a batch, no workers."""
-    while True:
-        yield source.batch(order(np.arange(step * local, (step + 1) * local)))
-        step += 1
+def _local_batches(source: Source, ids: grain.MapDataset[int], size: int) -> grain.IterDataset[Batch]:
+    """Batches of `size` examples of `source`, in the order of `ids`.
 
+    grain hands ids out one at a time, at 15 to 20 microseconds of processor time each (grain 0.2.18, one core of a
+    two-core server): 4 to 5 ms for a batch of 256, where copying its 32x32 images takes 0.03 ms. The loader's thread
+    spends them while the device works on an earlier batch, so training waits only if a step is shorter than that.
+    """
+    if source.in_memory:  # one fancy index a batch; more threads would only wait for the interpreter lock
+        return ids.batch(size).map(source.batch).to_iter_dataset(grain.ReadOptions(num_threads=0))
 
-def _read_batches(source: Source, order: ExampleOrder, local: int, step: int) -> Iterator[Batch]:
-    """Random access: examples are read and decoded one by one in grain's threads, in order."""
+    def read(example: int) -> Batch:
+        return {k: v[0] for k, v in source.batch(np.array([example])).items()}
 
-    def read(position: int) -> Batch:
-        return {k: v[0] for k, v in source.batch(order(np.array([position]))).items()}
-
-    endless = grain.MapDataset.range(sys.maxsize - 1).map(read)
-    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=max(64, 2 * local))
-    examples = iter(endless.to_iter_dataset(options))
-    examples.set_state({**examples.get_state(), "next_index": step * local})  # the position is all its state
-    while True:
-        rows = [next(examples) for _ in range(local)]
-        yield {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=max(64, 2 * size))
+    return ids.map(read).to_iter_dataset(options).batch(size)
 
 
 def _placer(sharding: jax.sharding.Sharding | None) -> Callable[[Batch], Batch]:

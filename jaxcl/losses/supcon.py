@@ -106,6 +106,8 @@ def supcon(
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is split. Every row
         argument then holds this device's rows; anchors of this device meet the columns of all devices, and
         the result is the loss of the global batch, equal on every device.
+        Differentiate outside or inside of the shard_map; inside, leave its `check_vma` on (the default):
+        without it JAX counts the gradient once for each device.
 
     Returns:
       A scalar, float32 or wider. 0 if there is no anchor.

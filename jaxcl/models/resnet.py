@@ -258,6 +258,9 @@ def resnet(
             f"model.stage_sizes, stage_widths and strides have {len(sizes)}, {len(widths)} and {len(strides)} entries; "
             "expected one of each per stage"
         )
+    for key, values in (("stage_sizes", sizes), ("stage_widths", widths), ("strides", strides)):
+        if min(values) < 1:
+            raise UserError(f"model.{key} is {values}; expected whole numbers of at least 1")
     widths = tuple(max(1, round(w * width)) for w in widths)
     make = partial(ResNet, block=block, stem=stem, dtype=dtype)
     return make(stage_sizes=sizes, widths=widths, strides=strides)

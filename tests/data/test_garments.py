@@ -17,6 +17,11 @@ def test():
     return make_source("garments", split="test")
 
 
+@pytest.fixture(scope="module")
+def free():
+    return make_source("garments", limit=1000)
+
+
 def test_shape_labels_and_extras(train, test):
     assert (len(train), len(test)) == (10_000, 2_000) and train.image_shape == (32, 32, 3)
     assert np.bincount(train.labels).tolist() == [1000] * 10
@@ -62,15 +67,14 @@ def test_mask_is_the_object(train):
         assert len(outside) == 0 or (np.abs(inside - outside[0]).max(1) > 20).mean() > 0.9
 
 
-def test_mask_agrees_with_the_photo():
+def test_mask_agrees_with_the_photo(test):
     """A slow placement of one photo: the mask's bounding box and area scale as the photo's do."""
-    source = make_source("garments", split="test")
     shading, cover = garments._cut_out("test")
     scale = (
         0.7 + 0.3 * garments.hashing.uniforms(garments._GENERATOR, garments._PLACE, 10_000 + np.arange(200), 4)[:, 0]
     )
     expected = cover[:200].sum((1, 2)) * scale**2
-    np.testing.assert_allclose(source.extras["mask"][:200].sum((1, 2)), expected, rtol=0.15, atol=12)
+    np.testing.assert_allclose(test.extras["mask"][:200].sum((1, 2)), expected, rtol=0.15, atol=12)
     assert shading.min() >= 0 and shading.max() <= 1 and not shading[~cover].any()
 
 
@@ -105,9 +109,8 @@ def test_draws_are_independent_of_the_class(train, test):
 
 @pytest.mark.parametrize("where", ["background", "fill"])
 @pytest.mark.parametrize("spurious", [0.0, 0.8, 1.0])
-def test_spurious_ties_texture_to_class_in_training_only(where, spurious):
+def test_spurious_ties_texture_to_class_in_training_only(where, spurious, free):
     tied = make_source("garments", spurious=spurious, spurious_on=where, limit=1000)
-    free = make_source("garments", limit=1000)
     share = (tied.extras[where] == garments.TEXTURE_OF_CLASS[tied.labels]).mean()
     chance = 0.1 if where == "background" else 0.05
     assert abs(share - (spurious + (1 - spurious) * chance)) < 0.05

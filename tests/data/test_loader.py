@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcl.data import Loader, Source, batches
+from jaxcl.data.loader import example_ids
 from jaxcl.errors import UserError
 
 
@@ -85,6 +86,20 @@ def test_seeds_differ_and_repeat():
     assert first == again != other
     # A neighbouring seed must not be the same run one epoch later.
     assert ids(take(numbered(64), 16, seed=0))[8:] != ids(take(numbered(64), 8, seed=1))
+
+
+def test_any_seed_will_do_and_is_taken_modulo_2_to_the_32():
+    assert ids(take(numbered(64), 3, seed=-1)) == ids(take(numbered(64), 3, seed=2**32 - 1))
+    assert ids(take(numbered(64), 3, seed=2**40 + 7)) == ids(take(numbered(64), 3, seed=7))
+
+
+def test_any_place_of_the_order_is_at_hand():
+    options = {"batch_size": 8, "seed": 3}
+    order = example_ids(35, **options)
+    walked = sum(ids(take(numbered(35), 9, **options)), [])
+    assert [order[i] for i in reversed(range(72))] == walked[::-1]
+    far = example_ids(35, **options, start_step=10**9, process_index=1, process_count=4)
+    assert [far[i] for i in range(8)] == [order[8 * 10**9 + 1 + 4 * i] for i in range(8)]
 
 
 @pytest.mark.parametrize("make", [numbered, OnDisk])
@@ -200,15 +215,16 @@ def test_close_ends_the_thread():
     assert not threads()
 
 
-@pytest.mark.parametrize("kind", ["numbered", "OnDisk"])
-def test_interpreter_exits_with_an_open_loader(kind):
+def test_interpreter_exits_with_open_loaders():
     code = (
         f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import test_loader as t\n"
-        f"loader = t.Loader(t.{kind}(512), batch_size=64, seed=0, sharding=t.mesh_sharding(1))\n"
-        "print(next(loader)['image'].shape)"
+        "options = dict(batch_size=64, seed=0, sharding=t.mesh_sharding(1))\n"
+        "loaders = [t.Loader(make(512), **options) for make in (t.numbered, t.OnDisk)]\n"
+        "print(*[next(loader)['image'].shape for loader in loaders])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "(64, 2, 2, 3)" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 0 and done.stdout == "(64, 2, 2, 3) (64, 2, 2, 3)\n", done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("n, size", [(10, 4), (8, 4), (3, 8)])

@@ -1,0 +1,99 @@
+"""Whole steps side by side: what ExCon and ExConB cost over SupCon of the same config.
+
+    python -m benchmarks.steps [--preset=garments] [--rounds=15] [--batch_size=128]
+
+Each round times one update of every method in turn (views, stages, forward, backward, optimiser; data on the device),
+so a machine that slows down slows all of them; the ratios are taken round by round and their median is printed, beside
+the floor counted from encoder passes (jaxcl/views/saliency.py).
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from jaxcl import sharding
+from jaxcl.data import make_source
+from jaxcl.recipe import build_recipe
+from jaxcl.update import compile_update, init_state
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def load_config(name: str, preset: str):
+    """The config of configs/<name>.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
+
+
+class Step:
+    """One method's compiled update, on a batch that stays on the device."""
+
+    def __init__(self, config, source):
+        self.recipe = build_recipe(
+            config,
+            num_examples=len(source),
+            image_shape=source.image_shape,
+            mean=source.mean,
+            std=source.std,
+            num_classes=source.num_classes,
+            labelled=source.labelled,
+        )
+        mesh = sharding.make_mesh(1)
+        replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+        self.state = jax.jit(lambda: init_state(self.recipe), out_shardings=replicated)()
+        self.batch = sharding.put(source.batch(np.arange(config.batch_size)), rows)
+        phase = self.recipe.phase(self.recipe.total_steps - self.recipe.steps_per_epoch - 1)
+        self.update = compile_update(self.recipe, phase, replicated, rows)
+
+    def seconds(self) -> float:
+        begun = time.perf_counter()
+        self.state, metrics = self.update(self.state, self.batch)
+        jax.block_until_ready((self.state.params, metrics))
+        return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="garments")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's own")
+    arguments = parser.parse_args()
+
+    methods = {
+        "supcon": load_config("supcon", arguments.preset),
+        "excon": load_config("excon", f"{arguments.preset},excon"),
+        "exconb": load_config("excon", f"{arguments.preset},exconb"),
+    }
+    half = load_config("excon", f"{arguments.preset},exconb")
+    half.stages[0].background_capacity = 0.5
+    methods["exconb, room for B/2"] = half
+    for config in methods.values():
+        config.batch_size = arguments.batch_size or config.batch_size
+    source = make_source(methods["supcon"].data.source, **dict(methods["supcon"].data.options))
+    steps = {name: Step(config, source) for name, config in methods.items()}
+    for step in steps.values():
+        step.seconds(), step.seconds()  # compilation, and a first warm run
+
+    times = {name: [] for name in steps}
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            times[name].append(step.seconds())
+
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.platform} {device.device_kind}, batch {methods['supcon'].batch_size}")
+    print(f"{'':24}{'s/step':>8}{'/ supcon':>10}   (quartiles)")
+    for name, seconds in times.items():
+        ratios = sorted(a / b for a, b in zip(seconds, times["supcon"], strict=True))
+        low, high = np.percentile(ratios, [25, 75])
+        print(f"{name:24}{statistics.median(seconds):8.3f}{statistics.median(ratios):10.2f}   ({low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""ResNets: the published sizes, the authors' blocks in float64, plain convolutions, and rows that do not exist."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax import lax
+
+from jaxcl.errors import UserError
+from jaxcl.memory import LinearProbe
+from jaxcl.models import ModelOptions, ProjectionHead, make_model, resnet, tap_stage
+from jaxcl.models.resnet import BasicBlock, Bottleneck, MatmulConv, ResNet, _conv
+
+TINY = ModelOptions(stage_sizes=(2, 1), stage_widths=(8, 16), stem="cifar", head_features=12)
+
+
+def count(tree):
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    "depth, features, encoder, head",
+    [
+        (18, 512, 11_168_832, 328_320),
+        (34, 512, 21_276_992, 328_320),
+        (50, 2048, 23_500_352, 4_458_624),
+        (101, 2048, 42_492_480, 4_458_624),
+    ],
+)
+def test_published_parameter_counts(depth, features, encoder, head):
+    model = make_model(ModelOptions(depth=depth))
+    params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0), (32, 32, 3)))
+    assert (count(params["encoder"]), count(params["head"])) == (encoder, head)
+    assert model.features == features
+    # A mean and a variance for each scale and bias of the batch norms.
+    norms = [x for path, x in jax.tree_util.tree_leaves_with_path(params["encoder"]) if "bn" in str(path)]
+    assert count(stats) == sum(x.size for x in norms)
+
+
+@pytest.mark.parametrize(
+    "features, classes, parameters",
+    [(512, 100, 51_300), (2048, 100, 204_900), (512, 200, 102_600), (2048, 200, 409_800)],
+)
+def test_published_classifier_counts(features, classes, parameters):
+    probe = jax.eval_shape(lambda: LinearProbe().init(jax.random.key(0), features, classes, optax.sgd(0.1)))
+    assert count(probe["params"]) == parameters
+
+
+def test_single_dense_head_and_pooled_shapes():
+    head = jax.eval_shape(lambda: ProjectionHead(128, 0).init(jax.random.key(0), jnp.zeros((1, 512))))
+    assert count(head["params"]) == 512 * 128 + 128
+
+
+@pytest.mark.parametrize(
+    "depth, tap, shape",  # papers/excon.md a.4: the layers GradCAM explains on 32- and 64-pixel images
+    [
+        (50, "stage2", (16, 16, 512)),
+        (18, "stage2", (16, 16, 128)),
+        (50, "stage4", (8, 8, 2048)),
+        (18, "stage4", (8, 8, 512)),
+    ],
+)
+def test_taps_are_the_layers_of_the_paper(depth, tap, shape):
+    model, side = make_model(ModelOptions(depth=depth)), 32 if tap == "stage2" else 64
+
+    def activations():
+        params, stats = model.init(jax.random.key(0), (side, side, 3))
+        return model.split_at(params, stats, jnp.zeros((2, side, side, 3)), tap, train=False)[0]
+
+    assert jax.eval_shape(activations).shape == (2, *shape)
+
+
+@pytest.mark.parametrize("stem, side", [("cifar", 32), ("imagenet", 8), ("patch2", 16), ("patch4", 8), ("patch8", 4)])
+def test_stems_reduce_the_image(stem, side):
+    encoder = resnet(stem=stem, stage_sizes=(1,), stage_widths=(8,))
+
+    def tap():
+        variables = encoder.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        return encoder.apply(variables, jnp.zeros((1, 32, 32, 3)), "stage1", method="to_tap")[0]
+
+    assert jax.eval_shape(tap).shape == (1, side, side, 8)
+
+
+def test_initial_values():
+    """Kaiming fan-out with the gain of ReLU, batch norms at 1 and 0 (the last of a branch as well), torch's Linear."""
+    model = make_model(ModelOptions(stage_sizes=(1,), stage_widths=(64,)))
+    params, stats = jax.jit(lambda: model.init(jax.random.key(3), (8, 8, 3)))()
+    block = params["encoder"]["stages_0_0"]
+    kernel = np.asarray(block["conv1"]["kernel"])
+    assert kernel.shape == (3, 3, 64, 64)
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
+    stem = np.asarray(params["encoder"]["stem_conv"]["kernel"])
+    np.testing.assert_allclose(stem.std(), np.sqrt(2 / (9 * 64)), rtol=0.1)  # fan-out: 3 inputs do not matter
+    for bn in ("bn1", "bn2"):
+        np.testing.assert_array_equal(block[bn]["scale"], np.ones(64))
+        np.testing.assert_array_equal(block[bn]["bias"], np.zeros(64))
+    dense = params["head"]["hidden0"]["dense"]
+    for values in (dense["kernel"], dense["bias"]):
+        values = np.asarray(values)
+        assert np.abs(values).max() <= 1 / np.sqrt(64) and np.abs(values).max() > 0.9 / np.sqrt(64)
+        assert abs(values.mean()) < 0.03
+    np.testing.assert_array_equal(stats["stem_bn"]["var"], np.ones(64))
+
+
+# ---- the authors' blocks
+
+
+def block_variables(d):
+    params, stats = {}, {}
+    for name in ("conv1", "conv2", "conv3", "shortcut_conv"):
+        if f"{name}_kernel" in d:
+            params[name] = {"kernel": jnp.asarray(d[f"{name}_kernel"])}
+    for name in ("bn1", "bn2", "bn3", "shortcut_bn"):
+        if f"{name}_scale" in d:
+            params[name] = {k: jnp.asarray(d[f"{name}_{k}"]) for k in ("scale", "bias")}
+            stats[name] = {k: jnp.asarray(d[f"{name}_{k}"]) for k in ("mean", "var")}
+    return {"params": params, "batch_stats": stats}
+
+
+@pytest.mark.parametrize("name", ["resnet_basicblock_stride2", "resnet_bottleneck_stride1"])
+def test_golden_blocks(golden, name):
+    d = golden("excon", name)
+    make = {"basic": BasicBlock, "bottleneck": Bottleneck}[str(d["kind"])]
+    with jax.enable_x64(True):
+        block = make(d["input"].shape[-1], int(d["planes"]), int(d["stride"]), dtype=jnp.float64)
+        variables, x = block_variables(d), jnp.asarray(d["input"])
+
+        @jax.jit
+        def both(variables, x):
+            frozen = block.apply(variables, x, dict(use_running_average=True, mask=None))
+            train = dict(use_running_average=False, mask=None)
+            return frozen, *block.apply(variables, x, train, mutable=["batch_stats"])
+
+        frozen, trained, new = both(variables, x)
+    assert frozen.dtype == np.float64
+    np.testing.assert_allclose(frozen, d["output_eval"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(trained, d["output_train"], rtol=1e-9, atol=1e-12)
+    N, H, W, _ = d["input"].shape
+    for bn, stats in new["batch_stats"].items():
+        np.testing.assert_allclose(stats["mean"], d[f"{bn}_mean_after"], rtol=1e-9, atol=1e-12)
+        # torch keeps the unbiased variance in its running one (n - 1), Flax the biased (n).
+        stride = 1 if bn == "bn1" and d["kind"] == "bottleneck" else int(d["stride"])
+        n = N * (H // stride) * (W // stride)
+        moved = np.asarray(stats["var"]) - 0.9 * d[f"{bn}_var"]
+        wanted = d[f"{bn}_var_after"] - 0.9 * d[f"{bn}_var"]
+        np.testing.assert_allclose(moved * n / (n - 1), wanted, rtol=1e-9, atol=1e-12)
+        assert np.abs(moved - wanted).max() > 1e-4  # the factor is there
+
+
+# ---- convolutions
+
+
+def reference_conv(x, kernel, stride, padding):
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def test_matmul_conv_is_a_convolution():
+    """1x1 at strides 1 and 2, patches on images they tile and on images that leave a border; values and gradients."""
+    cases = [(1, 1, 6), (1, 2, 6), (1, 2, 7), (2, 2, 6), (4, 4, 8), (4, 4, 10), (8, 8, 17)]
+    inputs = {
+        case: (tiny.normal(3, case[2], case[2], 4, seed=i), tiny.normal(case[0], case[0], 4, 5, seed=10 + i))
+        for i, case in enumerate(cases)
+    }
+
+    def ours(case, x, k):
+        return MatmulConv(5, case[0], case[1]).apply({"params": {"kernel": k}}, x)
+
+    def theirs(case, x, k):
+        return reference_conv(x, k, case[1], 0)
+
+    @jax.jit
+    def everything(inputs):
+        def one(f, case, x, k):
+            y, pull = jax.vjp(lambda x, k: f(case, x, k), x, k)
+            return y, *pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+        return {case: [one(f, case, *args) for f in (ours, theirs)] for case, args in inputs.items()}
+
+    for case, (got, want) in everything(inputs).items():
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape, case
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=str(case))
+
+
+def test_padding_is_symmetric_not_same():
+    """At stride 2 "SAME" pads one side only; the authors' layers pad both."""
+    x, kernel = tiny.normal(2, 8, 8, 3), tiny.normal(3, 3, 3, 4, seed=1)
+
+    @jax.jit
+    def three(x, kernel):
+        same = lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        ours = _conv(4, 3, 2, jnp.float32).apply({"params": {"kernel": kernel}}, x)
+        return ours, reference_conv(x, kernel, 2, 1), same
+
+    got, want, same = three(x, kernel)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert got.shape == same.shape and np.abs(got - same).max() > 0.1
+
+
+def test_imagenet_stem_is_seven_by_seven_and_a_padded_max_pool():
+    encoder = resnet(stem="imagenet", stage_sizes=(1,), stage_widths=(4,))
+    x = tiny.normal(2, 17, 17, 3)
+    variables = tiny.fill(jax.eval_shape(lambda: encoder.init(jax.random.key(1), x)))
+    stem, norm = variables["params"]["stem_conv"]["kernel"], variables["params"]["stem_bn"]
+    running = variables["batch_stats"]["stem_bn"]
+    assert stem.shape == (7, 7, 3, 4)
+
+    @jax.jit
+    def both(variables):
+        return encoder.apply(variables, x, "stage1", method="to_tap")[1], reference_conv(x, stem, 2, 3)
+
+    block_input, y = (np.asarray(a) for a in both(variables))
+    y = (y - running["mean"]) / np.sqrt(running["var"] + 1e-5) * norm["scale"] + norm["bias"]
+    padded = np.pad(np.maximum(y, 0), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    windows = [padded[:, i : i + 9 : 2, j : j + 9 : 2] for i in range(3) for j in range(3)]
+    np.testing.assert_allclose(block_input, np.max(windows, axis=0), rtol=1e-4, atol=1e-4)
+
+
+# ---- the cut at a tap
+
+
+@pytest.fixture(scope="module", params=["basic", "bottleneck"])
+def cut(request):
+    depth = {"basic": 18, "bottleneck": 50}[request.param]
+    model = make_model(ModelOptions(depth=depth, stage_sizes=(2, 1), stage_widths=(8, 16), head_features=12))
+    return model, *tiny.model_variables(model, side=8), tiny.normal(6, 8, 8, 3)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_two_halves_are_the_whole(cut, train):
+    model, params, stats, images = cut
+
+    @jax.jit
+    def all_of_it(images):
+        halves = {}
+        for tap in ("stage1", "stage2"):
+            a, tail, _ = model.split_at(params, stats, images, tap, train=train)
+            halves[tap] = a, *tail(a)
+        return halves, model.encode(params, stats, images, train=train)
+
+    halves, (whole, whole_after) = all_of_it(images)
+    for a, h, after in halves.values():
+        np.testing.assert_allclose(h, whole, rtol=1e-4, atol=1e-5)
+        assert jax.tree.structure(after) == jax.tree.structure(whole_after) == jax.tree.structure(stats)
+        moved = 0
+        for new, want, old in zip(*map(jax.tree.leaves, (after, whole_after, stats)), strict=True):
+            np.testing.assert_allclose(new, want, rtol=1e-4, atol=1e-5)
+            moved += float(np.abs(np.asarray(new) - np.asarray(old)).max()) > 1e-6
+        assert moved == (len(jax.tree.leaves(stats)) if train else 0)  # every layer, once; or none
+        assert float(a.min()) < 0  # before batch norm and ReLU
+
+
+@pytest.mark.parametrize("tap, block", [("stage1", "stages_0_1"), ("stage2", "stages_1_0")])
+def test_gradient_at_the_tap_is_that_of_the_network(cut, tap, block):
+    """The raw output of the last convolution is linear in its kernel, so <dL/da, conv(., dK)> = <dL/dK, dK>."""
+    model, params, stats, images = cut
+    conv = "conv3" if "conv3" in params["encoder"][block] else "conv2"
+    direction = tiny.normal(*params["encoder"][block][conv]["kernel"].shape, seed=7)
+    weight = tiny.normal(6, model.features, seed=8)
+
+    def with_kernel(kernel):
+        blocks = {**params["encoder"], block: {**params["encoder"][block], conv: {"kernel": kernel}}}
+        return {**params, "encoder": blocks}
+
+    @jax.jit
+    def slopes(kernel):
+        a, tail, _ = model.split_at(params, stats, images, tap, train=True)
+        towards, _, _ = model.split_at(with_kernel(direction), stats, images, tap, train=True)
+        at_tap = jax.grad(lambda a: (tail(a)[0] * weight).sum())(a)
+        whole = jax.grad(lambda k: (model.encode(with_kernel(k), stats, images, train=True)[0] * weight).sum())(kernel)
+        return jnp.vdot(at_tap, towards), jnp.vdot(whole, direction)
+
+    at_tap, whole = slopes(params["encoder"][block][conv]["kernel"])
+    assert abs(whole) > 0.05
+    np.testing.assert_allclose(at_tap, whole, rtol=1e-3, atol=1e-4)
+
+
+# ---- compute dtype
+
+
+def test_bfloat16_computes_in_bfloat16_and_hands_out_float32():
+    images, outs = tiny.normal(6, 8, 8, 3), {}
+    for dtype in ("float32", "bfloat16"):
+        model = make_model(ModelOptions(stage_sizes=(1, 1), stage_widths=(8, 16), head_features=12, dtype=dtype))
+        params, stats = tiny.model_variables(model, side=8)
+
+        @jax.jit
+        def run(params, images, model=model, stats=stats):
+            h, new = model.encode(params, stats, images, train=True)
+            return h, model.project(params, h), new
+
+        lowered = run.lower(params, images)
+        h, z, new = lowered.compile()(params, images)
+        for leaf in (h, z, *jax.tree.leaves(new)):
+            assert leaf.dtype == jnp.float32
+        outs[dtype] = np.asarray(h)
+        assert ("bf16" in lowered.as_text()) == (dtype == "bfloat16")
+    np.testing.assert_allclose(outs["bfloat16"], outs["float32"], rtol=0.1, atol=0.1)
+    assert np.abs(outs["bfloat16"] - outs["float32"]).max() > 0
+
+
+# ---- rows that do not exist
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """The same six images, alone and among four rows of rubbish."""
+    model = make_model(TINY)
+    params, stats = tiny.model_variables(model, side=8)
+    real, rubbish = tiny.normal(6, 8, 8, 3, seed=1), 50 + 20 * tiny.normal(4, 8, 8, 3, seed=2)
+    place = np.array([0, 2, 3, 5, 6, 8])
+    where = np.zeros(10, bool)
+    where[place] = True
+    images = np.zeros((10, 8, 8, 3), np.float32)
+    images[where], images[~where] = real, rubbish
+    weight = tiny.normal(6, model.features, seed=3)
+
+    def run(images, where, rows):
+        def objective(params):
+            h, new = model.encode(params, stats, images, train=True, where=where)
+            return (h[rows] * weight).sum(), (h[rows], new)
+
+        (loss, (h, new)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return {"h": h, "loss": loss, "statistics": new, "gradients": grads}
+
+    @jax.jit
+    def all_three(real, images, where):
+        return run(real, None, np.arange(6)), run(images, where, place), run(images, None, place)
+
+    return all_three(real, images, where)
+
+
+@pytest.mark.parametrize("what", ["h", "statistics", "gradients"])
+def test_padded_rows_change_nothing(padded, what):
+    alone, among, unmasked = padded
+    worst = 0.0
+    for a, b, c in zip(*(jax.tree.leaves(x[what]) for x in (alone, among, unmasked)), strict=True):
+        scale = float(np.abs(a).max()) + 1e-6
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * scale)
+        worst = max(worst, float(np.abs(np.asarray(c) - np.asarray(a)).max()) / scale)
+    assert worst > 0.1  # without the mask they would
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(depth=19), "model.depth is 19; expected one of 18, 34, 50, 101"),
+        (dict(stem="cifr"), "model.stem is 'cifr'; expected one of cifar, imagenet"),
+        (dict(width=0.0), "model.width"),
+        (dict(stage_sizes=(1, 1), stage_widths=(8,)), "2, 1 and 2 entries"),
+        (dict(stage_sizes=(1, 1), stage_widths=(8, 16), strides=(1, 2, 2)), "2, 2 and 3 entries"),
+        (dict(stage_sizes=(1, 0), stage_widths=(8, 16)), "stage_sizes"),
+        (dict(stage_sizes=(1, 1), stage_widths=(8, 0)), "stage_widths"),
+        (dict(stage_sizes=(1, 1), stage_widths=(8, 16), strides=(1, 0)), "strides"),
+        (dict(dtype="float16"), "model.dtype is 'float16'; expected one of float32, bfloat16"),
+        (dict(head_features=0), "head_features"),
+        (dict(head_hidden_layers=-1), "head_hidden_layers"),
+    ],
+)
+def test_mistakes_are_one_line(options, words):
+    with pytest.raises(UserError) as error:
+        make_model(ModelOptions(**options))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tap", ["stage3", "stage0", "stage", "2", ""])
+def test_unknown_tap(tap):
+    with pytest.raises(UserError, match="expected one of stage1, stage2$"):
+        tap_stage(tap, (2, 1))
+
+
+def test_width_scales_every_stage():
+    encoder = resnet(depth=18, width=0.25)
+    assert isinstance(encoder, ResNet) and tuple(encoder.widths) == (16, 32, 64, 128) and encoder.features == 128
