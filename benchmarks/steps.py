@@ -92,7 +92,8 @@ def main() -> None:
     for name, seconds in times.items():
         ratios = sorted(a / b for a, b in zip(seconds, times["supcon"], strict=True))
         low, high = np.percentile(ratios, [25, 75])
-        print(f"{name:24}{statistics.median(seconds):8.3f}{statistics.median(ratios):10.2f}   ({low:.2f} to {high:.2f})")
+        median, ratio = statistics.median(seconds), statistics.median(ratios)
+        print(f"{name:24}{median:8.3f}{ratio:10.2f}   ({low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

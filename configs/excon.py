@@ -6,8 +6,8 @@ Presets, one word an axis, joined by commas: a data set and a schedule as in sup
 exconb (rejected masks are negatives only), excon (they are dropped), anchor (they are one more class).
 
     configs/excon.py                           garments on a CPU: see docs/results.md
-    configs/excon.py:cifar10                   CIFAR-10 (ours; the paper has none); cut to 20 minutes in docs/results.md
-    configs/excon.py:cifar100,alternating      the paper's run: ResNet-50, 200 epochs, explained from epoch 50; not yet run
+    configs/excon.py:cifar10                   CIFAR-10 (the paper has none); 20 minutes of it in docs/results.md
+    configs/excon.py:cifar100,alternating      the paper's run, explained from epoch 50 of 200; not yet run
     configs/excon.py:tiny_imagenet,alternating the paper's run: explained from the start; not yet run
 
 Everything but the stage, the standard view and the backgrounds is supcon.py of the same preset.

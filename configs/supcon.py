@@ -8,7 +8,7 @@ and a schedule of the classifier (online, alternating, sequential).
     configs/supcon.py                          garments on a CPU: see docs/results.md
     configs/supcon.py:cifar10                  CIFAR-10, the SupCon repository's hyper-parameters; not yet run
     configs/supcon.py:cifar100,alternating     the baseline of the ExCon paper; not yet run
-    configs/supcon.py:cifar100,sequential      the paper's SupCon-original: the classifier after the encoder; not yet run
+    configs/supcon.py:cifar100,sequential      SupCon-original, the classifier afterwards; not yet run
     configs/supcon.py:tiny_imagenet            not yet run
 
 Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.

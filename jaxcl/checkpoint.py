@@ -51,7 +51,7 @@ class Checkpoints:
             self._checkpointer.save_async(step, _plain(state))
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """The state at `step` (None: the newest), placed as `abstract` says: arrays or ShapeDtypeStructs with shardings.
+        """The state at `step` (None: the newest), placed as `abstract` (arrays or ShapeDtypeStructs) is sharded.
 
         Errors: UserError when the checkpoint is of another model.
         """
@@ -66,8 +66,8 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {self.directory}/{step} does not fit this model ({reason}); use another --workdir"
             ) from error
-        key = jax.random.wrap_key_data(tree.pop(_KEY), impl=jax.random.key_impl(abstract.key))
-        return TrainState(key=key, **tree)
+        # Of the default implementation, like the key of a fresh state; `key_impl` refuses a ShapeDtypeStruct.
+        return TrainState(key=jax.random.wrap_key_data(tree.pop(_KEY)), **tree)
 
     def wait(self) -> None:
         """Until what was saved is on disk."""

@@ -158,7 +158,7 @@ def title(method: str, chosen: Sequence[str], usual: Sequence[str]) -> str:
 
 
 def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
-    """The config of another file in the same folder, to change from there; what is left in the file is the difference."""
+    """The config of another file in the same folder, to change from there: the file then holds the difference."""
     path = pathlib.Path(config_file).with_name(sibling)
     spec = importlib.util.spec_from_file_location(f"jaxcl_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)

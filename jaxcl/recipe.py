@@ -72,7 +72,7 @@ def construct(name: str, part: Callable, options: Mapping[str, Any], **supplied:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of its default's kind; a string may be given as a number, since "0" and 0 steps are the same."""
+    """Whether a value is of its default's kind; a string may be a number, since "0" and 0 steps are the same."""
     kinds = ((bool, bool), ((int, float), (int, float)), (str, (str, int)), ((list, tuple), (list, tuple)))
     for kind, accepted in kinds:
         if isinstance(default, kind):
@@ -273,6 +273,6 @@ def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
     needs += [f"memory.{n}" for n in recipe.memory]
     if needs and not labelled:
         raise UserError(
-            f"{needs[0]} needs labels and the training data has none; use a label-free config such as "
-            "configs/supcon.py:folder, or give labels"
+            f"{needs[0]} needs labels and the training data has none; give labels, or use a config without labels "
+            "(a supcon term with labels=False, and no linear_probe)"
         )

@@ -12,6 +12,7 @@ import tiny
 
 from jaxcl import losses, sharding
 from jaxcl.recipe import Phase
+from jaxcl.terms import Embedding
 from jaxcl.update import compile_update, init_state, make_update, make_views, run_stages
 from jaxcl.views import view_keys
 
@@ -47,23 +48,45 @@ def differ(a, b):
     return any((x != y).any() for x, y in zip(leaves(a), leaves(b), strict=True))
 
 
+METHODS = {
+    "supcon": dict(stage=False),
+    "exconb": dict(),
+    "exconb with room for half": dict(background_capacity=0.5),
+    "exconb from the middle": dict(start="50%"),
+    "alternating": dict(schedule="alternating", stage=False),
+}
+
+
+@functools.cache
+def recipe_of(method):
+    c = tiny.config(**METHODS[method])
+    c.optimizer.lr = 0.05
+    return tiny.recipe(c, num_devices=8)
+
+
+@functools.cache
+def compiled(method, phase, devices=1):
+    """-> (update, replicated, rows), compiled once for all tests."""
+    mesh = sharding.make_mesh(devices)
+    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    return compile_update(recipe_of(method), phase, replicated, rows), replicated, rows
+
+
+def run(method, phase, *, steps=1, devices=1):
+    """-> (state after some steps, metrics of each), on the host."""
+    update, replicated, rows = compiled(method, phase, devices)
+    state, values = sharding.put(start_state(recipe_of(method)), replicated), []
+    for step in range(steps):
+        state, metrics = update(state, sharding.put(tiny.batch(seed=step), rows))
+        values.append(jax.device_get(metrics))
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+    assert len(state.step.sharding.device_set) == devices and int(state.step) == steps
+    return state, values
+
+
 @pytest.fixture(scope="module")
 def exconb():
-    c = tiny.config()
-    c.optimizer.lr = 0.05
-    return tiny.recipe(c)
-
-
-def on_one_device(recipe, phase):
-    mesh = sharding.make_mesh(1)
-    update = compile_update(recipe, phase, sharding.replicated(mesh), sharding.rows(mesh))
-
-    def run(state, batch):
-        if not isinstance(state.step, jax.Array):  # the fixture's own key must survive the donation
-            state = state.replace(key=jax.random.wrap_key_data(np.array(jax.random.key_data(state.key))))
-        return update(sharding.put(state, sharding.replicated(mesh)), sharding.put(batch, sharding.rows(mesh)))
-
-    return run
+    return recipe_of("exconb")
 
 
 # ---- padding
@@ -72,7 +95,7 @@ def on_one_device(recipe, phase):
 def test_padding_changes_nothing_of_the_update(exconb):
     """With room for 16 backgrounds, against the same update written out on the K that there are."""
     state, batch = start_state(exconb), tiny.batch()
-    new, metrics = on_one_device(exconb, EXPLAINED)(state, batch)
+    new, (metrics,) = run("exconb", EXPLAINED)
     K = int(metrics["saliency/backgrounds"])
     assert 0 < K < tiny.BATCH
 
@@ -122,75 +145,53 @@ def test_padding_changes_nothing_of_the_update(exconb):
 # ---- devices
 
 
-@pytest.mark.parametrize("method", ["supcon", "exconb", "exconb with room for half"])
-def test_one_two_and_eight_devices_agree(method):
+@pytest.mark.parametrize(
+    "method, counts", [("supcon", (1, 2, 8)), ("exconb", (1, 2, 8)), ("exconb with room for half", (1, 8))]
+)
+def test_device_counts_agree(method, counts):
     """Three steps; the order of the sums is all that differs, so 1e-4 of each array's largest number (float32)."""
-    c = tiny.config(stage=method != "supcon", **({"background_capacity": 0.5} if "half" in method else {}))
-    c.optimizer.lr = 0.02
-    recipe = tiny.recipe(c, num_devices=8)
-    phase = EXPLAINED if recipe.stages else PLAIN
-    outcomes = []
-    for devices in (1, 2, 8):
-        mesh = sharding.make_mesh(devices)
-        replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-        update = compile_update(recipe, phase, replicated, rows)
-        state, values = sharding.put(start_state(recipe), replicated), []
-        for step in range(3):
-            state, metrics = update(state, sharding.put(tiny.batch(seed=step), rows))
-            values.append(jax.device_get(metrics))
-        assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
-        assert len(state.step.sharding.device_set) == devices
-        outcomes.append((values, jax.device_get(state.params), jax.device_get(state.batch_stats)))
-    for other in outcomes[1:]:
-        for a, b in zip(outcomes[0][0], other[0], strict=True):
+    phase = PLAIN if method == "supcon" else EXPLAINED
+    first, *others = [run(method, phase, steps=3, devices=n) for n in counts]
+    for state, values in others:
+        for a, b in zip(first[1], values, strict=True):
             assert a.keys() == b.keys()
             for k in a:
                 np.testing.assert_allclose(a[k], b[k], rtol=1e-4, atol=1e-5, err_msg=k)
-        assert_close(other[1], outcomes[0][1], 1e-4)
-        assert_close(other[2], outcomes[0][2], 1e-4)
+        for part in ("params", "batch_stats", "memory", "opt_state"):
+            assert_close(getattr(state, part), getattr(first[0], part), 1e-4)
 
 
 # ---- a part that is switched off
 
 
 def test_before_its_start_the_stage_changes_no_bit():
-    with_stage = tiny.recipe(tiny.config(start="50%"))
-    without = tiny.recipe(tiny.config(stage=False))
-    phase = with_stage.phase(0)
-    assert phase == PLAIN
-    outcomes = []
-    for recipe in (with_stage, without):
-        state, update = start_state(recipe), on_one_device(recipe, phase)
-        for step in range(2):
-            state, metrics = update(state, tiny.batch(seed=step))
-        outcomes.append((state, metrics))
-    (a, m), (b, n) = outcomes
-    assert m.keys() == n.keys() and not any(k.startswith("saliency") for k in m)
+    assert recipe_of("exconb from the middle").phase(0) == PLAIN
+    a, m = run("exconb from the middle", PLAIN, steps=2)
+    b, n = run("supcon", PLAIN, steps=2)
+    assert m[-1].keys() == n[-1].keys() and not any(k.startswith("saliency") for k in m[-1])
     assert_same(m, n)
     assert_same(a, b)
-    explained, _ = on_one_device(with_stage, EXPLAINED)(start_state(with_stage), tiny.batch())
-    plain, _ = on_one_device(with_stage, PLAIN)(start_state(with_stage), tiny.batch())
-    assert differ(explained.params, plain.params)
+    explained, _ = run("exconb", EXPLAINED, steps=2)
+    assert differ(explained.params, a.params)
 
 
 # ---- compilation, donation, transfers
 
 
-def test_compiled_once_donated_and_no_transfers(exconb, monkeypatch):
-    mesh = sharding.make_mesh(2)
+def test_compiled_once_donated_and_no_transfers(caplog):
+    recipe, mesh = recipe_of("exconb"), sharding.make_mesh(2)
     replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    update = compile_update(exconb, EXPLAINED, replicated, rows)
-    state = sharding.put(start_state(exconb), replicated)
-    batches = [sharding.put(tiny.batch(seed=i), rows) for i in range(3)]
-    for batch in batches:
-        before = state
-        with jax.transfer_guard("disallow"):
-            state, metrics = update(state, batch)
-        assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
-        assert all(x.is_deleted() for x in jax.tree.leaves((before.opt_state, before.memory, before.batch_stats)))
-        assert not batch["image"].is_deleted()
-    assert update._cache_size() == 1
-    assert int(state.step) == 3
+    update = compile_update(recipe, EXPLAINED, replicated, rows)
+    state = sharding.put(start_state(recipe), replicated)
+    with jax.log_compiles():
+        for step in range(3):
+            before, batch = state, sharding.put(tiny.batch(seed=step), rows)
+            with jax.transfer_guard("disallow"):
+                state, metrics = update(state, batch)
+            given = before.params, before.batch_stats, before.opt_state, before.memory
+            assert all(x.is_deleted() for x in jax.tree.leaves(given))
+            assert not batch["image"].is_deleted()
+    assert sum("Compiling jit(update)" in r.getMessage() for r in caplog.records) == 1
     assert all(x.shape == () for x in metrics.values())
     with pytest.raises(Exception, match="transfer"), jax.transfer_guard("disallow"):  # the guard does guard
         update(state, tiny.batch())
@@ -209,48 +210,46 @@ def test_the_state_keeps_its_shape(exconb):
 
 
 def test_the_probe_does_not_teach_the_encoder():
-    """With and without the probe the encoder ends in the same bits; and the probe does learn."""
-    results = {}
-    for rate in (1e-9, 10.0):
-        c = tiny.config(stage=False)
-        c.memory.probe.optimizer.lr = rate
-        c.memory.probe.optimizer.schedule = "constant"
-        recipe = tiny.recipe(c)
-        results[rate] = on_one_device(recipe, PLAIN)(start_state(recipe), tiny.batch())
-    (a, m), (b, n) = results.values()
-    assert_same((a.params, a.batch_stats, a.opt_state), (b.params, b.batch_stats, b.opt_state))
-    assert differ(a.memory, b.memory)
-    np.testing.assert_array_equal(m["grad_norm"], n["grad_norm"])
-    c = tiny.config(stage=False)
-    del c.memory.probe
-    recipe = tiny.recipe(c)
-    alone, _ = on_one_device(recipe, PLAIN)(start_state(recipe), tiny.batch())
-    assert_close((alone.params, alone.batch_stats), (a.params, a.batch_stats), 1e-6)
+    """The gradient of the probe's loss with respect to all that the encoder is: zero, not small."""
+    recipe = recipe_of("supcon")
+    state, part = start_state(recipe), recipe.memory["probe"]
+    image, label = tiny.normal(tiny.BATCH, tiny.SIDE, tiny.SIDE, 3), tiny.batch()["label"]
+
+    def probe_loss(params, memory):
+        h, _ = recipe.model.encode(params, state.batch_stats, image, train=True)
+        new, figures = part.learn(memory, [Embedding(h, h)], label, recipe.memory_tx["probe"])
+        return figures["probe/loss"] + sum(jnp.sum(x) for x in jax.tree.leaves(new["params"]))
+
+    grads, own = jax.jit(jax.grad(probe_loss, argnums=(0, 1), allow_int=True))(state.params, state.memory["probe"])
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads))
+    assert any(np.asarray(g).any() for g in jax.tree.leaves(own["params"]))
 
 
-@pytest.fixture(scope="module")
-def alternating():
-    recipe = tiny.recipe(tiny.config(schedule="alternating", stage=False))
-    return recipe, on_one_device(recipe, PROBE)
+def test_a_probe_makes_no_difference_to_the_encoder():
+    """A run with the probe online and one with it at rest give the same encoder."""
+    a, m = run("supcon", PLAIN, steps=2)
+    b, n = run("alternating", PLAIN, steps=2)
+    assert_close((a.params, a.batch_stats, a.opt_state), (b.params, b.batch_stats, b.opt_state), 1e-5)
+    assert_same(b.memory, start_state(recipe_of("alternating")).memory)  # at rest
+    assert differ(a.memory, b.memory) and differ(a.params, start_state(recipe_of("supcon")).params)
+    assert "probe/loss" in m[0] and "probe/loss" not in n[0]
 
 
-def test_a_probe_step_leaves_the_encoder_alone(alternating):
-    recipe, update = alternating
-    before = start_state(recipe)
-    state = before
-    for step in range(3):
-        state, metrics = update(state, tiny.batch(seed=step))
-    assert_same((state.params, state.batch_stats, state.opt_state), (before.params, before.batch_stats, before.opt_state))
-    assert differ(state.memory, before.memory) and int(state.step) == 3
-    assert set(metrics) == {"probe/loss", "probe/accuracy", "loss"}
+def test_a_probe_step_leaves_the_encoder_alone():
+    before = start_state(recipe_of("alternating"))
+    state, values = run("alternating", PROBE, steps=3)
+    for part in ("params", "batch_stats", "opt_state"):
+        assert_same(getattr(state, part), getattr(before, part))
+    assert differ(state.memory, before.memory)
+    assert set(values[0]) == {"probe/loss", "probe/accuracy", "loss"}
     counts = [x for x in leaves(state.memory["probe"]["opt_state"]) if x.ndim == 0]
     assert counts and all(c == 3 for c in counts)  # its own schedule, by its own steps
 
 
-def test_a_probe_step_is_the_step_on_frozen_features(alternating):
-    recipe, update = alternating
+def test_a_probe_step_is_the_step_on_frozen_features():
+    recipe = recipe_of("alternating")
     state, batch = start_state(recipe), tiny.batch()
-    new, metrics = update(state, batch)
+    new, (metrics,) = run("alternating", PROBE)
 
     @jax.jit
     def features(state, batch):
@@ -264,14 +263,6 @@ def test_a_probe_step_is_the_step_on_frozen_features(alternating):
     np.testing.assert_allclose(new.memory["probe"]["params"]["dense"]["kernel"], want, rtol=1e-4, atol=1e-5)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], 1)
     np.testing.assert_allclose(metrics["probe/loss"], -picked.mean(), rtol=1e-5)
-
-
-def test_an_encoder_step_leaves_a_resting_probe_alone(alternating):
-    recipe, _ = alternating
-    before = start_state(recipe)
-    state, metrics = on_one_device(recipe, PLAIN)(before, tiny.batch())
-    assert_same(state.memory, before.memory)
-    assert differ(state.params, before.params) and "probe/loss" not in metrics
 
 
 # ---- randomness

@@ -122,18 +122,19 @@ class Frozen:
         # The standard view draws nothing; its keys only carry the batch size.
         return self.evaluation.view(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
 
-    def run(self, source: Source, name: str, fn: Callable) -> Iterator[tuple[Any, np.ndarray]]:
-        """fn(state, batch) on every batch -> (host result, rows that are real)."""
+    def run(self, source: Source, name: str, fn: Callable, **extra: Any) -> Iterator[tuple[Any, np.ndarray]]:
+        """fn(state, batch) on every batch -> (host result, rows that are real); `extra` joins the batch as rows."""
         replicated, rows = sharding.replicated(self.mesh), sharding.rows(self.mesh)
         jitted = self.evaluation.compiled(
             name, lambda: jax.jit(fn, in_shardings=(replicated, rows), out_shardings=replicated)
         )
         for batch in batches(source, self.batch_size):
+            batch |= {k: np.full(self.batch_size, v) for k, v in extra.items()}
             yield jax.device_get(jitted(self.state, sharding.put(batch, rows))), batch["where"]
 
-    def collect(self, source: Source, name: str, fn: Callable) -> Any:
+    def collect(self, source: Source, name: str, fn: Callable, **extra: Any) -> Any:
         """`run`, padding cut off, concatenated over the batches."""
-        parts = [jax.tree.map(lambda x, w=where: x[w], out) for out, where in self.run(source, name, fn)]
+        parts = [jax.tree.map(lambda x, w=where: x[w], out) for out, where in self.run(source, name, fn, **extra)]
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     def features(self, split: str) -> np.ndarray:
@@ -171,7 +172,8 @@ class Frozen:
         jitted = self.evaluation.compiled("views", lambda: jax.jit(show, out_shardings=sharding.replicated(self.mesh)))
         out = jax.device_get(jitted(self.state, batch))
         images = {"image": source.images[:SHOWN] / np.float32(255)} if source.in_memory else {}
-        for name in (n for n in out if not n.endswith(".where")):
+        made = (n for n in out if n not in recipe.views and not n.endswith(".where"))
+        for name in (*names, *made):
             where = out.get(f"{name}.where")
             if where is not None and len(out[name]) == count:
                 # A padded row does not exist: show it as empty, not as an image the encoder saw.
@@ -211,12 +213,12 @@ def linear(f: Frozen) -> tuple[Figures, dict]:
 
 
 def raw_pixels(f: Frozen) -> tuple[Figures, dict]:
-    """The same regression on the pixels themselves: what any encoder has to beat."""
+    """The same regression on the pixels themselves, with a penalty that suits them: what an encoder has to beat."""
     train = f.source("train")
     if not train.in_memory:
         return {}, {}
     flat = [np.asarray(s.images, np.float32).reshape(len(s), -1) / 255 for s in (train, f.test)]
-    probe = fit_linear_probe(flat[0], train.labels, num_classes=f.recipe.num_classes, max_steps=100)
+    probe = fit_linear_probe(flat[0], train.labels, num_classes=f.recipe.num_classes, l2=1.0, max_steps=60)
     return {"accuracy": _accuracy(np.asarray(probe_logits(probe, flat[1])).argmax(-1), f.test.labels)}, {}
 
 
@@ -266,7 +268,7 @@ def _maps(f: Frozen, state: TrainState, image: Array, target: Array) -> Array:
 
 
 def _explained(f: Frozen, truth: np.ndarray | None) -> dict[str, Any]:
-    """Some test images with their map for the true class, the masked image, and whether it still passes as its class."""
+    """Some test images, their map for the true class, the masked image, and whether that still passes as its class."""
 
     def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
         pixels = to_pixels(batch["image"])
@@ -300,24 +302,25 @@ def fgsm(f: Frozen) -> tuple[Figures, dict]:
     figures, bins = {}, {}
     mean, std = jnp.asarray(f.recipe.mean), jnp.asarray(f.recipe.std)
     resize = standard_view(f.recipe.image_shape[0], (0.0,) * len(mean), (1.0,) * len(mean))
+
+    def attack(state: TrainState, batch: dict[str, Array]) -> Array:
+        pixels = to_pixels(batch["image"])
+        pixels = resize(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
+        logits_fn = f.logits_fn(state)
+        # A row's own copy of epsilon: one compiled program serves every strength.
+        adversarial = fgsm_examples(
+            logits_fn,
+            pixels,
+            batch["label"],
+            epsilon=batch["epsilon"][0] / 255,
+            mean=mean,
+            std=std,
+            where=batch["where"],
+        )
+        return jax.nn.softmax(logits_fn((adversarial - mean) / std))
+
     for epsilon in f.options.fgsm:
-
-        def attack(state: TrainState, batch: dict[str, Array], epsilon: float = epsilon) -> Array:
-            pixels = to_pixels(batch["image"])
-            pixels = resize(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
-            logits_fn = f.logits_fn(state)
-            adversarial = fgsm_examples(
-                logits_fn,
-                pixels,
-                batch["label"],
-                epsilon=epsilon / 255,
-                mean=mean,
-                std=std,
-                where=batch["where"],
-            )
-            return jax.nn.softmax(logits_fn((adversarial - mean) / std))
-
-        probabilities = f.collect(f.test, f"fgsm{epsilon}", attack)
+        probabilities = f.collect(f.test, "fgsm", attack, epsilon=np.float32(epsilon))
         bins[f"FGSM {epsilon}/255"] = _bins(probabilities, f.test.labels)
         figures[str(epsilon)] = {
             "accuracy": _accuracy(probabilities.argmax(-1), f.test.labels),

@@ -70,7 +70,7 @@ def _conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Module:
 
 
 def _norm(dtype: Any) -> nn.BatchNorm:
-    # Flax keeps 0.9 of the old value where torch writes momentum 0.1; its running variance is the biased one (n, not n-1).
+    # Flax keeps 0.9 of the old value where torch writes momentum 0.1; its running variance is biased (n, not n-1).
     return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype)
 
 

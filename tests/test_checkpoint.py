@@ -1,0 +1,161 @@
+"""Checkpoints: the same bits on another number of devices, and never half of one."""
+
+import functools
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxcl import sharding
+from jaxcl.checkpoint import Checkpoints, Preemption
+from jaxcl.errors import UserError
+from jaxcl.update import init_state
+
+
+@functools.cache
+def shapes(features=12):
+    c = tiny.config(stage=False)
+    c.model.head_features = features
+    recipe = tiny.recipe(c)
+    return jax.eval_shape(lambda: init_state(recipe))
+
+
+def state_of(seed=0, *, step=0, devices=1, features=12):
+    state = tiny.fill(shapes(features), seed).replace(step=np.int32(step))
+    return sharding.put(state, sharding.replicated(sharding.make_mesh(devices)))
+
+
+def abstract(devices=1, features=12):
+    where = sharding.replicated(sharding.make_mesh(devices))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes(features))
+
+
+def bits(state):
+    plain = state.replace(key=jax.random.key_data(state.key))
+    return jax.tree.map(np.asarray, plain)
+
+
+def assert_same(a, b):
+    a, b = bits(a), bits(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with steps 3 and 7, written from eight devices."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest is None
+        for step in (3, 7):
+            checkpoints.save(step, state_of(seed=step, step=step, devices=8))
+        checkpoints.wait()
+        assert checkpoints.latest == 7
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("devices", [8, 2, 1])
+def test_any_number_of_devices(saved, devices):
+    with Checkpoints(saved) as checkpoints:
+        state = checkpoints.restore(abstract(devices))
+    assert_same(state, state_of(seed=7, step=7))
+    assert all(len(x.sharding.device_set) == devices for x in jax.tree.leaves(state))
+    assert jax.random.key_impl(state.key) == jax.random.key_impl(jax.random.key(0))
+    np.testing.assert_array_equal(jax.random.bits(state.key), jax.random.bits(jax.random.key(7)))
+
+
+def test_eight_to_two_to_one(saved, tmp_path):
+    """Through a checkpoint at each count."""
+    with Checkpoints(saved) as checkpoints:
+        state = checkpoints.restore(abstract(2))
+    with Checkpoints(tmp_path / "two") as checkpoints:
+        checkpoints.save(7, state)
+        checkpoints.wait()
+        state = checkpoints.restore(abstract(1))
+    assert_same(state, state_of(seed=7, step=7))
+
+
+def test_a_step_by_name_and_arrays_as_the_wish(saved):
+    with Checkpoints(saved) as checkpoints:
+        assert_same(checkpoints.restore(abstract(), 3), state_of(seed=3, step=3))
+        assert_same(checkpoints.restore(state_of(seed=1)), state_of(seed=7, step=7))
+
+
+def test_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, state_of(step=step))
+            checkpoints.wait()
+        checkpoints.save(4, state_of(seed=9, step=4))  # a step saved twice is saved once
+        checkpoints.wait()
+        assert checkpoints.latest == 4
+        assert_same(checkpoints.restore(abstract()), state_of(step=4))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["3", "4"]
+
+
+def test_a_donated_state_may_go_while_it_is_written(tmp_path):
+    state = state_of(seed=5, step=5)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state)
+        for x in jax.tree.leaves(state.params):
+            x.delete()
+        checkpoints.wait()
+        assert_same(checkpoints.restore(abstract()), state_of(seed=5, step=5))
+
+
+def test_a_half_written_checkpoint_is_not_the_latest(copy):
+    """What a kill leaves: a folder under a temporary name, and one without its last file."""
+    names = [p.name for p in (copy / "7").rglob("*") if p.is_file()]
+    assert names
+    shutil.copytree(copy / "7", copy / "9.orbax-checkpoint-tmp")
+    shutil.copytree(copy / "7", copy / "11.orbax-checkpoint-tmp-1700000000")
+    with Checkpoints(copy) as checkpoints:
+        assert checkpoints.latest == 7
+        assert_same(checkpoints.restore(abstract()), state_of(seed=7, step=7))
+        checkpoints.save(9, state_of(seed=9, step=9))
+        checkpoints.wait()
+        assert checkpoints.latest == 9
+        assert_same(checkpoints.restore(abstract()), state_of(seed=9, step=9))
+
+
+def test_another_model_is_one_line(saved):
+    for wrong in (abstract(features=13), other_tree()):
+        with Checkpoints(saved) as checkpoints, pytest.raises(UserError) as error:
+            checkpoints.restore(wrong)
+        text = str(error.value)
+        assert text.startswith(f"checkpoint {saved.resolve()}/7 does not fit this model") and "\n" not in text
+        assert text.endswith("use another --workdir") and len(text) < 500
+
+
+def other_tree():
+    c = tiny.config(stage=False)
+    c.model.stage_sizes = (1, 2)
+    del c.memory.probe
+    recipe = tiny.recipe(c)
+    where = sharding.replicated(sharding.make_mesh(1))
+    new = jax.eval_shape(lambda: init_state(recipe))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), new)
+
+
+def test_preemption_is_noticed_and_the_handler_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption()
+    try:
+        assert not preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(2)
+    finally:
+        preemption.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+    preemption.close()
