@@ -47,7 +47,7 @@ class Step:
         )
         mesh = sharding.make_mesh(1)
         replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-        self.state = jax.jit(lambda: init_state(self.recipe), out_shardings=replicated)()
+        self.state = jax.jit(lambda s: init_state(self.recipe, s), out_shardings=replicated)(0)
         self.batch = sharding.put(source.batch(np.arange(config.batch_size)), rows)
         phase = self.recipe.phase(self.recipe.total_steps - self.recipe.steps_per_epoch - 1)
         self.update = compile_update(self.recipe, phase, replicated, rows)

@@ -66,8 +66,8 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {self.directory}/{step} does not fit this model ({reason}); use another --workdir"
             ) from error
-        # Of the default implementation, like the key of a fresh state; `key_impl` refuses a ShapeDtypeStruct.
-        return TrainState(key=jax.random.wrap_key_data(tree.pop(_KEY)), **tree)
+        # Of the same generator as the key of a fresh state (`key_impl` takes no ShapeDtypeStruct to ask).
+        return TrainState(key=jax.random.wrap_key_data(tree.pop(_KEY), impl="threefry2x32"), **tree)
 
     def wait(self) -> None:
         """Until what was saved is on disk."""

@@ -166,6 +166,16 @@ def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
     return module.get_config(preset)
 
 
+def check(config: ConfigDict) -> None:
+    """UserError for a key that no config has; a config file, unlike the command line, can set any."""
+    known = default()
+    for part in ("", "data", "eval", "checkpoint"):
+        node, names = (config[part], known[part]) if part else (config, known)
+        for key in node:
+            if key not in names:
+                raise UserError(f"unknown config key {part and part + '.'}{key}{recipe.suggestion(key, names)}")
+
+
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Plain containers, as written to config.json."""
     return json.loads(config.to_json_best_effort())

@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import sys
+import traceback
 
 from absl import flags
 from absl import logging as absl_logging
@@ -16,10 +17,16 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Run folder; default runs/<config>[-<preset>]. The same command with the same folder resumes.",
 )
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "off",
+    "off: this process alone. auto: let JAX find the cluster. HOST:PORT,COUNT,ID: that coordinator, COUNT processes.",
+)
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's own parser, with a config's mistakes in one line instead of a traceback."""
+    _check_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -29,11 +36,26 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"unknown config key: {_first_line(error)}; the keys are those of the config file") from None
     except (IndexError, OSError, TypeError, ValueError) as error:
         raise UserError(_first_line(error)) from None
+    except Exception as error:  # noqa: BLE001 - a config file is the user's own code and may raise anything
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"the config file does not run: {what} ({where.filename}, line {where.lineno})") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     if _CONFIG.value is None:
         raise UserError("no --config; for example --config=configs/excon.py")
     return rest
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """ml_collections puts the news of a missing file off until the config is first used."""
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            value = value if equals else "".join(argv[i + 1 : i + 2])
+            path = pathlib.Path(value.partition(":")[0])
+            if not path.is_file():
+                raise UserError(f"no config file at {path}; for example --config=configs/excon.py")
 
 
 def _reason(text: str) -> str:
@@ -55,12 +77,32 @@ def _default_workdir(argument: str) -> pathlib.Path:
     return pathlib.Path("runs") / "-".join([pathlib.Path(path).stem, *preset.replace(",", "-").split("-")]).strip("-")
 
 
+def _join(spec: str) -> None:
+    """Join the other processes of this run through JAX's own runtime; before anything touches a device."""
+    if spec == "off":
+        return
+    import jax
+
+    if spec == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        address, count, index = spec.split(",")
+        count, index = int(count), int(index)
+    except ValueError:
+        raise UserError(f"--distributed is {spec!r}; expected off, auto or HOST:PORT,COUNT,ID") from None
+    if ":" not in address or not 0 <= index < count:
+        raise UserError(f"--distributed is {spec!r}; expected HOST:PORT,COUNT,ID with ID from 0 to COUNT - 1")
+    jax.distributed.initialize(address, count, index)
+
+
 def main(argv: list[str]) -> int:
     """Run one config; -> exit code."""
     del argv
+    _join(_DISTRIBUTED.value)
     from jaxcl import train  # after the flags are known to be right: a typo need not wait for the imports
 
-    workdir = _WORKDIR.value or _default_workdir(flags.FLAGS["config"].value_string)
+    workdir = _WORKDIR.value or _default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     train.run(_CONFIG.value, workdir)
     return 0
 

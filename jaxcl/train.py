@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
@@ -35,6 +36,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
+    configs.check(config)
     plain = configs.to_dict(config)
     if (results := run_folder.finished(workdir, plain)) is not None:
         return results
@@ -183,11 +185,14 @@ def _intervals(config: ConfigDict, recipe: Recipe) -> dict[str, int]:
 
 
 def _initial_state(recipe: Recipe, checkpoints: Checkpoints, replicated) -> tuple[TrainState, int]:
-    create = jax.jit(lambda: init_state(recipe), out_shardings=replicated)
+    # Runs once: on a CPU, where drawing many weights compiles slowly, optimising that program is not worth it.
+    quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    create = jax.jit(lambda seed: init_state(recipe, seed), out_shardings=replicated, compiler_options=quickly)
+    seed = np.uint32(recipe.seed)
     if checkpoints.latest is None:
-        return create(), 0
+        return create(seed), 0
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create, seed)
     )
     state = checkpoints.restore(abstract)
     return state, checkpoints.latest
@@ -209,8 +214,10 @@ class _Log:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take in the metrics of update `step` (counted from 1). Errors: Diverged."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise Diverged(f"loss is {values['loss']} at step {step}")
+        # The loss first; but a gradient may be lost before it, or the probe by itself.
+        for k in ("loss", *values):
+            if not math.isfinite(values[k]):
+                raise Diverged(f"{k} is {values[k]} at step {step}")
         for k, v in values.items():
             self._sums.setdefault(k, []).append(v)
         self._step = step
@@ -224,13 +231,14 @@ class _Log:
         if not self._sums:
             return
         now, waited = time.monotonic(), self._loader.seconds_waited
-        seconds, steps = now - self._since, self._step - self._first
+        seconds, steps = now - self._since, 0 if self._first is None else self._step - self._first
         figures = {k: sum(v) / len(v) for k, v in self._sums.items()}
         figures["lr"] = float(self._recipe.schedule(jnp.asarray(self._recipe.encoder_step(self._step - 1))))
-        figures["images_per_second"] = steps * self._recipe.batch_size / seconds
-        figures["data_wait"] = (waited - self._waited) / seconds
+        if steps:  # otherwise the clock has only just begun anew
+            figures["images_per_second"] = steps * self._recipe.batch_size / seconds
+            figures["data_wait"] = (waited - self._waited) / seconds
         self._sums, self._since, self._waited, self._first = {}, now, waited, self._step
-        self._progress.update(self._step, loss=figures["loss"], data_wait=figures["data_wait"])
+        self._progress.update(self._step, loss=figures["loss"], data_wait=figures.get("data_wait", 0.0))
         self.write(self._step, figures)
 
     def write(self, step: int, figures: dict[str, float]) -> None:

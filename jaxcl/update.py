@@ -37,9 +37,13 @@ def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding)
     )
 
 
-def init_state(recipe: Recipe) -> TrainState:
-    """A fresh TrainState; a function of the seed alone."""
-    key = jax.random.key(recipe.seed)
+def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
+    """A fresh TrainState; a function of the seed alone (None: the recipe's).
+
+    Under jit, pass the seed as an argument: from a constant the compiler draws every weight itself, slowly.
+    """
+    # Threefry, whatever the process's default: other generators draw an image's numbers together with its neighbours'.
+    key = jax.random.key(recipe.seed if seed is None else seed, impl="threefry2x32")
     params, batch_stats = recipe.model.init(jax.random.fold_in(key, 1), recipe.image_shape)
     memory = {
         name: part.init(
@@ -158,7 +162,7 @@ def _encoder_update(recipe: Recipe, phase: Phase):
                 e = [embeddings[v] for v in part.views]
                 memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
                 metrics.update(figures)
-        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if len(terms) > 1:
             metrics |= {f"loss/{n}": value for n, value in terms.items()}
         return state.replace(

@@ -7,8 +7,7 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation, and its arrays are small: a third of the time without LLVM's optimisations.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
 import jax  # noqa: E402

@@ -282,7 +282,8 @@ def test_every_preset_of_every_config_builds(path, monkeypatch):
         flat = base.flatten(base.to_dict(c))
         assert flat["batch_size"] == recipe.batch_size
         assert base.fingerprint(base.to_dict(c)) == base.fingerprint(base.to_dict(module.get_config(preset)))
-    assert len(names) == sum("sequential" not in w or not module.get_config(w).stages for w in words)  # two runs are told apart by their names
+    kept = [w for w in words if "sequential" not in w or not module.get_config(w).stages]
+    assert len(names) == len(kept)  # two runs are told apart by their names
     with pytest.raises(UserError, match="unknown preset 'garmnets'"):
         module.get_config("garmnets")
 

@@ -62,12 +62,12 @@ def test_backgrounds_are_negatives_in_both_views(anchors):
 
 
 def test_background_anchors_are_one_more_class():
-    term = SupCon(background="background", background_anchor=True, temperature=0.2, base_temperature=0.07)
-    got, (_, _, gb) = value_and_grads(term)
-    want = losses.supcon(both_views(BG[EXISTS]), np.concatenate([LABEL, [3, 3]]), temperature=0.2, base_temperature=0.07)
+    scale = dict(temperature=0.2, base_temperature=0.07)
+    got, (_, _, gb) = value_and_grads(SupCon(background="background", background_anchor=True, **scale))
+    want = losses.supcon(both_views(BG[EXISTS]), np.concatenate([LABEL, [3, 3]]), **scale)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert not np.asarray(gb[~EXISTS]).any() and np.abs(gb[EXISTS]).max() > 1e-3
-    negatives_only, _ = value_and_grads(SupCon(background="background", temperature=0.2, base_temperature=0.07))
+    negatives_only, _ = value_and_grads(SupCon(background="background", **scale))
     assert abs(got - negatives_only) > 1e-2
 
 

@@ -285,7 +285,7 @@ def _vectors(x: jax.Array, kept: jax.Array, dtype: jnp.dtype, normalize: bool) -
     if not normalize:
         return x
     square = jnp.sum(x * x, axis=-1, keepdims=True)
-    usable = square > NORM_FLOOR**2
+    usable = ~(square <= NORM_FLOOR**2)  # NaN is not short: it must reach the loss, which is how divergence is noticed
     return jnp.where(usable, x * lax.rsqrt(jnp.where(usable, square, 1)), 0)
 
 

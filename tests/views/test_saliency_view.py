@@ -27,7 +27,7 @@ class GoldenModel:
 
     def split_at(self, params, stats, image, tap, *, train):
         def tail(a):
-            return golden_net.tail(self.d, a, train=train), {"heads": stats["heads"] + train, "tails": stats["tails"] + train}
+            return golden_net.tail(self.d, a, train=train), {k: v + train for k, v in stats.items()}
 
         return golden_net.head(self.d, image), tail, {**stats, "heads": stats["heads"] + train}
 
@@ -37,7 +37,7 @@ class GoldenModel:
 
 
 def context(d, *, bias=0.0, **changes):
-    """`bias` on every image's own class: +100 makes the classifier right about all, -100 wrong, the maps are the same."""
+    """`bias` on every image's own class: +100 makes the classifier always right, -100 always wrong; the maps stay."""
     label = jnp.asarray(d["labels"], jnp.int32)
     return Context(
         model=GoldenModel(d),
@@ -296,7 +296,8 @@ def test_no_gradient_passes_the_stage():
     """Map, mask and acceptance are constants of the update: the gradient is zero, not small."""
     recipe = tiny.recipe(tiny.config())
     params, stats = tiny.model_variables(recipe.model)
-    probe = tiny.fill(jax.eval_shape(lambda: recipe.memory["probe"].init(jax.random.key(0), 16, 4, recipe.memory_tx["probe"])))
+    part, tx = recipe.memory["probe"], recipe.memory_tx["probe"]
+    probe = tiny.fill(jax.eval_shape(lambda: part.init(jax.random.key(0), recipe.model.features, tiny.CLASSES, tx)))
     batch = {k: jnp.asarray(v) for k, v in tiny.batch().items()}
     image = jnp.asarray(tiny.normal(16, 16, 16, 3))
     drawn = {n: View(image + i, {}) for i, n in enumerate(("standard", "view1", "view2"))}

@@ -1,0 +1,467 @@
+"""The loop end to end, on the project's own configs made small: run, stop, go on, finish, and every way to be wrong."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+
+from jaxcl import main, run_folder, sharding, train
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.errors import Diverged, Preempted, UserError
+from jaxcl.report import read_metrics
+from jaxcl.update import init_state
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """64 + 16 images of 16 pixels in four colours."""
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    train_part, test_part = tiny.batch(64, seed=1), tiny.batch(16, seed=2)
+    np.savez(
+        path,
+        train_images=train_part["image"],
+        train_labels=train_part["label"],
+        test_images=test_part["image"],
+        test_labels=test_part["label"],
+    )
+    return path
+
+
+def shrink(c, npz=None):
+    """A real config on the tiny network and a handful of images."""
+    tiny.tiny_model(c)
+    c.model.depth, c.model.strides = 18, (1, 2)
+    c.batch_size, c.duration, c.devices = 16, f"{STEPS} steps", 2
+    c.data.limit = 64
+    if npz:
+        with c.ignore_type():
+            c.data.source, c.data.options = f"npz:{npz}", {}
+    c.log_every, c.eval.every, c.checkpoint.every = "1 step", "6 steps", "4 steps"
+    c.eval.quick, c.eval.final, c.eval.batch_size, c.eval.knn_k = ("classifier",), ("classifier",), 64, 5
+    c.report = False
+    return c
+
+
+@functools.cache
+def _config_module(name):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config(name="excon", preset="", npz=None):
+    c = shrink(_config_module(name).get_config(preset), npz)
+    for view in ("view1", "view2") if npz else ():
+        c.views[view].jitter_p = c.views[view].grayscale = 0.0  # colour compiles slowly
+    if c.stages:
+        c.stages[0].start, c.stages[0].tap = "50%", "stage1"
+    return c
+
+
+def final_state(workdir, c):
+    """What the run left in its newest checkpoint."""
+    recipe = tiny.recipe(c, num_classes=tiny.CLASSES)
+    where = sharding.replicated(sharding.make_mesh(1))
+    shapes = jax.eval_shape(lambda: init_state(recipe))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        state = checkpoints.restore(abstract)
+    return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
+
+
+def record(workdir):
+    """{step: what was measured and does not depend on the clock}."""
+    clock = {"time", "images_per_second", "data_wait", "step"}
+    rows = read_metrics(workdir)
+    out = {}
+    for row in rows:
+        out.setdefault(row["step"], []).append({k: v for k, v in row.items() if k not in clock})
+    return out
+
+
+# ---- a whole run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(npz, tmp_path_factory):
+    workdir, c = tmp_path_factory.mktemp("undisturbed"), config(npz=npz)
+    c.report = True
+    return workdir, train.run(c, workdir)
+
+
+def test_the_run_folder(undisturbed):
+    workdir, results = undisturbed
+    names = {p.name for p in workdir.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "results.json", "checkpoints"} <= names
+    page = (workdir / "report" / "index.html").read_text()
+    assert "<html" in page and "Traceback" not in page
+    assert not [n for n in names if n.endswith(".tmp")]
+    stored = json.loads((workdir / "results.json").read_text())
+    assert stored == json.loads(json.dumps(results, default=float))
+    assert stored["steps"] == STEPS and 0 <= stored["classifier"]["accuracy"] <= 1
+    assert json.loads((workdir / "config.json").read_text())["stages"][0]["start"] == "50%"
+    environment = json.loads((workdir / "environment.json").read_text())
+    assert environment["packages"]["jax"] == jax.__version__ and environment["processes"] == 1
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps == [8, 12]  # every 4, the newest two kept
+
+
+def test_what_is_logged(undisturbed):
+    workdir, _ = undisturbed
+    rows = read_metrics(workdir)
+    lines = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in lines] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "eval/classifier_accuracy" in row] == [6]
+    for row in lines:
+        assert np.isfinite(row["loss"]) and row["lr"] >= 0 and row["images_per_second"] > 0
+        assert ("saliency/accepted" in row) == (row["step"] > STEPS // 2)
+        assert 0 <= row["data_wait"] <= 1 and "probe/accuracy" in row
+
+
+def test_a_finished_run_returns_at_once(undisturbed, npz, monkeypatch, caplog):
+    workdir, results = undisturbed
+    before = (workdir / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(train, "_source", None)  # whatever would begin to work fails
+    with caplog.at_level("INFO", logger="jaxcl"):
+        again = train.run(config(npz=npz), workdir)
+    assert again == json.loads(json.dumps(results, default=float))
+    assert "is finished" in caplog.text
+    c = config(npz=npz)
+    c.log_every, c.devices = "3 steps", 1  # changes nothing of what was learned
+    assert train.run(c, workdir) == again
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_folder(undisturbed, npz):
+    workdir, _ = undisturbed
+    c = config(npz=npz)
+    c.stages[0].threshold, c.seed = 0.4, 1
+    with pytest.raises(UserError) as error:
+        train.run(c, workdir)
+    text = str(error.value)
+    assert "holds a run of another config, seed: 0 -> 1 (and 1 more); use another --workdir" in text
+    assert "\n" not in text
+
+
+# ---- stopped and resumed
+
+
+class _Pulled(Exception):
+    """The plug."""
+
+
+def writer_that(action, at):
+    class Writer(train.MetricsWriter):
+        def write(self, step, metrics, **extra):
+            super().write(step, metrics, **extra)
+            if step == at:
+                action()
+
+    return Writer
+
+
+def same_run(workdir, reference, c):
+    for a, b in zip(*(jax.tree.leaves(final_state(w, c)) for w in (workdir, reference)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert record(workdir) == record(reference)
+
+
+@pytest.mark.parametrize("at", [3, 7])
+def test_a_crash_and_the_same_command(undisturbed, npz, tmp_path, monkeypatch, at):
+    """Before the first checkpoint, and after it: that one goes on from step 4."""
+    reference, _ = undisturbed
+
+    def pull():
+        raise _Pulled
+
+    c = config(npz=npz)
+    with monkeypatch.context() as m:
+        m.setattr(train, "MetricsWriter", writer_that(pull, at))
+        with pytest.raises(_Pulled):
+            train.run(c, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    train.run(c, tmp_path)
+    same_run(tmp_path, reference, c)
+    assert not (tmp_path / "report").exists()  # switched off
+
+
+def test_sigterm_in_this_process(undisturbed, npz, tmp_path, monkeypatch):
+    """At the step of an evaluation, whose line has just been written."""
+    reference, _ = undisturbed
+    c = config(npz=npz)
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(train, "MetricsWriter", writer_that(lambda: os.kill(os.getpid(), signal.SIGTERM), 5))
+        with pytest.raises(Preempted, match=f"stopped at step 6 of {STEPS} on request; the same command goes on"):
+            train.run(c, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (tmp_path / "checkpoints" / "6").exists()
+    c.devices = 1  # on another machine
+    train.run(c, tmp_path)
+    for a, b in zip(*(jax.tree.leaves(final_state(w, c).params) for w in (tmp_path, reference)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    assert list(record(tmp_path)) == list(record(reference))
+
+
+DRIVER = """
+import os, signal, sys
+from jaxcl import main, train
+class Writer(train.MetricsWriter):
+    def write(self, step, metrics, **extra):
+        super().write(step, metrics, **extra)
+        if step == 5 and not os.path.exists("killed"):
+            open("killed", "w").close()
+            os.kill(os.getpid(), signal.SIGTERM)
+train.MetricsWriter = Writer
+main.cli()
+"""
+
+
+def subprocess_run(arguments, cwd, program=("-m", "jaxcl.main"), timeout=300):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+    return subprocess.run(
+        [sys.executable, *program, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+CONFIG_FILE = """
+import test_train
+def get_config(preset=""):
+    return test_train.config(npz={npz!r})
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_killed_process_goes_on(undisturbed, npz, tmp_path):
+    """The real command, a real SIGTERM: exit code 75, then the same command; the same bits and the same lines."""
+    reference, _ = undisturbed
+    (tmp_path / "shrunk.py").write_text(CONFIG_FILE.format(npz=str(npz)))
+    arguments = ["--config=shrunk.py", "--workdir=run"]
+    first = subprocess_run(arguments, tmp_path, ("-c", DRIVER))
+    assert first.returncode == 75, first.stderr
+    assert first.stderr.strip().splitlines()[-1].startswith(f"jaxcl: stopped at step 6 of {STEPS} on request")
+    assert "Traceback" not in first.stderr
+    second = subprocess_run(arguments, tmp_path, ("-c", DRIVER))
+    assert second.returncode == 0, second.stderr
+    assert "resuming run from step 6" in second.stderr and "Traceback" not in second.stderr
+    same_run(tmp_path / "run", reference, config(npz=npz))
+    third = subprocess_run(arguments, tmp_path, ("-c", DRIVER))
+    assert third.returncode == 0 and "run is finished" in third.stderr
+
+
+# ---- divergence
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(npz, tmp_path):
+    c = config("supcon", npz=npz)
+    c.optimizer.kind, c.optimizer.lr, c.optimizer.schedule, c.optimizer.warmup = "sgd", 1e30, "constant", "0"
+    with pytest.raises(Diverged) as error:
+        train.run(c, tmp_path)
+    text = str(error.value)
+    assert text.startswith("loss is nan at step 2; no checkpoint was saved yet; try a lower optimizer.lr")
+    assert "\n" not in text
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert not (tmp_path / "results.json").exists()
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_divergence_just_after_an_evaluation(npz, tmp_path, monkeypatch):
+    """The log has begun anew and holds nothing, which must not hide the message; and the last good step is named."""
+    c = config("supcon", npz=npz)
+    c.log_every, c.checkpoint.every = "10 steps", "3 steps"
+    compile_update = train.compile_update
+
+    def poisoned(*args):
+        update = compile_update(*args)
+
+        def run(state, batch):
+            state, metrics = update(state, batch)
+            with jax.transfer_guard("allow"):
+                return state, metrics | {"loss": metrics["loss"] * (np.nan if int(state.step) == 7 else 1)}
+
+        return run
+
+    monkeypatch.setattr(train, "compile_update", poisoned)
+    with pytest.raises(Diverged, match=r"loss is nan at step 7; the last good checkpoint is step 6 in .*checkpoints;"):
+        train.run(c, tmp_path)
+
+
+# ---- the reports and the other schedules
+
+
+@pytest.mark.slow
+def test_every_evaluator_and_the_report(tmp_path):
+    """ExConB on garments, with a validation split."""
+    c = config("excon")
+    c.size, c.duration, c.report = 16, "4 steps", True
+    c.data.limit = 96
+    c.eval.quick, c.eval.final = ("knn", "classifier"), _config_module("excon").get_config().eval.final
+    c.eval.fgsm, c.eval.batch_size, c.eval.every, c.eval.tap = (4,), 500, "2 steps", "stage1"
+    c.data.validation = 0.1
+    results = train.run(c, tmp_path)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<html" in page and "Traceback" not in page
+    assert set(c.eval.final) <= results.keys()
+    assert 0 <= results["best"]["classifier_accuracy"] <= 1 and results["best"]["step"] in (2, 4)
+    assert results["fgsm"]["4"]["accuracy"] <= 1 and {"clean", "test_shifted"} <= results["calibration"].keys()
+    assert {"average_drop", "rate_of_increase"} <= results["explanation"].keys()
+
+
+@pytest.mark.parametrize("schedule", ["alternating", "sequential"])
+def test_schedules_that_train_the_probe_apart(npz, tmp_path, schedule):
+    c = config("supcon", f"garments,{schedule}", npz=npz)
+    c.duration, c.eval.every = "8 steps", "0"
+    results = train.run(c, tmp_path)
+    assert results["steps"] == 16
+    learns = ["probe" if "probe/loss" in row else "encoder" for row in read_metrics(tmp_path) if "loss" in row]
+    apart = {"alternating": 4, "sequential": 8}[schedule]
+    assert learns == (["encoder"] * apart + ["probe"] * apart) * (8 // apart)
+
+
+# ---- mistakes
+
+
+def cli(arguments, monkeypatch, capsys):
+    """`python -m jaxcl.main` in this process -> (exit code, what it wrote to stderr)."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+    saved = flagsaver.save_flag_values()
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main.cli()
+    finally:
+        flagsaver.restore_flag_values(saved)
+        flags.FLAGS.unparse_flags()
+    return exit_.value.code, capsys.readouterr().err
+
+
+SUPCON, EXCON = (f"--config={ROOT}/configs/{name}.py" for name in ("supcon", "excon"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "no --config; for example --config=configs/excon.py"),
+        ([SUPCON, "--worrkdir=x"], "Unknown command line flag 'worrkdir'"),
+        ([SUPCON, "x"], "unexpected argument 'x'"),
+        ([SUPCON, "--config.batchsize=3"], "batchsize"),
+        ([SUPCON, "--config.views.view1.crop_aera=(0.1,1.0)"], "crop_aera"),
+        ([SUPCON, "--config.batch_size=many"], "many"),
+        ([SUPCON, "--config.eval=3"], "eval"),
+        ([f"{SUPCON}:cifr10"], "unknown preset 'cifr10'; did you mean 'cifar10'?"),
+        ([f"{SUPCON}:cifar10,cifar100"], "names both 'cifar10' and 'cifar100'; choose one"),
+        (["--config=configs/nothing.py"], "no config file at configs/nothing.py; for example"),
+        (["--config=configs/nothing.py:cifar10", "--config.seed=1"], "no config file at configs/nothing.py"),
+        (["--config", "nothing.py"], "no config file at nothing.py"),
+        ([f"{SUPCON}:fashion_mnist", "--config.data.source=npz:nothing.npz"], "no file at nothing.npz"),
+        ([SUPCON, "--config.data.source=garmets"], "unknown data source 'garmets'"),
+        ([SUPCON, "--config.batch_size=30", "--config.devices=8"], "batch_size 30 does not divide over 8 devices"),
+        ([SUPCON, "--config.devices=9"], "devices is 9, but there are 8"),
+        ([SUPCON, "--config.duration=4 weeks"], "duration is '4 weeks'; expected a duration"),
+        ([SUPCON, "--config.optimizer.lr=-1.0"], "optimizer.lr is -1.0"),
+        ([SUPCON, "--config.eval.tap=stage9"], "tap 'stage9' is not in this encoder"),
+        ([SUPCON, "--config.eval.quick=('knnn',)"], "eval names 'knnn'; expected one of knn, linear"),
+        ([SUPCON, "--config.log_every=often"], "log_every is 'often'; expected a duration"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, text = cli([*arguments, "--workdir=run"] if arguments else arguments, monkeypatch, capsys)
+    assert code == 2
+    assert words in text and text.startswith("jaxcl: ") and len(text.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()  # nothing is left behind
+
+
+START = "from jaxcl import config as base\ndef get_config(preset=''):\n    c = base.default()\n    "
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("def get_config(:\n", "SyntaxError"),
+        ("def get_config(preset=''):\n    return 1 / 0\n", "ZeroDivisionError: division by zero (mine.py, line 2)"),
+        (START + "return base.term('supconn')\n", "no term is called 'supconn'; did you mean 'supcon'?"),
+        (START + "c.sed = 1\n    return c\n", "unknown config key sed; did you mean 'seed'?"),
+        (START + "c.eval.evry = 1\n    return c\n", "unknown config key eval.evry; did you mean 'every'?"),
+    ],
+)
+def test_mistakes_in_a_config_file(body, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(body)
+    code, text = cli(["--config=mine.py", "--workdir=run"], monkeypatch, capsys)
+    assert code == 2 and len(text.strip().splitlines()) == 1
+    assert words in text
+
+
+def test_exit_codes(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for error, code in ((Diverged("loss is nan at step 3"), 3), (Preempted("stopped"), 75), (UserError("wrong"), 2)):
+
+        def fail(config, workdir, error=error):
+            raise error
+
+        monkeypatch.setattr(train, "run", fail)
+        assert cli([SUPCON], monkeypatch, capsys) == (code, f"jaxcl: {error}\n")
+    seen = []
+    monkeypatch.setattr(train, "run", lambda config, workdir: seen.append((config.seed, str(workdir))))
+    assert cli([f"{SUPCON}:cifar10", "--config.seed=3"], monkeypatch, capsys) == (0, "")
+    assert cli([EXCON, "--workdir=here"], monkeypatch, capsys) == (0, "")
+    assert seen == [(3, "runs/supcon-cifar10"), (0, "here")]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([SUPCON, "--config.modl.depth=18"], "modl"),
+        ([SUPCON, "--config.batch_size=20000"], "batch_size 20000 is larger than the training set"),
+        (["--config=mine.py"], "division by zero"),
+    ],
+)
+def test_mistakes_of_the_real_command(arguments, words, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(preset=''):\n    return 1 / 0\n")
+    done = subprocess_run([*arguments, "--config.devices=1"] if "mine" not in arguments[0] else arguments, tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == "" and not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_another_model(npz, tmp_path):
+    """The folder's config is gone, so only the checkpoint can tell."""
+    (tmp_path / "shrunk.py").write_text(CONFIG_FILE.format(npz=str(npz)))
+    c = config("supcon", npz=npz)
+    c.model.head_features = 20
+    state = tiny.fill(jax.eval_shape(lambda: init_state(tiny.recipe(c))))
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(1, sharding.put(state, sharding.replicated(sharding.make_mesh(1))))
+    done = subprocess_run(["--config=shrunk.py", "--workdir=run"], tmp_path, ("-c", DRIVER))
+    assert done.returncode == 2 and "does not fit this model" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_json_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "results.json"
+    run_folder.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": jax.numpy.float32(1)})
+    assert json.loads(path.read_text()) == {"a": 0.5, "b": [0, 1], "c": 1.0}
+    with pytest.raises(TypeError):
+        run_folder.write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["a"] == 0.5
