@@ -42,6 +42,8 @@ def get_config(preset: str = ""):
         ),
     )
     if variant != "excon":
+        # One batch norm over all rows. The authors' two GPUs normalised each view by itself; for that, two passes:
+        # (base.encode("view1", "background"), base.encode("view2")).
         c.passes = (base.encode("view1", "view2", "background"),)
         c.terms.supcon.background = "background"
         c.terms.supcon.background_anchor = variant == "anchor"

@@ -37,9 +37,6 @@ def get_config(preset: str = ""):
     c.memory.probe = base.memory("linear_probe", views=("view2",))
 
     c.data.source = SOURCES.get(dataset, dataset)
-    if dataset == "garments":
-        c.data.options.spurious = 0.0  # how often the texture follows the class in training
-        c.data.options.spurious_on = "background"  # or "fill"
     if dataset == "tiny_imagenet":
         c.size = 64
     if dataset in SOURCES and scale == "paper":
@@ -66,7 +63,6 @@ def _cpu(c):
     c.eval.tap = "stage1"  # 8 x 8
 
     c.terms.supcon.temperature = 0.2
-    c.terms.supcon.base_temperature = 0.2
     c.optimizer.kind = "adamw"
     c.optimizer.lr = 6e-3
     c.optimizer.weight_decay = 1e-4

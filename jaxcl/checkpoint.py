@@ -6,6 +6,7 @@ A checkpoint holds the whole state; its step is the position in the data, so not
 import os
 import pathlib
 import signal
+import threading
 from typing import Any
 
 import jax
@@ -95,8 +96,11 @@ class Preemption:
     def __init__(self):
         self._asked = False
         self._distributed = jax.process_count() > 1
+        self._previous = None
         # With several processes JAX's coordination service catches the signal and makes all hosts agree on one step.
-        self._previous = None if self._distributed else signal.signal(signal.SIGTERM, self._notice)
+        # Python lets only the main thread catch signals; a run in another thread (a notebook's) goes without.
+        if not self._distributed and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._notice)
 
     def _notice(self, signum: int, frame: Any) -> None:
         self._asked = True

@@ -23,7 +23,7 @@ from jaxcl.models import ModelOptions
 from jaxcl.optimizers import OptimizerOptions
 
 # Keys that may differ between a run and its continuation: they change nothing of what is learned.
-FREE_KEYS = ("log_every", "checkpoint", "report", "eval", "devices", "data.prefetch", "data.data_dir")
+FREE_KEYS = ("log_every", "checkpoint", "report", "eval", "devices", "data.prefetch", "data.tfds.data_dir")
 
 
 def default() -> ConfigDict:
@@ -38,11 +38,14 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "garments"  # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME
-    c.data.data_dir = ""  # tfds: where the prepared folders are; "": TFDS's own default
-    c.data.image_size = 0  # tfds: resize to this side when images differ in shape
     c.data.validation = 0.0  # share of the training set held out; evaluation then selects on it, not on the test set
     c.data.limit = 0  # use only this many training images, class-balanced; 0: all
-    c.data.options = ConfigDict()  # options of the source itself
+    c.data.garments = ConfigDict()
+    c.data.garments.spurious = 0.0  # how often the texture follows the class in training, 0 to 1
+    c.data.garments.spurious_on = "background"  # or "fill"
+    c.data.tfds = ConfigDict()
+    c.data.tfds.data_dir = ""  # where the prepared folders are; "": TFDS's own default
+    c.data.tfds.image_size = 0  # resize to this side when images differ in shape
     c.data.prefetch = 2  # batches on the way to the devices
 
     c.model = options(ModelOptions)
@@ -66,7 +69,7 @@ def default() -> ConfigDict:
     c.eval.explanation_fraction = 0.15  # share of pixels kept for drop and increase in confidence
     c.eval.tap = "stage2"  # the layer GradCAM explains
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = "25%"  # any duration; the last step is always saved
+    c.checkpoint.every = "25%"  # any duration; the last step is always saved; 0: only that one
     c.checkpoint.keep = 2
     c.checkpoint.keep_best = True  # also keep the best by the classifier on the validation split, where there is one
     c.report = True  # write report/index.html at the end
@@ -169,8 +172,10 @@ def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """UserError for a key that no config has; a config file, unlike the command line, can set any."""
     known = default()
-    for part in ("", "data", "eval", "checkpoint"):
-        node, names = (config[part], known[part]) if part else (config, known)
+    for part in ("", "data", "data.garments", "data.tfds", "eval", "checkpoint"):
+        node, names = config, known
+        for name in part.split(".") if part else ():
+            node, names = node[name], names[name]
         for key in node:
             if key not in names:
                 raise UserError(f"unknown config key {part and part + '.'}{key}{recipe.suggestion(key, names)}")

@@ -24,7 +24,7 @@ _DISTRIBUTED = flags.DEFINE_string(
 )
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str]) -> None:
     """absl's own parser, with a config's mistakes in one line instead of a traceback."""
     _check_config_file(argv)
     try:
@@ -44,18 +44,24 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     if _CONFIG.value is None:
         raise UserError("no --config; for example --config=configs/excon.py")
-    return rest
+
+
+def _config_argument(argv: list[str]) -> str | None:
+    """FILE[:PRESET] as the user wrote it (the last one counts)."""
+    given = None
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            given = value if equals else following
+    return given
 
 
 def _check_config_file(argv: list[str]) -> None:
     """ml_collections puts the news of a missing file off until the config is first used."""
-    for i, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            value = value if equals else "".join(argv[i + 1 : i + 2])
-            path = pathlib.Path(value.partition(":")[0])
-            if not path.is_file():
-                raise UserError(f"no config file at {path}; for example --config=configs/excon.py")
+    if given := _config_argument(argv):
+        path = pathlib.Path(given.partition(":")[0])
+        if not path.is_file():
+            raise UserError(f"no config file at {path}; for example --config=configs/excon.py")
 
 
 def _reason(text: str) -> str:
@@ -74,7 +80,8 @@ def _first_line(error: BaseException) -> str:
 
 def _default_workdir(argument: str) -> pathlib.Path:
     path, _, preset = argument.partition(":")
-    return pathlib.Path("runs") / "-".join([pathlib.Path(path).stem, *preset.replace(",", "-").split("-")]).strip("-")
+    words = [w.strip() for w in preset.split(",") if w.strip()]
+    return pathlib.Path("runs") / "-".join([pathlib.Path(path).stem, *words])
 
 
 def _join(spec: str) -> None:
@@ -98,11 +105,10 @@ def _join(spec: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one config; -> exit code."""
-    del argv
     _join(_DISTRIBUTED.value)
     from jaxcl import train  # after the flags are known to be right: a typo need not wait for the imports
 
-    workdir = _WORKDIR.value or _default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = _WORKDIR.value or _default_workdir(_config_argument(argv))
     train.run(_CONFIG.value, workdir)
     return 0
 
@@ -114,8 +120,8 @@ def cli() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     codes = {UserError: 2, Diverged: 3, Preempted: 75}
     try:
-        argv = _parse(sys.argv)
-        code = main(argv)
+        _parse(sys.argv)
+        code = main(sys.argv)
     except tuple(codes) as error:
         print(f"jaxcl: {error}", file=sys.stderr)
         code = codes[type(error)]

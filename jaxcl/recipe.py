@@ -273,6 +273,6 @@ def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
     needs += [f"memory.{n}" for n in recipe.memory]
     if needs and not labelled:
         raise UserError(
-            f"{needs[0]} needs labels and the training data has none; give labels, or use a config without labels "
-            "(a supcon term with labels=False, and no linear_probe)"
+            f"{needs[0]} needs a label on every training image, which the data lacks; give labels, or use a "
+            "config without labels (a supcon term with labels=False, and no linear_probe)"
         )

@@ -32,7 +32,7 @@ class SupCon:
     background: str = ""  # a view whose rows are negatives only; dropped while no stage makes it
     background_anchor: bool = False  # those rows are instead one more class, and anchors too (b.4)
     temperature: float = 0.1
-    base_temperature: float = 0.1  # the loss is multiplied by temperature / base_temperature
+    base_temperature: float = 0.0  # the loss is multiplied by temperature / base_temperature; 0: not scaled
     anchors: str = "all"  # "all" views or the "first" only
     anchor_mean: str = "all"  # an anchor without a positive counts 0 ("all") or not at all ("positive")
     weight: float = 1.0
@@ -40,8 +40,8 @@ class SupCon:
     def __post_init__(self):
         if not self.views:
             raise UserError("term supcon: views is empty; expected the names of one or more views")
-        if not (self.temperature > 0 and self.base_temperature > 0):
-            raise UserError("term supcon: temperature and base_temperature must be above 0")
+        if not (self.temperature > 0 and self.base_temperature >= 0):
+            raise UserError("term supcon: temperature must be above 0, base_temperature at least 0")
         for key, value, known in (
             ("anchors", self.anchors, ("all", "first")),
             ("anchor_mean", self.anchor_mean, ("all", "positive")),
@@ -70,7 +70,7 @@ class SupCon:
         labels = jnp.where(label >= 0, label, -2 - jnp.arange(B)) if self.labels else jnp.arange(B)
         options = dict(
             temperature=self.temperature,
-            base_temperature=self.base_temperature,
+            base_temperature=self.base_temperature or None,
             anchors=self.anchors,
             anchor_mean=self.anchor_mean,
         )

@@ -159,10 +159,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def _source(config: ConfigDict, split: str) -> Source:
-    options = dict(config.data.options)
-    if config.data.source.startswith("tfds:"):
-        options["data_dir"] = config.data.data_dir or None
-        options["image_size"] = config.data.image_size or None
+    # The options of the kind of source in use; those of the others lie idle in the config. Empty means its default.
+    kind = config.data.source.partition(":")[0]
+    options = {k: v or None for k, v in config.data.get(kind, {}).items()} if kind in ("garments", "tfds") else {}
     limit = config.data.limit if split == "train" else 0
     return make_source(
         config.data.source,
@@ -180,7 +179,7 @@ def _intervals(config: ConfigDict, recipe: Recipe) -> dict[str, int]:
     return {
         "log": max(1, to_steps(config.log_every, name="log_every", **unit)),
         "eval": to_steps(config.eval.every, name="eval.every", **unit),
-        "checkpoint": max(1, to_steps(config.checkpoint.every, name="checkpoint.every", **unit)),
+        "checkpoint": to_steps(config.checkpoint.every, name="checkpoint.every", **unit) or recipe.total_steps,
     }
 
 
@@ -215,7 +214,7 @@ class _Log:
         """Take in the metrics of update `step` (counted from 1). Errors: Diverged."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         # The loss first; but a gradient may be lost before it, or the probe by itself.
-        for k in ("loss", *values):
+        for k in sorted(values, key=lambda k: k != "loss"):
             if not math.isfinite(values[k]):
                 raise Diverged(f"{k} is {values[k]} at step {step}")
         for k, v in values.items():
@@ -238,7 +237,8 @@ class _Log:
             figures["images_per_second"] = steps * self._recipe.batch_size / seconds
             figures["data_wait"] = (waited - self._waited) / seconds
         self._sums, self._since, self._waited, self._first = {}, now, waited, self._step
-        self._progress.update(self._step, loss=figures["loss"], data_wait=figures.get("data_wait", 0.0))
+        loss = figures.get("loss", figures.get("probe/loss"))  # a probe that learns by itself has only its own
+        self._progress.update(self._step, loss=loss, data_wait=figures.get("data_wait", 0.0))
         self.write(self._step, figures)
 
     def write(self, step: int, figures: dict[str, float]) -> None:

@@ -188,7 +188,6 @@ def _probe_update(recipe: Recipe):
             e = [Embedding(h, h, view.where)]
             memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
             metrics.update(figures)
-        metrics["loss"] = metrics["probe/loss"]
         return state.replace(step=state.step + 1, memory=memory), metrics
 
     return update

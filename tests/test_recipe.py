@@ -99,7 +99,7 @@ def drop(path):
         (set_("stages.0.bn", "none"), "stage saliency: bn is 'none'; expected one of batch, running"),
         (set_("stages.0.background_capacity", 0.0), "background_capacity is 0.0; expected a share in (0, 1]"),
         (set_("memory.probe.schedule", "sometimes"), "probe: schedule is 'sometimes'; expected one of online"),
-        (set_("terms.supcon.temperature", 0.0), "term supcon: temperature and base_temperature must be above 0"),
+        (set_("terms.supcon.temperature", 0.0), "term supcon: temperature must be above 0"),
         (set_("terms.supcon.anchors", "one"), "term supcon: anchors is 'one'; expected one of all, first"),
         (set_("terms.supcon.anchor_mean", "x"), "term supcon: anchor_mean is 'x'; expected one of all, positive"),
         (set_("model.depth", 20), "model.depth is 20; expected one of 18"),
@@ -146,10 +146,10 @@ def test_refusals_by_the_facts_of_the_data_and_the_machine():
     assert refusal(tiny.config(), num_devices=3) == "batch_size 16 does not divide over 3 devices; use a multiple of 3"
     text = refusal(tiny.config(), num_examples=15)
     assert text == "batch_size 16 is larger than the training set (15 images); use a smaller one"
-    assert refusal(tiny.config(), labelled=False).startswith("terms.supcon needs labels and the training data has none")
+    assert refusal(tiny.config(), labelled=False).startswith("terms.supcon needs a label on every training image")
     c = tiny.config(stage=False)
     c.terms.supcon.labels = False
-    assert refusal(c, labelled=False).startswith("memory.probe needs labels")
+    assert refusal(c, labelled=False).startswith("memory.probe needs a label")
     del c.memory.probe
     tiny.recipe(c, labelled=False)  # SimCLR without a probe needs none
     c = tiny.config(background_capacity=0.4)

@@ -21,6 +21,7 @@ from jaxcl.evaluate.explanation import drop_increase, mask_agreement
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.robustness import fgsm_examples
+from jaxcl.memory import LinearProbe
 from jaxcl.models import tap_stage
 from jaxcl.recipe import Phase, Recipe
 from jaxcl.train_state import TrainState
@@ -36,13 +37,13 @@ class Evaluation:
     """Runs the suites a config names; compiles once, however often it is called."""
 
     def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
-        self.options, self.recipe = config.eval, recipe
+        self.options, self.recipe, self._pictures = config.eval, recipe, config.report
         for name in (*config.eval.quick, *config.eval.final):
             if name not in EVALUATORS:
                 raise UserError(f"eval names {name!r}; expected one of {', '.join(EVALUATORS)}")
         tap_stage(config.eval.tap, recipe.model.encoder.stage_sizes)
         self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
-        self.classifier = next(iter(recipe.memory), None)
+        self.classifier = next((n for n, part in recipe.memory.items() if isinstance(part, LinearProbe)), None)
         self._train, self._make_source = train, make_source
         self._selects_on = "validation" if config.data.validation else "test"
         self._sources: dict[str, Source | None] = {"train": train}
@@ -66,6 +67,8 @@ class Evaluation:
             if figures:
                 results[name] = figures
             panels |= pictures
+        if not self._pictures:
+            return results, {}
         panels["views"] = frozen.training_views(self._train)
         if len(frozen.test):
             n = min(len(frozen.test), 1500)
