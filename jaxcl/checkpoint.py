@@ -60,14 +60,14 @@ class Checkpoints:
         shardings = _plain_shardings(abstract)
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, shardings)
         step = self.latest if step is None else step
-        try:
-            tree = self._checkpointer.load(step, wanted)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        # Compared before loading: a load that fails half way leaves its threads complaining at exit.
+        there, here = _shapes(self._checkpointer.metadata(step).metadata), _shapes(wanted)
+        if odd := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
             raise UserError(
-                f"checkpoint {self.directory}/{step} does not fit this model ({reason}); use another --workdir"
-            ) from error
-        # Of the same generator as the key of a fresh state (`key_impl` takes no ShapeDtypeStruct to ask).
+                f"checkpoint {self.directory}/{step} does not fit this model: {odd[0]} is "
+                f"{there.get(odd[0], 'absent')} there and {here.get(odd[0], 'absent')} here; use another --workdir"
+            )
+        tree = self._checkpointer.load(step, wanted)
         return TrainState(key=jax.random.wrap_key_data(tree.pop(_KEY), impl="threefry2x32"), **tree)
 
     def wait(self) -> None:
@@ -88,6 +88,16 @@ def _plain_shardings(abstract: TrainState) -> Tree:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     tree = {f: getattr(shardings, f) for f in ("step", "params", "batch_stats", "opt_state", "memory")}
     return tree | {_KEY: shardings.key}
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """{"params.encoder.stem_conv.kernel": (4, 4, 3, 64), ...}; the same for a state and for what is stored of it."""
+
+    def name(entry: Any) -> str:
+        return str(next(getattr(entry, a) for a in ("key", "name", "idx") if hasattr(entry, a)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
 class Preemption:

@@ -159,9 +159,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def _source(config: ConfigDict, split: str) -> Source:
-    # The options of the kind of source in use; those of the others lie idle in the config. Empty means its default.
+    # The options of the kind of source in use; those of the others lie idle in the config.
     kind = config.data.source.partition(":")[0]
-    options = {k: v or None for k, v in config.data.get(kind, {}).items()} if kind in ("garments", "tfds") else {}
+    options = dict(config.data[kind]) if kind in ("garments", "tfds") else {}
+    if kind == "tfds":
+        options = {k: v or None for k, v in options.items()}  # empty: TFDS's own default
     limit = config.data.limit if split == "train" else 0
     return make_source(
         config.data.source,
