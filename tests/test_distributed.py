@@ -27,7 +27,7 @@ FLAGS = [
 
 
 def start(workdir: pathlib.Path, devices: int, distributed: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
     command = [sys.executable, "-m", "jaxcl.main", *FLAGS, f"--workdir={workdir}", f"--distributed={distributed}"]
     return subprocess.Popen(
