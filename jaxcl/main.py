@@ -74,7 +74,9 @@ def _reason(text: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error.args[0] if error.args else error).strip().strip("'\"")
+    # A KeyError's text may have been quoted on its way here: quotes and line ends then stand escaped in it.
+    text = str(error.args[0] if error.args else error).replace("\\'", "'").replace("\\n", ". ").strip().strip('"')
+    text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "'" else text
     return text.splitlines()[0] if text else type(error).__name__
 
 

@@ -27,9 +27,14 @@ FLAGS = [
 
 
 def start(workdir: pathlib.Path, devices: int, distributed: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
-    command = [sys.executable, "-m", "jaxcl.main", *FLAGS, f"--workdir={workdir}", f"--distributed={distributed}"]
+    own = [f"--workdir={workdir}", f"--distributed={distributed}"]
+    command = [sys.executable, "-m", "jaxcl.main", *FLAGS, *own]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
