@@ -76,7 +76,7 @@ def main() -> None:
     methods["exconb, room for B/2"] = half
     for config in methods.values():
         config.batch_size = arguments.batch_size or config.batch_size
-    source = make_source(methods["supcon"].data.source, **dict(methods["supcon"].data.options))
+    source = make_source(methods["supcon"].data.source)
     steps = {name: Step(config, source) for name, config in methods.items()}
     for step in steps.values():
         step.seconds(), step.seconds()  # compilation, and a first warm run

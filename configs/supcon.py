@@ -6,7 +6,7 @@ Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist
 a schedule of the classifier (online, alternating, sequential), and a scale (paper: the authors' network and budget;
 cpu: the small network and minutes of the embedded sets, which have no other).
 
-    configs/supcon.py                          garments on a CPU: see docs/results.md
+    configs/supcon.py                          garments on a CPU: 3 minutes, linear probe 64.2 %
     configs/supcon.py:cifar10                  CIFAR-10, the SupCon repository's hyper-parameters; not yet run
     configs/supcon.py:cifar100,alternating     the baseline of the ExCon paper; not yet run
     configs/supcon.py:cifar100,sequential      SupCon-original, the classifier afterwards; not yet run
