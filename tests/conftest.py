@@ -30,7 +30,7 @@ def golden():
         if not path.exists():
             if os.environ.get("JAXCL_REQUIRE_GOLDEN"):
                 pytest.fail(f"golden vectors required but absent: {path}")
-            pytest.skip(f"golden vectors not found at {path.parent}; tests/data holds a small sample")
+            pytest.skip(f"golden vectors not found at {path.parent}; tests/data_sample holds a small sample")
         with np.load(path, allow_pickle=False) as arrays:
             return {k: arrays[k] for k in arrays.files}
 
