@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxcl import sharding
 from jaxcl.data import make_source
-from jaxcl.recipe import build_recipe
+from jaxcl.recipe import build_recipe, data_facts
 from jaxcl.update import compile_update, init_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,15 +36,7 @@ class Step:
     """One method's compiled update, on a batch that stays on the device."""
 
     def __init__(self, config, source):
-        self.recipe = build_recipe(
-            config,
-            num_examples=len(source),
-            image_shape=source.image_shape,
-            mean=source.mean,
-            std=source.std,
-            num_classes=source.num_classes,
-            labelled=source.labelled,
-        )
+        self.recipe = build_recipe(config, **data_facts(source))
         mesh = sharding.make_mesh(1)
         replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
         self.state = jax.jit(lambda s: init_state(self.recipe, s), out_shardings=replicated)(0)

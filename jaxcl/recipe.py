@@ -150,6 +150,18 @@ class Recipe:
         return tuple(n for n in self.views if n in wanted)
 
 
+def data_facts(source: Any) -> dict[str, Any]:
+    """What `build_recipe` has to know of its training data."""
+    return dict(
+        num_examples=len(source),
+        image_shape=source.image_shape,
+        mean=source.mean,
+        std=source.std,
+        num_classes=source.num_classes,
+        labelled=source.labelled,
+    )
+
+
 def build_recipe(
     config: ConfigDict,
     *,

@@ -20,7 +20,7 @@ from jaxcl.data import Loader, Source, make_source
 from jaxcl.durations import to_steps
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.evaluate.suite import Evaluation
-from jaxcl.recipe import Recipe, build_recipe
+from jaxcl.recipe import Recipe, build_recipe, data_facts
 from jaxcl.report import MetricsWriter, Progress, read_metrics
 from jaxcl.train_state import TrainState
 from jaxcl.update import compile_update, init_state
@@ -46,16 +46,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
         raise UserError(f"devices is {devices}, but there are {jax.device_count()}; use 0 for all of them")
-    recipe = build_recipe(
-        config,
-        num_examples=len(source),
-        image_shape=source.image_shape,
-        mean=source.mean,
-        std=source.std,
-        num_classes=source.num_classes,
-        labelled=source.labelled,
-        num_devices=devices,
-    )
+    recipe = build_recipe(config, **data_facts(source), num_devices=devices)
     evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: _source(config, split))
     every = _intervals(config, recipe)
     writes = jax.process_index() == 0
