@@ -6,7 +6,7 @@ denominator: the N*V elements, then the M extra negatives). "Element" means one 
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,35 +14,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
-
-# "auto" forms the R x C logits at once up to this many elements squared (64 MiB in float32), then tiles.
-DENSE_ELEMENTS = 4096
-# A tile holds at most this many logits (16 MiB in float32), so memory does not grow with the batch squared.
-TILE_ENTRIES = 2**22
-TILE_ROWS_MAX = 1024
-# Shorter vectors have no direction worth a gradient of 1/norm: they stay zero and receive none.
-NORM_FLOOR = 1e-12
-
-
-class _Rows(NamedTuple):
-    """Anchors. `sample` counts this device's samples, `element` the elements of the global batch."""
-
-    z: jax.Array  # [R, D], already divided by the temperature
-    sample: jax.Array  # [R] int32
-    element: jax.Array  # [R] int32
-    label: jax.Array  # [R]
-    real: jax.Array  # [R] bool: counts as an anchor
-
-
-class _Columns(NamedTuple):
-    """Contrast set. `bias` is added to the logits: 0, log(count) for extra negatives, -inf where excluded."""
-
-    z: jax.Array  # [C, D]
-    sample: jax.Array  # [C] int32, of the global batch
-    element: jax.Array  # [C] int32, -1 for extra negatives
-    label: jax.Array  # [C]
-    real: jax.Array  # [C] bool: may be a positive
-    bias: jax.Array  # [C]
+from jaxcl.losses.common import check_above_zero, check_choice, check_floating, check_shape, total, unit
+from jaxcl.losses.engine import How, choose, is_bounded
+from jaxcl.losses.supcon_rows import Batch, by_engine, by_matrix
 
 
 def supcon(
@@ -60,7 +34,7 @@ def supcon(
     anchors: Literal["all", "first"] = "all",
     anchor_mean: Literal["all", "positive"] = "all",
     normalize: bool = True,
-    implementation: Literal["auto", "dense", "tiled"] = "auto",
+    implementation: Literal["auto", "dense", "tiled", "ring"] = "auto",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Supervised contrastive loss, the "out" form of Khosla et al. (2020), eq. 2, averaged over anchors.
@@ -100,9 +74,12 @@ def supcon(
       anchors: "all" views are anchors, or only the "first" of each sample.
       anchor_mean: see above.
       normalize: scale each vector to unit length. A zero vector stays zero, with zero gradient.
-      implementation: "dense" forms all logits at once. "tiled" computes the same number in row tiles that are
-        recomputed for the gradient: O((N V + M) D) memory plus one tile. "auto" is dense up to 4,096 elements
-        (more exactly: as many logits as 4,096 squared), tiled above.
+      implementation: how, not what; all agree to rounding. "dense" forms all logits at once. "tiled" keeps a few
+        numbers a row and recomputes tiles for the gradient: O((N V + M) D) memory, and beyond some thousand
+        elements also the fastest; it has a first reverse-mode derivative only. "ring", under `axis_name`, is tiled
+        with the blocks of the devices going round instead of being gathered. "auto": dense up to
+        `jaxcl.losses.limits` logits on a device, then tiled, or ring with `axis_name`. A mask is an N x N matrix
+        anyway: for it "tiled" takes tiles of rows, and there is no ring.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is split. Every row
         argument then holds this device's rows; anchors of this device meet the columns of all devices, and
         the result is the loss of the global batch, equal on every device.
@@ -123,9 +100,17 @@ def supcon(
         None if x is None else jnp.asarray(x)
         for x in (features, labels, mask, background, where, negatives, negatives_where)
     )
-    _check_options(temperature, base_temperature, negatives_count, anchors, anchor_mean, implementation)
+    _check_options(temperature, base_temperature, negatives_count, anchors, anchor_mean)
     _check_shapes(features, labels, mask, background, where, negatives, negatives_where, axis_name)
 
+    n, num_views = features.shape[:2]
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    columns = devices * (n * num_views + (0 if negatives is None else len(negatives)))
+    how = choose("supcon", implementation, n * (num_views if anchors == "all" else 1), columns, axis_name)
+    if mask is not None and how.form == "ring":
+        if implementation == "ring":
+            raise UserError("supcon: implementation='ring' cannot carry a mask, expected labels; or use 'tiled'")
+        how = how._replace(form="tiled")
     return _supcon(
         features,
         labels,
@@ -140,13 +125,14 @@ def supcon(
         anchors=anchors,
         anchor_mean=anchor_mean,
         normalize=normalize,
-        implementation=implementation,
+        bounded=is_bounded(normalize, temperature),
+        how=how,
         axis_name=axis_name,
     )
 
 
 # Compiled as one: op by op, the first call in a notebook would compile some sixty little programs.
-@functools.partial(jax.jit, static_argnames=("anchors", "anchor_mean", "normalize", "implementation", "axis_name"))
+@functools.partial(jax.jit, static_argnames=("anchors", "anchor_mean", "normalize", "bounded", "how", "axis_name"))
 def _supcon(
     features,
     labels,
@@ -159,151 +145,66 @@ def _supcon(
     temperature,
     base_temperature,
     *,
-    anchors,
-    anchor_mean,
-    normalize,
-    implementation,
+    anchors: str,
+    anchor_mean: str,
+    normalize: bool,
+    bounded: bool,
+    how: How,
     axis_name,
 ):
     num_samples, num_views, dim = *features.shape[:2], math.prod(features.shape[2:])
     dtype = jnp.promote_types(features.dtype, jnp.float32)
     temperature = jnp.asarray(temperature, dtype)
     scale = 1.0 if base_temperature is None else temperature / jnp.asarray(base_temperature, dtype)
+    # Half of the temperature on each side: anchors and columns are then the same vectors.
+    shrink = lax.rsqrt(temperature)
 
-    kept = jnp.ones(num_samples, bool) if where is None else where.astype(bool)
-    real = kept if background is None else kept & ~background.astype(bool)
-    z_NxVxD = _vectors(features.reshape(num_samples, num_views, dim), kept[:, None], dtype, normalize)
-
-    if axis_name is None:
-        first_sample, everywhere = 0, lambda x: x
-    else:
-        first_sample = lax.axis_index(axis_name) * num_samples
-        everywhere = lambda x: lax.all_gather(x, axis_name, axis=0, tiled=True)  # noqa: E731
-    if labels is None:
-        labels = first_sample + jnp.arange(num_samples, dtype=jnp.int32)
-
-    # The contrast set: all elements of the global batch, then the extra negatives.
-    columns = _element_columns(everywhere(z_NxVxD), everywhere(labels), everywhere(kept), everywhere(real))
+    kept = None if where is None else where.astype(bool)
+    real = kept
+    if background is not None:
+        real = ~background.astype(bool) if kept is None else kept & ~background.astype(bool)
+    batch = Batch(
+        z=_vectors(features.reshape(num_samples, num_views, dim), kept, dtype, normalize, shrink),
+        labels=labels,
+        mask=mask,
+        kept=kept,
+        real=real,
+        negatives=None,
+        negatives_kept=None,
+        negatives_count=jnp.asarray(negatives_count, dtype),
+    )
     if negatives is not None:
-        valid = jnp.ones(len(negatives), bool) if negatives_where is None else negatives_where.astype(bool)
-        z_MxD = _vectors(negatives.reshape(len(negatives), dim), valid, dtype, normalize)
-        columns = _append_negatives(columns, everywhere(z_MxD), everywhere(valid), negatives_count)
+        valid = None if negatives_where is None else negatives_where.astype(bool)
+        z_MxD = _vectors(negatives.reshape(len(negatives), dim), valid, dtype, normalize, shrink)
+        batch = batch._replace(negatives=z_MxD, negatives_kept=valid)
 
-    # The anchors: this device's elements.
-    num_anchor_views = num_views if anchors == "all" else 1
-    sample_R = jnp.repeat(jnp.arange(num_samples, dtype=jnp.int32), num_anchor_views)
-    view_R = jnp.tile(jnp.arange(num_anchor_views, dtype=jnp.int32), num_samples)
-    rows = _Rows(
-        z=z_NxVxD[:, :num_anchor_views].reshape(len(sample_R), dim) / temperature,
-        sample=sample_R,
-        element=(first_sample + sample_R) * num_views + view_R,
-        label=labels[sample_R],
-        real=real[sample_R],
-    )
-
-    num_logits = len(rows.z) * len(columns.z)
-    if implementation == "dense" or (implementation == "auto" and num_logits <= DENSE_ELEMENTS**2):
-        loss_R, positive_R = _row_losses(rows, columns, mask)
+    if how.form == "dense" or mask is not None:
+        loss_R, positive_R = by_matrix(batch, anchors=anchors, form=how.form, axis_name=axis_name)
     else:
-        loss_R, positive_R = _tiled_row_losses(rows, columns, mask)
-
-    total = jnp.sum(loss_R)
-    count = jnp.sum(rows.real if anchor_mean == "all" else positive_R, dtype=jnp.int32)
-    if axis_name is not None:
-        total, count = lax.psum((total, count), axis_name)
-    return scale * total / jnp.maximum(count, 1).astype(dtype)
-
-
-def _row_losses(rows: _Rows, columns: _Columns, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Loss of each anchor (0 without a positive) [R], and whether it has a positive [R]."""
-    s_RxC = jnp.matmul(rows.z, columns.z.T, precision=lax.Precision.HIGHEST)
-    itself_RxC = rows.element[:, None] == columns.element[None]
-    # Masked before the maximum: were the self term in it, a small temperature would underflow all others.
-    a_RxC = jnp.where(itself_RxC, -jnp.inf, s_RxC + columns.bias[None])
-    top_R = lax.stop_gradient(jnp.max(a_RxC, axis=1))
-    top_R = jnp.where(jnp.isfinite(top_R), top_R, 0)  # an empty A(i)
-    sum_R = jnp.sum(jnp.exp(a_RxC - top_R[:, None]), axis=1)
-    log_sum_R = jnp.log(jnp.where(sum_R > 0, sum_R, 1))
-
-    if mask is None:
-        same_RxC = rows.label[:, None] == columns.label[None]
+        loss_R, positive_R = by_engine(batch, anchors=anchors, bounded=bounded, how=how, axis_name=axis_name)
+    if anchor_mean == "positive":
+        count = jnp.sum(positive_R, dtype=jnp.int32)
     else:
-        same_RxC = mask[rows.sample][:, columns.sample] != 0
-    positive_RxC = same_RxC & rows.real[:, None] & columns.real[None] & ~itself_RxC
-    count_R = jnp.sum(positive_RxC, axis=1, dtype=jnp.int32)
-    # Relative to the row's maximum, like the logarithm above: large logits would lose digits otherwise.
-    attract_R = jnp.sum(jnp.where(positive_RxC, s_RxC - top_R[:, None], 0), axis=1) / jnp.maximum(count_R, 1)
-    return jnp.where(count_R > 0, log_sum_R - attract_R, 0), count_R > 0
+        num_real = num_samples if real is None else jnp.sum(real, dtype=jnp.int32)
+        count = jnp.asarray(num_real * (len(loss_R) // num_samples), jnp.int32)
+    loss, count = total(jnp.sum(loss_R), axis_name), total(count, axis_name)
+    return scale * loss / jnp.maximum(count, 1).astype(dtype)
 
 
-def _tiled_row_losses(rows: _Rows, columns: _Columns, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """`_row_losses`, a tile of anchors at a time; the backward pass recomputes each tile's logits."""
-    num_rows = len(rows.z)
-    tile = min(num_rows, TILE_ROWS_MAX, max(8, TILE_ENTRIES // len(columns.z)))
-    padding = -num_rows % tile
-
-    def split(x):
-        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, tile, *x.shape[1:])
-
-    # Padded rows come out with real=False, hence without positives: loss 0.
-    block = jax.checkpoint(lambda one_tile: _row_losses(one_tile, columns, mask))
-    loss_TxR, positive_TxR = lax.map(block, jax.tree.map(split, rows))
-    return loss_TxR.reshape(-1)[:num_rows], positive_TxR.reshape(-1)[:num_rows]
+def _vectors(x: jax.Array, kept: jax.Array | None, dtype, normalize: bool, shrink: jax.Array) -> jax.Array:
+    """Rows in the working precision, padded ones zeroed (0 * NaN would poison the gradient), scaled by `shrink`."""
+    x = x.astype(dtype)
+    if kept is not None:
+        x = jnp.where(kept.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    return (unit(x) if normalize else x) * shrink
 
 
-def _element_columns(z_NxVxD: jax.Array, labels: jax.Array, kept: jax.Array, real: jax.Array) -> _Columns:
-    num_samples, num_views, dim = z_NxVxD.shape
-    sample_C = jnp.repeat(jnp.arange(num_samples, dtype=jnp.int32), num_views)
-    return _Columns(
-        z=z_NxVxD.reshape(num_samples * num_views, dim),
-        sample=sample_C,
-        element=jnp.arange(num_samples * num_views, dtype=jnp.int32),
-        label=labels[sample_C],
-        real=real[sample_C],
-        bias=jnp.where(kept, 0, -jnp.inf).astype(z_NxVxD.dtype)[sample_C],
+def _check_options(temperature, base_temperature, negatives_count, anchors, anchor_mean):
+    check_above_zero(
+        "supcon", temperature=temperature, base_temperature=base_temperature, negatives_count=negatives_count
     )
-
-
-def _append_negatives(columns: _Columns, z_MxD: jax.Array, valid: jax.Array, count: float) -> _Columns:
-    ids = jnp.zeros(len(z_MxD), jnp.int32)
-    dtype = columns.bias.dtype
-    extra = _Columns(
-        z=z_MxD,
-        sample=ids,  # any sample: `real` keeps it from being a positive
-        element=ids - 1,
-        label=ids.astype(columns.label.dtype),
-        real=ids > 0,
-        # c equal terms exp(s) in a sum are exp(s + log c)
-        bias=jnp.where(valid, jnp.log(jnp.asarray(count, dtype)), -jnp.inf).astype(dtype),
-    )
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), columns, extra)
-
-
-def _vectors(x: jax.Array, kept: jax.Array, dtype: jnp.dtype, normalize: bool) -> jax.Array:
-    """Rows in the working precision, padded ones zeroed (0 * NaN would poison the gradient), unit length."""
-    x = jnp.where(kept[..., None], x.astype(dtype), 0)
-    if not normalize:
-        return x
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    usable = ~(square <= NORM_FLOOR**2)  # NaN is not short: it must reach the loss, which is how divergence is noticed
-    return jnp.where(usable, x * lax.rsqrt(jnp.where(usable, square, 1)), 0)
-
-
-def _check_options(temperature, base_temperature, negatives_count, anchors, anchor_mean, implementation):
-    for name, value in (
-        ("temperature", temperature),
-        ("base_temperature", base_temperature),
-        ("negatives_count", negatives_count),
-    ):
-        if isinstance(value, (int, float)) and not value > 0:
-            raise UserError(f"supcon: {name}={value}, expected a number above 0")
-    for name, value, choices in (
-        ("anchors", anchors, ("all", "first")),
-        ("anchor_mean", anchor_mean, ("all", "positive")),
-        ("implementation", implementation, ("auto", "dense", "tiled")),
-    ):
-        if value not in choices:
-            raise UserError(f"supcon: {name}={value!r}, expected one of {', '.join(choices)}")
+    check_choice("supcon", "anchors", anchors, ("all", "first"))
+    check_choice("supcon", "anchor_mean", anchor_mean, ("all", "positive"))
 
 
 def _check_shapes(features, labels, mask, background, where, negatives, negatives_where, axis_name):
@@ -314,18 +215,16 @@ def _check_shapes(features, labels, mask, background, where, negatives, negative
         )
     if labels is not None and mask is not None:
         raise UserError("supcon: labels and mask both given, expected one of them or neither")
-    if not jnp.issubdtype(features.dtype, jnp.floating):
-        raise UserError(f"supcon: features of type {features.dtype}, expected floating point")
+    check_floating("supcon", features=features)
     if 0 in features.shape[:2]:
         raise UserError(f"supcon: features of shape {features.shape}, expected at least one sample and view")
     n = features.shape[0]
     for name, value in (("labels", labels), ("background", background), ("where", where)):
-        if value is not None and value.shape != (n,):
-            raise UserError(f"supcon: {name} of shape {value.shape}, expected ({n},): one a sample")
+        if value is not None:
+            check_shape("supcon", name, value, (n,), "one a sample")
     if mask is not None:
         columns = n if axis_name is None else n * lax.axis_size(axis_name)
-        if mask.shape != (n, columns):
-            raise UserError(f"supcon: mask of shape {mask.shape}, expected ({n}, {columns})")
+        check_shape("supcon", "mask", mask, (n, columns))
     if negatives is None:
         if negatives_where is not None:
             raise UserError("supcon: negatives_where given without negatives, expected both or neither")
@@ -333,5 +232,5 @@ def _check_shapes(features, labels, mask, background, where, negatives, negative
     dim = math.prod(features.shape[2:])
     if negatives.ndim < 2 or math.prod(negatives.shape[1:]) != dim:
         raise UserError(f"supcon: negatives of shape {negatives.shape}, expected [count, {dim}] like the features")
-    if negatives_where is not None and negatives_where.shape != (len(negatives),):
-        raise UserError(f"supcon: negatives_where of shape {negatives_where.shape}, expected ({len(negatives)},)")
+    if negatives_where is not None:
+        check_shape("supcon", "negatives_where", negatives_where, (len(negatives),))

@@ -213,7 +213,7 @@ def test_gradient_by_finite_differences(positives, implementation):
 @pytest.mark.parametrize("n,tile_entries", [(11, 1), (12, 100), (13, 2**22)])
 def test_tiles_that_do_not_divide_the_rows(monkeypatch, wide, n, tile_entries):
     # By name: the package exports the function under the module's own.
-    monkeypatch.setattr(importlib.import_module("jaxcl.losses.supcon"), "TILE_ENTRIES", tile_entries)
+    monkeypatch.setattr(importlib.import_module("jaxcl.losses.supcon_rows"), "TILE_ENTRIES", tile_entries)
     data = make(n=n)
     del data["labels"]
     dense, tiled = (value_and_grad(**data, implementation=how) for how in ("dense", "tiled"))
