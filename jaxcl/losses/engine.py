@@ -1,8 +1,8 @@
 """Row statistics at any size: tiled on one device, over a ring of devices, with a gradient that recomputes.
 
 On a ring every device keeps its rows and the blocks of columns travel. Where rows and columns are the same vectors a
-block goes only half way round: two blocks that meet serve both their owners, what is summed for the visitor (and, in the
-backward pass, its gradient) travels with it, and goes home at the end.
+block goes only half way round: two blocks that meet serve both their owners, what is summed for the visitor (and, in
+the backward pass, its gradient) travels with it, and goes home at the end.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def choose(loss: str, implementation: str, rows: int, columns: int, axis_name: A
     """The form for `rows` of this device against `columns` of all. Errors: UserError for an unknown implementation."""
     check_choice(loss, "implementation", implementation, IMPLEMENTATIONS)
     if implementation == "ring" and axis_name is None:
-        raise UserError(f"{loss}: implementation='ring' needs axis_name, the mesh axis of the ring; or use 'tiled'")
+        raise UserError(f"{loss}: implementation='ring' without axis_name, expected the mesh axis of the ring; or use 'tiled'")
     if implementation == "auto":
         large = "tiled" if axis_name is None else "ring"
         implementation = "dense" if rows * columns <= _limits.dense_logits else large
@@ -90,8 +90,9 @@ def row_sums(
     """The statistics of `sums` for every row, [R] each, in memory linear in R + C.
 
     cols None: the rows themselves, without each row's own column. axis_name: inside `jax.shard_map`, `rows` and `cols`
-    are this device's parts, and its rows are summed over the columns of all devices: in a "ring", or, "tiled", over
-    columns gathered beforehand. First-order reverse-mode differentiation only.
+    are this device's parts, and its rows are summed over the columns of all devices: in a "ring", or, "dense" and
+    "tiled", over columns gathered beforehand. "dense" holds the R x C logits and can be differentiated in every way;
+    the others in reverse mode once.
     """
     count = len(rows.z)
     if axis_name is not None and how.form != "ring":
@@ -100,6 +101,8 @@ def row_sums(
             rows = cols = rows._replace(element=mine)
         cols = jax.tree.map(lambda x: gather(x, axis_name), cols)
         axis_name = None
+    if how.form == "dense":
+        return tiles.whole(sums, rows, cols)
     rows = tiles.split(rows, how.tile)
     cols = None if cols is None else tiles.split(cols, how.tile)
     rows, cols = jax.tree.map(lambda x: _varying(x, axis_name), (rows, cols))
@@ -189,7 +192,9 @@ def _ring_pull(sums, axis_name, rows, cols, pull, grads, their_grads):
         visitor, their_grads, grads = carry
         following = _shift(visitor, axis_name, 1)
         grads, their_grads = tiles.between_pull(sums, rows, visitor, pull, None, grads, their_grads)
-        return following, _shift(their_grads, axis_name, 1), grads
+        if not sums.constant_columns:
+            their_grads = _shift(their_grads, axis_name, 1)
+        return following, their_grads, grads
 
     _, their_grads, grads = lax.fori_loop(0, lax.axis_size(axis_name), hop, (cols, their_grads, grads))
     return grads, their_grads  # all the way round: home again

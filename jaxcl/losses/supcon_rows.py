@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxcl.losses.common import AxisName, first_row, gather, inner
 from jaxcl.losses.engine import How, row_sums
-from jaxcl.losses.tiles import Side, Sums, logits
+from jaxcl.losses.tiles import Side, Sums, log_add, logits
 
 # A tile of rows holds at most this many logits (16 MiB in float32), so memory does not grow with the batch squared.
 TILE_ENTRIES = 2**22
@@ -195,7 +195,7 @@ def by_engine(
         (lse_R,) = row_sums(plain, Side(rows.z), extra, how=how, axis_name=axis_name)
         # c equal terms exp(s) in a sum are exp(s + log c)
         lses.append(lse_R + jnp.log(batch.negatives_count))
-    lse_R = functools.reduce(_logaddexp, lses)
+    lse_R = functools.reduce(log_add, lses)
 
     if batch.labels is None:
         z_NxVxD = batch.z
@@ -211,12 +211,6 @@ def by_engine(
     # Without a positive there may be no column at all, and the logarithm is -inf.
     lse_R = jnp.where(has_R, lse_R, 0)
     return jnp.where(has_R, lse_R - attract_R / jnp.maximum(count_R, 1), 0), has_R
-
-
-def _logaddexp(a, b):
-    """log(exp a + exp b), with a zero gradient rather than NaN where both are -inf."""
-    some = (a != -jnp.inf) | (b != -jnp.inf)
-    return jnp.where(some, jnp.logaddexp(jnp.where(some, a, 0), jnp.where(some, b, 0)), -jnp.inf)
 
 
 def _class_sizes(labels: jax.Array, real: jax.Array | None, axis_name: AxisName) -> jax.Array:
