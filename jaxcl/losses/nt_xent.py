@@ -109,16 +109,24 @@ def nt_xent(
 def _nt_xent(z1, z2, own, alpha, temperature, *, bounded, how, axis_name):
     z1, z2, *own = widened(z1, z2, *own)
     temperature, alpha = jnp.asarray(temperature, z1.dtype), jnp.asarray(alpha, z1.dtype)
-    z_NxD = unit(jnp.concatenate([z1, z2]))
-    positive_N = jnp.sum(z_NxD * jnp.roll(z_NxD, len(z1), axis=0), axis=1) / temperature
     # Half of the temperature on each side: rows and columns are then the same vectors.
-    rows = Side(z_NxD * lax.rsqrt(temperature))
-    (log_denominator_N,) = row_sums(Sums(logits, ("lse",), bounded), rows, how=how, axis_name=axis_name)
+    shrink = lax.rsqrt(temperature)
+    z_NxD = jnp.concatenate([unit(z1) * shrink, unit(z2) * shrink])
+    sums = Sums(logits, ("lse",), bounded)
+    (log_denominator_N,) = row_sums(sums, Side(z_NxD), how=how, axis_name=axis_name)
     if own:
-        n_NxMxD = unit(jnp.concatenate(own))
-        own_NxM = alpha * inner(z_NxD[:, None], n_NxMxD)[:, 0] / temperature
+        n_NxMxD = unit(jnp.concatenate(own)) * shrink
+        own_NxM = alpha * inner(z_NxD[:, None], n_NxMxD)[:, 0]
         log_denominator_N = jax.nn.logsumexp(jnp.concatenate([log_denominator_N[:, None], own_NxM], axis=1), axis=1)
-    return total(jnp.sum(log_denominator_N - positive_N), axis_name) / total(len(z_NxD), axis_name)
+    loss = jnp.sum(log_denominator_N) - 2 * jnp.sum(_positives(z_NxD))
+    return total(loss, axis_name) / total(len(z_NxD), axis_name)
+
+
+@jax.checkpoint  # its intermediates are as large as the features, and cheaper to form again than to keep
+def _positives(z_NxD):
+    """Similarity of the two views of each image [B]."""
+    half = len(z_NxD) // 2
+    return jnp.sum(z_NxD[:half] * z_NxD[half:], axis=1)
 
 
 def one_way_infonce(

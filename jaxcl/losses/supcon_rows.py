@@ -198,9 +198,7 @@ def by_engine(
     lse_R = functools.reduce(log_add, lses)
 
     if batch.labels is None:
-        z_NxVxD = batch.z
-        others_NxVxD = jnp.sum(z_NxVxD, axis=1, keepdims=True) - z_NxVxD
-        attract_R = jnp.sum(others_NxVxD * z_NxVxD, axis=-1)[:, :views].reshape(-1)
+        attract_R = _between_views(batch.z)[:, :views].reshape(-1)
         count_N = jnp.full(num_samples, num_views - 1)
     else:
         attract_R = sum(p[1] for p in parts)
@@ -211,6 +209,13 @@ def by_engine(
     # Without a positive there may be no column at all, and the logarithm is -inf.
     lse_R = jnp.where(has_R, lse_R, 0)
     return jnp.where(has_R, lse_R - attract_R / jnp.maximum(count_R, 1), 0), has_R
+
+
+@jax.checkpoint  # its intermediates are as large as the features, and cheaper to form again than to keep
+def _between_views(z_NxVxD: jax.Array) -> jax.Array:
+    """Each view's inner product with the sum of the sample's other views [N, V]."""
+    others_NxVxD = jnp.sum(z_NxVxD, axis=1, keepdims=True) - z_NxVxD
+    return jnp.sum(others_NxVxD * z_NxVxD, axis=-1)
 
 
 def _class_sizes(labels: jax.Array, real: jax.Array | None, axis_name: AxisName) -> jax.Array:
