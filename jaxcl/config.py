@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxcl import recipe
 from jaxcl.errors import UserError
+from jaxcl.grad_cache import GradCache
 from jaxcl.models import ModelOptions
 from jaxcl.optimizers import OptimizerOptions
 
@@ -50,6 +51,7 @@ def default() -> ConfigDict:
 
     c.model = options(ModelOptions)
     c.optimizer = options(OptimizerOptions)
+    c.grad_cache = options(GradCache)  # micro_batch above 0: a larger batch than activations have room for
 
     c.views = ConfigDict()  # slot 1: name -> view(...)
     c.stages = ()  # slot 2: stage(...), in this order
@@ -172,7 +174,7 @@ def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """UserError for a key that no config has; a config file, unlike the command line, can set any."""
     known = default()
-    for part in ("", "data", "data.garments", "data.tfds", "eval", "checkpoint"):
+    for part in ("", "data", "data.garments", "data.tfds", "grad_cache", "eval", "checkpoint"):
         node, names = config, known
         for name in part.split(".") if part else ():
             node, names = node[name], names[name]

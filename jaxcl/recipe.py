@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxcl import augment
 from jaxcl.durations import to_steps
 from jaxcl.errors import UserError
+from jaxcl.grad_cache import GradCache
 from jaxcl.memory import LinearProbe
 from jaxcl.models import Model, ModelOptions, make_model, tap_stage
 from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
@@ -109,6 +110,7 @@ class Recipe:
     schedule: Schedule
     memory_tx: dict[str, optax.GradientTransformation]
     memory_schedule: dict[str, Schedule]
+    grad_cache: GradCache
     seed: int
     batch_size: int
     steps_per_epoch: int
@@ -217,6 +219,7 @@ def build_recipe(
         schedule=schedule,
         memory_tx=memory_tx,
         memory_schedule=memory_schedule,
+        grad_cache=construct("grad_cache", GradCache, config.grad_cache),
         seed=config.seed,
         batch_size=B,
         steps_per_epoch=per_epoch,
@@ -236,6 +239,7 @@ def _make_pass(views: tuple[str, ...] = ()) -> Pass:
 
 def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
     """Refuse names that nothing makes and parts whose needs are not met."""
+    recipe.grad_cache.check(recipe.model, recipe.batch_size, num_devices)
     made = set(recipe.views) | {n for s in recipe.stages for n in s.writes}
 
     def exists(name: str, where: str, known: set[str]) -> None:
@@ -264,6 +268,9 @@ def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
                 f"stages[{i}].background_capacity gives {stage.capacity(recipe.batch_size)} rows, which do not divide "
                 f"over {num_devices} devices"
             )
+        recipe.grad_cache.check_rows(
+            f"stages[{i}].background_capacity", stage.capacity(recipe.batch_size), recipe.batch_size, num_devices
+        )
     if not recipe.passes or not recipe.terms:
         raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
     encoded: set[str] = set()

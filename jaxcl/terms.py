@@ -1,5 +1,10 @@
 """Terms: losses on the named embeddings of one update. The equations are in jaxcl.losses; here they meet their inputs.
 
+A term is called as `term(embeddings, label, axis_name=...)` and returns a scalar. With an axis name it runs on every
+device of that mesh axis inside `jax.shard_map`: embeddings and labels are then the device's own rows of the global
+batch, and the scalar is the loss of the global batch, the same everywhere. An `arange` that tells rows apart therefore
+starts at the device's first row, and every sum over rows goes over the devices too.
+
 B batch, K background rows, V views, D features, E embedding.
 """
 
@@ -11,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxcl import losses
 from jaxcl.errors import UserError
+from jaxcl.losses.common import first_row
 
 Array = jax.Array
 
@@ -61,14 +67,16 @@ class SupCon:
     def optional(self) -> tuple[str, ...]:
         return (self.background,) if self.background else ()
 
-    def __call__(self, e: dict[str, Embedding], label: Array) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
         z_BxVxE = jnp.stack([e[name].z for name in self.views], axis=1)
         wheres = [e[name].where for name in self.views if e[name].where is not None]
         where = jnp.all(jnp.stack(wheres), axis=0) if wheres else None
         B = z_BxVxE.shape[0]
-        # An image without a label (-1) is a class of its own, below every real one.
-        labels = jnp.where(label >= 0, label, -2 - jnp.arange(B)) if self.labels else jnp.arange(B)
+        # An image without a label (-1) is a class of its own, below every real one, in the batch of all devices.
+        image = first_row(B, axis_name) + jnp.arange(B)
+        labels = jnp.where(label >= 0, label, -2 - image) if self.labels else image
         options = dict(
+            axis_name=axis_name,
             temperature=self.temperature,
             base_temperature=self.base_temperature or None,
             anchors=self.anchors,

@@ -3,16 +3,23 @@
 A recipe fills the five slots; nothing else differs between methods. B batch, S side of a view, D features, E embedding.
 
 Batch norm is global under `jit` (a sharded batch gives the statistics of one device). Views are stacked image by image
-rather than one batch after the other, so that a pass over several views of a sharded batch moves no image.
+rather than one batch after the other, so that a pass over several views of a sharded batch moves no image. Terms run
+under `shard_map` on a mesh of several devices: what embeddings and sums they exchange is then theirs to say.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from jaxcl import grad_cache
 from jaxcl.recipe import Pass, Phase, Recipe
+from jaxcl.sharding import AXIS
 from jaxcl.terms import Embedding
 from jaxcl.train_state import TrainState
 from jaxcl.views import Context, View, view_keys
@@ -22,15 +29,20 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
-def make_update(recipe: Recipe, phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure update of one phase of the schedule; jit it with donation (see `compile_update`)."""
-    return _probe_update(recipe) if phase.learns == "probe" else _encoder_update(recipe, phase)
+def make_update(
+    recipe: Recipe, phase: Phase, mesh: Mesh | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The pure update of one phase of the schedule; jit it with donation (see `compile_update`).
+
+    mesh: the one over which the batch is sharded; None for a batch on one device.
+    """
+    return _probe_update(recipe) if phase.learns == "probe" else _encoder_update(recipe, phase, mesh)
 
 
 def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding):
     """`make_update` under jit: the state is donated, so on an accelerator it is updated in place."""
     return jax.jit(
-        make_update(recipe, phase),
+        make_update(recipe, phase, batch_sharding.mesh),
         in_shardings=(state_sharding, batch_sharding),
         out_shardings=(state_sharding, state_sharding),
         donate_argnums=0,
@@ -103,42 +115,65 @@ def run_stages(
     return views, stats, metrics
 
 
-def run_pass(recipe: Recipe, params, stats, views: dict[str, View], spec: Pass) -> tuple[dict[str, Embedding], dict]:
+def run_pass(
+    recipe: Recipe, params, stats, views: dict[str, View], spec: Pass, mesh: Mesh | None = None
+) -> tuple[dict[str, Embedding], dict]:
     """Encode some views together, as one batch of the batch norm. -> (embeddings by name, new statistics)."""
     names = [n for n in spec.views if n in views]
     images = [views[n].image for n in names]
     wheres = [views[n].where for n in names]
+    sizes = [len(x) for x in images]
+    chunks = recipe.grad_cache.chunks(recipe.batch_size)
+    # Equal views: row r of each side by side, so that rows stay on the device that holds them. Unequal views: one
+    # after the other, or each micro-batch would get rows of one view only; then in as many parts as all fall into.
+    groups = math.gcd(*sizes) if chunks or len(set(sizes)) == 1 else 1
     if all(w is None for w in wheres):
         where = None
     else:
         wheres = [jnp.ones(len(x), bool) if w is None else w for w, x in zip(wheres, images, strict=True)]
-        where = _merge(wheres)
-    h, stats = recipe.model.encode(params, stats, _merge(images), train=True, where=where)
+        where = _merge(wheres, groups)
+    rows = _merge(images, groups)
+    if chunks:
+        h, stats = grad_cache.encode(
+            recipe.model, params, stats, rows, where=where, chunks=chunks, groups=groups, mesh=mesh
+        )
+    else:
+        h, stats = recipe.model.encode(params, stats, rows, train=True, where=where)
     z = recipe.model.project(params, h)
-    sizes = [len(x) for x in images]
     return {
         n: Embedding(hh, zz, views[n].where)
-        for n, hh, zz in zip(names, _split(h, sizes), _split(z, sizes), strict=True)
+        for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)
     }, stats
 
 
-def _merge(arrays: list[Array]) -> Array:
-    if len({len(a) for a in arrays}) == 1:
-        # Row r of every view side by side: rows stay on the device that holds them.
-        return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-    return jnp.concatenate(arrays)
+def _merge(arrays: list[Array], groups: int) -> Array:
+    """Rows of all views, in groups that each hold an equal part of every view."""
+    parts = [a.reshape(groups, len(a) // groups, *a.shape[1:]) for a in arrays]
+    return jnp.concatenate(parts, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
-def _split(array: Array, sizes: list[int]) -> list[Array]:
-    if len(set(sizes)) == 1:
-        array = array.reshape(sizes[0], len(sizes), *array.shape[1:])
+def _split(array: Array, sizes: list[int], groups: int) -> list[Array]:
+    """The rows of each view again, in their order."""
+    array = array.reshape(groups, len(array) // groups, *array.shape[1:])
+    if array.shape[1] == len(sizes):
         return [array[:, i] for i in range(len(sizes))]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    return jnp.split(array, ends)
+    ends = [sum(sizes[: i + 1]) // groups for i in range(len(sizes) - 1)]
+    return [a.reshape(-1, *array.shape[2:]) for a in jnp.split(array, ends, axis=1)]
 
 
-def _encoder_update(recipe: Recipe, phase: Phase):
-    names = recipe.view_names(phase)
+def _terms(recipe: Recipe, mesh: Mesh | None) -> Callable[[dict[str, Embedding], Array], Metrics]:
+    """(embeddings, labels [B]) -> the value of every term on the global batch."""
+
+    def values(embeddings: dict[str, Embedding], label: Array, axis_name: str | None = None) -> Metrics:
+        return {n: term(embeddings, label, axis_name=axis_name) for n, term in recipe.terms.items()}
+
+    if mesh is None or mesh.size == 1:
+        return values
+    return jax.shard_map(functools.partial(values, axis_name=AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P())
+
+
+def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
+    names, term_values = recipe.view_names(phase), _terms(recipe, mesh)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         views = make_views(recipe, state, batch, names)
@@ -147,9 +182,9 @@ def _encoder_update(recipe: Recipe, phase: Phase):
         def objective(params):
             embeddings, stats = {}, stats_before
             for spec in recipe.passes:
-                encoded, stats = run_pass(recipe, params, stats, views, spec)
+                encoded, stats = run_pass(recipe, params, stats, views, spec, mesh)
                 embeddings.update(encoded)
-            terms = {n: term(embeddings, batch["label"]) for n, term in recipe.terms.items()}
+            terms = term_values(embeddings, batch["label"])
             loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
             return loss, (terms, embeddings, stats)
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec as P
 
-from jaxcl import losses
+from jaxcl import losses, sharding
 from jaxcl.errors import UserError
 from jaxcl.terms import Embedding, SupCon
 
@@ -129,6 +130,44 @@ def test_three_views_count_a_background_three_times():
     )
     want = losses.supcon(features, np.concatenate([LABEL, [3, 3]]), background=np.arange(N + 2) >= N)
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+# ---- several devices
+
+# On each of four devices the second row is unlabelled: numbered there alone, all four would be one class.
+SOME_LABELS = np.array([0, -1, 0, -1, 1, -1, 1, -1], np.int32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(labels=False),
+        dict(background="background"),
+        dict(background="background", background_anchor=True),
+    ],
+    ids=lambda o: ",".join(o) or "plain",
+)
+def test_on_four_devices_it_is_the_loss_of_the_global_batch(options):
+    mesh = sharding.make_mesh(4)
+    term, z = SupCon(temperature=0.2, **options), [tiny.normal(8, D, seed=i) for i in range(3)]
+    where = np.array([True] * 6 + [False, True])
+    exists = np.array([True, False] * 4)
+
+    def of(axis_name):
+        def loss(z1, z2, background, where, exists, label):
+            e = embeddings(z1, z2, background, where=where, background_where=exists)
+            return term({n: v._replace(h=v.z) for n, v in e.items()}, label, axis_name=axis_name)
+
+        return loss
+
+    over = jax.shard_map(of(sharding.AXIS), mesh=mesh, in_specs=P(sharding.AXIS), out_specs=P())
+    got, want = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*z, where, exists, SOME_LABELS) for f in (over, of(None))
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert np.abs(want[1][0]).max() > 1e-3
 
 
 def test_what_it_reads():

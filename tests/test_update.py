@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import tiny
 
 from jaxcl import losses, sharding
+from jaxcl.losses.common import total
 from jaxcl.recipe import Phase
 from jaxcl.terms import Embedding
 from jaxcl.update import compile_update, init_state, make_update, make_views, run_stages
@@ -168,6 +170,59 @@ def test_rows_gathered_over_two_devices_agree():
     less, full = run("exconb with room for 14", EXPLAINED, steps=3, devices=2), run("exconb", EXPLAINED, steps=3)
     assert all(0 < m["saliency/backgrounds"] <= 14 and m["saliency/backgrounds_dropped"] == 0 for m in less[1])
     assert_agree(less, full)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy:
+    """A term that writes down how it is called."""
+
+    calls: list
+    weight = 1.0
+
+    def __call__(self, e, label, *, axis_name=None):
+        self.calls.append((axis_name, {n: v.z.shape for n, v in e.items()}, label.shape))
+        return total(jnp.sum(e["view1"].z) + jnp.sum(label), axis_name)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_terms_are_told_the_axis_and_given_the_rows_of_their_device(devices):
+    recipe, spy = recipe_of("supcon"), Spy([])
+    recipe = dataclasses.replace(recipe, terms={"spy": spy})
+    state = jax.eval_shape(lambda: init_state(recipe))
+    batch = jax.eval_shape(lambda: {k: jnp.asarray(v) for k, v in tiny.batch().items()})
+    update = make_update(recipe, PLAIN, sharding.make_mesh(devices))
+    _, metrics = jax.eval_shape(update, state, batch)
+    rows = tiny.BATCH // devices
+    z = {"view1": (rows, 12), "view2": (rows, 12)}
+    assert spy.calls == [(None if devices == 1 else "data", z, (rows,))]
+    assert metrics["loss"].shape == ()
+
+
+def test_a_term_that_forgets_the_axis_is_noticed():
+    """The sum over one device's rows is not the loss of the batch: shard_map refuses to call it the same everywhere."""
+
+    class Forgetful(Spy):
+        def __call__(self, e, label, *, axis_name=None):
+            return jnp.sum(e["view1"].z)
+
+    recipe = dataclasses.replace(recipe_of("supcon"), terms={"spy": Forgetful([])})
+    state = jax.eval_shape(lambda: init_state(recipe))
+    batch = jax.eval_shape(lambda: {k: jnp.asarray(v) for k, v in tiny.batch().items()})
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.eval_shape(make_update(recipe, PLAIN, sharding.make_mesh(8)), state, batch)
+
+
+def test_of_a_sharded_batch_only_embeddings_are_gathered():
+    """Every device compares its 2 images x 2 views with the 32 embeddings of all; no array of images is sent."""
+    recipe = recipe_of("supcon")
+    update, _, _ = compiled("supcon", PLAIN, 8)
+    state = jax.eval_shape(lambda: init_state(recipe))
+    batch = jax.eval_shape(lambda: {k: jnp.asarray(v) for k, v in tiny.batch().items()})
+    text = update.lower(state, batch).compile().as_text()
+    assert "f32[4,32]" in text and "f32[32,32]" not in text
+    sent = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)\S*\(", text)
+    assert any("f32[16,2,12]" in s for s in sent)
+    assert all(len(shape.split(",")) < 4 for s in sent for shape in re.findall(r"\[([\d,]*)\]", s))
 
 
 # ---- a part that is switched off

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
+from jaxcl.models.convolution import loop_conv
 from jaxcl.models.heads import ProjectionHead
 from jaxcl.models.resnet import ResNet, resnet, tap_stage
 
@@ -32,6 +33,7 @@ class ModelOptions:
     stage_sizes: Sequence[int] = ()  # blocks per stage, instead of the depth's own
     stage_widths: Sequence[int] = ()  # planes per stage, instead of 64, 128, ...
     strides: Sequence[int] = ()  # stride of each stage, instead of 1, 2, 2, ...
+    norm: str = "batch"  # or "group": each image by itself, no running statistics
     head_hidden_layers: int = 1  # 0: one dense layer
     head_features: int = 128  # size of the embedding
     dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
@@ -47,6 +49,11 @@ class Model:
     @property
     def features(self) -> int:
         return self.encoder.features
+
+    @property
+    def batch_norm(self) -> bool:
+        """Whether what an image becomes depends on its batch."""
+        return self.encoder.norm == "batch"
 
     def init(self, key: Array, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
         """-> (params {"encoder", "head"}, batch statistics of the encoder)."""
@@ -68,6 +75,25 @@ class Model:
         train: normalise by this batch (rows with `where` False do not count) and move the running statistics.
         """
         return self._encoder(params, stats, images, train=train, where=where)
+
+    def batch_statistics(self, params: Tree, stats: Tree, images: Array, *, where: Array | None = None) -> Tree:
+        """The means and variances that `encode` normalises these images [N,H,W,C] by when training, {} without any.
+
+        The tree of the running statistics, which here do not enter.
+        """
+        forgetful = dataclasses.replace(self, encoder=self.encoder.clone(momentum=0.0))
+        return forgetful.encode(params, stats, images, train=True, where=where)[1]
+
+    def move_statistics(self, stats: Tree, batch: Tree) -> Tree:
+        """Running statistics after a batch with the given ones."""
+        keep = self.encoder.momentum
+        return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, stats, batch)
+
+    def for_loops(self) -> "Model":
+        """The same model, to be differentiated inside a loop: see models.convolution."""
+        if jax.default_backend() != "cpu" or not isinstance(self.encoder, ResNet):
+            return self
+        return dataclasses.replace(self, encoder=self.encoder.clone(convolution=loop_conv))
 
     def project(self, params: Tree, h: Array) -> Array:
         """features [N,D] -> embedding [N,E], not normalised (the losses normalise)."""
@@ -101,6 +127,7 @@ def make_model(options: ModelOptions) -> Model:
         stage_sizes=options.stage_sizes,
         stage_widths=options.stage_widths,
         strides=options.strides,
+        norm=options.norm,
         dtype=dtype,
     )
     if options.head_features < 1 or options.head_hidden_layers < 0:

@@ -6,7 +6,7 @@ Source: He et al. 2016, in the form of the SupCon and ExCon code: symmetric padd
 (not "SAME", which differs at stride 2), stride on the first 3x3 of a basic block and on the 3x3 of a bottleneck.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,9 @@ DEPTHS = {
     101: ("bottleneck", (3, 4, 23, 3)),
 }
 STEMS = ("cifar", "imagenet", "patch2", "patch4", "patch8")
+NORMS = ("batch", "group")
+# Flax keeps 0.9 of the old value where torch writes momentum 0.1; its running variance is biased (n, not n-1).
+MOMENTUM = 0.9
 
 # Kaiming normal, fan-out, gain for ReLU.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -55,7 +58,7 @@ class MatmulConv(nn.Module):
         return x @ kernel.reshape(k * k * C, self.features)
 
 
-def _conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Module:
+def _conv(features: int, kernel: int, stride: int, dtype: Any, convolution: Callable | None = None) -> nn.Module:
     if kernel == 1:
         return MatmulConv(features, 1, stride, dtype)
     return nn.Conv(
@@ -66,12 +69,20 @@ def _conv(features: int, kernel: int, stride: int, dtype: Any) -> nn.Module:
         use_bias=False,
         kernel_init=conv_init,
         dtype=dtype,
+        conv_general_dilated=convolution,
     )
 
 
-def _norm(dtype: Any) -> nn.BatchNorm:
-    # Flax keeps 0.9 of the old value where torch writes momentum 0.1; its running variance is biased (n, not n-1).
-    return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype)
+def _norm(kind: str, channels: int, momentum: float, dtype: Any) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm(momentum=momentum, epsilon=1e-5, dtype=dtype)
+    return nn.GroupNorm(num_groups=norm_groups(channels), epsilon=1e-5, dtype=dtype)
+
+
+def norm_groups(channels: int) -> int:
+    """Groups of a group norm: 32, or the nearest divisor below that leaves two channels to a group."""
+    # One channel a group would be instance norm, which erases a 1x1 feature map.
+    return max(g for g in range(1, max(1, min(32, channels // 2)) + 1) if channels % g == 0)
 
 
 class BasicBlock(nn.Module):
@@ -81,27 +92,32 @@ class BasicBlock(nn.Module):
     planes: int
     stride: int = 1
     dtype: Any = jnp.float32
+    norm: str = "batch"
+    momentum: float = MOMENTUM  # of the batch norms' running statistics
+    convolution: Callable | None = None  # None: lax's
     expansion = 1
 
     def setup(self):
-        self.conv1, self.bn1 = _conv(self.planes, 3, self.stride, self.dtype), _norm(self.dtype)
-        self.conv2, self.bn2 = _conv(self.planes, 3, 1, self.dtype), _norm(self.dtype)
+        norm = partial(_norm, self.norm, momentum=self.momentum, dtype=self.dtype)
+        conv = partial(_conv, dtype=self.dtype, convolution=self.convolution)
+        self.conv1, self.bn1 = conv(self.planes, 3, self.stride), norm(self.planes)
+        self.conv2, self.bn2 = conv(self.planes, 3, 1), norm(self.planes)
         self.projects = self.stride != 1 or self.in_features != self.planes
         if self.projects:
-            self.shortcut_conv = _conv(self.planes, 1, self.stride, self.dtype)
-            self.shortcut_bn = _norm(self.dtype)
+            self.shortcut_conv = conv(self.planes, 1, self.stride)
+            self.shortcut_bn = norm(self.planes)
 
-    def to_tap(self, x: Array, norm: dict) -> Array:
+    def to_tap(self, x: Array, mode: dict) -> Array:
         """The raw output of the last convolution: before its batch norm, the residual sum and the ReLU."""
-        return self.conv2(nn.relu(self.bn1(self.conv1(x), **norm)))
+        return self.conv2(nn.relu(self.bn1(self.conv1(x), **mode)))
 
-    def from_tap(self, a: Array, x: Array, norm: dict) -> Array:
-        y = self.bn2(a, **norm)
-        shortcut = self.shortcut_bn(self.shortcut_conv(x), **norm) if self.projects else x
+    def from_tap(self, a: Array, x: Array, mode: dict) -> Array:
+        y = self.bn2(a, **mode)
+        shortcut = self.shortcut_bn(self.shortcut_conv(x), **mode) if self.projects else x
         return nn.relu(y + shortcut)
 
-    def __call__(self, x: Array, norm: dict) -> Array:
-        return self.from_tap(self.to_tap(x, norm), x, norm)
+    def __call__(self, x: Array, mode: dict) -> Array:
+        return self.from_tap(self.to_tap(x, mode), x, mode)
 
 
 class Bottleneck(nn.Module):
@@ -111,29 +127,34 @@ class Bottleneck(nn.Module):
     planes: int
     stride: int = 1
     dtype: Any = jnp.float32
+    norm: str = "batch"
+    momentum: float = MOMENTUM  # of the batch norms' running statistics
+    convolution: Callable | None = None  # None: lax's
     expansion = 4
 
     def setup(self):
-        self.conv1, self.bn1 = _conv(self.planes, 1, 1, self.dtype), _norm(self.dtype)
-        self.conv2, self.bn2 = _conv(self.planes, 3, self.stride, self.dtype), _norm(self.dtype)
-        self.conv3, self.bn3 = _conv(4 * self.planes, 1, 1, self.dtype), _norm(self.dtype)
+        norm = partial(_norm, self.norm, momentum=self.momentum, dtype=self.dtype)
+        conv = partial(_conv, dtype=self.dtype, convolution=self.convolution)
+        self.conv1, self.bn1 = conv(self.planes, 1, 1), norm(self.planes)
+        self.conv2, self.bn2 = conv(self.planes, 3, self.stride), norm(self.planes)
+        self.conv3, self.bn3 = conv(4 * self.planes, 1, 1), norm(4 * self.planes)
         self.projects = self.stride != 1 or self.in_features != 4 * self.planes
         if self.projects:
-            self.shortcut_conv = _conv(4 * self.planes, 1, self.stride, self.dtype)
-            self.shortcut_bn = _norm(self.dtype)
+            self.shortcut_conv = conv(4 * self.planes, 1, self.stride)
+            self.shortcut_bn = norm(4 * self.planes)
 
-    def to_tap(self, x: Array, norm: dict) -> Array:
+    def to_tap(self, x: Array, mode: dict) -> Array:
         """The raw output of the third convolution, before its batch norm."""
-        y = nn.relu(self.bn1(self.conv1(x), **norm))
-        return self.conv3(nn.relu(self.bn2(self.conv2(y), **norm)))
+        y = nn.relu(self.bn1(self.conv1(x), **mode))
+        return self.conv3(nn.relu(self.bn2(self.conv2(y), **mode)))
 
-    def from_tap(self, a: Array, x: Array, norm: dict) -> Array:
-        y = self.bn3(a, **norm)
-        shortcut = self.shortcut_bn(self.shortcut_conv(x), **norm) if self.projects else x
+    def from_tap(self, a: Array, x: Array, mode: dict) -> Array:
+        y = self.bn3(a, **mode)
+        shortcut = self.shortcut_bn(self.shortcut_conv(x), **mode) if self.projects else x
         return nn.relu(y + shortcut)
 
-    def __call__(self, x: Array, norm: dict) -> Array:
-        return self.from_tap(self.to_tap(x, norm), x, norm)
+    def __call__(self, x: Array, mode: dict) -> Array:
+        return self.from_tap(self.to_tap(x, mode), x, mode)
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -151,6 +172,9 @@ class ResNet(nn.Module):
     block: str = "basic"
     stem: str = "cifar"
     dtype: Any = jnp.float32
+    norm: str = "batch"
+    momentum: float = MOMENTUM
+    convolution: Callable | None = None
 
     @property
     def features(self) -> int:
@@ -159,28 +183,36 @@ class ResNet(nn.Module):
     def setup(self):
         width, block = self.widths[0], BLOCKS[self.block]
         if self.stem == "cifar":
-            self.stem_conv = _conv(width, 3, 1, self.dtype)
+            self.stem_conv = _conv(width, 3, 1, self.dtype, self.convolution)
         elif self.stem == "imagenet":
-            self.stem_conv = _conv(width, 7, 2, self.dtype)
+            self.stem_conv = _conv(width, 7, 2, self.dtype, self.convolution)
         else:
             size = int(self.stem.removeprefix("patch"))
             self.stem_conv = MatmulConv(width, size, size, self.dtype)
-        self.stem_bn = _norm(self.dtype)
+        self.stem_bn = _norm(self.norm, width, self.momentum, self.dtype)
         stages, channels = [], width
         for size, planes, stride in zip(self.stage_sizes, self.widths, self.strides, strict=True):
             blocks = []
             for i in range(size):
-                blocks.append(block(channels, planes, stride if i == 0 else 1, self.dtype))
+                options = dict(dtype=self.dtype, norm=self.norm, momentum=self.momentum, convolution=self.convolution)
+                blocks.append(block(channels, planes, stride if i == 0 else 1, **options))
                 channels = planes * block.expansion
             stages.append(blocks)
         self.stages = stages
 
-    def _stem(self, x: Array, norm: dict) -> Array:
-        x = nn.relu(self.stem_bn(self.stem_conv(x.astype(self.dtype)), **norm))
+    def _stem(self, x: Array, mode: dict) -> Array:
+        x = nn.relu(self.stem_bn(self.stem_conv(x.astype(self.dtype)), **mode))
         if self.stem == "imagenet":
             # Post-ReLU values are >= 0, so zero padding equals the -inf padding of the original.
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         return x
+
+    def _mode(self, train: bool, where: Array | None) -> dict:
+        """What the norms are told in this call. A group norm sees each image alone: nothing."""
+        if self.norm != "batch":
+            return {}
+        mask = None if where is None or not train else where[:, None, None, None]
+        return dict(use_running_average=not train, mask=mask)
 
     @staticmethod
     def _pool(x: Array) -> Array:
@@ -188,37 +220,32 @@ class ResNet(nn.Module):
 
     def __call__(self, x: Array, train: bool = False, where: Array | None = None) -> Array:
         """x [N,H,W,C] normalised images; `where` [N] bool: rows that count in the batch statistics."""
-        norm = _norm_options(train, where)
-        x = self._stem(x, norm)
+        mode = self._mode(train, where)
+        x = self._stem(x, mode)
         for blocks in self.stages:
             for block in blocks:
-                x = block(x, norm)
+                x = block(x, mode)
         return self._pool(x)
 
     def to_tap(self, x: Array, tap: str, train: bool = False, where: Array | None = None) -> tuple[Array, Array]:
         """-> (activations [N,h,w,M] at the tap, the input of the tapped block, which `from_tap` wants back)."""
-        norm, stage = _norm_options(train, where), tap_stage(tap, self.stage_sizes)
-        x = self._stem(x, norm)
+        mode, stage = self._mode(train, where), tap_stage(tap, self.stage_sizes)
+        x = self._stem(x, mode)
         for blocks in self.stages[:stage]:
             for block in blocks:
-                x = block(x, norm)
+                x = block(x, mode)
         for block in self.stages[stage][:-1]:
-            x = block(x, norm)
-        return self.stages[stage][-1].to_tap(x, norm), x
+            x = block(x, mode)
+        return self.stages[stage][-1].to_tap(x, mode), x
 
     def from_tap(self, a: Array, x: Array, tap: str, train: bool = False, where: Array | None = None) -> Array:
         """Activations at the tap and the tapped block's input -> pooled features [N,D]."""
-        norm, stage = _norm_options(train, where), tap_stage(tap, self.stage_sizes)
-        x = self.stages[stage][-1].from_tap(a, x, norm)
+        mode, stage = self._mode(train, where), tap_stage(tap, self.stage_sizes)
+        x = self.stages[stage][-1].from_tap(a, x, mode)
         for blocks in self.stages[stage + 1 :]:
             for block in blocks:
-                x = block(x, norm)
+                x = block(x, mode)
         return self._pool(x)
-
-
-def _norm_options(train: bool, where: Array | None) -> dict:
-    mask = None if where is None or not train else where[:, None, None, None]
-    return dict(use_running_average=not train, mask=mask)
 
 
 def tap_stage(tap: str, stage_sizes: Sequence[int]) -> int:
@@ -238,15 +265,20 @@ def resnet(
     stage_widths: Sequence[int] = (),
     strides: Sequence[int] = (),
     dtype: Any = jnp.float32,
+    norm: str = "batch",
 ) -> ResNet:
     """A ResNet by depth (18, 34, 50, 101), stem and width factor; the three sequences override the standard stages.
 
-    Errors: UserError for an unknown depth or stem, or sequences of unequal length.
+    norm: "batch", or "group" (Wu and He 2018, arXiv 1803.08494; see `norm_groups`), which keeps no statistics and
+    sees each image alone.
+    Errors: UserError for an unknown depth, stem or norm, or sequences of unequal length.
     """
     if depth not in DEPTHS:
         raise UserError(f"model.depth is {depth}; expected one of {', '.join(map(str, DEPTHS))}")
     if stem not in STEMS:
         raise UserError(f"model.stem is {stem!r}; expected one of {', '.join(STEMS)}")
+    if norm not in NORMS:
+        raise UserError(f"model.norm is {norm!r}; expected one of {', '.join(NORMS)}")
     if not width > 0:
         raise UserError(f"model.width is {width}; expected a factor above 0")
     block, sizes = DEPTHS[depth]
@@ -262,5 +294,5 @@ def resnet(
         if min(values) < 1:
             raise UserError(f"model.{key} is {values}; expected whole numbers of at least 1")
     widths = tuple(max(1, round(w * width)) for w in widths)
-    make = partial(ResNet, block=block, stem=stem, dtype=dtype)
+    make = partial(ResNet, block=block, stem=stem, dtype=dtype, norm=norm)
     return make(stage_sizes=sizes, widths=widths, strides=strides)

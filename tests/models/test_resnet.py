@@ -1,5 +1,7 @@
 """ResNets: the published sizes, the authors' blocks in float64, plain convolutions, and rows that do not exist."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax import lax
 from jaxcl.errors import UserError
 from jaxcl.memory import LinearProbe
 from jaxcl.models import ModelOptions, ProjectionHead, make_model, resnet, tap_stage
-from jaxcl.models.resnet import BasicBlock, Bottleneck, MatmulConv, ResNet, _conv
+from jaxcl.models.resnet import BasicBlock, Bottleneck, MatmulConv, ResNet, _conv, norm_groups
 
 TINY = ModelOptions(stage_sizes=(2, 1), stage_widths=(8, 16), stem="cifar", head_features=12)
 
@@ -226,10 +228,11 @@ def test_imagenet_stem_is_seven_by_seven_and_a_padded_max_pool():
 # ---- the cut at a tap
 
 
-@pytest.fixture(scope="module", params=["basic", "bottleneck"])
+@pytest.fixture(scope="module", params=["basic", "bottleneck", "basic, group norm"])
 def cut(request):
-    depth = {"basic": 18, "bottleneck": 50}[request.param]
-    model = make_model(ModelOptions(depth=depth, stage_sizes=(2, 1), stage_widths=(8, 16), head_features=12))
+    depth, norm = {"bottleneck": 50}.get(request.param, 18), "group" if "group" in request.param else "batch"
+    options = dict(stage_sizes=(2, 1), stage_widths=(8, 16), head_features=12)
+    model = make_model(ModelOptions(depth=depth, norm=norm, **options))
     return model, *tiny.model_variables(model, side=8), tiny.normal(6, 8, 8, 3)
 
 
@@ -280,6 +283,98 @@ def test_gradient_at_the_tap_is_that_of_the_network(cut, tap, block):
     at_tap, whole = slopes(params["encoder"][block][conv]["kernel"])
     assert abs(whole) > 0.05
     np.testing.assert_allclose(at_tap, whole, rtol=1e-3, atol=1e-4)
+
+
+# ---- group norm
+
+
+@pytest.mark.parametrize(
+    "channels, groups",
+    [(1, 1), (2, 1), (3, 1), (8, 4), (12, 6), (16, 8), (32, 16), (48, 24), (64, 32), (100, 25), (256, 32), (2048, 32)],
+)
+def test_norm_groups(channels, groups):
+    assert norm_groups(channels) == groups
+
+
+def group_norm(x, scale, bias):
+    """Written out: mean and variance of each image over space and the channels of a group."""
+    N, H, W, C = x.shape
+    g = x.reshape(N, H, W, norm_groups(C), -1)
+    g = (g - g.mean((1, 2, 4), keepdims=True)) / np.sqrt(g.var((1, 2, 4), keepdims=True) + 1e-5)
+    return g.reshape(x.shape) * scale + bias
+
+
+@pytest.fixture(scope="module")
+def group_net():
+    model = make_model(dataclasses.replace(TINY, norm="group"))
+    return model, *tiny.model_variables(model, side=8)
+
+
+def test_group_norm_has_the_parameters_of_batch_norm_and_no_statistics(group_net):
+    model, params, stats = group_net
+    batch, batch_stats = tiny.model_variables(make_model(TINY), side=8)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(params) == shapes(batch) and stats == {} and batch_stats
+    assert not model.batch_norm and make_model(TINY).batch_norm
+
+
+def test_group_norm_is_that_of_the_paper(group_net):
+    model, params, _ = group_net
+    x = tiny.normal(3, 8, 8, 3)
+    encoder = params["encoder"]
+    y = np.asarray(reference_conv(x, encoder["stem_conv"]["kernel"], 1, 1))
+    y = np.maximum(group_norm(y, **encoder["stem_bn"]), 0)
+    got = jax.jit(
+        lambda x: model.encoder.apply({"params": encoder}, x, {}, method=lambda m, x, mode: m._stem(x, mode))
+    )(x)
+    np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4)
+
+
+def test_with_group_norm_each_image_is_by_itself(group_net):
+    """No matter which mode, who else is there, and whether they exist."""
+    model, params, stats = group_net
+    x, rubbish = tiny.normal(4, 8, 8, 3), 50 * tiny.normal(4, 8, 8, 3, seed=2)
+    where = np.array([True, False, True, True])
+
+    @jax.jit
+    def all_of_it(x, other, where):
+        a = model.encode(params, stats, x, train=True)
+        b = model.encode(params, stats, x, train=False)
+        c = model.encode(params, stats, jnp.concatenate([x[:1], other[1:]]), train=True, where=where)
+        return a, b, c
+
+    (a, new), (b, _), (c, _) = all_of_it(x, rubbish, where)
+    assert new == {}
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(a[0], c[0], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(c).all()
+
+
+# ---- statistics of one batch
+
+
+def test_batch_statistics_are_those_a_running_mean_would_move_by(padded_inputs):
+    model, params, stats, images, where = padded_inputs
+
+    @jax.jit
+    def both(images, where):
+        _, moved = model.encode(params, stats, images, train=True, where=where)
+        own = model.batch_statistics(params, stats, images, where=where)
+        return moved, own, model.move_statistics(stats, own)
+
+    moved, own, again = both(images, where)
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    stem = np.asarray(reference_conv(images[where], params["encoder"]["stem_conv"]["kernel"], 1, 1))
+    np.testing.assert_allclose(own["stem_bn"]["mean"], stem.mean((0, 1, 2)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(own["stem_bn"]["var"], stem.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def padded_inputs():
+    model = make_model(TINY)
+    where = np.array([True, True, False, True, False, True])
+    return model, *tiny.model_variables(model, side=8), tiny.normal(6, 8, 8, 3, seed=4) + 0.3, where
 
 
 # ---- compute dtype
@@ -355,6 +450,7 @@ def test_padded_rows_change_nothing(padded, what):
     "options, words",
     [
         (dict(depth=19), "model.depth is 19; expected one of 18, 34, 50, 101"),
+        (dict(norm="layer"), "model.norm is 'layer'; expected one of batch, group"),
         (dict(stem="cifr"), "model.stem is 'cifr'; expected one of cifar, imagenet"),
         (dict(width=0.0), "model.width"),
         (dict(stage_sizes=(1, 1), stage_widths=(8,)), "2, 1 and 2 entries"),

@@ -1,0 +1,88 @@
+"""A convolution for loops: lax's own values and gradients, in a form that no loop slows down."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax import lax
+
+from jaxcl.errors import UserError
+from jaxcl.models import ModelOptions, make_model
+from jaxcl.models.convolution import LAYOUT, loop_conv
+
+# kernel, strides, padding, side: all that a ResNet has, sides that strides do not divide, unequal padding.
+CASES = [
+    (3, (1, 1), ((1, 1), (1, 1)), 8),
+    (3, (2, 2), ((1, 1), (1, 1)), 8),
+    (3, (2, 2), ((1, 1), (1, 1)), 7),
+    (7, (2, 2), ((3, 3), (3, 3)), 15),
+    (1, (1, 1), ((0, 0), (0, 0)), 5),
+    (4, (3, 2), ((0, 2), (1, 0)), 11),
+]
+
+
+def test_values_and_gradients_are_those_of_lax():
+    inputs = [
+        (tiny.normal(2, side, side, 3, seed=i), tiny.normal(k, k, 3, 4, seed=9))
+        for i, (k, _, _, side) in enumerate(CASES)
+    ]
+
+    def value_and_grads(conv, case, x, kernel):
+        y, pull = jax.vjp(lambda x, kernel: conv(x, kernel, case[1], case[2]), x, kernel)
+        return y, *pull(jnp.sin(y))
+
+    def reference(x, kernel, strides, padding):
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
+
+    with jax.enable_x64(True):
+        wide = [(x.astype(np.float64), k.astype(np.float64)) for x, k in inputs]
+        run = jax.jit(
+            lambda inputs: [
+                [value_and_grads(f, c, *i) for c, i in zip(CASES, inputs, strict=True)] for f in (loop_conv, reference)
+            ]
+        )
+        ours, theirs = run(wide)
+    for case, a, b in zip(CASES, ours, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.shape == y.shape and x.dtype == np.float64, case
+            np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10, err_msg=str(case))
+
+
+def test_its_gradients_are_in_the_one_layout_that_is_fast():
+    """Images NHWC, kernels HWIO, whatever is differentiated: XLA's CPU has no fast code for another inside a loop."""
+    x, kernel = tiny.normal(2, 6, 6, 3), tiny.normal(3, 3, 3, 4)
+    pads = ((1, 1), (1, 1))
+
+    def layouts(conv):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel, (2, 2), pads)))
+
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel).as_text()
+        return [
+            line.split("dim_numbers = ")[1].split(", window")[0] for line in text.splitlines() if "dim_numbers" in line
+        ]
+
+    ours = layouts(loop_conv)
+    assert len(ours) == 3 and set(ours) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+    assert len(set(layouts(lambda *a: lax.conv_general_dilated(*a, dimension_numbers=LAYOUT)))) > 1
+
+
+@pytest.mark.parametrize("options", [dict(rhs_dilation=(2, 2)), dict(lhs_dilation=(1, 2)), dict(feature_group_count=3)])
+def test_what_it_does_not_know_is_refused(options):
+    with pytest.raises(UserError, match="dilation or groups given"):
+        loop_conv(tiny.normal(1, 4, 4, 3), tiny.normal(3, 3, 3, 3), (1, 1), ((1, 1), (1, 1)), **options)
+
+
+def test_a_model_for_loops_is_the_same_function_of_the_same_parameters():
+    model = make_model(ModelOptions(stage_sizes=(1, 1), stage_widths=(8, 16), head_features=12))
+    params, stats = tiny.model_variables(model, side=8)
+    looped = model.for_loops()
+    assert looped.encoder.convolution is loop_conv and model.encoder.convolution is None
+
+    def loss(m, params):
+        return jnp.sum(m.encode(params, stats, tiny.normal(4, 8, 8, 3), train=True)[0] ** 2)
+
+    a, b = jax.jit(lambda p: [jax.grad(loss, argnums=1)(m, p) for m in (looped, model)])(params)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * max(1e-2, float(np.abs(y).max())))
