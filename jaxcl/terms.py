@@ -83,12 +83,14 @@ class SupCon:
             anchor_mean=self.anchor_mean,
         )
         background = e.get(self.background) if self.background else None
+        # Without classes the loss itself knows the positives, and need not look for them.
+        classes = labels if self.labels else None
         if background is None:
-            return losses.supcon(z_BxVxE, labels, where=where, **options)
+            return losses.supcon(z_BxVxE, classes, where=where, **options)
         if not self.background_anchor:
             return losses.supcon(
                 z_BxVxE,
-                labels,
+                classes,
                 where=where,
                 negatives=background.z,
                 negatives_where=background.where,

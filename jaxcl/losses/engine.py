@@ -72,7 +72,7 @@ def choose(loss: str, implementation: str, rows: int, columns: int, axis_name: A
     """The form for `rows` of this device against `columns` of all. Errors: UserError for an unknown implementation."""
     check_choice(loss, "implementation", implementation, IMPLEMENTATIONS)
     if implementation == "ring" and axis_name is None:
-        raise UserError(f"{loss}: implementation='ring' without axis_name, expected the mesh axis of the ring; or use 'tiled'")
+        raise UserError(f"{loss}: implementation='ring' without axis_name, expected a mesh axis to go round; or use 'tiled'")
     if implementation == "auto":
         large = "tiled" if axis_name is None else "ring"
         implementation = "dense" if rows * columns <= _limits.dense_logits else large

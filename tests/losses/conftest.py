@@ -1,4 +1,4 @@
-"""Small tiles: the batches of these tests are small, and the engine must meet tiles off the diagonal and padded ones."""
+"""Small tiles, since the batches of these tests are small: the engine must meet tiles off the diagonal, and padding."""
 
 import pytest
 
