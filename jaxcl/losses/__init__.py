@@ -1,8 +1,8 @@
 """Contrastive losses: pure functions of arrays that import jax and nothing else of the library.
 
-    from jaxcl import losses
-    loss = losses.supcon(features, labels)                     # [N, V, D], [N]; any size of batch
-    with losses.limits(dense_logits=0, tile=1024): ...         # other sizes than "auto" would choose
+from jaxcl import losses
+loss = losses.supcon(features, labels)                     # [N, V, D], [N]; any size of batch
+with losses.limits(dense_logits=0, tile=1024): ...         # other sizes than "auto" would choose
 """
 
 from jaxcl.losses.barlow_twins import barlow_twins

