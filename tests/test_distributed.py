@@ -27,17 +27,32 @@ FLAGS = [
 
 
 def start(workdir: pathlib.Path, devices: int, distributed: str) -> subprocess.Popen:
+    own = [f"--workdir={workdir}", f"--distributed={distributed}"]
+    return launch(devices, "-m", "jaxcl.main", *FLAGS, *own)
+
+
+def launch(devices: int, *command: str) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "PYTHONPATH": str(ROOT),
     }
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
-    own = [f"--workdir={workdir}", f"--distributed={distributed}"]
-    command = [sys.executable, "-m", "jaxcl.main", *FLAGS, *own]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 def finish(*processes: subprocess.Popen) -> None:
@@ -51,9 +66,7 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = free_address()
     finish(*(start(tmp_path / "two", 1, f"{address},2,{i}") for i in range(2)))
     finish(start(tmp_path / "one", 2, "off"))
 
@@ -64,3 +77,15 @@ def test_two_processes_equal_one(tmp_path):
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one")]
     assert results[0]["steps"] == results[1]["steps"] == 4
+
+
+def test_losses_over_two_processes(tmp_path):
+    """The ring and the gathered tiles over 2 processes of 2 devices: values and gradients of one process, dense."""
+    script, address = str(ROOT / "tests" / "ring_of_processes.py"), free_address()
+    finish(*(launch(2, script, f"{address},2,{i}", str(tmp_path / "two.npz")) for i in range(2)))
+    finish(launch(1, script, ",0,0", str(tmp_path / "one.npz")))
+    with np.load(tmp_path / "two.npz") as two, np.load(tmp_path / "one.npz") as one:
+        np.testing.assert_allclose(two["values"], one["values"], rtol=1e-5)
+        for got, want in zip(two["grads"], one["grads"], strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+            assert np.abs(want).max() > 1e-4

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxcl.losses.common import AxisName, first_row, gather, inner
 from jaxcl.losses.engine import How, row_sums
-from jaxcl.losses.tiles import Side, Sums, log_add, logits
+from jaxcl.losses.tiles import Side, Sums, equal, log_add, logits
 
 # A tile of rows holds at most this many logits (16 MiB in float32), so memory does not grow with the batch squared.
 TILE_ENTRIES = 2**22
@@ -158,7 +158,7 @@ def _append_negatives(columns: _Columns, z_MxD: jax.Array, valid: jax.Array, cou
 def _labelled(s, own, other, itself):
     """Entries: logits, and those of positives. own, other: ((label, real or None), ())."""
     (label, _), (other_label, real) = own[0], other[0]
-    positive = label == other_label
+    positive = equal(label, other_label)
     if real is not None:
         positive &= real
     if itself is None:

@@ -53,6 +53,11 @@ def logits(s: Array, own: Tree, other: Tree, itself: Array | None) -> tuple[Arra
     return (s if itself is None else jnp.where(itself, -jnp.inf, s),)
 
 
+def equal(own: Array, other: Array) -> Array:
+    """own == other as a mask of the tile, written in one order whoever owns it: both uses of a tile then share it."""
+    return own == other if own.shape[-1] == 1 else other == own
+
+
 def dot(a: Array, b: Array) -> Array:
     """[T, D], [U, D] -> [T, U] in full precision: TF32 and bfloat16 passes round too much for a logit."""
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
