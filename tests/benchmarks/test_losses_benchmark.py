@@ -2,13 +2,9 @@
 
 import json
 import mmap
-import pathlib
-import sys
 
 import numpy as np
 import pytest
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[2]))  # benchmarks is not installed; for a bare `pytest`
 
 from benchmarks import _contestants, _measure, _report, losses
 
