@@ -1,6 +1,10 @@
-"""Adversarial images by one or several steps along the sign of a loss's gradient."""
+"""Adversarial images by one or several steps along a loss's gradient, inside a ball around the image.
+
+N images; C channels; K steps.
+"""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,9 @@ from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
 
+Bounds = tuple[ArrayLike, ArrayLike] | None
+Norm = Literal["linf", "l2"]
+
 
 def pgd(
     loss_fn: Callable[[jax.Array], jax.Array],
@@ -17,58 +24,106 @@ def pgd(
     *,
     epsilon: ArrayLike,
     step_size: ArrayLike | None = None,
-    num_steps: int = 1,
+    num_steps: int | jax.Array = 1,
     delta0: ArrayLike | None = None,
-    bounds: tuple[float, float] | None = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
+    norm: Norm = "linf",
+    key: jax.Array | None = None,
+    restarts: int = 1,
 ) -> jax.Array:
-    """Projected gradient ascent on a loss of the whole batch, in the box of half-width epsilon around x.
+    """Projected gradient ascent on a loss of the whole batch, in the ball of radius epsilon around x.
 
-    x_0 = clip(x + delta0), then num_steps times
+    x_0 = clip(x + delta0), then num_steps times, in the box of "linf",
     x_{t+1} = clip(clip(x_t + step_size * sign(grad at x_t), x - epsilon, x + epsilon), *bounds), sign(0) = 0.
+    "l2" steps along each image's gradient scaled to length 1 (a zero gradient stays zero) and then shortens the
+    image's whole change to at most epsilon, before the clip to the bounds. Either way the result lies in the ball
+    and the bounds if x lies in the bounds.
 
     Only the images are differentiated, and what the attack computes carries no gradient: under an outer
     gradient the result moves with x alone.
 
     Args:
-      loss_fn: images like x -> scalar loss, to be increased. It may depend on the batch as a whole.
-      x: [N, H, W, C] images (any floating array works).
-      epsilon: largest change of a value, in the units of x: a scalar, or [C] for one a channel. May be
-        traced, and is then not checked.
-      step_size: as epsilon. None: epsilon for one step, else 2.5 * epsilon / num_steps, which can reach any
-        point of the box (Madry et al.).
-      num_steps: >= 1, or 0 for x + delta0 clipped.
+      loss_fn: images like x -> loss, to be increased. A scalar may depend on the batch as a whole. [N], one loss an
+        image: their sum is increased, and restarts are chosen image by image.
+      x: [N, H, W, C] images (any floating array works; the first axis counts the images).
+      epsilon: largest change, in the units of x: "linf" of a value, a scalar, or [C] for one a channel; "l2" of an
+        image's Euclidean norm, a scalar. May be traced, and is then not checked.
+      step_size: as epsilon; or a schedule with a leading axis of steps, [K, 1] or [K, C] ("l2": [K, 1]). An array of
+        one axis is always one a channel. None: epsilon for one step, else 2.5 * epsilon / num_steps, which can
+        reach any point of the box (Madry et al.).
+      num_steps: >= 1, or 0 for x_0. May be traced; steps past the end of a schedule then repeat its last one.
       delta0: start offset like x, or None.
-      bounds: (lowest, highest) value of an image; None: no clipping to a range, only to the box.
+      bounds: (lowest, highest) value of an image, scalars or [C]; None: no clipping to a range, only to the ball.
+      norm: "linf" or "l2".
+      key: start uniformly in the ball instead of at x. One key, or [N] keys, one an image, which makes an image's
+        start independent of its place in the batch.
+      restarts: this many random starts (needs a key), of which the end point with the highest loss is kept: for the
+        batch if the loss is a scalar, since it is one attack, and for each image if the loss is [N].
 
     Returns:
       The adversarial images, shape and type of x.
 
     Raises:
-      UserError: epsilon negative, or above the width of the bounds (as when given in 0..255 units).
+      UserError: epsilon negative, or above what the bounds leave room for (as when given in 0..255 units); an
+        unknown norm; one epsilon a channel with "l2"; a schedule of another length; delta0 with a key, or restarts
+        without one; a loss of another shape.
 
     References:
       Madry et al., arXiv:1706.06083; on a contrastive loss: Ho and Vasconcelos, "Contrastive Learning with
       Adversarial Examples", arXiv:2010.12050.
     """
     x = jnp.asarray(x)
-    _check(x, epsilon, step_size, num_steps, bounds)
+    traced = isinstance(num_steps, jax.core.Tracer)
+    num_steps = num_steps if traced else int(num_steps)
+    _check_attack(x, norm, num_steps, delta0, key, restarts)
+    _check_sizes(x, epsilon, step_size, num_steps, bounds, norm)
     epsilon = jnp.asarray(epsilon, x.dtype)
     if step_size is None:
-        step_size = epsilon if num_steps <= 1 else 2.5 * epsilon / num_steps
+        step_size = _usual_step(epsilon, num_steps)
     step_size = jnp.asarray(step_size, x.dtype)
-    lowest, highest = x - epsilon, x + epsilon
+    # A loop of unknown length cannot be differentiated; nothing of it has to be.
+    origin = lax.stop_gradient(x) if traced else x
+    if traced:
+        epsilon, step_size = lax.stop_gradient((epsilon, step_size))
+    if bounds is not None:
+        bounds = tuple(lax.stop_gradient(jnp.asarray(b, x.dtype)) for b in bounds)
+    lowest, highest = origin - epsilon, origin + epsilon
 
     def clip(v):
         return v if bounds is None else jnp.clip(v, *bounds)
 
-    def step(v, _):
-        gradient = lax.stop_gradient(jax.grad(loss_fn)(lax.stop_gradient(v)))
-        return clip(jnp.clip(v + step_size * jnp.sign(gradient), lowest, highest)), None
+    def step(v, size):
+        size = step_size if size is None else size
+        gradient = lax.stop_gradient(jax.grad(lambda u: _summed(loss_fn(u), x))(lax.stop_gradient(v)))
+        if norm == "linf":
+            return clip(jnp.clip(v + size * jnp.sign(gradient), lowest, highest)), None
+        moved = v + size * _unit_images(gradient)
+        return clip(origin + _shortened(lax.stop_gradient(moved - origin), epsilon)), None
 
-    start = x if delta0 is None else clip(x + jnp.asarray(delta0, x.dtype))
-    if num_steps == 1:  # no loop to compile
-        return step(start, None)[0]
-    return lax.scan(step, start, length=num_steps)[0]
+    def attack(start):
+        schedule = step_size if step_size.ndim == 2 else None
+        if traced:
+            size_at = lambda t: None if schedule is None else schedule[jnp.minimum(t, len(schedule) - 1)]  # noqa: E731
+            return lax.fori_loop(0, num_steps, lambda t, v: step(v, size_at(t))[0], start)
+        if num_steps == 1:  # no loop to compile
+            return step(start, None if schedule is None else schedule[0])[0]
+        return lax.scan(step, start, schedule, length=num_steps)[0]
+
+    if key is None:
+        start = origin if delta0 is None else clip(origin + lax.stop_gradient(jnp.asarray(delta0, x.dtype)))
+        adversarial = attack(start)
+    else:
+        keys_N = _image_keys(key, len(x))
+
+        def attempt(r):
+            delta = _in_ball(jax.vmap(jax.random.fold_in, (0, None))(keys_N, r), x, epsilon, norm)
+            return attack(clip(origin + lax.stop_gradient(delta)))
+
+        adversarial = attempt(0) if restarts == 1 else _best(loss_fn, attempt, x, restarts)
+    if traced:
+        inside = True if bounds is None else (adversarial > bounds[0]) & (adversarial < bounds[1])
+        adversarial += jnp.where(inside, x - origin, 0)  # adds 0, and the gradient of x
+    return adversarial
 
 
 def fgsm(
@@ -76,28 +131,136 @@ def fgsm(
     x: ArrayLike,
     *,
     epsilon: ArrayLike,
-    bounds: tuple[float, float] | None = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
+    norm: Norm = "linf",
 ) -> jax.Array:
     """Fast gradient sign method: clip(x + epsilon * sign(grad loss_fn(x)), *bounds), sign(0) = 0.
 
-    Arguments and errors as for `pgd`. Reference: Goodfellow et al., arXiv:1412.6572.
+    With norm "l2" the step is epsilon along each image's gradient. Arguments and errors as for `pgd`. Reference:
+    Goodfellow et al., arXiv:1412.6572.
     """
-    return pgd(loss_fn, x, epsilon=epsilon, bounds=bounds)
+    return pgd(loss_fn, x, epsilon=epsilon, bounds=bounds, norm=norm)
 
 
-def _check(x, epsilon, step_size, num_steps, bounds):
+def _usual_step(epsilon, num_steps):
+    if isinstance(num_steps, jax.core.Tracer):
+        return jnp.where(num_steps <= 1, epsilon, 2.5 * epsilon / jnp.maximum(num_steps, 1))
+    return epsilon if num_steps <= 1 else 2.5 * epsilon / num_steps
+
+
+def _summed(loss, x):
+    if loss.ndim and loss.shape != x.shape[:1]:
+        raise UserError(f"attack: loss of shape {loss.shape}, expected a scalar, or one an image, {x.shape[:1]}")
+    return jnp.sum(loss) if loss.ndim else loss
+
+
+def _best(loss_fn, attempt, x, restarts):
+    """The end points of several attempts with the highest loss; a loss that is NaN wins, so that it is seen."""
+    # Never chosen, hence never computed; but of the loss's shape, type and place on a mesh.
+    none = jnp.where(False, lax.stop_gradient(loss_fn(lax.stop_gradient(x))), -jnp.inf)
+
+    def more(best, r):
+        v = attempt(r)
+        loss = lax.stop_gradient(loss_fn(lax.stop_gradient(v)))
+        better = ~(loss <= best[1])
+        wide = better.reshape(better.shape + (1,) * (x.ndim - 1)) if better.ndim else better
+        return (jnp.where(wide, v, best[0]), jnp.where(better, loss, best[1])), None
+
+    return lax.scan(more, (x, none), jnp.arange(restarts))[0][0]
+
+
+def _image_keys(key, n):
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), (n,)):
+        raise UserError(f"attack: keys of shape {key.shape}, expected one key, or one an image, ({n},)")
+    return jax.random.split(key, n) if key.shape == () else key
+
+
+def _in_ball(keys_N, x, epsilon, norm):
+    """Offsets like x, uniform in the ball."""
+    shape, dtype = x.shape[1:], x.dtype
+    if norm == "linf":
+        return epsilon * jax.vmap(lambda k: jax.random.uniform(k, shape, dtype, -1, 1))(keys_N)
+
+    def draw(key):
+        direction, radius = jax.random.split(key)
+        # The share of a ball's volume within a radius grows with the power of its dimension.
+        length = jax.random.uniform(radius) ** (1 / max(1, np.prod(shape, dtype=int)))
+        return length * _unit_images(jax.random.normal(direction, (1, *shape)))[0]
+
+    return epsilon * jax.vmap(draw)(keys_N).astype(dtype)
+
+
+def _norms(v):
+    """Euclidean norm of each image of v, in float32 at least, with axes of 1."""
+    v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    return jnp.sqrt(jnp.sum(v * v, axis=tuple(range(1, v.ndim)), keepdims=True))
+
+
+def _unit_images(g):
+    # By its largest entry first: the squares of a small gradient would vanish.
+    largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)), keepdims=True)
+    g = g / jnp.where(largest == 0, 1, largest)
+    norm = _norms(g)
+    return (g / jnp.where(norm == 0, 1, norm)).astype(g.dtype)
+
+
+def _shortened(delta, radius):
+    norm = _norms(delta)
+    return (delta * jnp.where(norm > radius, radius / jnp.where(norm == 0, 1, norm), 1)).astype(delta.dtype)
+
+
+def _check_attack(x, norm, num_steps, delta0, key, restarts):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"attack: images of type {x.dtype}, expected floating point; divide uint8 by 255")
-    if num_steps < 0:
+    if norm not in ("linf", "l2"):
+        raise UserError(f"attack: norm={norm!r}, expected linf or l2")
+    if isinstance(num_steps, int) and num_steps < 0:
         raise UserError(f"attack: num_steps={num_steps}, expected 0 or more")
+    if restarts < 1:
+        raise UserError(f"attack: restarts={restarts}, expected 1 or more")
+    if restarts > 1 and key is None:
+        raise UserError(f"attack: restarts={restarts} without a key would all be the same; give key=jax.random.key(0)")
+    if delta0 is not None and key is not None:
+        raise UserError("attack: delta0 and key both choose the start, expected one of them")
+
+
+def _check_sizes(x, epsilon, step_size, num_steps, bounds, norm):
+    shapes = {"epsilon": np.shape(epsilon), "step_size": () if step_size is None else np.shape(step_size)}
+    if len(shapes["step_size"]) == 2:
+        steps, *shapes["step_size"] = shapes["step_size"]
+        if isinstance(num_steps, int) and steps != num_steps:
+            raise UserError(f"attack: a schedule of {steps} step sizes for num_steps={num_steps}, expected one a step")
+    for name, shape in shapes.items():
+        if norm == "l2" and np.prod(shape, dtype=int) != 1:
+            raise UserError(f"attack: {name} of shape {tuple(shape)} with norm l2, expected one number for an image")
+        if len(shape) == 1 and shape[0] not in (1, x.shape[-1] if x.ndim else 1):
+            raise UserError(
+                f"attack: {name} for {shape[0]} channels of images with {x.shape[-1]}, expected a number or one a "
+                "channel; a schedule of step sizes has shape [num_steps, 1]"
+            )
+    width = None
+    if bounds is not None and not any(isinstance(b, jax.core.Tracer) for b in bounds):
+        low, high = (np.asarray(b, np.float64) for b in bounds)
+        width = high - low
+        if not np.all(width >= 0):
+            raise UserError(f"attack: bounds {_said(low)} to {_said(high)}, expected the lowest value first")
+        if norm == "l2":  # from corner to corner of what an image can be
+            width = np.sqrt(np.sum(np.broadcast_to(width, x.shape[1:]) ** 2))
     for name, value in (("epsilon", epsilon), ("step_size", step_size)):
         if value is None or isinstance(value, jax.core.Tracer):
             continue
         value = np.asarray(value)
         if value.size and not value.min() >= 0:
             raise UserError(f"attack: {name}={value}, expected 0 or more")
-        if name == "epsilon" and bounds is not None and value.size and value.max() > bounds[1] - bounds[0]:
+        # Bounds and epsilon may have been divided by the same deviation, and rounded.
+        if name == "epsilon" and width is not None and np.any(value > width * (1 + 1e-6)):
             raise UserError(
-                f"attack: epsilon={value} with images in [{bounds[0]:g}, {bounds[1]:g}], expected the "
+                f"attack: epsilon={value} with images in [{_said(low)}, {_said(high)}], expected the "
                 "images' own units; divide a value in 0..255 units by 255"
             )
+
+
+def _said(value):
+    return f"{value:g}" if value.ndim == 0 else " ".join(f"{v:g}" for v in value.ravel())

@@ -64,10 +64,18 @@ def default() -> ConfigDict:
     c.eval.every = "50%"  # the quick suite, any duration; 0: never before the end
     c.eval.quick = ("knn", "classifier")  # every `every`
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
+    # Also known: logistic (the protocol of CLAE), pgd (slow).
     c.eval.batch_size = 500
+    c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
+    c.eval.knn_features = ""  # knn's own choice of the two; "": as above
     c.eval.knn_k = 200
     c.eval.knn_temperature = 0.1
+    c.eval.logistic_epochs = 1000
+    c.eval.logistic_batch_size = 256
+    c.eval.logistic_lr = 3e-4  # of Adam, constant
     c.eval.fgsm = (1, 2, 4, 8)  # epsilon in 1/255
+    c.eval.pgd = (1, 2, 4, 8)  # the same
+    c.eval.pgd_steps = 20
     c.eval.explanation_fraction = 0.15  # share of pixels kept for drop and increase in confidence
     c.eval.tap = "stage2"  # the layer GradCAM explains
     c.checkpoint = ConfigDict()
@@ -117,17 +125,17 @@ def view(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
-    """A stage by kind: saliency."""
+    """A stage by kind: saliency, adversary."""
     return _part(recipe.STAGES, "stage", kind, overrides)
 
 
-def encode(*views: str) -> ConfigDict:
-    """A pass: these views are encoded together."""
-    return ConfigDict(dict(views=tuple(views)))
+def encode(*views: str, norm_set: str = "") -> ConfigDict:
+    """A pass: these views are encoded together, normalised by the named set of batch norms ("": the clean one)."""
+    return ConfigDict(dict(views=tuple(views), norm_set=norm_set))
 
 
 def term(kind: str, **overrides: Any) -> ConfigDict:
-    """A term by kind: supcon."""
+    """A term by kind: supcon, nt_xent, one_way_infonce, instance_spread, spread, ..."""
     return _part(recipe.TERMS, "term", kind, overrides)
 
 

@@ -83,6 +83,7 @@ def encode(
     images: Array,
     *,
     where: Array | None = None,
+    norm_set: str = "",
     chunks: int,
     groups: int,
     mesh: Mesh | None = None,
@@ -101,6 +102,7 @@ def encode(
     Args:
       images: [N, H, W, C], sharded by rows where the mesh has more than one device.
       where: [N] bool, rows that count in the statistics. A layer keeps its running statistics where none does.
+      norm_set: the set of batch norms to use, "" the clean one; no statistics but its own move.
       chunks: number of micro-batches; with the number of devices it must divide `groups`.
       groups: N/groups neighbouring rows (an image's views) stay together. Group j joins micro-batch j mod chunks
         in the first pass, whatever the number of devices.
@@ -114,13 +116,19 @@ def encode(
             f"grad_cache: a pass of {len(images)} rows in {groups} equal parts does not divide into {chunks} "
             f"micro-batches over {devices} devices; use a larger grad_cache.micro_batch"
         )
+    model.check_norm_set("norm_set", norm_set)
     looped = model.for_loops()
     if not model.batch_norm:
         h = _by_rows(lambda p, _, x: looped.encode(p, {}, x, train=True)[0], chunks, mesh)(encoder, {}, images)
         return h, stats
-    batch = batch_statistics(model, encoder, stats, images, where=where, chunks=chunks, groups=groups, mesh=mesh)
-    h = _by_rows(lambda p, s, x: looped.encode(p, s, x, train=False)[0], chunks, mesh)(encoder, batch, images)
-    return h, model.move_statistics(stats, batch)
+    parts = dict(where=where, norm_set=norm_set, chunks=chunks, groups=groups, mesh=mesh)
+    batch = batch_statistics(model, encoder, stats, images, **parts)
+
+    def one(params: Tree, stats: Tree, x: Array) -> Array:
+        return looped.encode(params, stats, x, train=False, norm_set=norm_set)[0]
+
+    h = _by_rows(one, chunks, mesh)(encoder, batch, images)
+    return h, model.move_statistics(stats, batch, norm_set)
 
 
 def _by_rows(f: Callable[[Tree, Tree, Array], Array], chunks: int, mesh: Mesh | None):
@@ -151,11 +159,15 @@ def batch_statistics(
     images: Array,
     *,
     where: Array | None = None,
+    norm_set: str = "",
     chunks: int,
     groups: int,
     mesh: Mesh | None = None,
 ) -> Tree:
-    """Pooled batch statistics of a pass, each micro-batch normalised by its own; under stop-gradient. See `encode`."""
+    """Pooled batch statistics of a pass, each micro-batch normalised by its own; under stop-gradient. See `encode`.
+
+    Of the set of batch norms used only, as `Model.batch_statistics`.
+    """
 
     def deal(x: Array) -> Array:
         """[N, ...] -> [C, G/C, N/G, ...]: every chunks-th group, so every device gives rows of its own to each."""
@@ -167,12 +179,13 @@ def batch_statistics(
     def one(_: None, chunk: tuple[Array, Array | None]) -> tuple[None, tuple[Tree, Array]]:
         x, exists = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunk)
         count = jnp.asarray(len(x)) if exists is None else exists.sum()
-        return None, (model.batch_statistics(params, stats, x, where=exists), count)
+        return None, (model.batch_statistics(params, stats, x, where=exists, norm_set=norm_set), count)
 
     params, images = lax.stop_gradient((params, images))
     _, (each, count_C) = lax.scan(one, None, jax.tree.map(deal, (images, where)))
     pooled = pool(each, count_C)
-    return jax.tree.map(lambda new, old: jnp.where(count_C.sum() > 0, new, old), pooled, stats)
+    running = model.statistics_of(stats, norm_set)
+    return jax.tree.map(lambda new, old: jnp.where(count_C.sum() > 0, new, old), pooled, running)
 
 
 def pool(statistics: Tree, count_C: Array) -> Tree:

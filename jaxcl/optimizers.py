@@ -17,23 +17,25 @@ from jaxcl.errors import UserError
 Array = jax.Array
 Schedule = Callable[[Array], Array]
 
-SCHEDULES = ("constant", "cosine", "epoch_cosine", "epoch_steps")
-OPTIMIZERS = ("sgd", "adamw", "lars")
+SCHEDULES = ("constant", "cosine", "epoch_cosine", "epoch_steps", "epoch_factors")
+OPTIMIZERS = ("sgd", "adam", "adamw", "lars")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
     """What a config may say of an optimiser."""
 
-    kind: str = "sgd"  # sgd, adamw, lars
+    kind: str = "sgd"  # sgd, adam, adamw, lars
     lr: float = 0.5  # peak learning rate, as given: never rescaled behind your back
     momentum: float = 0.9  # sgd, lars
-    weight_decay: float = 1e-4  # sgd: added to the gradient of all parameters; adamw, lars: matrices and kernels only
-    schedule: str = "epoch_cosine"  # constant; cosine per step; epoch_cosine and epoch_steps as in the SupCon code
+    betas: Sequence[float] = (0.9, 0.999)  # adam, adamw: how much of the old mean and square is kept
+    weight_decay: float = 1e-4  # sgd, adam: added to the gradient of all parameters; adamw, lars: matrices only
+    schedule: str = "epoch_cosine"  # constant; cosine per step; epoch_cosine, epoch_steps: SupCon code; epoch_factors
     warmup: str = "0"  # linear, any duration
     warmup_from: float = 0.0  # learning rate at the first step of the warm-up
     decay_rate: float = 0.1  # epoch_cosine ends at lr * decay_rate**3; epoch_steps multiplies by it
-    decay_epochs: Sequence[int] = ()  # epoch_steps: after each of these epochs
+    decay_epochs: Sequence[int] = ()  # epoch_steps, epoch_factors: after each of these epochs
+    decay_factors: Sequence[float] = ()  # epoch_factors: lr times this from then on, one for each of decay_epochs
     clip_norm: float = 0.0  # global gradient norm is clipped to this; 0: not clipped
 
 
@@ -77,6 +79,29 @@ def epoch_steps(
     return _with_epoch_warmup(value, steps_per_epoch, warmup_steps, warmup_from, after=lambda e: jnp.float32(lr))
 
 
+def epoch_factors(
+    lr: float,
+    *,
+    decay_epochs: Sequence[int],
+    decay_factors: Sequence[float],
+    steps_per_epoch: int,
+    warmup_steps: int = 0,
+    warmup_from: float = 0.01,
+) -> Schedule:
+    """lr, and lr * decay_factors[i] once decay_epochs[i] epochs are over, with a linear warm-up to lr by steps.
+
+    The factors are of lr, not of what came before: (0.1, 0.05) halves it the second time. Source: CLAE code of Plain
+    and UEL, whose epochs count from 0; papers/clae.md c.3.
+    """
+    milestones = jnp.asarray(tuple(decay_epochs) or (jnp.inf,))
+    factors = jnp.asarray((1.0, *decay_factors))
+
+    def value(e: Array) -> Array:
+        return lr * factors[jnp.sum(milestones < e)]
+
+    return _with_epoch_warmup(value, steps_per_epoch, warmup_steps, warmup_from, after=lambda e: jnp.float32(lr))
+
+
 def _with_epoch_warmup(value: Schedule, steps_per_epoch: int, steps: int, start: float, after: Schedule) -> Schedule:
     def schedule(step: Array) -> Array:
         epoch = jnp.floor_divide(step, steps_per_epoch) + 1
@@ -113,6 +138,15 @@ def make_schedule(
         return epoch_cosine(options.lr, epochs=-(-steps // steps_per_epoch), **common)
     if options.schedule == "epoch_steps":
         return epoch_steps(options.lr, decay_epochs=options.decay_epochs, **common)
+    if options.schedule == "epoch_factors":
+        epochs, factors = tuple(options.decay_epochs), tuple(options.decay_factors)
+        if len(epochs) != len(factors) or list(epochs) != sorted(epochs):
+            raise UserError(
+                f"{name}.decay_epochs is {epochs} and {name}.decay_factors {factors}; "
+                "expected ascending epochs, and one factor for each"
+            )
+        del common["decay_rate"]
+        return epoch_factors(options.lr, decay_epochs=epochs, decay_factors=factors, **common)
     if options.schedule == "constant":
         main = optax.constant_schedule(options.lr)
     else:
@@ -123,9 +157,16 @@ def make_schedule(
 
 
 def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) -> optax.GradientTransformation:
-    """SGD with weight decay on all parameters (as the SupCon code has it), AdamW or LARS with it on matrices only."""
+    """SGD or Adam with weight decay in the gradient of all parameters (as in torch); AdamW, LARS: on matrices only.
+
+    Adam is torch's: both means corrected for their start at 0, then lr * m / (sqrt(v) + 1e-8).
+    """
     if options.kind not in OPTIMIZERS:
         raise UserError(f"{name}.kind is {options.kind!r}; expected one of {', '.join(OPTIMIZERS)}")
+
+    if len(options.betas) != 2 or not all(0 <= b < 1 for b in options.betas):
+        raise UserError(f"{name}.betas is {tuple(options.betas)}; expected two numbers from 0 up to, not including, 1")
+    b1, b2 = options.betas
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -134,8 +175,10 @@ def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) 
         tx = optax.chain(
             optax.add_decayed_weights(options.weight_decay), optax.sgd(schedule, momentum=options.momentum)
         )
+    elif options.kind == "adam":
+        tx = optax.chain(optax.add_decayed_weights(options.weight_decay), optax.adam(schedule, b1, b2, eps=1e-8))
     elif options.kind == "adamw":
-        tx = optax.adamw(schedule, weight_decay=options.weight_decay, mask=matrices)
+        tx = optax.adamw(schedule, b1, b2, weight_decay=options.weight_decay, mask=matrices)
     else:
         tx = optax.lars(
             schedule,

@@ -14,9 +14,19 @@ from jaxcl.durations import to_steps
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
 from jaxcl.memory import LinearProbe
-from jaxcl.models import Model, ModelOptions, make_model, tap_stage
+from jaxcl.models import Model, ModelOptions, make_model
 from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
-from jaxcl.terms import SupCon
+from jaxcl.terms import (
+    Attract,
+    BarlowTwins,
+    ClassConditionalInfoNCE,
+    InstanceSpread,
+    NTXent,
+    OneWayInfoNCE,
+    Spread,
+    SupCon,
+)
+from jaxcl.views.adversary import Adversary
 from jaxcl.views.saliency import SaliencyMask
 
 
@@ -25,6 +35,7 @@ class Pass:
     """Views encoded together, as one batch of the batch norm; views that do not exist (yet) are left out."""
 
     views: tuple[str, ...]
+    norm_set: str = ""  # the set of batch norms; "": the clean one
 
 
 # The parts a config can name. A new part is a class (or factory) and one line here.
@@ -33,8 +44,17 @@ VIEWS: Mapping[str, Callable] = {
     "standard": augment.standard_view,
     "classifier": augment.classifier_view,
 }
-STAGES: Mapping[str, Callable] = {"saliency": SaliencyMask}
-TERMS: Mapping[str, Callable] = {"supcon": SupCon}
+STAGES: Mapping[str, Callable] = {"saliency": SaliencyMask, "adversary": Adversary}
+TERMS: Mapping[str, Callable] = {
+    "supcon": SupCon,
+    "nt_xent": NTXent,
+    "one_way_infonce": OneWayInfoNCE,
+    "instance_spread": InstanceSpread,
+    "spread": Spread,
+    "attract": Attract,
+    "class_conditional_infonce": ClassConditionalInfoNCE,
+    "barlow_twins": BarlowTwins,
+}
 MEMORY: Mapping[str, Callable] = {"linear_probe": LinearProbe}
 
 
@@ -151,6 +171,11 @@ class Recipe:
         wanted = {n for p in self.passes for n in p.views} | {n for i in phase.stages for n in self.stages[i].reads}
         return tuple(n for n in self.views if n in wanted)
 
+    def term_names(self, phase: Phase) -> tuple[str, ...]:
+        """The terms of a phase: those whose views exist, whatever stages have not begun."""
+        made = set(self.views) | {n for i in phase.stages for n in self.stages[i].writes}
+        return tuple(n for n, term in self.terms.items() if made.issuperset(term.reads))
+
 
 def data_facts(source: Any) -> dict[str, Any]:
     """What `build_recipe` has to know of its training data."""
@@ -233,8 +258,8 @@ def build_recipe(
     return recipe
 
 
-def _make_pass(views: tuple[str, ...] = ()) -> Pass:
-    return Pass(tuple(views))
+def _make_pass(views: tuple[str, ...] = (), norm_set: str = "") -> Pass:
+    return Pass(tuple(views), norm_set)
 
 
 def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
@@ -250,31 +275,16 @@ def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
     for i, stage in enumerate(recipe.stages):
         for name in stage.reads:
             exists(name, f"stages[{i}]", available)
-        if stage.rejected in available:
-            raise UserError(f"stages[{i}].rejected is {stage.rejected!r}, which is a view already; choose a new name")
+        for name in stage.creates:
+            if name in available:
+                raise UserError(f"stages[{i}] makes view {name!r}, which is a view already; choose a new name")
         available |= set(stage.writes)
-        part = recipe.memory.get(stage.classifier)
-        if part is None:
-            raise UserError(f"stages[{i}] needs memory.{stage.classifier} (a linear_probe), which the config lacks")
-        if part.schedule == "sequential":
-            raise UserError(
-                f"stages[{i}] explains with memory.{stage.classifier}, which schedule 'sequential' trains only after "
-                "the encoder; use 'online' or 'alternating'"
-            )
-        if stage.method == "grad_cam":
-            tap_stage(stage.tap, recipe.model.encoder.stage_sizes)
-        if stage.capacity(recipe.batch_size) % num_devices:
-            raise UserError(
-                f"stages[{i}].background_capacity gives {stage.capacity(recipe.batch_size)} rows, which do not divide "
-                f"over {num_devices} devices"
-            )
-        recipe.grad_cache.check_rows(
-            f"stages[{i}].background_capacity", stage.capacity(recipe.batch_size), recipe.batch_size, num_devices
-        )
+        stage.check(f"stages[{i}]", recipe, num_devices)
     if not recipe.passes or not recipe.terms:
         raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
     encoded: set[str] = set()
     for i, p in enumerate(recipe.passes):
+        recipe.model.check_norm_set(f"passes[{i}].norm_set", p.norm_set)
         for name in p.views:
             exists(name, f"passes[{i}]", made)
             if name in encoded:
@@ -293,5 +303,5 @@ def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
     if needs and not labelled:
         raise UserError(
             f"{needs[0]} needs a label on every training image, which the data lacks; give labels, or use a "
-            "config without labels (a supcon term with labels=False, and no linear_probe)"
+            "config without labels, such as configs/simclr.py:unlabelled"
         )

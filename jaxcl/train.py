@@ -262,6 +262,8 @@ class _Best:
         if not self._on:
             return {}
         self.offer(int(state.step), state, evaluation.quick(state, mesh))
+        if self._record is None:  # nothing that can be scored, as without labels
+            return {}
         with Checkpoints(self._path, keep=1) as checkpoints:
             winner = checkpoints.restore(state)
         figures = evaluation.quick(winner, mesh, split="test")

@@ -9,7 +9,7 @@ under `shard_map` on a mesh of several devices: what embeddings and sums they ex
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +90,14 @@ def _draw(recipe: Recipe, state: TrainState, index: Array, pipeline: str, name: 
 
 
 def run_stages(
-    recipe: Recipe, phase: Phase, state: TrainState, batch: Batch, views: dict[str, View]
+    recipe: Recipe, phase: Phase, state: TrainState, batch: Batch, views: dict[str, View], mesh: Mesh | None = None
 ) -> tuple[dict[str, View], dict, Metrics]:
     """-> (views with what the active stages made, batch statistics, figures). Nothing here is differentiated."""
     stats, metrics = state.batch_stats, {}
+
+    def loss(term: str, embeddings: dict[str, Embedding]) -> Array:
+        return _terms(recipe, mesh, (term,))(embeddings, batch["label"])[term]
+
     for i in phase.stages:
         stage = recipe.stages[i]
         part = recipe.memory.get(getattr(stage, "classifier", None))
@@ -104,9 +108,12 @@ def run_stages(
             memory=state.memory,
             pixels=to_pixels(batch["image"]),
             mean=recipe.mean,
+            std=recipe.std,
             label=batch["label"],
             classifier=(None if part is None else lambda m, h, p=part, n=stage.classifier: p.logits(m[n], h)),
             augment=lambda pipeline, name, x: _draw(recipe, state, batch["index"], pipeline, name, x),
+            loss=loss,
+            keys=lambda name: view_keys(state.key, state.step, batch["index"], name),
         )
         out = jax.lax.stop_gradient(stage(context, views))
         views = {**views, **out.views}
@@ -120,6 +127,8 @@ def run_pass(
 ) -> tuple[dict[str, Embedding], dict]:
     """Encode some views together, as one batch of the batch norm. -> (embeddings by name, new statistics)."""
     names = [n for n in spec.views if n in views]
+    if not names:  # a stage that makes them has not begun
+        return {}, stats
     images = [views[n].image for n in names]
     wheres = [views[n].where for n in names]
     sizes = [len(x) for x in images]
@@ -135,10 +144,18 @@ def run_pass(
     rows = _merge(images, groups)
     if chunks:
         h, stats = grad_cache.encode(
-            recipe.model, params, stats, rows, where=where, chunks=chunks, groups=groups, mesh=mesh
+            recipe.model,
+            params,
+            stats,
+            rows,
+            where=where,
+            norm_set=spec.norm_set,
+            chunks=chunks,
+            groups=groups,
+            mesh=mesh,
         )
     else:
-        h, stats = recipe.model.encode(params, stats, rows, train=True, where=where)
+        h, stats = recipe.model.encode(params, stats, rows, train=True, where=where, norm_set=spec.norm_set)
     z = recipe.model.project(params, h)
     return {
         n: Embedding(hh, zz, views[n].where)
@@ -161,11 +178,11 @@ def _split(array: Array, sizes: list[int], groups: int) -> list[Array]:
     return [a.reshape(-1, *array.shape[2:]) for a in jnp.split(array, ends, axis=1)]
 
 
-def _terms(recipe: Recipe, mesh: Mesh | None) -> Callable[[dict[str, Embedding], Array], Metrics]:
-    """(embeddings, labels [B]) -> the value of every term on the global batch."""
+def _terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[[dict[str, Embedding], Array], Metrics]:
+    """(embeddings, labels [B]) -> the values of the named terms on the global batch."""
 
     def values(embeddings: dict[str, Embedding], label: Array, axis_name: str | None = None) -> Metrics:
-        return {n: term(embeddings, label, axis_name=axis_name) for n, term in recipe.terms.items()}
+        return {n: recipe.terms[n](embeddings, label, axis_name=axis_name) for n in names}
 
     if mesh is None or mesh.size == 1:
         return values
@@ -173,11 +190,12 @@ def _terms(recipe: Recipe, mesh: Mesh | None) -> Callable[[dict[str, Embedding],
 
 
 def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
-    names, term_values = recipe.view_names(phase), _terms(recipe, mesh)
+    names, active = recipe.view_names(phase), recipe.term_names(phase)
+    term_values = _terms(recipe, mesh, active)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         views = make_views(recipe, state, batch, names)
-        views, stats_before, metrics = run_stages(recipe, phase, state, batch, views)
+        views, stats_before, metrics = run_stages(recipe, phase, state, batch, views, mesh)
 
         def objective(params):
             embeddings, stats = {}, stats_before

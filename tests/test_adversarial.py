@@ -1,10 +1,13 @@
-"""FGSM and PGD against their definition, the authors' images, and mistakes in units."""
+"""FGSM and PGD against their definition, in both balls, from random starts, and mistakes in units."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcl import sharding
 from jaxcl.adversarial import fgsm, pgd
 from jaxcl.errors import UserError
 
@@ -111,12 +114,33 @@ def test_type_is_kept(dtype):
         (dict(epsilon=float("nan")), "expected 0 or more"),
         (dict(epsilon=0.1, step_size=-1.0), "step_size=-1.0, expected 0 or more"),
         (dict(epsilon=0.1, num_steps=-1), "num_steps=-1"),
+        (dict(epsilon=60 / 255, bounds=(0.5, 0.6)), "images in [0.5, 0.6]"),
+        (dict(epsilon=0.9, bounds=(np.zeros(3), np.array([1, 0.8, 1]))), "images in [0 0 0, 1 0.8 1]"),
+        (dict(epsilon=0.1, bounds=(1.0, 0.0)), "expected the lowest value first"),
+        (dict(epsilon=np.full(4, 0.1)), "epsilon for 4 channels of images with 3"),
+        (
+            dict(epsilon=0.1, step_size=np.full(4, 0.1), num_steps=4),
+            "a schedule of step sizes has shape [num_steps, 1]",
+        ),
+        (dict(epsilon=0.1, step_size=np.full((4, 1), 0.1), num_steps=5), "a schedule of 4 step sizes for num_steps=5"),
+        (dict(epsilon=0.1, norm="l1"), "norm='l1', expected linf or l2"),
+        (dict(epsilon=np.full(3, 0.1), norm="l2"), "epsilon of shape (3,) with norm l2"),
+        (dict(epsilon=128.0, norm="l2"), "divide a value in 0..255 units by 255"),
+        (dict(epsilon=0.1, restarts=0), "restarts=0"),
+        (dict(epsilon=0.1, restarts=2), "restarts=2 without a key"),
+        (dict(epsilon=0.1, delta0=0.1, key=jax.random.key(0)), "delta0 and key both choose the start"),
+        (dict(epsilon=0.1, key=jax.random.split(jax.random.key(0), 2)), "keys of shape (2,)"),
     ],
 )
 def test_mistakes_are_one_line(options, message):
     with pytest.raises(UserError) as error:
         pgd(loss, images(), **options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_loss_of_another_shape():
+    with pytest.raises(UserError, match=r"loss of shape \(3, 4\), expected a scalar, or one an image, \(3,\)"):
+        pgd(lambda v: v.sum((1, 2))[:, :1] * jnp.ones(4), images(), epsilon=0.1)
 
 
 def test_other_units():
@@ -126,78 +150,190 @@ def test_other_units():
     fgsm(loss, images(), epsilon=4, bounds=None)  # normalised units may be anything
 
 
-# ---- the contrastive attacks' images (the losses written out here are those of the golden files)
+# ---- bounds and steps that differ by channel or by step, loops of any length
 
 
-def encoder(d):
-    def unit(z):
-        return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
-
-    if str(d["encoder"]) == "linear":
-        return lambda x: unit(jnp.einsum("bhwc,hwcd->bd", x, d["enc_kernel"]) + d["enc_bias"])
-
-    def conv(x):
-        stride = int(d["enc_conv_stride"])
-        h = jax.lax.conv_general_dilated(
-            x,
-            jnp.asarray(d["enc_conv_kernel"]),
-            (stride, stride),
-            [(1, 1), (1, 1)],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        h = jnp.tanh(h + d["enc_conv_bias"]).mean((1, 2))
-        return unit(h @ d["enc_dense_kernel"] + d["enc_dense_bias"])
-
-    return conv
+def test_bounds_by_channel():
+    """As in normalised units, where black and white are three numbers each."""
+    low, high = np.array([-0.5, 0.1, 0.0], np.float32), np.array([0.9, 1.0, 0.4], np.float32)
+    x = low + images() * (high - low)
+    got = pgd(loss, x, epsilon=0.3, step_size=0.2, num_steps=3, bounds=(low, jnp.asarray(high)))
+    np.testing.assert_allclose(got, slow_pgd(x, 0.3, 0.2, 3, bounds=(low, high)), atol=1e-6)
+    assert (got == low).any() and (got == high).any()
+    traced = jax.jit(lambda low, high: pgd(loss, x, epsilon=0.3, step_size=0.2, num_steps=3, bounds=(low, high)))
+    np.testing.assert_array_equal(traced(low, high), got)
+    half = pgd(loss, jnp.asarray(x, jnp.bfloat16), epsilon=0.3, num_steps=2, bounds=(low, high))
+    assert half.dtype == jnp.bfloat16
 
 
-def nt_xent(z_i, z_j, temperature):
-    z = jnp.concatenate([z_i, z_j])
-    s = jnp.where(jnp.eye(len(z), dtype=bool), -jnp.inf, z @ z.T / temperature)
-    partner = jnp.roll(jnp.arange(len(z)), len(z_i))
-    return jnp.mean(jax.nn.logsumexp(s, axis=1) - s[jnp.arange(len(z)), partner])
+@pytest.mark.parametrize("sizes", [[[0.05], [0.02], [0.01]], [[0.05, 0.01, 0], [0.02, 0, 0.03], [0.01, 0.1, 0.02]]])
+def test_schedule_of_steps(sizes):
+    x, want = images(), np.array(images(), np.float64)
+    for size in np.array(sizes):
+        want = np.clip(np.clip(want + size * np.sign(want - TARGET), x - 0.06, x + 0.06), 0, 1)
+    np.testing.assert_allclose(pgd(loss, x, epsilon=0.06, step_size=sizes, num_steps=3), want, atol=1e-6)
+    traced = jax.jit(lambda k: pgd(loss, x, epsilon=0.06, step_size=sizes, num_steps=k))
+    np.testing.assert_allclose(traced(3), want, atol=1e-6)
+    first = pgd(loss, x, epsilon=0.06, step_size=sizes[:1])
+    np.testing.assert_allclose(traced(1), first, atol=1e-6)
+    # Three sizes along one axis are one a channel, whatever the number of steps.
+    got = pgd(loss, x, epsilon=0.06, step_size=np.array([0.05, 0.02, 0.01]), num_steps=3)
+    np.testing.assert_allclose(got, slow_pgd(x, 0.06, np.array([0.05, 0.02, 0.01]), 3), atol=1e-6)
 
 
-def attacked(d, x):
-    encode = encoder(d)
-    anchor = jax.jit(encode)(jnp.asarray(x))
-    return lambda v: nt_xent(anchor, encode(v), float(d["temperature"]))
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_traced_number_of_steps(norm):
+    x = images()
+    compiled = jax.jit(lambda k: pgd(loss, x, epsilon=0.1, num_steps=k, norm=norm))
+    for k in (0, 1, 4):
+        np.testing.assert_allclose(compiled(k), pgd(loss, x, epsilon=0.1, num_steps=k, norm=norm), atol=1e-6)
+    assert compiled._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", ["attack_fgsm_simclr_linear", "attack_fgsm_simclr_conv", "attack_pgd5_simclr_conv"])
-def test_golden_attacks(golden, name):
-    d = golden("clae", name)
-    with jax.enable_x64(True):
-        x, loss_fn = jnp.asarray(d["x"]), attacked(d, d["x"])
-        if "num_steps" in d:
-            options = dict(epsilon=float(d["epsilon"]), step_size=float(d["step_size"]))
-            if "delta0" in d:
-                options["delta0"] = d["delta0"]
-            for steps in (1, int(d["num_steps"])):
-                got = jax.jit(lambda x, n=steps: pgd(loss_fn, x, num_steps=n, **options))(x)
-                np.testing.assert_allclose(got, d["x_adv_steps"][steps - 1], atol=1e-12)
-        else:
-            eps = float(d["epsilon"])
-            free, clipped = jax.jit(lambda x: [fgsm(loss_fn, x, epsilon=eps, bounds=b) for b in (None, (0.0, 1.0))])(x)
-            np.testing.assert_allclose(free, d["x_adv_noclip"], atol=1e-12)
-            np.testing.assert_allclose(clipped, d["x_adv"], atol=1e-12)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_outer_gradient_sees_the_images_only(norm):
+    """With loops of known and unknown length alike: the change is a constant, and pixels at a bound do not move."""
+    x = jnp.asarray(images())
+
+    def outer(x, w, steps):
+        attacked = pgd(lambda v: jnp.sum(w * (v - TARGET) ** 2), x, epsilon=0.1, num_steps=steps, norm=norm)
+        return jnp.sum(attacked), attacked
+
+    gradient = jax.grad(outer, argnums=(0, 1), has_aux=True)
+    for run in (jax.jit(gradient, static_argnums=2), jax.jit(gradient)):
+        (with_x, with_w), attacked = run(x, 2.0, 3)
+        assert with_w == 0
+        inside = (attacked > 0) & (attacked < 1)
+        assert inside.any() and not inside.all() or norm == "l2"
+        np.testing.assert_allclose(with_x[inside], 1, atol=1e-6)
+        np.testing.assert_allclose(with_x[~inside], 0, atol=1e-6)
 
 
-def test_golden_normalised_units(golden):
-    """A step in normalised units is a step of epsilon * std in pixels, one number a channel."""
-    d = golden("clae", "attack_fgsm_simclr_normalised_space")
-    with jax.enable_x64(True):
-        normalised = (d["x01"] - d["mean"]) / d["std"]
-        loss_fn = attacked(d, normalised)
+# ---- the Euclidean ball
 
-        @jax.jit
-        def attack(normalised, pixels):
-            in_pixels = lambda p: loss_fn((p - d["mean"]) / d["std"])  # noqa: E731
-            return (
-                fgsm(loss_fn, normalised, epsilon=float(d["epsilon_normalised"]), bounds=None),
-                fgsm(in_pixels, pixels, epsilon=d["epsilon_01"]),
-            )
 
-        got = attack(normalised, d["x01"])
-        np.testing.assert_allclose(got[0], d["x_adv_normalised"], atol=1e-12)
-        np.testing.assert_allclose(got[1], d["x_adv_01_clipped"], atol=1e-12)
+def lengths(v):
+    return np.linalg.norm(np.asarray(v, np.float64).reshape(len(v), -1), axis=1)
+
+
+def slow_l2(x, epsilon, size, steps, bounds=(0, 1), gradient=lambda v: 2 * (v - TARGET)):
+    v = np.array(x, np.float64)
+    for _ in range(steps):
+        for i in range(len(v)):
+            g = gradient(v)[i]
+            norm = np.sqrt((g**2).sum())
+            moved = v[i] + (size * g / norm if norm else 0) - x[i]
+            length = np.sqrt((moved**2).sum())
+            v[i] = x[i] + moved * (epsilon / length if length > epsilon else 1)
+        v = v if bounds is None else np.clip(v, *bounds)
+    return v
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+def test_l2_against_the_loop(bounds):
+    x = images()
+    got = pgd(loss, x, epsilon=0.8, step_size=0.3, num_steps=5, norm="l2", bounds=bounds)
+    np.testing.assert_allclose(got, slow_l2(x, 0.8, 0.3, 5, bounds), atol=2e-6)
+    assert lengths(got - x).max() <= 0.8 + 1e-5
+    if bounds is None:
+        np.testing.assert_allclose(lengths(got - x), 0.8, rtol=1e-5)
+        np.testing.assert_allclose(lengths(fgsm(loss, x, epsilon=0.8, norm="l2", bounds=None) - x), 0.8, rtol=1e-5)
+
+
+def test_l2_without_a_gradient_and_with_a_tiny_one():
+    """An image without gradient stays where it is; one so small that its square vanishes is a direction still."""
+    x = images()
+    weight = np.array([0.0, 1e-30, 1e20], np.float32)[:, None, None, None]
+    got = pgd(lambda v: jnp.sum(weight * v), x, epsilon=0.5, num_steps=2, norm="l2", bounds=None)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(lengths(got - x), [0, 0.5, 0.5], rtol=1e-4)
+    np.testing.assert_array_equal(got[0], x[0])
+    lost = pgd(lambda v: jnp.sum(np.float32(np.nan) * v), x, epsilon=0.5, norm="l2", bounds=None)
+    assert np.isnan(lost).all()  # nothing hides a gradient that is not a number
+
+
+def test_l2_in_half_precision():
+    x = jnp.asarray(images(), jnp.bfloat16)
+    got = pgd(loss, x, epsilon=0.5, num_steps=2, norm="l2", bounds=None)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(lengths(got.astype(np.float32) - x.astype(np.float32)), 0.5, rtol=0.05)
+
+
+# ---- random starts
+
+
+def starts(norm, key, n=400, **options):
+    x = np.full((n, 2, 2, 1), 0.5, np.float32)
+    options = dict(epsilon=0.2, bounds=None) | options
+    return np.asarray(pgd(jnp.sum, x, num_steps=0, norm=norm, key=key, **options) - x).reshape(n, -1)
+
+
+def test_random_starts_are_uniform_in_the_ball():
+    box = starts("linf", jax.random.key(1))
+    assert np.abs(box).max() <= 0.2
+    for share in (0.25, 0.5, 0.75):
+        np.testing.assert_allclose(np.mean(box < -0.2 + 0.4 * share), share, atol=0.05)
+    ball = starts("l2", jax.random.key(1))
+    radius = np.linalg.norm(ball, axis=1)
+    assert radius.max() <= 0.2 + 1e-6
+    # Of a ball in four dimensions, half the volume lies beyond 0.84 of its radius.
+    for share in (0.25, 0.5, 0.75):
+        np.testing.assert_allclose(np.mean(radius < 0.2 * share**0.25), share, atol=0.08)
+    np.testing.assert_allclose(ball.mean(0), 0, atol=0.02)
+    clipped = starts("linf", jax.random.key(1), bounds=(0.4, 0.6))
+    assert np.abs(clipped).max() <= 0.1 + 1e-6
+
+
+def test_keys_choose_the_start():
+    keys = jax.random.split(jax.random.key(0), 400)
+    own = starts("linf", keys)
+    np.testing.assert_array_equal(own[::-1], starts("linf", keys[::-1]))  # an image's start is its key's
+    np.testing.assert_array_equal(own[:7], starts("linf", keys[:7], n=7))
+    assert len(np.unique(own[:, 0])) > 390
+    assert not np.array_equal(starts("linf", jax.random.key(0)), starts("linf", jax.random.key(1)))
+    np.testing.assert_array_equal(starts("linf", jax.random.key(0)), starts("linf", jax.random.PRNGKey(0)))
+
+
+def hills(v):
+    """One loss an image, with many maxima: where an attack ends depends on where it starts."""
+    return jnp.sum(v * jnp.sin(40 * v), axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize("norm,epsilon", [("linf", 0.2), ("l2", 0.6)])
+def test_restarts_keep_the_best_start(norm, epsilon):
+    x, keys = images(shape=(8, 2, 2, 3)), jax.random.split(jax.random.key(3), 8)
+    options = dict(epsilon=epsilon, step_size=epsilon / 10, num_steps=3, norm=norm, bounds=None)
+    whole = lambda v: hills(v).sum()  # noqa: E731
+
+    @jax.jit
+    def run(x, keys):
+        attack = lambda of, restarts: pgd(of, x, key=keys, restarts=restarts, **options)  # noqa: E731
+        return attack(hills, 1), attack(hills, 6), attack(whole, 6)
+
+    one, many, batch = run(x, keys)
+    losses = [np.asarray(hills(v)) for v in (one, many, batch)]
+    assert np.all(losses[1] >= losses[0]) and np.any(losses[1] > losses[0])
+    # Choosing for each image by itself leaves more than choosing for the batch, and that more than the first start.
+    assert losses[1].sum() > losses[2].sum() > losses[0].sum()
+    assert (lengths(many - x).max() if norm == "l2" else np.abs(many - x).max()) <= epsilon + 1e-6
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+def test_starts_and_restarts_on_two_devices(by_image):
+    """With one key an image, an attack is the same wherever its images are."""
+    x, keys = images(shape=(8, 2, 2, 3)), jax.random.split(jax.random.key(3), 8)
+    mesh, rows = sharding.make_mesh(2), jax.sharding.PartitionSpec("data")
+    here = hills if by_image else lambda v: hills(v).sum()
+    there = hills if by_image else lambda v: jax.lax.psum(hills(v).sum(), "data")
+
+    def attack(of, x, keys):
+        return pgd(of, x, epsilon=0.2, step_size=0.02, num_steps=3, key=keys, restarts=4)
+
+    spread = jax.shard_map(functools.partial(attack, there), mesh=mesh, in_specs=rows, out_specs=rows)
+    np.testing.assert_allclose(jax.jit(spread)(x, keys), jax.jit(functools.partial(attack, here))(x, keys), atol=1e-6)
+
+
+def test_a_loss_by_image_is_the_sum():
+    x = images()
+    by_image = pgd(hills, x, epsilon=0.1, num_steps=3)
+    np.testing.assert_array_equal(by_image, pgd(lambda v: jnp.sum(hills(v)), x, epsilon=0.1, num_steps=3))

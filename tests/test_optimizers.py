@@ -70,6 +70,43 @@ def test_epoch_steps_is_the_formula(milestones, warm_epochs):
     np.testing.assert_allclose(values(schedule, 40), want, rtol=1e-5, atol=1e-7)
 
 
+def test_golden_factors(golden):
+    """CLAE's stairs for Plain and UEL, whose epochs count from 0; two steps an epoch."""
+    d = golden("clae", "lr_schedule_plain_uel")
+    options = OptimizerOptions(
+        lr=float(d["base_lr"]),
+        schedule="epoch_factors",
+        decay_epochs=(120, 160, 200),
+        decay_factors=(0.1, 0.05, 0.01),
+    )
+    schedule = make_schedule(options, name="optimizer", steps=2 * 301, steps_per_epoch=2, batch_size=4)
+    assert (d["epoch"] == np.arange(301)).all()
+    np.testing.assert_allclose(values(schedule, 2 * 301), np.repeat(d["lr"], 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("warm_epochs", [0, 2])
+def test_factors_are_of_the_first_rate(warm_epochs):
+    options = OptimizerOptions(
+        lr=0.2,
+        schedule="epoch_factors",
+        decay_epochs=(3, 5),
+        decay_factors=(0.5, 2.0),
+        warmup=f"{warm_epochs} epochs",
+        warmup_from=0.1,
+    )
+    got = values(make_schedule(options, name="optimizer", steps=21, steps_per_epoch=3, batch_size=4), 21)
+    want = np.repeat([0.2, 0.2, 0.2, 0.1, 0.1, 0.4, 0.4], 3)
+    if warm_epochs:
+        want[:6] = 0.1 + np.arange(6) / 6 * 0.1
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_no_stairs_is_constant():
+    options = OptimizerOptions(lr=0.2, schedule="epoch_factors")
+    got = values(make_schedule(options, name="optimizer", steps=6, steps_per_epoch=3, batch_size=4), 6)
+    np.testing.assert_allclose(got, 0.2, rtol=1e-6)
+
+
 def test_milestones_count_strictly():
     """The rate falls in the epoch after the milestone."""
     schedule = epoch_steps(1.0, decay_epochs=(2,), steps_per_epoch=3)
@@ -132,6 +169,29 @@ def test_sgd_decays_every_parameter():
         np.testing.assert_allclose(got[k], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.8)])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_adam_decays_every_parameter(betas, decay):
+    """torch's Adam: the decay joins the gradient of biases and scales as well, so both means see it."""
+    got = run(OptimizerOptions(kind="adam", lr=0.1, betas=betas, weight_decay=decay))
+    params = {k: v.copy() for k, v in PARAMS.items()}
+    m, v = {k: 0.0 for k in PARAMS}, {k: 0.0 for k in PARAMS}
+    for t in range(4):
+        for k, g in gradients(t).items():
+            g = g + decay * params[k]
+            m[k] = betas[0] * m[k] + (1 - betas[0]) * g
+            v[k] = betas[1] * v[k] + (1 - betas[1]) * g**2
+            corrected = (v[k] / (1 - betas[1] ** (t + 1))) ** 0.5
+            params[k] = params[k] - 0.1 * m[k] / (1 - betas[0] ** (t + 1)) / (corrected + 1e-8)
+    for k, want in params.items():
+        np.testing.assert_allclose(got[k], want, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_takes_its_betas():
+    one, other = (run(OptimizerOptions(kind="adamw", lr=0.1, betas=b)) for b in ((0.9, 0.999), (0.5, 0.8)))
+    assert np.abs(np.asarray(one["kernel"]) - np.asarray(other["kernel"])).max() > 1e-3
+
+
 def test_sgd_is_the_chain_of_the_paper():
     options = OptimizerOptions(kind="sgd", lr=0.1, weight_decay=1e-4)
     ours = make_optimizer(options, optax.constant_schedule(0.1), name="optimizer")
@@ -168,7 +228,11 @@ def test_clipping_is_of_the_global_norm():
         (dict(lr=0.0), "optimizer.lr is 0.0; expected a learning rate above 0"),
         (dict(lr=float("nan")), "optimizer.lr is nan"),
         (dict(warmup="5 weeks"), "optimizer.warmup is '5 weeks'"),
-        (dict(kind="adam"), "optimizer.kind is 'adam'; expected one of sgd, adamw, lars"),
+        (dict(kind="adan"), "optimizer.kind is 'adan'; expected one of sgd, adam, adamw, lars"),
+        (dict(kind="adam", betas=(0.9,)), "optimizer.betas is (0.9,); expected two numbers"),
+        (dict(kind="adam", betas=(0.9, 1.0)), "optimizer.betas is (0.9, 1.0); expected two numbers"),
+        (dict(schedule="epoch_factors", decay_epochs=(1, 2), decay_factors=(0.1,)), "one factor for each"),
+        (dict(schedule="epoch_factors", decay_epochs=(2, 1), decay_factors=(0.1, 0.2)), "expected ascending epochs"),
     ],
 )
 def test_mistakes(options, words):

@@ -80,7 +80,7 @@ def drop(path):
             set_("stages.0.rejected", "backgrounds"),
             "passes[0] names view 'background', which nothing makes; did you mean",
         ),
-        (set_("stages.0.rejected", "view2"), "stages[0].rejected is 'view2', which is a view already"),
+        (set_("stages.0.rejected", "view2"), "stages[0] makes view 'view2', which is a view already"),
         (set_("terms.supcon.views", ("view1", "standard")), "terms.supcon names view 'standard', which nothing makes"),
         (set_("terms.supcon.views", ()), "term supcon: views is empty"),
         (set_("terms.supcon.background", "bg"), "terms.supcon names view 'bg', which nothing makes"),

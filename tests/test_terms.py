@@ -1,4 +1,4 @@
-"""The SupCon term: which rows are positives, negatives or nothing."""
+"""The terms: which rows are positives, negatives or nothing, and that each is its loss, on any number of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcl import losses, sharding
 from jaxcl.errors import UserError
-from jaxcl.terms import Embedding, SupCon
+from jaxcl.recipe import TERMS, fields
+from jaxcl.terms import (
+    Attract,
+    BarlowTwins,
+    ClassConditionalInfoNCE,
+    Embedding,
+    InstanceSpread,
+    NTXent,
+    OneWayInfoNCE,
+    Spread,
+    SupCon,
+)
 
 N, K, D = 6, 4, 5
 LABEL = np.array([0, 1, 0, 2, 1, 1], np.int32)
@@ -175,3 +186,157 @@ def test_what_it_reads():
     assert (term.reads, term.optional, SupCon().optional) == (("a", "b"), ("c",), ())
     with pytest.raises(UserError, match="views is empty"):
         SupCon(views=())
+
+
+# ---- terms of two views, and of classes across views
+
+PAIRS = {
+    "nt_xent": NTXent(temperature=0.3),
+    "one_way_infonce": OneWayInfoNCE(temperature=0.3),
+    "one_way_infonce of views swapped": OneWayInfoNCE(views=("view2", "view1"), temperature=0.3),
+    "one_way_infonce of raw rows": OneWayInfoNCE(temperature=0.3, normalize=False),
+    "instance_spread": InstanceSpread(temperature=0.3, negative_multiplier=2.0),
+    "instance_spread of raw rows": InstanceSpread(temperature=2.0, normalize=False),
+    "barlow_twins": BarlowTwins(off_diagonal_weight=0.2, scale=0.5),
+}
+CLASSES = {
+    "attract": Attract(temperature=0.3, clip_positive=1.0),
+    "attract over all positives": Attract(
+        temperature=0.3, positives_in_denominator=True, positive_weight=0.5, norm="released"
+    ),
+    "attract without labels": Attract(labels=False),
+    "class_conditional_infonce": ClassConditionalInfoNCE(temperature=0.3, norm="none"),
+    "spread": Spread(temperature=0.3, a_lc=1.0, a_spread=3.0),
+    "spread without its second part": Spread(a_lc=0.5, a_spread=0.0),
+}
+
+
+def unit(z):
+    return z / jnp.linalg.norm(z, axis=1, keepdims=True)
+
+
+def by_hand(name, z1, z2, label, where=None):
+    """The loss a term stands for, called as its docstring says."""
+    both, options = jnp.stack([z1, z2]), dict(where=where)
+    match name:
+        case "nt_xent":
+            return losses.nt_xent(z1, z2, temperature=0.3)
+        case "one_way_infonce":
+            return losses.one_way_infonce(unit(z1), unit(z2), temperature=0.3)
+        case "one_way_infonce of views swapped":
+            return losses.one_way_infonce(unit(z2), unit(z1), temperature=0.3)
+        case "one_way_infonce of raw rows":
+            return losses.one_way_infonce(z1, z2, temperature=0.3)
+        case "instance_spread":
+            rows = unit(jnp.concatenate([z1, z2]))
+            return losses.instance_spread(rows, temperature=0.3, negative_multiplier=2.0)
+        case "instance_spread of raw rows":
+            return losses.instance_spread(jnp.concatenate([z1, z2]), temperature=2.0)
+        case "barlow_twins":
+            return losses.barlow_twins(z1, z2, off_diagonal_weight=0.2, scale=0.5)
+        case "attract":
+            return losses.attract(both, label, temperature=0.3, clip_positive=1.0, **options)
+        case "attract over all positives":
+            options |= dict(positives_in_denominator=True, positive_weight=0.5, norm="released")
+            return losses.attract(both, label, temperature=0.3, **options)
+        case "attract without labels":
+            return losses.attract(both, temperature=0.5, **options)
+        case "class_conditional_infonce":
+            return losses.class_conditional_infonce(both, label, temperature=0.3, norm="none", **options)
+        case "spread":
+            return losses.spread(both, label, temperature=0.3, a_lc=1.0, a_spread=3.0, **options)[0]
+        case "spread without its second part":
+            return 0.5 * losses.attract(both, label, temperature=0.5, **options)
+
+
+def pair(z1, z2, where=None):
+    return {n: Embedding(z, z, where) for n, z in (("view1", z1), ("view2", z2))}
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *CLASSES])
+def test_it_is_the_loss_on_one_and_on_eight_devices(name):
+    """Value and gradients, each row's once; some images unlabelled, in the class losses some that do not exist."""
+    term, z = (PAIRS | CLASSES)[name], [tiny.normal(16, D, seed=i) for i in range(2)]
+    label = np.concatenate([SOME_LABELS, LABEL, [-1, 0]]).astype(np.int32)
+    padded = np.arange(16) % 5 != 3
+
+    def of(axis_name):
+        def loss(z1, z2, label, where):
+            return term(pair(z1, z2, where if name in CLASSES else None), label, axis_name=axis_name)
+
+        return loss
+
+    def hand(z1, z2, label, where):
+        return by_hand(name, z1, z2, label, where)
+
+    mesh = sharding.make_mesh(8)
+    over = jax.shard_map(of(sharding.AXIS), mesh=mesh, in_specs=P(sharding.AXIS), out_specs=P())
+    one, eight, want = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*z, label, padded) for f in (of(None), over, hand)
+    )
+    for got in (one, eight):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert np.abs(want[1][0]).max() > 1e-3
+    if name in CLASSES:
+        assert not np.asarray(one[1][0])[~padded].any()
+
+
+def test_unlabelled_images_attract_their_own_views_only():
+    label = np.array([0, -1, 0, -1, 1, -1], np.int32)
+    for term in (Attract(), ClassConditionalInfoNCE(), Spread()):
+        got = term(embeddings(background=None), jnp.asarray(label))
+        alone = term(embeddings(background=None), jnp.array([0, 10, 0, 11, 1, 12], jnp.int32))
+        together = term(embeddings(background=None), jnp.array([0, 2, 0, 2, 1, 2], jnp.int32))
+        np.testing.assert_allclose(got, alone, rtol=1e-6)
+        assert abs(got - together) > 1e-3
+
+
+def test_half_precision_embeddings():
+    """Unit rows are formed in float32."""
+    z = [jnp.asarray(tiny.normal(16, D, seed=i), jnp.bfloat16) for i in range(2)]
+    for name in ("one_way_infonce", "instance_spread"):
+        got = PAIRS[name](pair(*z), jnp.zeros(16, jnp.int32))
+        want = by_hand(name, *(x.astype(jnp.float32) for x in z), None)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair_terms_refuse_rows_that_do_not_exist(name):
+    with pytest.raises(UserError, match="has rows that do not exist") as error:
+        PAIRS[name](pair(Z1, Z2, jnp.ones(N, bool)), jnp.asarray(LABEL))
+    assert "\n" not in str(error.value) and "view" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_every_kind_keeps_the_contract(kind):
+    term = TERMS[kind](views=("a", "b"), weight=0.25)
+    assert (term.views, term.reads, term.optional, term.weight) == (("a", "b"), ("a", "b"), (), 0.25)
+    assert term.needs_labels == (kind in ("supcon", "spread", "attract", "class_conditional_infonce"))
+    assert {"views", "weight"} <= set(fields(TERMS[kind]))
+    assert TERMS[kind]() == TERMS[kind](**fields(TERMS[kind])) and hash(term)
+    assert getattr(term, "kind", kind) == kind
+    if "labels" in fields(TERMS[kind]):
+        assert not TERMS[kind](labels=False).needs_labels
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: NTXent(views=("a",)), "term nt_xent: views is ('a',); expected the names of two views"),
+        (lambda: BarlowTwins(views=("a", "b", "c")), "term barlow_twins: views is ('a', 'b', 'c')"),
+        (lambda: OneWayInfoNCE(temperature=0.0), "term one_way_infonce: temperature=0.0, expected a number above 0"),
+        (lambda: InstanceSpread(negative_multiplier=0.5), "negative_multiplier is 0.5; expected a number from 1 up"),
+        (lambda: Spread(views=("a",)), "term spread: views is ('a',); expected the names of two or more views"),
+        (lambda: Spread(a_lc=0.0, a_spread=0.0), "a_lc is 0.0 and a_spread 0.0"),
+        (lambda: Spread(a_lc=-1.0), "a_lc is -1.0"),
+        (lambda: Attract(temperature=-1.0), "term attract: temperature=-1.0"),
+        (lambda: Attract(norm="unti"), "term attract: norm='unti', expected one of unit, none, released"),
+        (lambda: Attract(positive_weight=2.0), "positive_weight needs positives_in_denominator=True"),
+    ],
+)
+def test_what_terms_refuse(make, words):
+    with pytest.raises(UserError) as error:
+        make()
+    assert words in str(error.value) and "\n" not in str(error.value)

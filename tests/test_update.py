@@ -178,6 +178,7 @@ class Spy:
 
     calls: list
     weight = 1.0
+    reads = ("view1",)
 
     def __call__(self, e, label, *, axis_name=None):
         self.calls.append((axis_name, {n: v.z.shape for n, v in e.items()}, label.shape))

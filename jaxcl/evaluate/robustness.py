@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcl.adversarial import fgsm
+from jaxcl.adversarial import fgsm, pgd
 from jaxcl.losses import cross_entropy
 
 
@@ -41,9 +41,38 @@ def fgsm_examples(
       Goodfellow et al., arXiv:1412.6572; as used by ExCon, arXiv:2111.14271.
     """
     pixels = jnp.asarray(pixels)
+    return fgsm(_classification(logits_fn, pixels, labels, mean, std, where), pixels, epsilon=epsilon)
+
+
+def pgd_examples(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    pixels: ArrayLike,
+    labels: ArrayLike,
+    *,
+    epsilon: ArrayLike,
+    num_steps: int = 20,
+    step_size: ArrayLike | None = None,
+    mean: ArrayLike,
+    std: ArrayLike,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Many steps along the gradient sign of the cross-entropy, never further than epsilon from a pixel's value.
+
+    Starts at the image itself and ends at the last step, so it is deterministic. Arguments, returns and errors as for
+    `fgsm_examples`, and:
+
+    Args:
+      num_steps: >= 0.
+      step_size: as epsilon; None: 2.5 * epsilon / num_steps.
+
+    References:
+      Madry et al., arXiv:1706.06083.
+    """
+    pixels = jnp.asarray(pixels)
+    loss = _classification(logits_fn, pixels, labels, mean, std, where)
+    return pgd(loss, pixels, epsilon=epsilon, num_steps=num_steps, step_size=step_size)
+
+
+def _classification(logits_fn, pixels, labels, mean, std, where):
     mean, std = jnp.asarray(mean, pixels.dtype), jnp.asarray(std, pixels.dtype)
-
-    def loss(x):
-        return cross_entropy(logits_fn((x - mean) / std), labels, where=where)
-
-    return fgsm(loss, pixels, epsilon=epsilon)
+    return lambda x: cross_entropy(logits_fn((x - mean) / std), labels, where=where)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxcl.errors import UserError
 from jaxcl.models.convolution import loop_conv
 from jaxcl.models.heads import ProjectionHead
+from jaxcl.models.norms import SET_MOMENTUM, replace, statistics_of
 from jaxcl.models.resnet import ResNet, resnet, tap_stage
 
 __all__ = ["Model", "ModelOptions", "ProjectionHead", "ResNet", "make_model", "resnet", "tap_stage"]
@@ -34,6 +35,8 @@ class ModelOptions:
     stage_widths: Sequence[int] = ()  # planes per stage, instead of 64, 128, ...
     strides: Sequence[int] = ()  # stride of each stage, instead of 1, 2, 2, ...
     norm: str = "batch"  # or "group": each image by itself, no running statistics
+    norm_sets: Sequence[str] = ()  # names of further sets of batch norms, beside the clean one that evaluates
+    norm_set_momentum: float = SET_MOMENTUM  # of their running statistics; the clean set keeps 0.9 of the old value
     head_hidden_layers: int = 1  # 0: one dense layer
     head_features: int = 128  # size of the embedding
     dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
@@ -55,39 +58,67 @@ class Model:
         """Whether what an image becomes depends on its batch."""
         return self.encoder.norm == "batch"
 
+    def check_norm_set(self, where: str, name: str) -> None:
+        """UserError unless this is a set of batch norms that the model has; "" is the clean one."""
+        known = ("", *self.encoder.norm_sets)
+        if name not in known:
+            names = ", ".join(map(repr, known))
+            raise UserError(f"{where} is {name!r}; expected one of {names}; model.norm_sets adds further ones")
+
     def init(self, key: Array, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
-        """-> (params {"encoder", "head"}, batch statistics of the encoder)."""
+        """-> (params {"encoder", "head"}, batch statistics of the encoder), of all sets of batch norms."""
         encoder_key, head_key = jax.random.split(key)
         variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
         head = self.head.init(head_key, jnp.zeros((1, self.features)))
         return {"encoder": variables["params"], "head": head["params"]}, variables.get("batch_stats", {})
 
-    def _encoder(self, params: Tree, stats: Tree, *args, train: bool, **kwargs) -> tuple[Any, Tree]:
+    def _encoder(self, params: Tree, stats: Tree, *args, train: bool, norm_set: str, **kwargs) -> tuple[Any, Tree]:
+        self.check_norm_set("norm_set", norm_set)
+        kwargs |= dict(train=train, norm_set=norm_set)
         variables = {"params": params["encoder"], "batch_stats": stats}
         if not train:
-            return self.encoder.apply(variables, *args, train=False, **kwargs), stats
-        out, new = self.encoder.apply(variables, *args, train=True, mutable=["batch_stats"], **kwargs)
+            return self.encoder.apply(variables, *args, **kwargs), stats
+        out, new = self.encoder.apply(variables, *args, mutable=["batch_stats"], **kwargs)
         return out, {**stats, **new.get("batch_stats", {})}
 
-    def encode(self, params: Tree, stats: Tree, images: Array, *, train: bool, where: Array | None = None):
+    def encode(
+        self,
+        params: Tree,
+        stats: Tree,
+        images: Array,
+        *,
+        train: bool,
+        where: Array | None = None,
+        norm_set: str = "",
+    ) -> tuple[Array, Tree]:
         """images [N,H,W,C] -> (features [N,D] float32, new batch statistics).
 
         train: normalise by this batch (rows with `where` False do not count) and move the running statistics.
+        norm_set: the set of batch norms to use, "" the clean one; no statistics but its own move.
+        Errors: UserError for a set that the model has not.
         """
-        return self._encoder(params, stats, images, train=train, where=where)
+        return self._encoder(params, stats, images, train=train, where=where, norm_set=norm_set)
 
-    def batch_statistics(self, params: Tree, stats: Tree, images: Array, *, where: Array | None = None) -> Tree:
+    def statistics_of(self, stats: Tree, norm_set: str = "") -> Tree:
+        """The part of the batch statistics that belongs to one set; all, where there is one set."""
+        return statistics_of(stats, norm_set, self.encoder.norm_sets)
+
+    def batch_statistics(
+        self, params: Tree, stats: Tree, images: Array, *, where: Array | None = None, norm_set: str = ""
+    ) -> Tree:
         """The means and variances that `encode` normalises these images [N,H,W,C] by when training, {} without any.
 
-        The tree of the running statistics, which here do not enter.
+        The tree of the running statistics of the set (`statistics_of`), which here do not enter.
         """
-        forgetful = dataclasses.replace(self, encoder=self.encoder.clone(momentum=0.0))
-        return forgetful.encode(params, stats, images, train=True, where=where)[1]
+        momentum = "norm_set_momentum" if norm_set else "momentum"
+        forgetful = dataclasses.replace(self, encoder=self.encoder.clone(**{momentum: 0.0}))
+        _, new = forgetful.encode(params, stats, images, train=True, where=where, norm_set=norm_set)
+        return self.statistics_of(new, norm_set)
 
-    def move_statistics(self, stats: Tree, batch: Tree) -> Tree:
-        """Running statistics after a batch with the given ones."""
-        keep = self.encoder.momentum
-        return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, stats, batch)
+    def move_statistics(self, stats: Tree, batch: Tree, norm_set: str = "") -> Tree:
+        """Running statistics of all sets after a batch with the given ones (`batch_statistics`) of one set."""
+        keep = self.encoder.norm_set_momentum if norm_set else self.encoder.momentum
+        return replace(stats, batch, lambda old, new: keep * old + (1 - keep) * new)
 
     def for_loops(self) -> "Model":
         """The same model, to be differentiated inside a loop: see models.convolution."""
@@ -100,17 +131,18 @@ class Model:
         return self.head.apply({"params": params["head"]}, h)
 
     def split_at(
-        self, params: Tree, stats: Tree, images: Array, tap: str, *, train: bool
+        self, params: Tree, stats: Tree, images: Array, tap: str, *, train: bool, norm_set: str = ""
     ) -> tuple[Array, Callable[[Array], tuple[Array, Tree]], Tree]:
         """-> (activations [N,h,w,M] at the tap, tail: activations -> (features [N,D], statistics), statistics).
 
         The tail is a function of the activations alone, so its `jax.vjp` costs the backward pass down to the tap and
         no more. With `train` both halves use the statistics of this batch, as one pass over the network would.
+        `norm_set` as in `encode`.
         """
-        (a, x), new = self._encoder(params, stats, images, tap, train=train, method="to_tap")
+        (a, x), new = self._encoder(params, stats, images, tap, train=train, norm_set=norm_set, method="to_tap")
 
         def tail(a: Array) -> tuple[Array, Tree]:
-            return self._encoder(params, new, a, x, tap, train=train, method="from_tap")
+            return self._encoder(params, new, a, x, tap, train=train, norm_set=norm_set, method="from_tap")
 
         return a, tail, new
 
@@ -128,6 +160,8 @@ def make_model(options: ModelOptions) -> Model:
         stage_widths=options.stage_widths,
         strides=options.strides,
         norm=options.norm,
+        norm_sets=options.norm_sets,
+        norm_set_momentum=options.norm_set_momentum,
         dtype=dtype,
     )
     if options.head_features < 1 or options.head_hidden_layers < 0:

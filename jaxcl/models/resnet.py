@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
+from jaxcl.models.norms import MOMENTUM, NORMS, SET_MOMENTUM, add_norms, apply_norm, check_norm_sets
 
 Array = jax.Array
 
@@ -25,9 +26,6 @@ DEPTHS = {
     101: ("bottleneck", (3, 4, 23, 3)),
 }
 STEMS = ("cifar", "imagenet", "patch2", "patch4", "patch8")
-NORMS = ("batch", "group")
-# Flax keeps 0.9 of the old value where torch writes momentum 0.1; its running variance is biased (n, not n-1).
-MOMENTUM = 0.9
 
 # Kaiming normal, fan-out, gain for ReLU.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -73,18 +71,6 @@ def _conv(features: int, kernel: int, stride: int, dtype: Any, convolution: Call
     )
 
 
-def _norm(kind: str, channels: int, momentum: float, dtype: Any) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm(momentum=momentum, epsilon=1e-5, dtype=dtype)
-    return nn.GroupNorm(num_groups=norm_groups(channels), epsilon=1e-5, dtype=dtype)
-
-
-def norm_groups(channels: int) -> int:
-    """Groups of a group norm: 32, or the nearest divisor below that leaves two channels to a group."""
-    # One channel a group would be instance norm, which erases a 1x1 feature map.
-    return max(g for g in range(1, max(1, min(32, channels // 2)) + 1) if channels % g == 0)
-
-
 class BasicBlock(nn.Module):
     """3x3 - BN - ReLU - 3x3 - BN, plus shortcut, ReLU."""
 
@@ -93,27 +79,30 @@ class BasicBlock(nn.Module):
     stride: int = 1
     dtype: Any = jnp.float32
     norm: str = "batch"
-    momentum: float = MOMENTUM  # of the batch norms' running statistics
+    momentum: float = MOMENTUM  # of the running statistics of the clean set
+    norm_sets: Sequence[str] = ()  # names of further sets of batch norms
+    norm_set_momentum: float = SET_MOMENTUM  # of theirs
     convolution: Callable | None = None  # None: lax's
     expansion = 1
 
     def setup(self):
-        norm = partial(_norm, self.norm, momentum=self.momentum, dtype=self.dtype)
         conv = partial(_conv, dtype=self.dtype, convolution=self.convolution)
-        self.conv1, self.bn1 = conv(self.planes, 3, self.stride), norm(self.planes)
-        self.conv2, self.bn2 = conv(self.planes, 3, 1), norm(self.planes)
+        self.conv1 = conv(self.planes, 3, self.stride)
+        add_norms(self, "bn1", self.planes)
+        self.conv2 = conv(self.planes, 3, 1)
+        add_norms(self, "bn2", self.planes)
         self.projects = self.stride != 1 or self.in_features != self.planes
         if self.projects:
             self.shortcut_conv = conv(self.planes, 1, self.stride)
-            self.shortcut_bn = norm(self.planes)
+            add_norms(self, "shortcut_bn", self.planes)
 
     def to_tap(self, x: Array, mode: dict) -> Array:
         """The raw output of the last convolution: before its batch norm, the residual sum and the ReLU."""
-        return self.conv2(nn.relu(self.bn1(self.conv1(x), **mode)))
+        return self.conv2(nn.relu(apply_norm(self, "bn1", self.conv1(x), mode)))
 
     def from_tap(self, a: Array, x: Array, mode: dict) -> Array:
-        y = self.bn2(a, **mode)
-        shortcut = self.shortcut_bn(self.shortcut_conv(x), **mode) if self.projects else x
+        y = apply_norm(self, "bn2", a, mode)
+        shortcut = apply_norm(self, "shortcut_bn", self.shortcut_conv(x), mode) if self.projects else x
         return nn.relu(y + shortcut)
 
     def __call__(self, x: Array, mode: dict) -> Array:
@@ -128,29 +117,33 @@ class Bottleneck(nn.Module):
     stride: int = 1
     dtype: Any = jnp.float32
     norm: str = "batch"
-    momentum: float = MOMENTUM  # of the batch norms' running statistics
+    momentum: float = MOMENTUM  # of the running statistics of the clean set
+    norm_sets: Sequence[str] = ()  # names of further sets of batch norms
+    norm_set_momentum: float = SET_MOMENTUM  # of theirs
     convolution: Callable | None = None  # None: lax's
     expansion = 4
 
     def setup(self):
-        norm = partial(_norm, self.norm, momentum=self.momentum, dtype=self.dtype)
         conv = partial(_conv, dtype=self.dtype, convolution=self.convolution)
-        self.conv1, self.bn1 = conv(self.planes, 1, 1), norm(self.planes)
-        self.conv2, self.bn2 = conv(self.planes, 3, self.stride), norm(self.planes)
-        self.conv3, self.bn3 = conv(4 * self.planes, 1, 1), norm(4 * self.planes)
+        self.conv1 = conv(self.planes, 1, 1)
+        add_norms(self, "bn1", self.planes)
+        self.conv2 = conv(self.planes, 3, self.stride)
+        add_norms(self, "bn2", self.planes)
+        self.conv3 = conv(4 * self.planes, 1, 1)
+        add_norms(self, "bn3", 4 * self.planes)
         self.projects = self.stride != 1 or self.in_features != 4 * self.planes
         if self.projects:
             self.shortcut_conv = conv(4 * self.planes, 1, self.stride)
-            self.shortcut_bn = norm(4 * self.planes)
+            add_norms(self, "shortcut_bn", 4 * self.planes)
 
     def to_tap(self, x: Array, mode: dict) -> Array:
         """The raw output of the third convolution, before its batch norm."""
-        y = nn.relu(self.bn1(self.conv1(x), **mode))
-        return self.conv3(nn.relu(self.bn2(self.conv2(y), **mode)))
+        y = nn.relu(apply_norm(self, "bn1", self.conv1(x), mode))
+        return self.conv3(nn.relu(apply_norm(self, "bn2", self.conv2(y), mode)))
 
     def from_tap(self, a: Array, x: Array, mode: dict) -> Array:
-        y = self.bn3(a, **mode)
-        shortcut = self.shortcut_bn(self.shortcut_conv(x), **mode) if self.projects else x
+        y = apply_norm(self, "bn3", a, mode)
+        shortcut = apply_norm(self, "shortcut_bn", self.shortcut_conv(x), mode) if self.projects else x
         return nn.relu(y + shortcut)
 
     def __call__(self, x: Array, mode: dict) -> Array:
@@ -158,6 +151,7 @@ class Bottleneck(nn.Module):
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+BLOCK_OPTIONS = ("dtype", "norm", "momentum", "norm_sets", "norm_set_momentum", "convolution")
 
 
 class ResNet(nn.Module):
@@ -174,6 +168,8 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     norm: str = "batch"
     momentum: float = MOMENTUM
+    norm_sets: Sequence[str] = ()  # names of sets beside the clean one
+    norm_set_momentum: float = SET_MOMENTUM
     convolution: Callable | None = None
 
     @property
@@ -189,47 +185,52 @@ class ResNet(nn.Module):
         else:
             size = int(self.stem.removeprefix("patch"))
             self.stem_conv = MatmulConv(width, size, size, self.dtype)
-        self.stem_bn = _norm(self.norm, width, self.momentum, self.dtype)
+        add_norms(self, "stem_bn", width)
+        options = {k: getattr(self, k) for k in BLOCK_OPTIONS}
         stages, channels = [], width
         for size, planes, stride in zip(self.stage_sizes, self.widths, self.strides, strict=True):
             blocks = []
             for i in range(size):
-                options = dict(dtype=self.dtype, norm=self.norm, momentum=self.momentum, convolution=self.convolution)
                 blocks.append(block(channels, planes, stride if i == 0 else 1, **options))
                 channels = planes * block.expansion
             stages.append(blocks)
         self.stages = stages
 
     def _stem(self, x: Array, mode: dict) -> Array:
-        x = nn.relu(self.stem_bn(self.stem_conv(x.astype(self.dtype)), **mode))
+        x = nn.relu(apply_norm(self, "stem_bn", self.stem_conv(x.astype(self.dtype)), mode))
         if self.stem == "imagenet":
             # Post-ReLU values are >= 0, so zero padding equals the -inf padding of the original.
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         return x
 
-    def _mode(self, train: bool, where: Array | None) -> dict:
+    def _mode(self, train: bool, where: Array | None, norm_set: str) -> dict:
         """What the norms are told in this call. A group norm sees each image alone: nothing."""
         if self.norm != "batch":
             return {}
         mask = None if where is None or not train else where[:, None, None, None]
-        return dict(use_running_average=not train, mask=mask)
+        return dict(use_running_average=not train, mask=mask, norm_set=norm_set)
 
     @staticmethod
     def _pool(x: Array) -> Array:
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
-    def __call__(self, x: Array, train: bool = False, where: Array | None = None) -> Array:
-        """x [N,H,W,C] normalised images; `where` [N] bool: rows that count in the batch statistics."""
-        mode = self._mode(train, where)
+    def __call__(self, x: Array, train: bool = False, where: Array | None = None, norm_set: str = "") -> Array:
+        """x [N,H,W,C] normalised images; `where` [N] bool: rows that count in the batch statistics.
+
+        norm_set: the batch norms to use, "" or one of `norm_sets`.
+        """
+        mode = self._mode(train, where, norm_set)
         x = self._stem(x, mode)
         for blocks in self.stages:
             for block in blocks:
                 x = block(x, mode)
         return self._pool(x)
 
-    def to_tap(self, x: Array, tap: str, train: bool = False, where: Array | None = None) -> tuple[Array, Array]:
+    def to_tap(
+        self, x: Array, tap: str, train: bool = False, where: Array | None = None, norm_set: str = ""
+    ) -> tuple[Array, Array]:
         """-> (activations [N,h,w,M] at the tap, the input of the tapped block, which `from_tap` wants back)."""
-        mode, stage = self._mode(train, where), tap_stage(tap, self.stage_sizes)
+        mode, stage = self._mode(train, where, norm_set), tap_stage(tap, self.stage_sizes)
         x = self._stem(x, mode)
         for blocks in self.stages[:stage]:
             for block in blocks:
@@ -238,9 +239,11 @@ class ResNet(nn.Module):
             x = block(x, mode)
         return self.stages[stage][-1].to_tap(x, mode), x
 
-    def from_tap(self, a: Array, x: Array, tap: str, train: bool = False, where: Array | None = None) -> Array:
+    def from_tap(
+        self, a: Array, x: Array, tap: str, train: bool = False, where: Array | None = None, norm_set: str = ""
+    ) -> Array:
         """Activations at the tap and the tapped block's input -> pooled features [N,D]."""
-        mode, stage = self._mode(train, where), tap_stage(tap, self.stage_sizes)
+        mode, stage = self._mode(train, where, norm_set), tap_stage(tap, self.stage_sizes)
         x = self.stages[stage][-1].from_tap(a, x, mode)
         for blocks in self.stages[stage + 1 :]:
             for block in blocks:
@@ -266,12 +269,15 @@ def resnet(
     strides: Sequence[int] = (),
     dtype: Any = jnp.float32,
     norm: str = "batch",
+    norm_sets: Sequence[str] = (),
+    norm_set_momentum: float = SET_MOMENTUM,
 ) -> ResNet:
     """A ResNet by depth (18, 34, 50, 101), stem and width factor; the three sequences override the standard stages.
 
-    norm: "batch", or "group" (Wu and He 2018, arXiv 1803.08494; see `norm_groups`), which keeps no statistics and
+    norm: "batch", or "group" (Wu and He 2018, arXiv 1803.08494; see `norms.norm_groups`), which keeps no statistics and
     sees each image alone.
-    Errors: UserError for an unknown depth, stem or norm, or sequences of unequal length.
+    norm_sets: names of further sets of batch norms (see `norms`), whose running statistics keep norm_set_momentum.
+    Errors: UserError for an unknown depth, stem or norm, sequences of unequal length, or sets without batch norm.
     """
     if depth not in DEPTHS:
         raise UserError(f"model.depth is {depth}; expected one of {', '.join(map(str, DEPTHS))}")
@@ -279,6 +285,7 @@ def resnet(
         raise UserError(f"model.stem is {stem!r}; expected one of {', '.join(STEMS)}")
     if norm not in NORMS:
         raise UserError(f"model.norm is {norm!r}; expected one of {', '.join(NORMS)}")
+    check_norm_sets(norm, norm_sets, norm_set_momentum)
     if not width > 0:
         raise UserError(f"model.width is {width}; expected a factor above 0")
     block, sizes = DEPTHS[depth]
@@ -294,5 +301,14 @@ def resnet(
         if min(values) < 1:
             raise UserError(f"model.{key} is {values}; expected whole numbers of at least 1")
     widths = tuple(max(1, round(w * width)) for w in widths)
-    make = partial(ResNet, block=block, stem=stem, dtype=dtype, norm=norm)
-    return make(stage_sizes=sizes, widths=widths, strides=strides)
+    return ResNet(
+        stage_sizes=sizes,
+        widths=widths,
+        strides=strides,
+        block=block,
+        stem=stem,
+        dtype=dtype,
+        norm=norm,
+        norm_sets=tuple(norm_sets),
+        norm_set_momentum=norm_set_momentum,
+    )

@@ -34,9 +34,12 @@ class Context(NamedTuple):
     memory: dict[str, Tree]
     pixels: Array  # [B,H,W,C] float32 in [0,1]
     mean: tuple[float, ...]  # [C] the colour that is 0 once normalised
+    std: tuple[float, ...]  # [C] what normalising divides by
     label: Array  # [B] int32
     classifier: Callable[[Tree, Array], Array] | None  # (memory, features [B,D]) -> logits [B,classes]
     augment: Callable[[str, str, Array], View]  # (view's pipeline, name for its keys, pixels) -> view
+    loss: Callable[[str, dict[str, Any]], Array]  # (term, embeddings by view) -> its value on the global batch
+    keys: Callable[[str], Array]  # name -> one key an image [B]
 
 
 class StageOutput(NamedTuple):

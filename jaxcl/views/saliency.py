@@ -11,12 +11,14 @@ Source: Zhang et al. 2021, papers: arXiv 2111.14271; algorithm a.3 of the releas
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcl import saliency
 from jaxcl.errors import UserError
+from jaxcl.models import tap_stage
 from jaxcl.views import Context, StageOutput, View
 
 Array = jax.Array
@@ -65,6 +67,29 @@ class SaliencyMask:
     @property
     def writes(self) -> tuple[str, ...]:
         return (self.into, self.rejected) if self.rejected else (self.into,)
+
+    @property
+    def creates(self) -> tuple[str, ...]:
+        return (self.rejected,) if self.rejected else ()
+
+    def check(self, where: str, recipe: Any, num_devices: int) -> None:
+        """UserError for what the recipe lacks."""
+        part = recipe.memory.get(self.classifier)
+        if part is None:
+            raise UserError(f"{where} needs memory.{self.classifier} (a linear_probe), which the config lacks")
+        if part.schedule == "sequential":
+            raise UserError(
+                f"{where} explains with memory.{self.classifier}, which schedule 'sequential' trains only after "
+                "the encoder; use 'online' or 'alternating'"
+            )
+        if self.method == "grad_cam":
+            tap_stage(self.tap, recipe.model.encoder.stage_sizes)
+        rows = self.capacity(recipe.batch_size)
+        if rows % num_devices:
+            raise UserError(
+                f"{where}.background_capacity gives {rows} rows, which do not divide over {num_devices} devices"
+            )
+        recipe.grad_cache.check_rows(f"{where}.background_capacity", rows, recipe.batch_size, num_devices)
 
     def capacity(self, batch_size: int) -> int:
         """Rows of the background view."""

@@ -1,4 +1,4 @@
-"""FGSM on a classifier: the reference's images, pixel units, rows that are not attacked."""
+"""FGSM and PGD on a classifier: the reference's images, pixel units, rows that are not attacked."""
 
 import golden_net
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
-from jaxcl.evaluate import fgsm_examples
+from jaxcl.evaluate import fgsm_examples, pgd_examples
 from jaxcl.losses import cross_entropy
 
 
@@ -81,3 +81,37 @@ def test_the_loss_rises_and_units_are_checked():
     assert np.all(np.diff(losses) > 0)
     with pytest.raises(UserError, match="divide a value in 0..255 units by 255"):
         fgsm_examples(logits_fn, pixels, labels, epsilon=4, mean=0.0, std=1.0)
+
+
+def test_pgd_takes_its_steps_in_pixels():
+    """Against the loop; for one step it is FGSM; rows that do not count stay as they are."""
+    rng = np.random.default_rng(2)
+    pixels = rng.random((4, 4, 4, 3)).astype(np.float32)
+    weights = rng.normal(size=(4, 4, 3, 5)).astype(np.float32)
+    labels, where = np.array([0, -1, 2, 3]), np.array([True, True, False, True])
+    mean, std = np.array([0.5, 0.4, 0.3], np.float32), np.array([0.2, 0.3, 0.4], np.float32)
+    options = dict(epsilon=0.05, mean=mean, std=std, where=where)
+    logits_fn = lambda x: jnp.sin(3 * linear(weights)(x))  # noqa: E731
+
+    @jax.jit
+    def run(x):
+        usual, chosen = (pgd_examples(logits_fn, x, labels, num_steps=6, step_size=s, **options) for s in (None, 0.02))
+        return (
+            usual,
+            chosen,
+            pgd_examples(logits_fn, x, labels, num_steps=1, **options),
+            fgsm_examples(logits_fn, x, labels, **options),
+        )
+
+    usual, chosen, one, sign = run(pixels)
+    np.testing.assert_array_equal(one, sign)
+    gradient = jax.jit(jax.grad(lambda x: cross_entropy(logits_fn((x - mean) / std), labels, where=where)))
+    for got, step in ((usual, 2.5 * 0.05 / 6), (chosen, 0.02)):
+        v = pixels
+        for _ in range(6):
+            v = np.clip(np.clip(v + np.float32(step) * np.sign(gradient(v)), pixels - 0.05, pixels + 0.05), 0, 1)
+        np.testing.assert_allclose(got, v, atol=1e-6)
+        np.testing.assert_array_equal(got[1:3], pixels[1:3])
+        assert np.abs(got[0] - pixels[0]).max() <= 0.05 + 1e-6
+    with pytest.raises(UserError, match="divide a value in 0..255 units by 255"):
+        pgd_examples(logits_fn, pixels, labels, **options | dict(epsilon=4))

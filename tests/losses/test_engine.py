@@ -77,9 +77,8 @@ def problem(n, m, seed=0):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("devices,bounded", [(1, False), (2, True), (3, False), (8, True)])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["itself", "others"])
-@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "any"])
 def test_rings_of_any_size(wide, symmetric, bounded, devices):
     p = problem(4 * devices, 4 * devices if symmetric else 7 * devices)
     if symmetric:
@@ -140,7 +139,7 @@ def test_one_compiled_program_serves_every_call():
 # ---- dense, tiled and ring in float32
 
 
-NAMES = ("supcon", "simclr", "nt_xent", "one_way", "uel", "spread")
+NAMES = ("supcon", "nt_xent", "spread")
 
 
 def losses_only(z_NxVxD, labels, axis_name=None, implementation="dense"):
@@ -148,10 +147,7 @@ def losses_only(z_NxVxD, labels, axis_name=None, implementation="dense"):
     a, b = z_NxVxD[:, 0], z_NxVxD[:, 1]
     values = {
         "supcon": supcon(z_NxVxD, labels, **how),
-        "simclr": supcon(z_NxVxD, **how),
         "nt_xent": nt_xent(a, b, **how),
-        "one_way": one_way_infonce(a / 8, b / 8, **how),
-        "uel": instance_spread(jnp.concatenate([a, b]) / 8, temperature=0.5, **how),
         "spread": spread(jnp.stack([a, b]), labels, **how)[0],
     }
     return jnp.stack([values[k] for k in NAMES])
@@ -165,7 +161,7 @@ def batch():
     return (centres[labels, None] + rng.normal(size=(64, 2, 128))).astype(np.float32), labels
 
 
-@pytest.mark.parametrize("devices,implementation", [(1, "tiled"), (2, "ring"), (8, "ring"), (8, "tiled")])
+@pytest.mark.parametrize("devices,implementation", [(1, "tiled"), (2, "ring"), (8, "ring")])
 def test_float32_agrees_to_1e_5(batch, devices, implementation):
     z, labels = batch
     want, want_grads = jax.jit(losses_only)(z, labels), jax.jit(jax.jacrev(losses_only))(z, labels)

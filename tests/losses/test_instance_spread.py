@@ -25,7 +25,7 @@ def test_golden(golden, name, wide):
     options = dict(temperature=float(d["temperature"]), negative_multiplier=float(d["neg_m"]))
     with jax.enable_x64(wide):
         features = jnp.asarray(d["features"], jnp.float64 if wide else jnp.float32)
-        for how in ENGINES:
+        for how in ENGINES if wide else ("tiled",):
             value, (grad,) = value_and_grads(instance_spread, features, implementation=how, **options)
             assert value.dtype == grad.dtype == features.dtype
             assert_close(value, d["loss"], 1e-9 if wide else 1e-4)

@@ -81,7 +81,7 @@ def test_golden(golden, loss, name, inputs, wide):
     d = golden("clae", name)
     with jax.enable_x64(wide):
         arrays = [jnp.asarray(d[k], jnp.float64 if wide else jnp.float32) for k in inputs]
-        for how in ENGINES:
+        for how in ENGINES if wide else ("tiled",):
             value, grads = value_and_grads(loss, *arrays, temperature=float(d["temperature"]), implementation=how)
             assert value.dtype == grads[0].dtype == arrays[0].dtype
             assert_close(value, d["loss"], 1e-9 if wide else 1e-5)
@@ -101,7 +101,7 @@ def test_golden_negatives(golden, name, wide):
         arrays = [jnp.asarray(d[k], jnp.float64 if wide else jnp.float32) for k in names]
         plain = nt_xent(*arrays[:2], temperature=options["temperature"])
         assert_close(plain, d["loss_plain_ntxent"], 1e-9 if wide else 2e-6)
-        for how in ENGINES:
+        for how in ENGINES if wide else ("tiled",):
             value, grads = value_and_grads(loss, *arrays, implementation=how, **options)
             assert_close(value, d["loss"], 1e-9 if wide else 2e-6)
             for grad, k in zip(grads, names, strict=True):

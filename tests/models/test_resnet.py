@@ -13,7 +13,8 @@ from jax import lax
 from jaxcl.errors import UserError
 from jaxcl.memory import LinearProbe
 from jaxcl.models import ModelOptions, ProjectionHead, make_model, resnet, tap_stage
-from jaxcl.models.resnet import BasicBlock, Bottleneck, MatmulConv, ResNet, _conv, norm_groups
+from jaxcl.models.norms import norm_groups
+from jaxcl.models.resnet import BasicBlock, Bottleneck, MatmulConv, ResNet, _conv
 
 TINY = ModelOptions(stage_sizes=(2, 1), stage_widths=(8, 16), stem="cifar", head_features=12)
 

@@ -46,9 +46,12 @@ def context(d, *, bias=0.0, **changes):
         memory={},
         pixels=jnp.asarray(d["images"], jnp.float32) * 0.25 + 0.5,
         mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
         label=label,
         classifier=lambda memory, h: h + bias * jax.nn.one_hot(label, h.shape[-1]),
         augment=None,
+        loss=None,
+        keys=None,
     )._replace(**changes)
 
 

@@ -1,15 +1,9 @@
-"""Terms: losses on the named embeddings of one update. The equations are in jaxcl.losses; here they meet their inputs.
+"""The SupCon term: which rows are positives, negatives or nothing.
 
-A term is called as `term(embeddings, label, axis_name=...)` and returns a scalar. With an axis name it runs on every
-device of that mesh axis inside `jax.shard_map`: embeddings and labels are then the device's own rows of the global
-batch, and the scalar is the loss of the global batch, the same everywhere. An `arange` that tells rows apart therefore
-starts at the device's first row, and every sum over rows goes over the devices too.
-
-B batch, K background rows, V views, D features, E embedding.
+B batch, K background rows, V views, E embedding.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +11,9 @@ import jax.numpy as jnp
 from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.losses.common import first_row
+from jaxcl.terms.base import Embedding, exist_in_all
 
 Array = jax.Array
-
-
-class Embedding(NamedTuple):
-    """What one view became: features h [B,D], embedding z [B,E] (not normalised), rows that exist [B] or None."""
-
-    h: Array
-    z: Array
-    where: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +56,7 @@ class SupCon:
 
     def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
         z_BxVxE = jnp.stack([e[name].z for name in self.views], axis=1)
-        wheres = [e[name].where for name in self.views if e[name].where is not None]
-        where = jnp.all(jnp.stack(wheres), axis=0) if wheres else None
+        where = exist_in_all(e, self.views)
         B = z_BxVxE.shape[0]
         # An image without a label (-1) is a class of its own, below every real one, in the batch of all devices.
         image = first_row(B, axis_name) + jnp.arange(B)

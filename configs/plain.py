@@ -1,0 +1,72 @@
+"""Plain: each image's first view picks its second view among the second views of the batch; no labels.
+
+    python -m jaxcl.main --config=configs/plain.py
+
+Presets as in simclr.py: a data set, a scale (paper, cpu), and labelled or unlabelled.
+
+    configs/plain.py                           garments on a CPU; not yet run
+    configs/plain.py:cifar10                   CIFAR-10, the baseline of CLAE; not yet run
+    configs/plain.py:cifar100                  not yet run
+    configs/plain.py:tiny_imagenet             not yet run
+
+Without labels, on your own images:
+
+    python -m jaxcl.main --config=configs/plain.py:unlabelled --config.data.source=npz:images.npz
+
+Everything not said here is as in supcon.py. Source: the baseline of that name in Ho and Vasconcelos 2020, arXiv
+2010.12050; settings of the released code, whose convolutions are drawn from torch's defaults.
+"""
+
+from jaxcl import config as base
+
+DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+SCALES = ("paper", "cpu")
+LABELS = ("labelled", "unlabelled")
+AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # the others have the CPU's scale only
+
+
+def get_config(preset: str = ""):
+    """The config of a preset such as "cifar100,cpu"."""
+    dataset, scale, labels = base.choose(preset, DATASETS, SCALES, LABELS)
+    c = base.extend(__file__, "supcon.py", f"{dataset},{scale}")
+    c.name = base.title("plain", (dataset, scale, labels), ("garments", "paper", "labelled"))
+
+    for name in ("view1", "view2"):
+        c.views[name] = base.view(
+            "random", crop_area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grayscale=0.2
+        )
+    c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
+    del c.terms.supcon
+    c.terms.one_way_infonce = base.term("one_way_infonce", views=("view1", "view2"), temperature=0.1)
+    c.model.head_hidden_layers = 0
+    if dataset in AT_SCALE and scale == "paper":
+        _paper(c, dataset)
+    if labels == "unlabelled":
+        del c.memory.probe
+        c.eval.quick = c.eval.final = ()
+    return c
+
+
+def _paper(c, dataset):
+    """The authors' hyper-parameters (SGD, lr 0.03 in four stairs)."""
+    c.duration = "301 epochs"
+    c.batch_size = 128
+    c.model.depth = 18
+    c.eval.features = "z"  # as the authors do; pooled features, h, are the default elsewhere
+    if dataset == "tiny_imagenet":
+        c.duration = "100 epochs"  # which ends before the first stair, as theirs does
+        c.size = 224  # 64 pixels, enlarged
+        c.model.stem = "imagenet"
+    c.optimizer = base.options(
+        base.OptimizerOptions,
+        kind="sgd",
+        lr=0.03,
+        momentum=0.9,
+        weight_decay=5e-4,
+        schedule="epoch_factors",
+        decay_epochs=(120, 160, 200),
+        decay_factors=(0.1, 0.05, 0.01),
+    )
+    c.memory.probe.optimizer = base.options(
+        base.OptimizerOptions, kind="adam", lr=3e-4, weight_decay=0.0, schedule="constant"
+    )

@@ -1,0 +1,69 @@
+"""SimCLR: two random views of an image find each other among all views of the batch; no labels.
+
+    python -m jaxcl.main --config=configs/simclr.py
+
+Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet), a
+scale (paper: the authors' network and budget; cpu: the small network and minutes of the embedded sets, which have no
+other), and what labels are for: labelled (the linear probe and the evaluation read them, the encoder does not) or
+unlabelled (nothing does: no probe, no evaluation).
+
+    configs/simclr.py                          garments on a CPU; not yet run
+    configs/simclr.py:cifar10                  CIFAR-10, the baseline of CLAE; not yet run
+    configs/simclr.py:cifar100                 not yet run
+    configs/simclr.py:tiny_imagenet            not yet run
+
+Without labels, on your own images:
+
+    python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=npz:images.npz
+
+Where some labels are known after all: --config.eval.final="('knn','linear')". Data of a preset other than the embedded
+ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. Everything not said here is as in supcon.py.
+
+Source: Chen et al. 2020, arXiv 2002.05709; settings of the baseline in the released code of CLAE (Ho and Vasconcelos
+2020, arXiv 2010.12050), which normalises CIFAR to [-1, 1], draws convolutions from torch's defaults and has no blur.
+"""
+
+from jaxcl import config as base
+
+DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+SCALES = ("paper", "cpu")
+LABELS = ("labelled", "unlabelled")
+AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # the others have the CPU's scale only
+
+
+def get_config(preset: str = ""):
+    """The config of a preset such as "cifar100,cpu"."""
+    dataset, scale, labels = base.choose(preset, DATASETS, SCALES, LABELS)
+    c = base.extend(__file__, "supcon.py", f"{dataset},{scale}")
+    c.name = base.title("simclr", (dataset, scale, labels), ("garments", "paper", "labelled"))
+
+    for name in ("view1", "view2"):
+        c.views[name] = base.view("random", crop_area=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), grayscale=0.2)
+    c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
+    del c.terms.supcon
+    c.terms.nt_xent = base.term("nt_xent", views=("view1", "view2"), temperature=0.5)
+    if dataset in AT_SCALE and scale == "paper":
+        _paper(c, dataset)
+    if labels == "unlabelled":
+        del c.memory.probe
+        c.eval.quick = c.eval.final = ()
+    return c
+
+
+def _paper(c, dataset):
+    """The authors' hyper-parameters (Adam, 3e-4 throughout)."""
+    c.duration = "100 epochs"
+    c.batch_size = 256
+    c.model.depth = 18
+    c.model.head_hidden_layers = 1
+    c.model.head_features = 64
+    if dataset == "tiny_imagenet":
+        c.size = 224  # 64 pixels, enlarged
+        c.batch_size = 128
+        c.model.stem = "imagenet"
+    c.optimizer = base.options(base.OptimizerOptions, kind="adam", lr=3e-4, weight_decay=0.0, schedule="constant")
+    c.memory.probe.optimizer = base.options(
+        base.OptimizerOptions, kind="adam", lr=3e-4, weight_decay=0.0, schedule="constant"
+    )
+    c.eval.knn_temperature = 0.5
+    c.eval.knn_features = "z"  # its linear evaluation reads h

@@ -1,0 +1,34 @@
+"""UEL (instance spreading): each view finds its partner and is told from every other row of the batch; no labels.
+
+    python -m jaxcl.main --config=configs/uel.py
+
+Presets as in simclr.py: a data set, a scale (paper, cpu), and labelled or unlabelled.
+
+    configs/uel.py                             garments on a CPU; not yet run
+    configs/uel.py:cifar10                     CIFAR-10, the baseline of CLAE; not yet run
+    configs/uel.py:cifar100                    not yet run
+    configs/uel.py:tiny_imagenet               not yet run
+
+Without labels, on your own images:
+
+    python -m jaxcl.main --config=configs/uel.py:unlabelled --config.data.source=npz:images.npz
+
+Everything but the loss is plain.py of the same preset. Source: Ye et al., CVPR 2019, in the batch form of Ho and
+Vasconcelos 2020, arXiv 2010.12050; settings of the latter's released code.
+"""
+
+from jaxcl import config as base
+
+DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+SCALES = ("paper", "cpu")
+LABELS = ("labelled", "unlabelled")
+
+
+def get_config(preset: str = ""):
+    """The config of a preset such as "cifar100,cpu"."""
+    dataset, scale, labels = base.choose(preset, DATASETS, SCALES, LABELS)
+    c = base.extend(__file__, "plain.py", f"{dataset},{scale},{labels}")
+    c.name = base.title("uel", (dataset, scale, labels), ("garments", "paper", "labelled"))
+    del c.terms.one_way_infonce
+    c.terms.instance_spread = base.term("instance_spread", views=("view1", "view2"), temperature=0.1)
+    return c

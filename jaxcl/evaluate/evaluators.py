@@ -1,0 +1,263 @@
+"""Evaluators: one frozen encoder -> (figures, panels of the report). What lacks its labels says so by `LeftOut`.
+
+N images, S side, K classes.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl import saliency
+from jaxcl.augment import standard_view
+from jaxcl.evaluate.calibration import expected_calibration_error, reliability
+from jaxcl.evaluate.explanation import drop_increase, mask_agreement
+from jaxcl.evaluate.knn import knn_predict
+from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
+from jaxcl.evaluate.logistic import fit_logistic
+from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
+from jaxcl.train_state import TrainState
+from jaxcl.update import to_pixels
+
+if TYPE_CHECKING:
+    from jaxcl.evaluate.suite import Frozen
+
+Array = jax.Array
+Figures = dict[str, Any]
+PICTURED = 200  # test images from which the shown explanations are taken
+
+
+class LeftOut(Exception):
+    """An evaluator that cannot run on this data or recipe; its text says what is missing."""
+
+
+def _needs_labels(f: "Frozen", *splits: str) -> None:
+    for split in splits:
+        if not (f.source(split).labels >= 0).any():
+            raise LeftOut(f"no {'training' if split == 'train' else 'test'} image has a label")
+
+
+def _needs_classifier(f: "Frozen") -> None:
+    if f.evaluation.classifier is None:
+        raise LeftOut("the config trains no classifier (no linear_probe in memory)")
+
+
+def _accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    known = labels >= 0
+    return float((predicted[known] == labels[known]).mean()) if known.any() else float("nan")
+
+
+def knn(f: "Frozen") -> tuple[Figures, dict]:
+    """Weighted nearest neighbours in the training features."""
+    _needs_labels(f, "train", "test")
+    kind = f.options.knn_features or f.options.features
+    probabilities = knn_predict(
+        f.features("train", kind),
+        f.source("train").labels,
+        f.features("test", kind),
+        k=f.options.knn_k,
+        temperature=f.options.knn_temperature,
+        num_classes=f.recipe.num_classes,
+    )
+    accuracy = _accuracy(np.asarray(probabilities).argmax(-1), f.test.labels)
+    return {"accuracy": accuracy, "k": f.options.knn_k}, {}
+
+
+def linear(f: "Frozen") -> tuple[Figures, dict]:
+    """Multinomial logistic regression on frozen features, fitted to its optimum."""
+    _needs_labels(f, "train", "test")
+    probe = fit_linear_probe(f.features("train"), f.source("train").labels, num_classes=f.recipe.num_classes)
+    logits = np.asarray(probe_logits(probe, f.features("test")))
+    return {"accuracy": _accuracy(logits.argmax(-1), f.test.labels)}, {}
+
+
+def logistic(f: "Frozen") -> tuple[Figures, dict]:
+    """The same by Adam for many epochs, the protocol of CLAE (papers/clae.md d); the accuracy is the last epoch's."""
+    _needs_labels(f, "train", "test")
+    fit = fit_logistic(
+        f.features("train"),
+        f.source("train").labels,
+        test=(f.features("test"), f.test.labels),
+        num_classes=f.recipe.num_classes,
+        epochs=f.options.logistic_epochs,
+        batch_size=f.options.logistic_batch_size,
+        learning_rate=f.options.logistic_lr,
+        seed=f.recipe.seed,
+    )
+    accuracies = np.asarray(fit.test_accuracy)
+    best = int(accuracies.argmax())
+    figures = {"accuracy": float(accuracies[-1]), "epochs": len(accuracies)}
+    # Chosen on the images it is measured on, hence not the first figure: the papers' protocol, and optimistic.
+    return figures | {"best_epoch_accuracy": float(accuracies[best]), "best_epoch": best + 1}, {}
+
+
+def raw_pixels(f: "Frozen") -> tuple[Figures, dict]:
+    """The same regression on the pixels themselves, with a penalty that suits them: what an encoder has to beat."""
+    _needs_labels(f, "train", "test")
+    train = f.source("train")
+    if not train.in_memory:
+        return {}, {}
+    flat = [np.asarray(s.images, np.float32).reshape(len(s), -1) / 255 for s in (train, f.test)]
+    probe = fit_linear_probe(flat[0], train.labels, num_classes=f.recipe.num_classes, l2=1.0, max_steps=60)
+    return {"accuracy": _accuracy(np.asarray(probe_logits(probe, flat[1])).argmax(-1), f.test.labels)}, {}
+
+
+def classifier(f: "Frozen") -> tuple[Figures, dict]:
+    """The classifier trained along with the encoder."""
+    _needs_classifier(f)
+    _needs_labels(f, "test")
+    predicted, labels = f.probabilities("test").argmax(-1), f.test.labels
+    known = labels >= 0
+    matrix = np.zeros((f.recipe.num_classes,) * 2, np.int64)
+    np.add.at(matrix, (labels[known], predicted[known]), 1)
+    panel = {"confusion": {"matrix": matrix, "class_names": f.test.class_names}}
+    return {"accuracy": _accuracy(predicted, labels)}, panel
+
+
+def explanation(f: "Frozen") -> tuple[Figures, dict]:
+    """Drop and increase in confidence for the predicted class (papers/excon.md d.2), and the true masks where known."""
+    _needs_classifier(f)
+    S = f.recipe.image_shape[0]
+
+    def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+        image, logits_fn = f.normalize(to_pixels(batch["image"])), f.logits_fn(state)
+        probabilities = jax.nn.softmax(logits_fn(image))
+        predicted = probabilities.argmax(-1)
+        maps = _maps(f, state, image, predicted)
+        kept = saliency.apply_mask(image, saliency.top_fraction_mask(maps, f.options.explanation_fraction))
+        masked = jax.nn.softmax(logits_fn(kept))
+        take = lambda p: jnp.take_along_axis(p, predicted[:, None], 1)[:, 0]  # noqa: E731
+        return {"before": take(probabilities), "after": take(masked), "maps": maps}
+
+    out = f.collect(f.test, "explanation", explain)
+    figures = {k: float(v) for k, v in drop_increase(out["before"], out["after"]).items()}
+    truth = f.test.extras.get("mask")
+    if truth is not None and truth.shape[1:] == (S, S):
+        keep = np.asarray(saliency.keep_mask(out["maps"], 0.5))
+        figures |= {k: float(v) for k, v in mask_agreement(keep, out["maps"], truth).items()}
+    # Pictures are of the maps for the true class.
+    return figures, {"saliency": _explained(f, truth)} if (f.test.labels >= 0).any() else {}
+
+
+def _maps(f: "Frozen", state: TrainState, image: Array, target: Array) -> Array:
+    """GradCAM maps [N,S,S] in [0,1] of the frozen network."""
+    name = f.evaluation.classifier
+    activations, tail, _ = f.recipe.model.split_at(state.params, state.batch_stats, image, f.options.tap, train=False)
+    cam = saliency.grad_cam(lambda a: f.recipe.memory[name].logits(state.memory[name], tail(a)[0]), activations, target)
+    return saliency.normalize_map(cam, image.shape[1])
+
+
+def _explained(f: "Frozen", truth: np.ndarray | None) -> dict[str, Any]:
+    """Some test images, their map for the true class, the masked image, and whether that still passes as its class."""
+
+    def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+        pixels = to_pixels(batch["image"])
+        image = f.normalize(pixels)
+        maps = _maps(f, state, image, batch["label"])
+        keep = saliency.keep_mask(maps, 0.5)
+        masked = saliency.apply_mask(image, keep)
+        accepted = f.logits_fn(state)(masked).argmax(-1) == batch["label"]
+        show = lambda x: jnp.clip(x * jnp.asarray(f.recipe.std) + jnp.asarray(f.recipe.mean), 0, 1)  # noqa: E731
+        return {"image": show(image), "map": maps, "keep": keep, "masked": show(masked), "accepted": accepted}
+
+    some = min(len(f.test), PICTURED)
+    source = f.test.take(np.arange(some)) if f.test.in_memory else f.test
+    parts = []
+    for out, where in f.run(source, "explained", explain):
+        parts.append(jax.tree.map(lambda x, w=where: x[w], out))
+        if sum(len(p["map"]) for p in parts) >= some:
+            break
+    out = jax.tree.map(lambda *xs: np.concatenate(xs)[:some], *parts)
+    chosen = np.sort(np.concatenate([np.flatnonzero(out["accepted"])[:8], np.flatnonzero(~out["accepted"])[:8]]))
+    out = {k: v[chosen] for k, v in out.items()}
+    out["true_mask"] = None if truth is None or truth.shape[1:] != out["map"].shape[1:] else truth[chosen]
+    out["names"] = [f.test.class_names[i] if i >= 0 else "" for i in f.test.batch(chosen)["label"]]
+    return out
+
+
+def fgsm(f: "Frozen") -> tuple[Figures, dict]:
+    """Accuracy and calibration of the classifier under one-step attacks, white box, true labels (d.3)."""
+    figures, bins = _attacked(f, "fgsm", f.options.fgsm, fgsm_examples)
+    bins = {f"FGSM {epsilon}/255": b for epsilon, b in bins.items()}
+    return figures, {"robustness": figures, "reliability_fgsm": bins}
+
+
+def pgd(f: "Frozen") -> tuple[Figures, dict]:
+    """The same under many smaller steps: 20 by default, of 2.5 * epsilon / 20, from the image itself."""
+
+    def attack(*args, **options):
+        return pgd_examples(*args, num_steps=f.options.pgd_steps, **options)
+
+    return _attacked(f, "pgd", f.options.pgd, attack)[0], {}
+
+
+def _attacked(f: "Frozen", name: str, epsilons: tuple, make: Callable) -> tuple[Figures, dict]:
+    """-> (accuracy and calibration, reliability) of the classifier by epsilon in 1/255, on what `make` makes."""
+    _needs_classifier(f)
+    _needs_labels(f, "test")
+    figures, bins = {}, {}
+    mean, std = jnp.asarray(f.recipe.mean), jnp.asarray(f.recipe.std)
+    resize = standard_view(f.recipe.image_shape[0], (0.0,) * len(mean), (1.0,) * len(mean))
+
+    def attack(state: TrainState, batch: dict[str, Array]) -> Array:
+        pixels = to_pixels(batch["image"])
+        pixels = resize(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
+        logits_fn = f.logits_fn(state)
+        # A row's own copy of epsilon: one compiled program serves every strength.
+        adversarial = make(
+            logits_fn,
+            pixels,
+            batch["label"],
+            epsilon=batch["epsilon"][0] / 255,
+            mean=mean,
+            std=std,
+            where=batch["where"],
+        )
+        return jax.nn.softmax(logits_fn((adversarial - mean) / std))
+
+    for epsilon in epsilons:
+        probabilities = f.collect(f.test, name, attack, epsilon=np.float32(epsilon))
+        bins[epsilon] = _bins(probabilities, f.test.labels)
+        figures[str(epsilon)] = {
+            "accuracy": _accuracy(probabilities.argmax(-1), f.test.labels),
+            "ece": float(expected_calibration_error(probabilities, f.test.labels)),
+        }
+    return figures, bins
+
+
+def calibration(f: "Frozen") -> tuple[Figures, dict]:
+    """Expected calibration error on the test split and, where the source has one, on its shifted form."""
+    _needs_classifier(f)
+    _needs_labels(f, "test")
+    figures, bins = {}, {}
+    for split in ("test", "test_shifted"):
+        source = f.source(split)
+        if source is None:
+            continue
+        probabilities = f.probabilities(split)
+        name = "clean" if split == "test" else split
+        figures[name] = {
+            "accuracy": _accuracy(probabilities.argmax(-1), source.labels),
+            "ece": float(expected_calibration_error(probabilities, source.labels)),
+        }
+        bins[name] = _bins(probabilities, source.labels)
+    return figures, {"reliability": bins}
+
+
+def _bins(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    return {k: np.asarray(v) for k, v in reliability(probabilities, labels).items()}
+
+
+EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
+    "knn": knn,
+    "linear": linear,
+    "logistic": logistic,
+    "raw_pixels": raw_pixels,
+    "classifier": classifier,
+    "explanation": explanation,
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "calibration": calibration,
+}

@@ -1,0 +1,28 @@
+"""Terms: losses on the named embeddings of one update. The equations are in jaxcl.losses; here they meet their inputs.
+
+A term is called as `term(embeddings, label, axis_name=...)` and returns a scalar. With an axis name it runs on every
+device of that mesh axis inside `jax.shard_map`: embeddings and labels are then the device's own rows of the global
+batch, and the scalar is the loss of the global batch, the same everywhere. An `arange` that tells rows apart therefore
+starts at the device's first row, and every sum over rows goes over the devices too.
+
+A term is a frozen dataclass of its options, among them `views` and `weight` (its factor in the total). It says what
+it `reads` (views it cannot do without), what is `optional` (taken along once a stage makes it) and whether it
+`needs_labels`.
+"""
+
+from jaxcl.terms.base import Embedding
+from jaxcl.terms.pairs import BarlowTwins, InstanceSpread, NTXent, OneWayInfoNCE
+from jaxcl.terms.spread import Attract, ClassConditionalInfoNCE, Spread
+from jaxcl.terms.supcon import SupCon
+
+__all__ = [
+    "Attract",
+    "BarlowTwins",
+    "ClassConditionalInfoNCE",
+    "Embedding",
+    "InstanceSpread",
+    "NTXent",
+    "OneWayInfoNCE",
+    "Spread",
+    "SupCon",
+]

@@ -1,0 +1,58 @@
+"""What every term meets: the embeddings of a view, and the options that terms of several views share."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.errors import UserError
+from jaxcl.losses.common import check_above_zero
+
+Array = jax.Array
+
+
+class Embedding(NamedTuple):
+    """What one view became: features h [B,D], embedding z [B,E] (not normalised), rows that exist [B] or None."""
+
+    h: Array
+    z: Array
+    where: Array | None = None
+
+
+def exist_in_all(e: dict[str, Embedding], views: tuple[str, ...]) -> Array | None:
+    """The images [B] all of whose views exist; None where no view lacks any."""
+    wheres = [e[name].where for name in views if e[name].where is not None]
+    return jnp.all(jnp.stack(wheres), axis=0) if wheres else None
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTerm:
+    """The options of a term on two views, [B,E] each. Subclasses say what the order of the two means, if anything."""
+
+    kind: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    views: tuple[str, ...] = ("view1", "view2")
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if len(self.views) != 2:
+            raise UserError(f"term {self.kind}: views is {self.views}; expected the names of two views")
+        if hasattr(self, "temperature"):  # Barlow Twins has none
+            check_above_zero(f"term {self.kind}", temperature=self.temperature)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.views
+
+    def pair(self, e: dict[str, Embedding]) -> tuple[Array, Array]:
+        """The embeddings of the two views. Errors: UserError for a view with padded rows."""
+        for name in self.views:
+            if e[name].where is not None:
+                raise UserError(
+                    f"term {self.kind}: view {name!r} has rows that do not exist, which this loss cannot leave out; "
+                    "use a supcon term, or views without padding"
+                )
+        return tuple(e[name].z for name in self.views)

@@ -1,0 +1,93 @@
+"""Terms on a pair of views, without labels: NT-Xent, one-way InfoNCE, instance spreading, Barlow Twins.
+
+They take whole views: one with rows that do not exist (`Embedding.where`) is refused.
+B batch (of this device), E embedding.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl import losses
+from jaxcl.errors import UserError
+from jaxcl.losses.common import unit, widened
+from jaxcl.terms.base import Embedding, PairTerm
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class NTXent(PairTerm):
+    """NT-Xent (SimCLR): cosine similarity, both views are anchors. `losses.nt_xent`; papers/clae.md b.3."""
+
+    kind: ClassVar[str] = "nt_xent"
+
+    temperature: float = 0.5
+
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+        return losses.nt_xent(*self.pair(e), temperature=self.temperature, axis_name=axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneWayInfoNCE(PairTerm):
+    """InfoNCE from the first view's rows to the second's ("Plain" in CLAE). `losses.one_way_infonce`; clae.md b.1.
+
+    Views are (anchors, keys): an anchor meets the keys of all images and no other anchor.
+    """
+
+    kind: ClassVar[str] = "one_way_infonce"
+
+    temperature: float = 0.1
+    normalize: bool = True  # rows to unit length first; False: inner products of the embeddings as they are
+
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+        anchors_BxE, keys_BxE = _rows(self.pair(e), self.normalize)
+        return losses.one_way_infonce(anchors_BxE, keys_BxE, temperature=self.temperature, axis_name=axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceSpread(PairTerm):
+    """Instance spreading ("UEL" in CLAE), keys behind stop-gradient. `losses.instance_spread`; papers/clae.md b.2."""
+
+    kind: ClassVar[str] = "instance_spread"
+
+    temperature: float = 0.1
+    negative_multiplier: float = 1.0  # weight of the negatives, 1 or more
+    normalize: bool = True  # rows to unit length first; False: inner products of the embeddings as they are
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.negative_multiplier >= 1:
+            raise UserError(
+                f"term instance_spread: negative_multiplier is {self.negative_multiplier}; expected a number from 1 up"
+            )
+
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+        return losses.instance_spread(
+            jnp.concatenate(_rows(self.pair(e), self.normalize)),
+            temperature=self.temperature,
+            negative_multiplier=self.negative_multiplier,
+            axis_name=axis_name,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BarlowTwins(PairTerm):
+    """Barlow Twins: features standardised over the batch, not correlated with each other. `losses.barlow_twins`."""
+
+    kind: ClassVar[str] = "barlow_twins"
+
+    off_diagonal_weight: float = 3.9e-3
+    scale: float = 1 / 32  # of the whole loss; the paper's own: 1, with an off_diagonal_weight of 5e-3
+
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+        return losses.barlow_twins(
+            *self.pair(e), off_diagonal_weight=self.off_diagonal_weight, scale=self.scale, axis_name=axis_name
+        )
+
+
+def _rows(pair: tuple[Array, Array], normalize: bool) -> list[Array]:
+    # Lengths of a half-precision embedding are those of its float32 values, as inside the losses.
+    return [unit(z) if normalize else z for z in widened(*pair)]

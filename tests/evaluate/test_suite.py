@@ -1,0 +1,235 @@
+"""The suites on a small frozen network: which features, which attacks, and what data without labels leaves out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxcl import config as base
+from jaxcl import sharding
+from jaxcl.adversarial import pgd
+from jaxcl.data import Source
+from jaxcl.errors import UserError
+from jaxcl.evaluate import expected_calibration_error, fit_logistic, knn_predict
+from jaxcl.evaluate.evaluators import EVALUATORS
+from jaxcl.evaluate.suite import Evaluation
+from jaxcl.losses import cross_entropy
+from jaxcl.update import init_state
+
+EVERYTHING = ("knn", "linear", "logistic", "raw_pixels", "classifier", "explanation", "fgsm", "pgd", "calibration")
+OF_LABELS = ("knn", "linear", "logistic", "raw_pixels")
+OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
+
+
+def source(split, labelled=True, side=tiny.SIDE):
+    part = tiny.batch({"train": 48, "test": 20}[split], seed=len(split), side=side)
+    return Source(
+        images=part["image"],
+        labels=part["label"] if labelled else np.full_like(part["label"], -1),
+        class_names=tuple("abcd"),
+        mean=tiny.MEAN,
+        std=tiny.STD,
+        split=split,
+    )
+
+
+def evaluation(*, probe=True, train_labels=True, test_labels=True, final=EVERYTHING, report=False, **options):
+    """-> (evaluation, state on two devices, mesh)."""
+    c = tiny.config(stage=False)
+    c.eval.final, c.eval.batch_size, c.eval.knn_k, c.eval.tap, c.report = final, 16, 5, "stage1", report
+    c.eval.quick, c.eval.fgsm, c.eval.pgd, c.eval.logistic_epochs = (), (8,), (8,), 12
+    c.eval.update(options)
+    if not probe:
+        del c.memory.probe
+        c.terms.supcon.labels = False
+    recipe = tiny.recipe(c, num_devices=2, labelled=train_labels)
+    mesh = sharding.make_mesh(2)
+    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), sharding.replicated(mesh))
+
+    def make_source(split):
+        if split != "test":
+            raise UserError(f"no split {split}")
+        return source("test", test_labels)
+
+    return Evaluation(c, recipe, train=source("train", train_labels), make_source=make_source), state, mesh
+
+
+def encoded(e, state, split):
+    """-> (h, z) of a split by the model itself, in one batch, on one device."""
+    state = jax.device_get(state)
+
+    @jax.jit
+    def encode(state, pixels):
+        image = (pixels - jnp.asarray(tiny.MEAN)) / jnp.asarray(tiny.STD)
+        h, _ = e.recipe.model.encode(state.params, state.batch_stats, image, train=False)
+        return h, e.recipe.model.project(state.params, h)
+
+    h, z = encode(state, source(split).images / np.float32(255))
+    return np.asarray(h), np.asarray(z)
+
+
+# ---- features
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(features="z"), dict(knn_features="z"), dict(features="z", knn_features="h")]
+)
+def test_the_choice_of_features(options):
+    e, state, mesh = evaluation(final=("knn", "logistic", "classifier"), **options)
+    features, labels, test_labels = {}, source("train").labels, source("test").labels
+    for split in ("train", "test"):
+        h, z = encoded(e, state, split)
+        features[split] = {"h": h, "z": z / np.linalg.norm(z, axis=1, keepdims=True)}
+    results, panels = e.final(state, mesh)
+    assert panels == {}
+
+    kind = options.get("features", "h")
+    near = options.get("knn_features", kind)
+    votes = knn_predict(features["train"][near], labels, features["test"][near], k=5, num_classes=4)
+    assert results["knn"]["accuracy"] == pytest.approx(np.mean(np.argmax(votes, 1) == test_labels))
+
+    train, test = features["train"][kind], features["test"][kind]
+    fit = fit_logistic(train, labels, test=(test, test_labels), num_classes=4, epochs=12, seed=e.recipe.seed)
+    accuracy = np.asarray(fit.test_accuracy)
+    assert results["logistic"] == {
+        "accuracy": pytest.approx(accuracy[-1], abs=1e-6),
+        "epochs": 12,
+        "best_epoch_accuracy": pytest.approx(accuracy.max(), abs=1e-6),
+        "best_epoch": int(accuracy.argmax()) + 1,
+    }
+    # The classifier reads h, whatever the others see.
+    probe = jax.device_get(state.memory["probe"])
+    predicted = np.argmax(e.recipe.memory["probe"].logits(probe, features["test"]["h"]), 1)
+    assert results["classifier"]["accuracy"] == pytest.approx(np.mean(predicted == test_labels))
+
+
+@pytest.mark.parametrize("key", ["features", "knn_features"])
+def test_features_nobody_has(key):
+    with pytest.raises(UserError) as error:
+        evaluation(**{key: "y"})
+    text = str(error.value)
+    assert f"eval.{key} is 'y'; expected 'h' (pooled features) or 'z' (the embedding" in text and "\n" not in text
+
+
+# ---- attacks
+
+
+def test_robust_accuracy_is_that_of_the_attack():
+    """Both attacks in pixels, on the network in inference mode, in batches that do not fill up."""
+    e, state, mesh = evaluation(final=("fgsm", "pgd"), fgsm=(0, 3), pgd=(0, 3), pgd_steps=4)
+    results, _ = e.final(state, mesh)
+    own, mean, std = jax.device_get(state), jnp.asarray(tiny.MEAN), jnp.asarray(tiny.STD)
+    pixels, labels = source("test").images / np.float32(255), source("test").labels
+
+    @jax.jit
+    def attacked(pixels):
+        def logits(x):
+            h, _ = e.recipe.model.encode(own.params, own.batch_stats, (x - mean) / std, train=False)
+            return e.recipe.memory["probe"].logits(own.memory["probe"], h)
+
+        loss = lambda x: cross_entropy(logits(x), labels)  # noqa: E731
+        return [logits(pgd(loss, pixels, epsilon=3 / 255, num_steps=n)) for n in (0, 1, 4)]
+
+    logits = attacked(pixels)
+    clean, one, many = (np.mean(np.argmax(x, 1) == labels) for x in logits)
+    # Confidence moves with every step, where accuracy need not.
+    errors = [expected_calibration_error(jax.nn.softmax(x), labels) for x in logits]
+    assert results["fgsm"]["0"]["accuracy"] == results["pgd"]["0"]["accuracy"] == pytest.approx(clean)
+    assert results["fgsm"]["3"]["accuracy"] == pytest.approx(one)
+    assert results["pgd"]["3"]["accuracy"] == pytest.approx(many)
+    assert clean > one >= many  # otherwise the numbers above say little
+    assert results["fgsm"]["3"]["ece"] == pytest.approx(float(errors[1]), abs=1e-5)
+    assert results["pgd"]["3"]["ece"] == pytest.approx(float(errors[2]), abs=1e-5)
+    assert abs(errors[1] - errors[2]) > 1e-4
+
+
+def test_pgd_is_there_for_the_asking():
+    assert "pgd" in EVALUATORS and "pgd" not in base.default().eval.final
+    assert base.default().eval.pgd_steps == 20
+
+
+# ---- without labels, without a classifier
+
+
+def said(caplog):
+    return [r.message for r in caplog.records if r.name == "jaxcl" and r.message.startswith("evaluation: ")]
+
+
+def test_nothing_is_labelled_and_nothing_classifies(caplog):
+    """Every evaluator is left out with its reason; the report still has its pictures."""
+    e, state, mesh = evaluation(probe=False, train_labels=False, test_labels=False, report=True, quick=("knn",))
+    with caplog.at_level("INFO", logger="jaxcl"):
+        assert e.quick(state, mesh) == {} == e.quick(state, mesh)
+        results, panels = e.final(state, mesh)
+    assert results == {} and set(panels) == {"views", "embedding"}
+    assert panels["embedding"]["features"].shape == (20, e.recipe.model.features)
+    assert said(caplog) == [
+        "evaluation: no training image has a label, so there is no knn",  # said once
+        f"evaluation: no training image has a label, so there is no {', '.join(OF_LABELS)}",
+        "evaluation: the config trains no classifier (no linear_probe in memory), so there is no "
+        + ", ".join(OF_THE_CLASSIFIER),
+    ]
+
+
+def test_labels_on_one_side_only(caplog):
+    with caplog.at_level("INFO", logger="jaxcl"):
+        e, state, mesh = evaluation(probe=False, train_labels=False, final=("knn", "classifier"))
+        assert e.final(state, mesh)[0] == {}
+        e, state, mesh = evaluation(test_labels=False, final=("knn", "linear", "classifier", "fgsm", "calibration"))
+        assert e.final(state, mesh)[0] == {}
+    assert [line.partition(":")[2].partition(",")[0] for line in said(caplog)] == [
+        " no training image has a label",
+        " the config trains no classifier (no linear_probe in memory)",
+        " no test image has a label",
+    ]
+
+
+def test_explanations_need_no_labels_but_their_pictures_do():
+    e, state, mesh = evaluation(test_labels=False, final=("explanation",))
+    results, panels = e.final(state, mesh)
+    assert {"average_drop", "rate_of_increase"} <= results["explanation"].keys() and panels == {}
+
+
+def test_labels_without_a_classifier():
+    e, state, mesh = evaluation(probe=False, final=("knn", "linear", "classifier", "pgd"))
+    assert set(e.final(state, mesh)[0]) == {"knn", "linear"}
+
+
+# ---- adversarial views
+
+
+def test_evaluation_of_adversarial_training_is_clean():
+    """The report shows the adversarial view; no figure depends on its batch norms."""
+    c = tiny.tiny_model(base.default())
+    c.batch_size, c.duration, c.size, c.model.norm_sets = tiny.BATCH, "1 epoch", tiny.SIDE, ("adv",)
+    c.views.view1 = c.views.view2 = base.view("standard")
+    c.stages = (base.stage("adversary", epsilon=(0.03,), num_steps=2),)
+    c.passes = (base.encode("view1"), base.encode("view2"), base.encode("adversarial", norm_set="adv"))
+    c.terms.clean = base.term("nt_xent", views=("view1", "view2"))
+    c.terms.adversarial = base.term("nt_xent", views=("view1", "adversarial"))
+    c.eval.final, c.eval.batch_size, c.eval.knn_k, c.eval.tap, c.eval.features = ("knn",), 16, 5, "stage1", "z"
+    recipe = tiny.recipe(c, num_devices=2)
+    mesh = sharding.make_mesh(2)
+    plain = tiny.fill(jax.eval_shape(lambda: init_state(recipe)))
+
+    def noisy(path, x):
+        return x + 1 if any("_adv" in str(getattr(k, "key", k)) for k in path) else x
+
+    other = plain.replace(
+        params=jax.tree_util.tree_map_with_path(noisy, plain.params),
+        batch_stats=jax.tree_util.tree_map_with_path(noisy, plain.batch_stats),
+    )
+    e = Evaluation(c, recipe, train=source("train"), make_source=source)
+    shown, features = [], []
+    for state in (plain, other):
+        state = sharding.put(state, sharding.replicated(mesh))
+        _, panels = e.final(state, mesh)
+        images = panels["views"]["images"]
+        assert set(images) == {"image", "view1", "view2", "adversarial"}
+        moved = np.abs(images["adversarial"] - images["view1"])
+        assert 0.029 < moved.max() < 0.0301
+        shown.append(images["adversarial"])
+        features.append(panels["embedding"]["features"])
+    np.testing.assert_array_equal(*features)
+    assert not np.array_equal(*shown)
