@@ -1,10 +1,10 @@
-"""Whole steps side by side: what ExCon and ExConB cost over SupCon of the same config.
+"""Whole steps side by side: what ExCon and ExConB cost over SupCon, and CLAE over the method it extends.
 
     python -m benchmarks.steps [--preset=garments] [--rounds=15] [--batch_size=128]
 
 Each round times one update of every method in turn (views, stages, forward, backward, optimiser; data on the device),
 so a machine that slows down slows all of them; the ratios are taken round by round and their median is printed, beside
-the floor counted from encoder passes (jaxcl/views/saliency.py).
+the floors counted from encoder passes (jaxcl/views/saliency.py and adversary.py).
 """
 
 import argparse
@@ -55,20 +55,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="garments")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="of supcon,simclr,plain,uel: these and what extends them")
     parser.add_argument("--batch_size", type=int, default=0, help="0: the config's own")
     arguments = parser.parse_args()
 
+    preset = arguments.preset
     methods = {
-        "supcon": load_config("supcon", arguments.preset),
-        "excon": load_config("excon", f"{arguments.preset},excon"),
-        "exconb": load_config("excon", f"{arguments.preset},exconb"),
+        "supcon": load_config("supcon", preset),
+        "excon": load_config("excon", f"{preset},excon"),
+        "exconb": load_config("excon", f"{preset},exconb"),
+        "exconb, room for B/2": load_config("excon", f"{preset},exconb"),
     }
-    half = load_config("excon", f"{arguments.preset},exconb")
-    half.stages[0].background_capacity = 0.5
-    methods["exconb, room for B/2"] = half
+    methods["exconb, room for B/2"].stages[0].background_capacity = 0.5
+    base_of = dict.fromkeys(methods, "supcon")
+    for method in ("simclr", "plain", "uel"):
+        more = {
+            method: load_config(method, preset),
+            f"clae on {method}": load_config("clae", f"{preset},{method}"),
+            f"clean pair on {method}": load_config("clae", f"{preset},{method},clean_pair"),
+        }
+        methods |= more
+        base_of |= dict.fromkeys(more, method)
+    if arguments.only:
+        chosen = [n for n in methods if base_of[n] in arguments.only.split(",")]
+        methods = {n: methods[n] for n in chosen}
     for config in methods.values():
         config.batch_size = arguments.batch_size or config.batch_size
-    source = make_source(methods["supcon"].data.source)
+    first = next(iter(methods.values()))
+    source = make_source(first.data.source)
     steps = {name: Step(config, source) for name, config in methods.items()}
     for step in steps.values():
         step.seconds(), step.seconds()  # compilation, and a first warm run
@@ -79,13 +93,13 @@ def main() -> None:
             times[name].append(step.seconds())
 
     device = jax.devices()[0]
-    print(f"jax {jax.__version__}, {device.platform} {device.device_kind}, batch {methods['supcon'].batch_size}")
-    print(f"{'':24}{'s/step':>8}{'/ supcon':>10}   (quartiles)")
+    print(f"jax {jax.__version__}, {device.platform} {device.device_kind}, batch {first.batch_size}")
+    print(f"{'':24}{'s/step':>8}{'ratio':>8}   (quartiles) to")
     for name, seconds in times.items():
-        ratios = sorted(a / b for a, b in zip(seconds, times["supcon"], strict=True))
+        ratios = sorted(a / b for a, b in zip(seconds, times[base_of[name]], strict=True))
         low, high = np.percentile(ratios, [25, 75])
         median, ratio = statistics.median(seconds), statistics.median(ratios)
-        print(f"{name:24}{median:8.3f}{ratio:10.2f}   ({low:.2f} to {high:.2f})")
+        print(f"{name:24}{median:8.3f}{ratio:8.2f}   ({low:.2f} to {high:.2f}) {base_of[name]}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -144,20 +145,16 @@ def test_golden_steps(golden, method, devices):
 
 
 def test_golden_gradients(golden):
-    """Parameter gradients of both sets, which an optimiser could hide."""
-    for method in TERMS:
-        d = golden("clae", f"clae_step_{method}")
-        recipe = recipe_of(method, d)
-        # Plain SGD with rate 1 and nothing else: what is subtracted is the gradient.
-        import optax
-
-        recipe = dataclasses.replace(recipe, tx=optax.sgd(1.0))
-        mesh = sharding.make_mesh(1)
-        update = compile_update(recipe, Phase("encoder", (0,)), sharding.replicated(mesh), sharding.rows(mesh))
-        before = nested(d, "param_before")
-        state, _ = update(initial(recipe, d), batch_of(0))
-        got = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, state.params)
-        assert_trees_close(got, nested(d, "grad_0"), 1e-3, f"{method} gradient")
+    """Parameter gradients of both sets, which Adam hides."""
+    d = golden("clae", "clae_step_simclr")
+    # SGD with rate 1 and nothing else: what is subtracted is the gradient.
+    recipe = dataclasses.replace(recipe_of("simclr", d), tx=optax.sgd(1.0))
+    mesh = sharding.make_mesh(1)
+    update = compile_update(recipe, Phase("encoder", (0,)), sharding.replicated(mesh), sharding.rows(mesh))
+    before = nested(d, "param_before")
+    state, _ = update(initial(recipe, d), batch_of(0))
+    got = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, state.params)
+    assert_trees_close(got, nested(d, "grad_0"), 1e-3, "gradient")
 
 
 # ---- the stage

@@ -156,7 +156,7 @@ def shrink(c):
     return c
 
 
-@pytest.mark.parametrize("preset", ["simclr", "plain,clean_pair,unlabelled", "supcon"])
+@pytest.mark.parametrize("preset", ["plain,clean_pair,unlabelled", "supcon"])
 def test_two_steps_of_it(preset):
     recipe = tiny.recipe(shrink(config("clae", preset)), labelled="unlabelled" not in preset)
     mesh = sharding.make_mesh(1)

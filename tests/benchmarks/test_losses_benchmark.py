@@ -113,4 +113,5 @@ def test_peak_counts_what_is_freed_again():
         with mmap.mmap(-1, 2**24) as block:
             block.write(b"x" * 2**24)
 
-    assert 2**24 <= _measure.peak_increase(run) < 3 * 2**24
+    # Not quite: a kernel may take pages back meanwhile.
+    assert 0.8 * 2**24 <= _measure.peak_increase(run) < 3 * 2**24
