@@ -1,4 +1,5 @@
-"""Whole steps side by side: what ExCon and ExConB cost over SupCon, and CLAE over the method it extends.
+"""Whole steps side by side: what ExCon and ExConB cost over SupCon, and CLAE over the method it extends,
+and GradCache in micro-batches over the whole batch at once.
 
     python -m benchmarks.steps [--preset=garments] [--rounds=15] [--batch_size=128]
 
@@ -55,7 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="garments")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="of supcon,simclr,plain,uel: these and what extends them")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="of supcon,simclr,plain,uel,group_norm,batch_norm (the last two: GradCache): these and what extends them",
+    )
     parser.add_argument("--batch_size", type=int, default=0, help="0: the config's own")
     arguments = parser.parse_args()
 
@@ -76,6 +81,15 @@ def main() -> None:
         }
         methods |= more
         base_of |= dict.fromkeys(more, method)
+    for norm, batch_norm in (("group", "refuse"), ("batch", "first_pass")):
+        base_name = f"{norm}_norm"
+        for micro_batch in (0, 32, 16):
+            name = f"{base_name}, {micro_batch}" if micro_batch else base_name
+            methods[name], base_of[name] = load_config("supcon", preset), base_name
+            methods[name].model.norm = norm
+            if micro_batch:
+                methods[name].grad_cache.micro_batch = micro_batch
+                methods[name].grad_cache.batch_norm = batch_norm
     if arguments.only:
         chosen = [n for n in methods if base_of[n] in arguments.only.split(",")]
         methods = {n: methods[n] for n in chosen}

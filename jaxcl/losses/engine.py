@@ -33,7 +33,8 @@ class Limits:
     # "auto" forms the logits of a device at once up to this many (9 MiB in float32), and tiles above. On two CPU cores
     # dense and tiled take the same time at about 1,500 rows of one batch, and at 3,000 to 4,000 across two views.
     dense_logits: int = 1536**2
-    # Rows and columns of a tile. Its few arrays of logits should stay in the cache: on a CPU 512 beats 256 and 1,024.
+    # Rows and columns of a tile. Its few arrays of logits should stay in the cache: on a CPU 512 beats 256 and, from
+    # 3,000 rows on, 1,024.
     tile: int = 512
 
 

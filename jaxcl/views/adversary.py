@@ -101,18 +101,14 @@ class Adversary:
         def loss(image: Array) -> Array:
             return context.loss(self.term, {self.anchor: anchor, self.into: embed(image, context.batch_stats)[0]})
 
-        delta0 = None
-        if self.random_start:
-            uniform = lambda key, x: jax.random.uniform(key, x.shape, x.dtype, -1, 1)  # noqa: E731
-            delta0 = epsilon_C * jax.vmap(uniform)(context.keys(f"{self.into}/start"), view.image)
         image = pgd(
             loss,
             view.image,
             epsilon=epsilon_C,
             step_size=epsilon_C * self.step_size if self.step_size else None,
             num_steps=self.num_steps,
-            delta0=delta0,
             bounds=bounds,
+            key=context.keys(f"{self.into}/start") if self.random_start else None,
         )
         if self.commit_updates:
             _, stats = embed(view.image, stats)
