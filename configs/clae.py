@@ -67,9 +67,9 @@ def get_config(preset: str = ""):
         c.model.norm_sets = ("adv",)
         c.passes += (base.encode("adversarial", norm_set="adv"),)
         c.stages = (base.stage("adversary", **_attack(method, dataset, scale)),)
+        c.eval.final += ("adversary",)
     if labels == "unlabelled" and "probe" in c.memory:  # supcon.py has no such word
         del c.memory.probe
-        c.eval.quick = c.eval.final = ()
     return c
 
 

@@ -4,8 +4,8 @@
 
 Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet), a
 scale (paper: the authors' network and budget; cpu: the small network and minutes of the embedded sets, which have no
-other), and what labels are for: labelled (the linear probe and the evaluation read them, the encoder does not) or
-unlabelled (nothing does: no probe, no evaluation).
+other), and what labels are for: labelled (a classifier is trained beside the encoder, which it does not change, and
+needs a label on every training image) or unlabelled (no classifier; the evaluation uses what labels there are).
 
     configs/simclr.py                          garments on a CPU; not yet run
     configs/simclr.py:cifar10                  CIFAR-10, the baseline of CLAE; not yet run
@@ -16,8 +16,8 @@ Without labels, on your own images:
 
     python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=npz:images.npz
 
-Where some labels are known after all: --config.eval.final="('knn','linear')". Data of a preset other than the embedded
-ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. Everything not said here is as in supcon.py.
+Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. Everything not
+said here is as in supcon.py.
 
 Source: Chen et al. 2020, arXiv 2002.05709; settings of the baseline in the released code of CLAE (Ho and Vasconcelos
 2020, arXiv 2010.12050), which normalises CIFAR to [-1, 1], draws convolutions from torch's defaults and has no blur.
@@ -42,11 +42,12 @@ def get_config(preset: str = ""):
     c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
     del c.terms.supcon
     c.terms.nt_xent = base.term("nt_xent", views=("view1", "view2"), temperature=0.5)
+    c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "linear_fgsm", "linear_pgd", "calibration")
+    c.eval.pgd = (4,)  # each strength costs as much as a third of the training
     if dataset in AT_SCALE and scale == "paper":
         _paper(c, dataset)
     if labels == "unlabelled":
         del c.memory.probe
-        c.eval.quick = c.eval.final = ()
     return c
 
 
@@ -65,5 +66,6 @@ def _paper(c, dataset):
     c.memory.probe.optimizer = base.options(
         base.OptimizerOptions, kind="adam", lr=3e-4, weight_decay=0.0, schedule="constant"
     )
+    c.eval.final += ("logistic",)  # the authors' protocol; linear is the same model at its optimum
     c.eval.knn_temperature = 0.5
     c.eval.knn_features = "z"  # its linear evaluation reads h

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import saliency
-from jaxcl.augment import standard_view
-from jaxcl.evaluate.calibration import expected_calibration_error, reliability
+from jaxcl.evaluate import attacked
+from jaxcl.evaluate.base import Figures, accuracy, bins, needs_classifier, needs_labels
+from jaxcl.evaluate.calibration import expected_calibration_error
 from jaxcl.evaluate.explanation import drop_increase, mask_agreement
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.logistic import fit_logistic
-from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
 from jaxcl.train_state import TrainState
 from jaxcl.update import to_pixels
 
@@ -25,33 +25,12 @@ if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Frozen
 
 Array = jax.Array
-Figures = dict[str, Any]
 PICTURED = 200  # test images from which the shown explanations are taken
-
-
-class LeftOut(Exception):
-    """An evaluator that cannot run on this data or recipe; its text says what is missing."""
-
-
-def _needs_labels(f: "Frozen", *splits: str) -> None:
-    for split in splits:
-        if not (f.source(split).labels >= 0).any():
-            raise LeftOut(f"no {'training' if split == 'train' else 'test'} image has a label")
-
-
-def _needs_classifier(f: "Frozen") -> None:
-    if f.evaluation.classifier is None:
-        raise LeftOut("the config trains no classifier (no linear_probe in memory)")
-
-
-def _accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    known = labels >= 0
-    return float((predicted[known] == labels[known]).mean()) if known.any() else float("nan")
 
 
 def knn(f: "Frozen") -> tuple[Figures, dict]:
     """Weighted nearest neighbours in the training features."""
-    _needs_labels(f, "train", "test")
+    needs_labels(f, "train", "test")
     kind = f.options.knn_features or f.options.features
     probabilities = knn_predict(
         f.features("train", kind),
@@ -61,21 +40,20 @@ def knn(f: "Frozen") -> tuple[Figures, dict]:
         temperature=f.options.knn_temperature,
         num_classes=f.recipe.num_classes,
     )
-    accuracy = _accuracy(np.asarray(probabilities).argmax(-1), f.test.labels)
-    return {"accuracy": accuracy, "k": f.options.knn_k}, {}
+    right = accuracy(np.asarray(probabilities).argmax(-1), f.test.labels)
+    return {"accuracy": right, "k": f.options.knn_k}, {}
 
 
 def linear(f: "Frozen") -> tuple[Figures, dict]:
     """Multinomial logistic regression on frozen features, fitted to its optimum."""
-    _needs_labels(f, "train", "test")
-    probe = fit_linear_probe(f.features("train"), f.source("train").labels, num_classes=f.recipe.num_classes)
-    logits = np.asarray(probe_logits(probe, f.features("test")))
-    return {"accuracy": _accuracy(logits.argmax(-1), f.test.labels)}, {}
+    needs_labels(f, "train", "test")
+    logits = np.asarray(probe_logits(f.fitted_probe(), f.features("test")))
+    return {"accuracy": accuracy(logits.argmax(-1), f.test.labels)}, {}
 
 
 def logistic(f: "Frozen") -> tuple[Figures, dict]:
     """The same by Adam for many epochs, the protocol of CLAE (papers/clae.md d); the accuracy is the last epoch's."""
-    _needs_labels(f, "train", "test")
+    needs_labels(f, "train", "test")
     fit = fit_logistic(
         f.features("train"),
         f.source("train").labels,
@@ -95,30 +73,30 @@ def logistic(f: "Frozen") -> tuple[Figures, dict]:
 
 def raw_pixels(f: "Frozen") -> tuple[Figures, dict]:
     """The same regression on the pixels themselves, with a penalty that suits them: what an encoder has to beat."""
-    _needs_labels(f, "train", "test")
+    needs_labels(f, "train", "test")
     train = f.source("train")
     if not train.in_memory:
         return {}, {}
     flat = [np.asarray(s.images, np.float32).reshape(len(s), -1) / 255 for s in (train, f.test)]
     probe = fit_linear_probe(flat[0], train.labels, num_classes=f.recipe.num_classes, l2=1.0, max_steps=60)
-    return {"accuracy": _accuracy(np.asarray(probe_logits(probe, flat[1])).argmax(-1), f.test.labels)}, {}
+    return {"accuracy": accuracy(np.asarray(probe_logits(probe, flat[1])).argmax(-1), f.test.labels)}, {}
 
 
 def classifier(f: "Frozen") -> tuple[Figures, dict]:
     """The classifier trained along with the encoder."""
-    _needs_classifier(f)
-    _needs_labels(f, "test")
+    needs_classifier(f)
+    needs_labels(f, "test")
     predicted, labels = f.probabilities("test").argmax(-1), f.test.labels
     known = labels >= 0
     matrix = np.zeros((f.recipe.num_classes,) * 2, np.int64)
     np.add.at(matrix, (labels[known], predicted[known]), 1)
     panel = {"confusion": {"matrix": matrix, "class_names": f.test.class_names}}
-    return {"accuracy": _accuracy(predicted, labels)}, panel
+    return {"accuracy": accuracy(predicted, labels)}, panel
 
 
 def explanation(f: "Frozen") -> tuple[Figures, dict]:
     """Drop and increase in confidence for the predicted class (papers/excon.md d.2), and the true masks where known."""
-    _needs_classifier(f)
+    needs_classifier(f)
     S = f.recipe.image_shape[0]
 
     def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
@@ -177,61 +155,11 @@ def _explained(f: "Frozen", truth: np.ndarray | None) -> dict[str, Any]:
     return out
 
 
-def fgsm(f: "Frozen") -> tuple[Figures, dict]:
-    """Accuracy and calibration of the classifier under one-step attacks, white box, true labels (d.3)."""
-    figures, bins = _attacked(f, "fgsm", f.options.fgsm, fgsm_examples)
-    bins = {f"FGSM {epsilon}/255": b for epsilon, b in bins.items()}
-    return figures, {"robustness": figures, "reliability_fgsm": bins}
-
-
-def pgd(f: "Frozen") -> tuple[Figures, dict]:
-    """The same under many smaller steps: 20 by default, of 2.5 * epsilon / 20, from the image itself."""
-
-    def attack(*args, **options):
-        return pgd_examples(*args, num_steps=f.options.pgd_steps, **options)
-
-    return _attacked(f, "pgd", f.options.pgd, attack)[0], {}
-
-
-def _attacked(f: "Frozen", name: str, epsilons: tuple, make: Callable) -> tuple[Figures, dict]:
-    """-> (accuracy and calibration, reliability) of the classifier by epsilon in 1/255, on what `make` makes."""
-    _needs_classifier(f)
-    _needs_labels(f, "test")
-    figures, bins = {}, {}
-    mean, std = jnp.asarray(f.recipe.mean), jnp.asarray(f.recipe.std)
-    resize = standard_view(f.recipe.image_shape[0], (0.0,) * len(mean), (1.0,) * len(mean))
-
-    def attack(state: TrainState, batch: dict[str, Array]) -> Array:
-        pixels = to_pixels(batch["image"])
-        pixels = resize(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
-        logits_fn = f.logits_fn(state)
-        # A row's own copy of epsilon: one compiled program serves every strength.
-        adversarial = make(
-            logits_fn,
-            pixels,
-            batch["label"],
-            epsilon=batch["epsilon"][0] / 255,
-            mean=mean,
-            std=std,
-            where=batch["where"],
-        )
-        return jax.nn.softmax(logits_fn((adversarial - mean) / std))
-
-    for epsilon in epsilons:
-        probabilities = f.collect(f.test, name, attack, epsilon=np.float32(epsilon))
-        bins[epsilon] = _bins(probabilities, f.test.labels)
-        figures[str(epsilon)] = {
-            "accuracy": _accuracy(probabilities.argmax(-1), f.test.labels),
-            "ece": float(expected_calibration_error(probabilities, f.test.labels)),
-        }
-    return figures, bins
-
-
 def calibration(f: "Frozen") -> tuple[Figures, dict]:
     """Expected calibration error on the test split and, where the source has one, on its shifted form."""
-    _needs_classifier(f)
-    _needs_labels(f, "test")
-    figures, bins = {}, {}
+    needs_classifier(f)
+    needs_labels(f, "test")
+    figures, diagrams = {}, {}
     for split in ("test", "test_shifted"):
         source = f.source(split)
         if source is None:
@@ -239,15 +167,11 @@ def calibration(f: "Frozen") -> tuple[Figures, dict]:
         probabilities = f.probabilities(split)
         name = "clean" if split == "test" else split
         figures[name] = {
-            "accuracy": _accuracy(probabilities.argmax(-1), source.labels),
+            "accuracy": accuracy(probabilities.argmax(-1), source.labels),
             "ece": float(expected_calibration_error(probabilities, source.labels)),
         }
-        bins[name] = _bins(probabilities, source.labels)
-    return figures, {"reliability": bins}
-
-
-def _bins(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    return {k: np.asarray(v) for k, v in reliability(probabilities, labels).items()}
+        diagrams[name] = bins(probabilities, source.labels)
+    return figures, {"reliability": diagrams}
 
 
 EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
@@ -257,7 +181,10 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "raw_pixels": raw_pixels,
     "classifier": classifier,
     "explanation": explanation,
-    "fgsm": fgsm,
-    "pgd": pgd,
+    "fgsm": attacked.fgsm,
+    "pgd": attacked.pgd,
+    "linear_fgsm": attacked.linear_fgsm,
+    "linear_pgd": attacked.linear_pgd,
+    "adversary": attacked.adversary,
     "calibration": calibration,
 }

@@ -17,7 +17,10 @@ from jaxcl import sharding
 from jaxcl.augment import standard_view
 from jaxcl.data import Source, batches
 from jaxcl.errors import UserError
-from jaxcl.evaluate.evaluators import EVALUATORS, Figures, LeftOut
+from jaxcl.evaluate.base import Figures, LeftOut
+from jaxcl.evaluate.evaluators import EVALUATORS
+from jaxcl.evaluate.linear_probe import LinearProbe as LinearFit
+from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.losses.common import unit
 from jaxcl.memory import LinearProbe
 from jaxcl.models import tap_stage
@@ -88,7 +91,8 @@ class Evaluation:
                 continue
             if figures:
                 results[name] = figures
-            panels |= pictures
+            for panel, parts in pictures.items():  # several evaluators may have a part in one
+                panels[panel] = panels.get(panel, {}) | parts
         for reason, without in left_out.items():
             line = f"evaluation: {reason}, so there is no {', '.join(without)}"
             if line not in self._said:
@@ -124,6 +128,7 @@ class Frozen:
         # Constant shapes that divide over the mesh, whatever the user's number.
         self.batch_size = -(-self.options.batch_size // mesh.size) * mesh.size
         self._features: dict[tuple[str, str], np.ndarray] = {}
+        self._probe: LinearFit | None = None
 
     def source(self, split: str) -> Source | None:
         return self.test if split == "test" else self.evaluation.source(split)
@@ -138,23 +143,49 @@ class Frozen:
 
         return logits
 
+    def fitted_probe(self) -> LinearFit:
+        """The linear probe on the training features, fitted once."""
+        if self._probe is None:
+            labels = self.source("train").labels
+            self._probe = fit_linear_probe(self.features("train"), labels, num_classes=self.recipe.num_classes)
+        return self._probe
+
+    def probe_fn(self, state: TrainState, probe: LinearFit) -> Callable[[Array], Array]:
+        """Normalised images -> logits of a fitted linear probe."""
+
+        def logits(image: Array) -> Array:
+            return probe_logits(probe, self._encode(state, image)[self.options.features]())
+
+        return logits
+
+    def _encode(self, state: TrainState, image: Array) -> dict[str, Callable[[], Array]]:
+        """Normalised images -> their features by kind, each made when asked for."""
+        model = self.recipe.model
+        h, _ = model.encode(state.params, state.batch_stats, image, train=False)
+        return {"h": lambda: h, "z": lambda: unit(model.project(state.params, h))}
+
     def normalize(self, pixels: Array) -> Array:
         # The standard view draws nothing; its keys only carry the batch size.
         return self.evaluation.view(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
 
-    def run(self, source: Source, name: str, fn: Callable, **extra: Any) -> Iterator[tuple[Any, np.ndarray]]:
-        """fn(state, batch) on every batch -> (host result, rows that are real); `extra` joins the batch as rows."""
+    def run(
+        self, source: Source, name: str, fn: Callable, *args: Any, **extra: Any
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """fn(state, batch, *args) on every batch -> (host result, rows that are real); `extra` joins the batch as rows.
+
+        What differs between states is an argument: the program is compiled once, by its name.
+        """
         replicated, rows = sharding.replicated(self.mesh), sharding.rows(self.mesh)
-        jitted = self.evaluation.compiled(
-            name, lambda: jax.jit(fn, in_shardings=(replicated, rows), out_shardings=replicated)
-        )
+        shardings = (replicated, rows, *(replicated for _ in args))
+        jitted = self.evaluation.compiled(name, lambda: jax.jit(fn, in_shardings=shardings, out_shardings=replicated))
         for batch in batches(source, self.batch_size):
             batch |= {k: np.full(self.batch_size, v) for k, v in extra.items()}
-            yield jax.device_get(jitted(self.state, sharding.put(batch, rows))), batch["where"]
+            yield jax.device_get(jitted(self.state, sharding.put(batch, rows), *args)), batch["where"]
 
-    def collect(self, source: Source, name: str, fn: Callable, **extra: Any) -> Any:
+    def collect(self, source: Source, name: str, fn: Callable, *args: Any, **extra: Any) -> Any:
         """`run`, padding cut off, concatenated over the batches."""
-        parts = [jax.tree.map(lambda x, w=where: x[w], out) for out, where in self.run(source, name, fn, **extra)]
+        outs = self.run(source, name, fn, *args, **extra)
+        parts = [jax.tree.map(lambda x, w=where: x[w], out) for out, where in outs]
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     def features(self, split: str, kind: str = "") -> np.ndarray:
@@ -165,9 +196,7 @@ class Frozen:
             kinds = ("h", "z") if "z" in (kind, self.options.features, self.options.knn_features) else ("h",)
 
             def encode(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-                image, model = self.normalize(to_pixels(batch["image"])), self.recipe.model
-                h, _ = model.encode(state.params, state.batch_stats, image, train=False)
-                made = {"h": lambda: h, "z": lambda: unit(model.project(state.params, h))}
+                made = self._encode(state, self.normalize(to_pixels(batch["image"])))
                 return {k: made[k]() for k in kinds}
 
             out = self.collect(self.source(split), f"features {kinds}", encode)

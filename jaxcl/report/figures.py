@@ -10,11 +10,12 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxcl.report.curves import curves
-from jaxcl.report.pictures import saliency_grid, view_grid
+from jaxcl.report.pictures import adversary_grid, saliency_grid, view_grid
 from jaxcl.report.style import (
     BLUE,
     CLASSES,
     INK,
+    LINES,
     MUTED,
     VERMILLION,
     message,
@@ -25,6 +26,7 @@ from jaxcl.report.style import (
 )
 
 __all__ = [
+    "adversary_grid",
     "calibration_error",
     "confusion",
     "curves",
@@ -38,6 +40,7 @@ __all__ = [
 
 _BLUES = LinearSegmentedColormap.from_list("page", ["#ffffff", "#cfe3f1", "#6fb0d8", BLUE, "#00395c"])
 _TSNE_POINTS = 1500
+MARKS = "osD^vP"  # of lines, so that colour is not all that tells them apart
 
 
 @styled
@@ -253,38 +256,49 @@ def reliability(splits: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Fi
 
 
 @styled
-def robustness(by_epsilon: Mapping[Any, Any]) -> matplotlib.figure.Figure:
-    """Accuracy, and where given the calibration error, under FGSM of growing strength.
+def robustness(lines: Mapping[str, Mapping[Any, Any]]) -> matplotlib.figure.Figure:
+    """Accuracy, and where given the calibration error, under attacks of growing strength.
 
     Args:
-      by_epsilon: epsilon in 1/255 (number or text) -> accuracy or {"accuracy": ..., "ece": ...}; 0 = clean.
+      lines: what is attacked and how -> epsilon in 1/255 (number or text) -> accuracy or
+        {"accuracy": ..., "ece": ...}; 0 = clean.
     """
-    rows = []
-    for epsilon, value in by_epsilon.items():
-        figures = value if isinstance(value, Mapping) else {"accuracy": value}
-        rows.append((float(epsilon), figures.get("accuracy"), figures.get("ece")))
-    rows.sort()
-    panels = [("Accuracy under attack", 1, BLUE), ("Calibration error under attack", 2, VERMILLION)]
-    panels = [p for p in panels if any(row[p[1]] is not None for row in rows)]
+    series: dict[str, list[tuple[float, Any, Any]]] = {}
+    for name, by_epsilon in lines.items():
+        for epsilon, value in by_epsilon.items():
+            figures = value if isinstance(value, Mapping) else {"accuracy": value}
+            series.setdefault(name, []).append((float(epsilon), figures.get("accuracy"), figures.get("ece")))
+    panels = [("Accuracy under attack", 1, 0), ("Calibration error under attack", 2, 1)]
+    panels = [p for p in panels if any(row[p[1]] is not None for rows in series.values() for row in rows)]
     if not panels:
         return message("No attack was run.")
-    figure = new_figure(3.0, width=4.5 * len(panels))
+    figure = new_figure(3.0 if len(series) == 1 else 3.5, width=4.5 * len(panels))
     figure.get_layout_engine().set(w_pad=0.12)
-    for k, (title, column, color) in enumerate(panels):
-        points = np.array([(row[0], row[column]) for row in rows if row[column] is not None], float)
+    strengths = sorted({row[0] for rows in series.values() for row in rows})
+    for k, (title, column, shade) in enumerate(panels):
         ax = figure.add_subplot(1, len(panels), k + 1)
-        ax.plot(*points.T, color=color, marker="o", markersize=5)
-        top = max(0.05, 1.25 * float(np.nanmax(points[:, 1])))
-        ax.set_ylim(0, min(top, 1.12))
-        falls = points[-1, 1] < points[0, 1]  # the numbers stand on the side the line leaves free
-        place = {"xytext": (4 if falls else -4, 5), "ha": "left" if falls else "right"}
-        for x, y in points:
-            ax.annotate(f"{100 * y:.1f}%", (x, y), textcoords="offset points", color=color, weight="bold",
-                        fontsize=8.5, **place)  # fmt: skip
+        top = 0.0
+        for i, (name, rows) in enumerate(series.items()):
+            points = np.array(sorted((row[0], row[column]) for row in rows if row[column] is not None), float)
+            if not len(points):
+                continue
+            color = LINES[(i + shade) % len(LINES)] if len(series) == 1 else LINES[i % len(LINES)]
+            ax.plot(*points.T, color=color, marker=MARKS[i % len(MARKS)], markersize=5, label=name)
+            top = max(top, float(np.nanmax(points[:, 1])))
+            if len(series) > 1:
+                continue  # numbers on several lines would lie on each other; they are in the table below
+            falls = points[-1, 1] < points[0, 1]  # the numbers stand on the side the line leaves free
+            place = {"xytext": (4 if falls else -4, 5), "ha": "left" if falls else "right"}
+            for x, y in points:
+                ax.annotate(f"{100 * y:.1f}%", (x, y), textcoords="offset points", color=color, weight="bold",
+                            fontsize=8.5, **place)  # fmt: skip
+        ax.set_ylim(0, min(max(0.05, 1.25 * top), 1.12))
         ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        ax.set_xticks(points[:, 0], ["clean" if x == 0 else f"{x:g}" for x in points[:, 0]])
+        ax.set_xticks(strengths, ["clean" if x == 0 else f"{x:g}" for x in strengths])
         ax.margins(x=0.14)
         ax.set_xlabel("attack strength, in 1/255 of the pixel range")
         ax.set_title(title)
+    if len(series) > 1:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure

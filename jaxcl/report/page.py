@@ -41,6 +41,14 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
         "network needed and did not get.",
         lambda panel: figures.saliency_grid(**panel),
     ),
+    "adversary": (
+        "What the adversary did",
+        "The view it started from, what it added (amplified around grey), and what the encoder was trained "
+        "on. The last row is the other image of the batch that each came closer to, with the similarity of "
+        "their embeddings before and after: these are the pairs the attack makes confusable. A good "
+        "adversary changes nothing you can see and much of what the encoder sees.",
+        lambda panel: figures.adversary_grid(**panel),
+    ),
     "embedding": (
         "The embeddings in two dimensions",
         "A t-SNE picture of the embeddings, scaled to unit length first; colour is the true class. Look "
@@ -63,8 +71,9 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
     ),
     "robustness": (
         "Under attack",
-        "Every pixel of each test image is moved by the given amount in the direction that hurts most "
-        "(FGSM). The slower accuracy falls and the less the calibration error grows, the better.",
+        "Every pixel of each test image is moved, by at most the given amount, in the direction that hurts "
+        "most: in one step (FGSM) or in many smaller ones (PGD), the stronger attack. The slower accuracy "
+        "falls and the less the calibration error grows, the better.",
         lambda panel: figures.robustness(panel),
     ),
     "reliability_fgsm": (
@@ -98,8 +107,9 @@ def write_report(
       metrics: what `read_metrics` returns.
       panels: name -> what its figure is drawn from; each may be missing:
         "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
-        "embedding" those of `embedding`, "confusion" those of `confusion`, "reliability", "reliability_fgsm"
-        (on attacked images) and "robustness" the dicts of the functions of that name.
+        "adversary" those of `adversary_grid`, "embedding" those of `embedding`, "confusion" those of `confusion`,
+        "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that
+        name.
 
     Returns:
       The path of the page.

@@ -142,6 +142,68 @@ def saliency_grid(
     return sheet.figure
 
 
+@styled
+def adversary_grid(
+    clean: np.ndarray,
+    perturbation: np.ndarray,
+    adversarial: np.ndarray,
+    partner: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    names: Sequence[str] | None = None,
+    partner_names: Sequence[str] | None = None,
+) -> matplotlib.figure.Figure:
+    """Columns = examples; rows = clean view, perturbation, adversarial view, the other image it came closer to.
+
+    The perturbation is shown around grey, scaled so that its largest value spans the range.
+
+    Args:
+      clean, adversarial, partner: [n,H,W,C], float in [0,1] (values beyond are cut off in the picture only).
+      perturbation: [n,H,W,C], in the same units.
+      before, after: [n] cosines of the embeddings of the image and its partner.
+      names, partner_names: [n] class names.
+    """
+    n = min(len(clean), MAX_COLUMNS)
+    if not n:
+        raise ValueError("adversary_grid needs at least one example")
+    largest = float(np.abs(perturbation).max())
+    rows = (
+        ("clean view", "", np.clip(clean, 0, 1)),
+        (
+            "perturbation",
+            f"{0.5 / largest:.0f} times" if largest else "none",
+            0.5 + 0.5 * perturbation / (largest or 1),
+        ),
+        ("adversarial", f"within {255 * largest:.3g}/255", np.clip(adversarial, 0, 1)),
+        ("came closest to", "its gain was largest", np.clip(partner, 0, 1)),
+    )
+    rows = [(name, note, as_rgb(np.asarray(images, np.float32))[:n]) for name, note, images in rows]
+    room = (round(WIDTH * DPI) - _LABEL - 2 * _MARGIN) // max(n, 6) - _GAP
+    size = cell_size(rows[0][2].shape[1:3], room)
+    step, head, foot = max(size[0] + _GAP, 120), 46, 76
+    sheet = Sheet(_LABEL + n * step + _MARGIN, _MARGIN + head + len(rows) * (size[1] + _GAP) + foot)
+    width = max(6, step // 13)
+    for c in range(n):
+        x = _LABEL + c * step + (step - _GAP - size[0]) // 2
+        middle, y = x + size[0] / 2, _MARGIN + head
+        if names is not None:
+            sheet.text(middle, y - 22, short(names[c], width), ha="center", color=INK, fontsize=8.5)
+        for _, _, images in rows:
+            sheet.image(images[c], x, y, size)
+            y += size[1] + _GAP
+        other = "" if partner_names is None else f"{short(partner_names[c], width)}\n"
+        said = f"{other}{before[c]:.2f} → {after[c]:.2f}"
+        sheet.text(middle, y + 4, said, ha="center", va="top", color=MUTED, fontsize=8, linespacing=1.3)
+    for r, (name, note, _) in enumerate(rows):
+        y = _MARGIN + head + r * (size[1] + _GAP) + size[1] / 2
+        sheet.text(_LABEL - 16, y - (12 if note else 0), name, ha="right", fontsize=9, weight="bold")
+        if note:
+            sheet.text(_LABEL - 16, y + 14, note, ha="right", color=MUTED, fontsize=8)
+    foot_y = _MARGIN + head + len(rows) * (size[1] + _GAP) + 4
+    sheet.text(_LABEL - 16, foot_y, "similarity", ha="right", va="top", color=MUTED, fontsize=8)
+    return sheet.figure
+
+
 def _row_names(sheet: Sheet, y: int, size: tuple[int, int], has_truth: bool) -> None:
     middle = size[1] / 2
     step = size[1] + _GAP

@@ -105,6 +105,14 @@ _PERCENT = (
     ),
 )
 
+# (key of the results, name, how the pixels were moved)
+_ATTACKS = (
+    ("fgsm", "Classifier under FGSM", "in one step, in the direction that hurts most"),
+    ("pgd", "Classifier under PGD", "in many small steps"),
+    ("linear_fgsm", "Linear probe under FGSM", "in one step, in the direction that hurts most"),
+    ("linear_pgd", "Linear probe under PGD", "in many small steps"),
+)
+
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
     """The known results that are there, in the order of the page."""
@@ -117,10 +125,12 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
         if name == "Linear probe" and pixels is not None:
             meaning += f"; {_points(value - pixels)} raw pixels"
         found.append(Row(name, percent(value), better, meaning))
-    attacked = _attacks(results)
-    for epsilon in sorted({min(attacked, key=lambda e: abs(e - 4))} if attacked else ()):
-        meaning = f"after every pixel moved by {epsilon:g}/255 in the direction that hurts most (FGSM)"
-        found.append(Row("Accuracy under attack", percent(attacked[epsilon]), HIGHER, meaning))
+    for key, name, how in _ATTACKS:
+        attacked = _attacks(results, key)
+        if attacked:
+            epsilon = min(attacked, key=lambda e: abs(e - 4))
+            meaning = f"after every pixel moved by up to {epsilon:g}/255 {how}"
+            found.append(Row(name, percent(attacked[epsilon]), HIGHER, meaning))
     seconds = total_seconds(results)
     if seconds is not None:
         found.append(Row("Time", duration(seconds), LOWER, _time_split(results)))
@@ -206,9 +216,10 @@ def _as_float(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _attacks(results: Mapping[str, Any]) -> dict[float, float]:
+def _attacks(results: Mapping[str, Any], key: str) -> dict[float, float]:
+    """Accuracy by epsilon in 1/255."""
     attacks = {}
-    for epsilon, value in (results.get("fgsm") if isinstance(results.get("fgsm"), Mapping) else {}).items():
+    for epsilon, value in (results.get(key) if isinstance(results.get(key), Mapping) else {}).items():
         accuracy = number({"a": value}, "a.accuracy", "a")
         try:
             epsilon = float(epsilon)

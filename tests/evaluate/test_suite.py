@@ -11,14 +11,20 @@ from jaxcl import sharding
 from jaxcl.adversarial import pgd
 from jaxcl.data import Source
 from jaxcl.errors import UserError
-from jaxcl.evaluate import expected_calibration_error, fit_logistic, knn_predict
+from jaxcl.evaluate import (
+    expected_calibration_error,
+    fit_linear_probe,
+    fit_logistic,
+    knn_predict,
+    probe_logits,
+)
 from jaxcl.evaluate.evaluators import EVALUATORS
 from jaxcl.evaluate.suite import Evaluation
 from jaxcl.losses import cross_entropy
 from jaxcl.update import init_state
 
-EVERYTHING = ("knn", "linear", "logistic", "raw_pixels", "classifier", "explanation", "fgsm", "pgd", "calibration")
-OF_LABELS = ("knn", "linear", "logistic", "raw_pixels")
+EVERYTHING = tuple(EVALUATORS)
+OF_LABELS = ("knn", "linear", "logistic", "raw_pixels", "linear_fgsm", "linear_pgd")
 OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
 
 
@@ -117,31 +123,42 @@ def test_features_nobody_has(key):
 
 def test_robust_accuracy_is_that_of_the_attack():
     """Both attacks in pixels, on the network in inference mode, in batches that do not fill up."""
-    e, state, mesh = evaluation(final=("fgsm", "pgd"), fgsm=(0, 3), pgd=(0, 3), pgd_steps=4)
-    results, _ = e.final(state, mesh)
+    attacks = ("fgsm", "pgd", "linear_fgsm", "linear_pgd")
+    e, state, mesh = evaluation(final=("linear", *attacks), fgsm=(0, 3), pgd=(0, 3), pgd_steps=4)
+    results, panels = e.final(state, mesh)
     own, mean, std = jax.device_get(state), jnp.asarray(tiny.MEAN), jnp.asarray(tiny.STD)
     pixels, labels = source("test").images / np.float32(255), source("test").labels
 
+    train_h, _ = encoded(e, state, "train")
+    fitted = fit_linear_probe(train_h, source("train").labels, num_classes=4)
+    probes = (lambda h: e.recipe.memory["probe"].logits(own.memory["probe"], h), lambda h: probe_logits(fitted, h))
+
     @jax.jit
     def attacked(pixels):
-        def logits(x):
+        def logits(x, probe):
             h, _ = e.recipe.model.encode(own.params, own.batch_stats, (x - mean) / std, train=False)
-            return e.recipe.memory["probe"].logits(own.memory["probe"], h)
+            return probe(h)
 
-        loss = lambda x: cross_entropy(logits(x), labels)  # noqa: E731
-        return [logits(pgd(loss, pixels, epsilon=3 / 255, num_steps=n)) for n in (0, 1, 4)]
+        def moved(probe, n):
+            return pgd(lambda x: cross_entropy(logits(x, probe), labels), pixels, epsilon=3 / 255, num_steps=n)
 
-    logits = attacked(pixels)
-    clean, one, many = (np.mean(np.argmax(x, 1) == labels) for x in logits)
-    # Confidence moves with every step, where accuracy need not.
-    errors = [expected_calibration_error(jax.nn.softmax(x), labels) for x in logits]
-    assert results["fgsm"]["0"]["accuracy"] == results["pgd"]["0"]["accuracy"] == pytest.approx(clean)
-    assert results["fgsm"]["3"]["accuracy"] == pytest.approx(one)
-    assert results["pgd"]["3"]["accuracy"] == pytest.approx(many)
-    assert clean > one >= many  # otherwise the numbers above say little
-    assert results["fgsm"]["3"]["ece"] == pytest.approx(float(errors[1]), abs=1e-5)
-    assert results["pgd"]["3"]["ece"] == pytest.approx(float(errors[2]), abs=1e-5)
-    assert abs(errors[1] - errors[2]) > 1e-4
+        return [[logits(moved(probe, n), probe) for n in (0, 1, 4)] for probe in probes]
+
+    assert {k: len(v) for k, v in panels.items()} == {}  # no report, no pictures
+    # The fit stops when it is near enough to the optimum: rounding moves where.
+    for name, logits, close in zip(("", "linear_"), attacked(pixels), (1e-5, 2e-3), strict=True):
+        clean, one, many = (np.mean(np.argmax(x, 1) == labels) for x in logits)
+        # Confidence moves with every step, where accuracy need not.
+        errors = [expected_calibration_error(jax.nn.softmax(x), labels) for x in logits]
+        by_fgsm, by_pgd = results[f"{name}fgsm"], results[f"{name}pgd"]
+        assert by_fgsm["0"]["accuracy"] == by_pgd["0"]["accuracy"] == pytest.approx(clean)
+        assert by_fgsm["3"]["accuracy"] == pytest.approx(one)
+        assert by_pgd["3"]["accuracy"] == pytest.approx(many)
+        assert clean > one >= many  # otherwise the numbers above say little
+        assert by_fgsm["3"]["ece"] == pytest.approx(float(errors[1]), abs=close)
+        assert by_pgd["3"]["ece"] == pytest.approx(float(errors[2]), abs=close)
+        assert abs(errors[1] - errors[2]) > 2 * close
+    assert results["linear_fgsm"]["0"]["accuracy"] == results["linear"]["accuracy"]
 
 
 def test_pgd_is_there_for_the_asking():
@@ -169,6 +186,7 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
         f"evaluation: no training image has a label, so there is no {', '.join(OF_LABELS)}",
         "evaluation: the config trains no classifier (no linear_probe in memory), so there is no "
         + ", ".join(OF_THE_CLASSIFIER),
+        "evaluation: the config has no adversary stage, so there is no adversary",
     ]
 
 
@@ -199,6 +217,20 @@ def test_labels_without_a_classifier():
 # ---- adversarial views
 
 
+def _check_adversary(figures, panel):
+    """The picture of the attack: within epsilon, most confusable first, similarities in line with the figures."""
+    assert {len(v) for v in panel.values()} == {8} and set(panel["names"]) <= set("abcd")
+    np.testing.assert_allclose(panel["clean"] + panel["perturbation"], panel["adversarial"], atol=1e-6)
+    assert 0.029 < np.abs(panel["perturbation"]).max() < 0.0301
+    gain = panel["after"] - panel["before"]
+    assert (gain[:-1] >= gain[1:]).all() and gain[0] > 0
+    # It starts where an image equals its anchor; then the anchor goes away more than the others do.
+    assert figures["positive_before"] == pytest.approx(1, abs=1e-4) and figures["positive_after"] < 0.9999
+    before, after = (figures[f"hardest_negative_{k}"] - figures[f"positive_{k}"] for k in ("before", "after"))
+    assert after > before + 0.01
+    assert 0 <= figures["hardest_negative_changed"] <= 1
+
+
 def test_evaluation_of_adversarial_training_is_clean():
     """The report shows the adversarial view; no figure depends on its batch norms."""
     c = tiny.tiny_model(base.default())
@@ -208,7 +240,8 @@ def test_evaluation_of_adversarial_training_is_clean():
     c.passes = (base.encode("view1"), base.encode("view2"), base.encode("adversarial", norm_set="adv"))
     c.terms.clean = base.term("nt_xent", views=("view1", "view2"))
     c.terms.adversarial = base.term("nt_xent", views=("view1", "adversarial"))
-    c.eval.final, c.eval.batch_size, c.eval.knn_k, c.eval.tap, c.eval.features = ("knn",), 16, 5, "stage1", "z"
+    c.eval.final, c.eval.batch_size, c.eval.knn_k, c.eval.tap, c.eval.features = (), 16, 5, "stage1", "z"
+    c.eval.final = ("knn", "adversary")
     recipe = tiny.recipe(c, num_devices=2)
     mesh = sharding.make_mesh(2)
     plain = tiny.fill(jax.eval_shape(lambda: init_state(recipe)))
@@ -224,7 +257,8 @@ def test_evaluation_of_adversarial_training_is_clean():
     shown, features = [], []
     for state in (plain, other):
         state = sharding.put(state, sharding.replicated(mesh))
-        _, panels = e.final(state, mesh)
+        results, panels = e.final(state, mesh)
+        _check_adversary(results["adversary"], panels["adversary"])
         images = panels["views"]["images"]
         assert set(images) == {"image", "view1", "view2", "adversarial"}
         moved = np.abs(images["adversarial"] - images["view1"])

@@ -33,10 +33,23 @@ def _panels(n=12, classes=4):
             "true_mask": heat > 0.4,
             "names": names * 3,
         },
+        "adversary": {
+            "clean": images,
+            "perturbation": 0.02 * (heat[..., None] - 0.5) * np.ones(3),
+            "adversarial": images + 0.02,  # may leave [0, 1]
+            "partner": images[::-1],
+            "before": heat[:, 0, 0],
+            "after": heat[:, 1, 1],
+            "names": names * 3,
+            "partner_names": names * 3,
+        },
         "embedding": {"features": rng.normal(size=(n, 8)), "labels": labels, "class_names": names},
         "confusion": {"matrix": rng.integers(0, 9, (classes, classes)), "class_names": names},
         "reliability": {"clean": bins, EVIL: bins},
-        "robustness": {"1": {"accuracy": 0.5, "ece": 0.1}, "4": {"accuracy": 0.2, "ece": 0.3}},
+        "robustness": {
+            "classifier, FGSM": {"1": {"accuracy": 0.5, "ece": 0.1}, "4": {"accuracy": 0.2, "ece": 0.3}},
+            "linear probe, PGD-20": {"4": {"accuracy": 0.1, "ece": 0.4}},
+        },
         "reliability_fgsm": {"FGSM 4/255": bins},
     }
 
@@ -48,6 +61,7 @@ _RESULTS = {
     "explanation": {"average_drop": 0.25, "iou": 0.5},
     "calibration": {"clean": 0.03, "test_shifted": {"ece": 0.2}},
     "fgsm": {"1": {"accuracy": 0.6}, "4": {"accuracy": 0.21}},
+    "linear_pgd": {"2": {"accuracy": 0.5}, "5": {"accuracy": 0.03}},
     "seconds": {"train": 60, "evaluate": 30},
     "seed": 3,
     "strange": {"note": EVIL, "list": [1, 2.5], "none": None, "long": list(range(99))},
@@ -130,7 +144,10 @@ def test_verdict_rows():
     assert [row.name for row in verdict.rows({})] == []
     assert rows["ECE, clean"].value == "3.0%" and rows["ECE, shifted test"].value == "20.0%"
     assert rows["Average drop"].better == verdict.LOWER and rows["Mask overlap (IoU)"].better == verdict.HIGHER
-    assert rows["Accuracy under attack"].value == "21.0%" and "4/255" in rows["Accuracy under attack"].meaning
+    row = rows["Classifier under FGSM"]
+    assert row.value == "21.0%" and "4/255" in row.meaning
+    assert rows["Linear probe under PGD"].value == "3.0%"  # of the strength nearest to 4/255
+    assert not {"Classifier under PGD", "Linear probe under FGSM"} & rows.keys()
     assert rows["Time"].value == "1 min 30 s" and "train 1 min 0 s" in rows["Time"].meaning
     assert "Pointing hit" not in rows
     below = verdict.rows({"linear": {"accuracy": 0.4}, "raw_pixels": 0.45})
@@ -161,7 +178,7 @@ def test_a_broken_panel_is_named_and_a_stale_picture_goes(tmp_path, caplog):
         environment={},
         results={},
         metrics=[{"step": 1, "loss": 2.0}],
-        panels={"confusion": {"matrix": "nonsense"}, "robustness": {"4": 0.5}, "unheard_of": [1]},
+        panels={"confusion": {"matrix": "nonsense"}, "robustness": {"classifier, FGSM": {"4": 0.5}}, "unheard_of": [1]},
     )
     parsed = _Page(page.read_text(encoding="utf-8"))
     assert parsed.links == ["curves.png", "robustness.png"]

@@ -1,0 +1,40 @@
+"""What evaluators share: what they need, how they say that it is missing, and the two commonest figures."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcl.evaluate.calibration import reliability
+
+if TYPE_CHECKING:
+    from jaxcl.evaluate.suite import Frozen
+
+Figures = dict[str, Any]
+
+
+class LeftOut(Exception):
+    """An evaluator that cannot run on this data or recipe; its text says what is missing."""
+
+
+def needs_labels(f: "Frozen", *splits: str) -> None:
+    """LeftOut where no image of one of the splits has a label."""
+    for split in splits:
+        if not (f.source(split).labels >= 0).any():
+            raise LeftOut(f"no {'training' if split == 'train' else 'test'} image has a label")
+
+
+def needs_classifier(f: "Frozen") -> None:
+    """LeftOut where no classifier was trained along with the encoder."""
+    if f.evaluation.classifier is None:
+        raise LeftOut("the config trains no classifier (no linear_probe in memory)")
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the labelled rows that are right; NaN where there are none."""
+    known = labels >= 0
+    return float((predicted[known] == labels[known]).mean()) if known.any() else float("nan")
+
+
+def bins(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The reliability diagram's bars, on the host."""
+    return {k: np.asarray(v) for k, v in reliability(probabilities, labels).items()}
