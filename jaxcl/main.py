@@ -4,10 +4,12 @@ import logging
 import pathlib
 import sys
 import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jaxcl.errors import Diverged, Preempted, UserError
 
@@ -24,11 +26,11 @@ _DISTRIBUTED = flags.DEFINE_string(
 )
 
 
-def _parse(argv: list[str]) -> None:
+def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """absl's own parser, with a config's mistakes in one line instead of a traceback."""
     _check_config_file(argv)
     try:
-        rest = flags.FLAGS(argv)
+        rest = values(argv)
     except flags.Error as error:
         raise UserError(_reason(str(error))) from None
     except (AttributeError, KeyError) as error:
@@ -42,8 +44,15 @@ def _parse(argv: list[str]) -> None:
         raise UserError(f"the config file does not run: {what} ({where.filename}, line {where.lineno})") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
-    if _CONFIG.value is None:
-        raise UserError("no --config; for example --config=configs/excon.py")
+
+
+def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config that `--config=ARGUMENT` and `--config.KEY=VALUE ...` would run; the flags of this process are not
+    touched. Errors: UserError."""
+    argv, values = ["", f"--config={argument}", *overrides], flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+    parse(argv, values)
+    return holder.value
 
 
 def _config_argument(argv: list[str]) -> str | None:
@@ -107,6 +116,9 @@ def _join(spec: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one config; -> exit code."""
+    parse(argv)
+    if _CONFIG.value is None:
+        raise UserError("no --config; for example --config=configs/excon.py")
     _join(_DISTRIBUTED.value)
     from jaxcl import train  # after the flags are known to be right: a typo need not wait for the imports
 
@@ -115,19 +127,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def cli() -> None:
-    """Exit codes: 0 done; 2 a mistake to mend; 3 the loss diverged; 75 stopped on request, run again to go on."""
+def leave(main: Callable[[list[str]], int]) -> NoReturn:
+    """End this process with the exit code of `main(sys.argv)`, and what ends it early in one plain line."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)  # libraries: warnings; ours: progress too
     logging.getLogger("jaxcl").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)
     codes = {UserError: 2, Diverged: 3, Preempted: 75}
     try:
-        _parse(sys.argv)
         code = main(sys.argv)
     except tuple(codes) as error:
         print(f"jaxcl: {error}", file=sys.stderr)
         code = codes[type(error)]
     sys.exit(code)
+
+
+def cli() -> None:
+    """Exit codes: 0 done; 2 a mistake to mend; 3 the loss diverged; 75 stopped on request, run again to go on."""
+    leave(main)
 
 
 if __name__ == "__main__":
