@@ -36,6 +36,7 @@ def get_config(preset: str = ""):
     c.terms.supcon = base.term("supcon", views=("view1", "view2"), temperature=0.1)
     c.memory.probe = base.memory("linear_probe", views=("view2",))
 
+    c.collapse_every = "10%"
     c.data.source = SOURCES.get(dataset, dataset)
     if dataset == "tiny_imagenet":
         c.size = 64

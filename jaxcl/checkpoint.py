@@ -29,7 +29,8 @@ def _plain(state: TrainState) -> dict[str, Tree]:
 class Checkpoints:
     """Asynchronous saves under `directory`, the newest `keep` of them kept; a half-written one is never the latest."""
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
+        """read_only: to look at the checkpoints of a run that may be going on."""
         self.directory = pathlib.Path(directory).resolve()
         training = ocp.training
         self._checkpointer = training.Checkpointer(
@@ -37,7 +38,7 @@ class Checkpoints:
             # The loop decides when; Orbax's own defaults are "whenever idle" and "keep everything".
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,  # what a killed save left behind
+            cleanup_tmp_directories=not read_only,  # what a killed save left behind
         )
 
     @property

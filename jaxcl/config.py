@@ -20,11 +20,19 @@ from ml_collections import ConfigDict
 from jaxcl import recipe
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
-from jaxcl.models import ModelOptions
 from jaxcl.optimizers import OptimizerOptions
 
 # Keys that may differ between a run and its continuation: they change nothing of what is learned.
-FREE_KEYS = ("log_every", "checkpoint", "report", "eval", "devices", "data.prefetch", "data.tfds.data_dir")
+FREE_KEYS = (
+    "log_every",
+    "collapse_every",
+    "checkpoint",
+    "report",
+    "eval",
+    "devices",
+    "data.prefetch",
+    "data.tfds.data_dir",
+)
 
 
 def default() -> ConfigDict:
@@ -40,7 +48,10 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "garments"  # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME
     c.data.validation = 0.0  # share of the training set held out; evaluation then selects on it, not on the test set
+    c.data.validation_split = "balanced"  # class by class; or "released", as Thanos's code splits
     c.data.limit = 0  # use only this many training images, class-balanced; 0: all
+    c.data.labels = "fine"  # or "coarse": train on the coarse classes, where the source has both
+    c.data.imbalance = ""  # or "cifar100u": CIFAR-100 with rare classes in each superclass, in training only
     c.data.garments = ConfigDict()
     c.data.garments.spurious = 0.0  # how often the texture follows the class in training, 0 to 1
     c.data.garments.spurious_on = "background"  # or "fill"
@@ -49,7 +60,10 @@ def default() -> ConfigDict:
     c.data.tfds.image_size = 0  # resize to this side when images differ in shape
     c.data.prefetch = 2  # batches on the way to the devices
 
-    c.model = options(ModelOptions)
+    c.model = model("resnet")  # the main encoder
+    c.encoders = ConfigDict()  # others beside it, trained in the same update: name -> model(...)
+    c.representation = ("",)  # encoders whose features, side by side, classify and are evaluated; "": the main one
+    c.heads = ConfigDict()  # trained parts on top of encoders, which terms read: name -> head(...)
     c.optimizer = options(OptimizerOptions)
     c.grad_cache = options(GradCache)  # micro_batch above 0: a larger batch than activations have room for
 
@@ -60,6 +74,7 @@ def default() -> ConfigDict:
     c.memory = ConfigDict()  # slot 5: name -> memory(...)
 
     c.log_every = "10 steps"  # any duration, between lines of metrics.jsonl
+    c.collapse_every = "0"  # spread and collapse of the embeddings, any duration; 0: never while training
     c.eval = ConfigDict()
     c.eval.every = "50%"  # the quick suite, any duration; 0: never before the end
     c.eval.quick = ("knn", "classifier")  # every `every`
@@ -103,7 +118,9 @@ __all__ = [
     "default",
     "encode",
     "extend",
+    "head",
     "memory",
+    "model",
     "options",
     "stage",
     "term",
@@ -130,9 +147,22 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
     return _part(recipe.STAGES, "stage", kind, overrides)
 
 
-def encode(*views: str, norm_set: str = "") -> ConfigDict:
-    """A pass: these views are encoded together, normalised by the named set of batch norms ("": the clean one)."""
-    return ConfigDict(dict(views=tuple(views), norm_set=norm_set))
+def model(kind: str, **overrides: Any) -> ConfigDict:
+    """An encoder by kind: resnet, vit."""
+    return _part(recipe.MODELS, "model", kind, overrides)
+
+
+def head(kind: str, **overrides: Any) -> ConfigDict:
+    """A head by kind: classifier, decoder."""
+    return _part(recipe.HEADS, "head", kind, overrides)
+
+
+def encode(*views: str, norm_set: str = "", encoder: str = "") -> ConfigDict:
+    """A pass: these views are encoded together, by an encoder ("": the main one) and one of its sets of batch norms.
+
+    Terms know the embeddings by the views' names: "view1", or "auto/view1" from the encoder called auto.
+    """
+    return ConfigDict(dict(views=tuple(views), norm_set=norm_set, encoder=encoder))
 
 
 def term(kind: str, **overrides: Any) -> ConfigDict:
@@ -195,6 +225,30 @@ def check(config: ConfigDict) -> None:
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """Plain containers, as written to config.json."""
     return json.loads(config.to_json_best_effort())
+
+
+def from_dict(plain: Mapping[str, Any]) -> ConfigDict:
+    """A config from what `to_dict` gave; keys that have come since have their defaults."""
+    config = default()
+    with config.unlocked():
+        _fill(config, plain)
+    return config
+
+
+def _fill(config: ConfigDict, plain: Mapping[str, Any]) -> None:
+    for key, value in plain.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), ConfigDict):
+            _fill(config[key], value)
+        else:
+            # Not checked against the default's type: a tuple comes back as a list.
+            config.pop(key, None)
+            config[key] = ConfigDict(value) if isinstance(value, Mapping) else _frozen(value)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(ConfigDict(v) if isinstance(v, Mapping) else _frozen(v) for v in value)
+    return value
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -87,6 +87,7 @@ def encode(
     chunks: int,
     groups: int,
     mesh: Mesh | None = None,
+    key: Array | None = None,
 ) -> tuple[Array, Tree]:
     """`Model.encode` with train=True, in micro-batches: images -> (features [N,D] in their order, new statistics).
 
@@ -106,6 +107,7 @@ def encode(
       chunks: number of micro-batches; with the number of devices it must divide `groups`.
       groups: N/groups neighbouring rows (an image's views) stay together. Group j joins micro-batch j mod chunks
         in the first pass, whatever the number of devices.
+      key: of what an encoder without batch norm drops at random; each micro-batch on each device draws its own.
       mesh: the mesh of the update, or None for one device. No image moves between devices, and the gradient of the
         parameters is summed over them once, not once a micro-batch.
     """
@@ -119,37 +121,43 @@ def encode(
     model.check_norm_set("norm_set", norm_set)
     looped = model.for_loops()
     if not model.batch_norm:
-        h = _by_rows(lambda p, _, x: looped.encode(p, {}, x, train=True)[0], chunks, mesh)(encoder, {}, images)
-        return h, stats
+
+        def whole(params: Tree, _: Tree, x: Array, key: Array | None) -> Array:
+            return looped.encode(params, {}, x, train=True, key=key)[0]
+
+        return _by_rows(whole, chunks, mesh, key)(encoder, {}, images), stats
     parts = dict(where=where, norm_set=norm_set, chunks=chunks, groups=groups, mesh=mesh)
     batch = batch_statistics(model, encoder, stats, images, **parts)
 
-    def one(params: Tree, stats: Tree, x: Array) -> Array:
+    def one(params: Tree, stats: Tree, x: Array, _: None) -> Array:
         return looped.encode(params, stats, x, train=False, norm_set=norm_set)[0]
 
     h = _by_rows(one, chunks, mesh)(encoder, batch, images)
     return h, model.move_statistics(stats, batch, norm_set)
 
 
-def _by_rows(f: Callable[[Tree, Tree, Array], Array], chunks: int, mesh: Mesh | None):
-    """f(params, constants, rows) -> rows, for an f that takes each row by itself, in chunks that are recomputed."""
+def _by_rows(f: Callable[..., Array], chunks: int, mesh: Mesh | None, key: Array | None = None):
+    """f(params, constants, rows, key) -> rows, for an f of each row by itself, in chunks that are recomputed."""
 
-    def scan(params: Tree, constants: Tree, rows: Array) -> Array:
+    def scan(params: Tree, constants: Tree, rows: Array, keys: Array | None) -> Array:
         # Within a scan nothing is merged with the forward pass anyway, so the barriers of prevent_cse would be idle.
         again = jax.checkpoint(f, prevent_cse=False)
         x = rows.reshape(chunks, -1, *rows.shape[1:])
-        _, y = lax.scan(lambda _, x: (None, again(params, constants, x)), None, x)
+        _, y = lax.scan(lambda _, of: (None, again(params, constants, *of)), None, (x, keys))
         return y.reshape(-1, *y.shape[2:])
 
     if mesh is None or mesh.size == 1:
-        return scan
+        keys = None if key is None else jax.random.split(key, chunks)
+        return lambda params, constants, rows: scan(params, constants, rows, keys)
 
-    def local(params: Tree, constants: Tree, rows: Array) -> Array:
+    def local(params: Tree, constants: Tree, rows: Array, keys: Array | None) -> Array:
         # Made varying out here, not by each use in the loop: the sum of the gradient over devices is its transpose.
         params = jax.tree.map(lambda p: lax.pcast(p, AXIS, to="varying"), params)
-        return scan(params, constants, rows)
+        return scan(params, constants, rows, keys)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS))
+    keys = None if key is None else jax.random.split(key, chunks * mesh.size)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(AXIS), P(AXIS)), out_specs=P(AXIS))
+    return lambda params, constants, rows: sharded(params, constants, rows, keys)
 
 
 def batch_statistics(

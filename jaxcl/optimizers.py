@@ -17,20 +17,24 @@ from jaxcl.errors import UserError
 Array = jax.Array
 Schedule = Callable[[Array], Array]
 
-SCHEDULES = ("constant", "cosine", "epoch_cosine", "epoch_steps", "epoch_factors")
-OPTIMIZERS = ("sgd", "adam", "adamw", "lars")
+SCHEDULES = ("constant", "cosine", "epoch_cosine", "epoch_steps", "epoch_factors", "released")
+OPTIMIZERS = ("sgd", "adam", "adamw", "torch_adamw", "lars")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
     """What a config may say of an optimiser."""
 
-    kind: str = "sgd"  # sgd, adam, adamw, lars
+    kind: str = "sgd"  # sgd, adam, adamw, torch_adamw, lars
     lr: float = 0.5  # peak learning rate, as given: never rescaled behind your back
     momentum: float = 0.9  # sgd, lars
-    betas: Sequence[float] = (0.9, 0.999)  # adam, adamw: how much of the old mean and square is kept
-    weight_decay: float = 1e-4  # sgd, adam: added to the gradient of all parameters; adamw, lars: matrices only
-    schedule: str = "epoch_cosine"  # constant; cosine per step; epoch_cosine, epoch_steps: SupCon code; epoch_factors
+    betas: Sequence[float] = (0.9, 0.999)  # all kinds of adam: how much of the old mean and square is kept
+    eps: float = 1e-8  # all kinds of adam: added to the root of the mean square
+    # sgd, adam: added to the gradient of all parameters; adamw, lars: matrices only; torch_adamw: all parameters.
+    weight_decay: float = 1e-4
+    # constant; cosine per step; epoch_cosine, epoch_steps: SupCon code; epoch_factors: CLAE; released: Thanos.
+    schedule: str = "epoch_cosine"
+    cosine_epochs: int = 0  # released: from lr down to 0 in so many epochs, and up again; 0: in the whole run
     warmup: str = "0"  # linear, any duration
     warmup_from: float = 0.0  # learning rate at the first step of the warm-up
     decay_rate: float = 0.1  # epoch_cosine ends at lr * decay_rate**3; epoch_steps multiplies by it
@@ -102,6 +106,22 @@ def epoch_factors(
     return _with_epoch_warmup(value, steps_per_epoch, warmup_steps, warmup_from, after=lambda e: jnp.float32(lr))
 
 
+def epoch_wave(
+    lr: float, *, cosine_epochs: int, steps_per_epoch: int, warmup_steps: int = 0, warmup_from: float = 0.01
+) -> Schedule:
+    """Cosine that changes once an epoch, from lr down to 0 in cosine_epochs and up again in as many, without end.
+
+    lr(e) = lr (1 + cos(pi (e - 1) / cosine_epochs)) / 2, so epoch 1 has lr itself and a run of whole periods of
+    2 cosine_epochs ends near it. The warm-up, in whole epochs, ends at the cosine's value at its last epoch. Source:
+    Thanos code, where the period stays at 100 epochs in runs of 600; papers/thanos.md 4.
+    """
+
+    def cosine(e: Array) -> Array:
+        return lr * (1 + jnp.cos(jnp.pi * (e - 1) / cosine_epochs)) / 2
+
+    return _with_epoch_warmup(cosine, steps_per_epoch, warmup_steps, warmup_from, after=cosine)
+
+
 def _with_epoch_warmup(value: Schedule, steps_per_epoch: int, steps: int, start: float, after: Schedule) -> Schedule:
     def schedule(step: Array) -> Array:
         epoch = jnp.floor_divide(step, steps_per_epoch) + 1
@@ -136,6 +156,11 @@ def make_schedule(
     )
     if options.schedule == "epoch_cosine":
         return epoch_cosine(options.lr, epochs=-(-steps // steps_per_epoch), **common)
+    if options.schedule == "released":
+        if options.cosine_epochs < 0:
+            raise UserError(f"{name}.cosine_epochs is {options.cosine_epochs}; expected epochs, or 0 for the whole run")
+        del common["decay_rate"]
+        return epoch_wave(options.lr, cosine_epochs=options.cosine_epochs or -(-steps // steps_per_epoch), **common)
     if options.schedule == "epoch_steps":
         return epoch_steps(options.lr, decay_epochs=options.decay_epochs, **common)
     if options.schedule == "epoch_factors":
@@ -159,14 +184,17 @@ def make_schedule(
 def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) -> optax.GradientTransformation:
     """SGD or Adam with weight decay in the gradient of all parameters (as in torch); AdamW, LARS: on matrices only.
 
-    Adam is torch's: both means corrected for their start at 0, then lr * m / (sqrt(v) + 1e-8).
+    Adam is torch's: both means corrected for their start at 0, then lr * m / (sqrt(v) + eps). "torch_adamw" is AdamW
+    with the decay lr * weight_decay * p on all parameters, norms, biases and tokens too, as torch does unasked.
     """
     if options.kind not in OPTIMIZERS:
         raise UserError(f"{name}.kind is {options.kind!r}; expected one of {', '.join(OPTIMIZERS)}")
 
     if len(options.betas) != 2 or not all(0 <= b < 1 for b in options.betas):
         raise UserError(f"{name}.betas is {tuple(options.betas)}; expected two numbers from 0 up to, not including, 1")
-    b1, b2 = options.betas
+    if not options.eps > 0:
+        raise UserError(f"{name}.eps is {options.eps}; expected a number above 0")
+    adam = dict(b1=options.betas[0], b2=options.betas[1], eps=options.eps)
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -176,9 +204,10 @@ def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) 
             optax.add_decayed_weights(options.weight_decay), optax.sgd(schedule, momentum=options.momentum)
         )
     elif options.kind == "adam":
-        tx = optax.chain(optax.add_decayed_weights(options.weight_decay), optax.adam(schedule, b1, b2, eps=1e-8))
-    elif options.kind == "adamw":
-        tx = optax.adamw(schedule, b1, b2, weight_decay=options.weight_decay, mask=matrices)
+        tx = optax.chain(optax.add_decayed_weights(options.weight_decay), optax.adam(schedule, **adam))
+    elif options.kind in ("adamw", "torch_adamw"):
+        mask = matrices if options.kind == "adamw" else None
+        tx = optax.adamw(schedule, **adam, weight_decay=options.weight_decay, mask=mask)
     else:
         tx = optax.lars(
             schedule,

@@ -10,19 +10,22 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxcl import augment
+from jaxcl import heads as head_parts
 from jaxcl.durations import to_steps
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
 from jaxcl.memory import LinearProbe
-from jaxcl.models import Model, ModelOptions, make_model
+from jaxcl.models import Model, ModelOptions, ViTOptions, make_model
 from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
 from jaxcl.terms import (
     Attract,
     BarlowTwins,
     ClassConditionalInfoNCE,
+    CrossEntropy,
     InstanceSpread,
     NTXent,
     OneWayInfoNCE,
+    Reconstruction,
     Spread,
     SupCon,
 )
@@ -32,13 +35,35 @@ from jaxcl.views.saliency import SaliencyMask
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Views encoded together, as one batch of the batch norm; views that do not exist (yet) are left out."""
+    """Views encoded together, as one batch of the batch norm; views that do not exist (yet) are left out.
+
+    What they become is known to terms by the view's name, behind the encoder's name where that is not the main one:
+    "view1", "auto/view1".
+    """
 
     views: tuple[str, ...]
     norm_set: str = ""  # the set of batch norms; "": the clean one
+    encoder: str = ""  # the one of that name; "": the main encoder
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        return tuple(embedding_name(self.encoder, v) for v in self.views)
+
+
+def embedding_name(encoder: str, view: str) -> str:
+    """What terms call a view as encoded by an encoder ("": the main one)."""
+    return f"{encoder}/{view}" if encoder else view
+
+
+def split_name(embedding: str) -> tuple[str, str]:
+    """-> (encoder, view) of an embedding's name."""
+    encoder, _, view = embedding.rpartition("/")
+    return encoder, view
 
 
 # The parts a config can name. A new part is a class (or factory) and one line here.
+MODELS: Mapping[str, Callable] = {"resnet": ModelOptions, "vit": ViTOptions}
+HEADS: Mapping[str, Callable] = {"classifier": head_parts.Classifier, "decoder": head_parts.Decoder}
 VIEWS: Mapping[str, Callable] = {
     "random": augment.random_view,
     "standard": augment.standard_view,
@@ -54,6 +79,8 @@ TERMS: Mapping[str, Callable] = {
     "attract": Attract,
     "class_conditional_infonce": ClassConditionalInfoNCE,
     "barlow_twins": BarlowTwins,
+    "cross_entropy": CrossEntropy,
+    "reconstruction": Reconstruction,
 }
 MEMORY: Mapping[str, Callable] = {"linear_probe": LinearProbe}
 
@@ -117,9 +144,12 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
-    """The five slots, the model and the optimisers, with every duration in steps."""
+    """The five slots, the models and the optimisers, with every duration in steps."""
 
-    model: Model
+    model: Model  # the main encoder
+    encoders: dict[str, Model]  # the others, by name
+    representation: tuple[str, ...]  # the encoders whose features, side by side, classify and are evaluated
+    heads: dict[str, Any]
     views: dict[str, augment.Pipeline]
     stages: tuple[Any, ...]
     stage_starts: tuple[int, ...]  # in encoder steps
@@ -139,6 +169,27 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
+    labelled: bool  # every training image is
+
+    def encoder(self, name: str) -> Model:
+        """The model of that name, "" the main one."""
+        return self.encoders[name] if name else self.model
+
+    def features_of(self, encoders: tuple[str, ...]) -> int:
+        """Number of features of some encoders together."""
+        return sum(self.encoder(n).features for n in encoders)
+
+    def head_facts(self, name: str) -> head_parts.Facts:
+        """What a head has to know of the rest."""
+        return head_parts.Facts(self.features_of(self.heads[name].encoders), self.num_classes, self.image_shape)
+
+    def head_views(self, term_names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """The views that each head is applied to, for these terms."""
+        wanted = {
+            n: dict.fromkeys(split_name(e)[1] for t in term_names for e, head in _heads_of(self.terms[t]) if head == n)
+            for n in self.heads
+        }
+        return {n: tuple(views) for n, views in wanted.items() if views}
 
     @property
     def probe_schedule(self) -> str:
@@ -174,7 +225,12 @@ class Recipe:
     def term_names(self, phase: Phase) -> tuple[str, ...]:
         """The terms of a phase: those whose views exist, whatever stages have not begun."""
         made = set(self.views) | {n for i in phase.stages for n in self.stages[i].writes}
-        return tuple(n for n, term in self.terms.items() if made.issuperset(term.reads))
+        return tuple(n for n, term in self.terms.items() if made.issuperset(split_name(e)[1] for e in term.reads))
+
+
+def _heads_of(term: Any) -> tuple[tuple[str, str], ...]:
+    """(embedding, head) pairs whose output a term reads."""
+    return getattr(term, "heads", ())
 
 
 def data_facts(source: Any) -> dict[str, Any]:
@@ -220,7 +276,10 @@ def build_recipe(
     terms = {n: make_part(f"terms.{n}", t, TERMS) for n, t in config.terms.items()}
     memory = {n: make_part(f"memory.{n}", m, MEMORY) for n, m in config.memory.items()}
 
-    model = make_model(construct("model", ModelOptions, config.model))
+    heads = {n: make_part(f"heads.{n}", h, HEADS) for n, h in config.heads.items()}
+
+    model = _make_model("model", config.model)
+    encoders = {n: _make_model(f"encoders.{n}", node) for n, node in config.encoders.items()}
     options = construct("optimizer", OptimizerOptions, config.optimizer)
     schedule = make_schedule(options, name="optimizer", steps=steps, **unit)
     memory_schedule, memory_tx = {}, {}
@@ -232,6 +291,9 @@ def build_recipe(
 
     recipe = Recipe(
         model=model,
+        encoders=encoders,
+        representation=tuple(config.representation),
+        heads=heads,
         views=views,
         stages=stages,
         stage_starts=tuple(
@@ -253,18 +315,31 @@ def build_recipe(
         mean=tuple(mean),
         std=tuple(std),
         num_classes=num_classes,
+        labelled=labelled,
     )
-    _check(recipe, labelled=labelled, num_devices=num_devices)
+    _check(recipe, num_devices=num_devices)
     return recipe
 
 
-def _make_pass(views: tuple[str, ...] = (), norm_set: str = "") -> Pass:
-    return Pass(tuple(views), norm_set)
+def _make_pass(views: tuple[str, ...] = (), norm_set: str = "", encoder: str = "") -> Pass:
+    return Pass(tuple(views), norm_set, encoder)
 
 
-def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
+def _make_model(name: str, node: ConfigDict) -> Model:
+    return make_model(make_part(name, node, MODELS))
+
+
+def _check(recipe: Recipe, *, num_devices: int) -> None:
     """Refuse names that nothing makes and parts whose needs are not met."""
-    recipe.grad_cache.check(recipe.model, recipe.batch_size, num_devices)
+    for model in (recipe.model, *recipe.encoders.values()):
+        recipe.grad_cache.check(model, recipe.batch_size, num_devices)
+    for name in (*recipe.views, *recipe.encoders):
+        if "/" in name:
+            raise UserError(f"{name!r} may not contain '/', which joins an encoder's name and a view's")
+    for name in recipe.representation:
+        _known_encoder(recipe, "representation", name)
+    if not recipe.representation:
+        raise UserError("representation names no encoder; expected ('',) for the main one")
     made = set(recipe.views) | {n for s in recipe.stages for n in s.writes}
 
     def exists(name: str, where: str, known: set[str]) -> None:
@@ -284,24 +359,57 @@ def _check(recipe: Recipe, *, labelled: bool, num_devices: int) -> None:
         raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
     encoded: set[str] = set()
     for i, p in enumerate(recipe.passes):
-        recipe.model.check_norm_set(f"passes[{i}].norm_set", p.norm_set)
-        for name in p.views:
+        _known_encoder(recipe, f"passes[{i}].encoder", p.encoder)
+        recipe.encoder(p.encoder).check_norm_set(f"passes[{i}].norm_set", p.norm_set)
+        for name, embedding in zip(p.views, p.embeddings, strict=True):
             exists(name, f"passes[{i}]", made)
-            if name in encoded:
-                raise UserError(f"passes[{i}] encodes view {name!r} a second time; name it once")
-            encoded.add(name)
+            if embedding in encoded:
+                raise UserError(f"passes[{i}] encodes view {embedding!r} a second time; name it once")
+            encoded.add(embedding)
+    for name, part in recipe.heads.items():
+        for encoder in part.encoders:
+            _known_encoder(recipe, f"heads.{name}.encoders", encoder)
+        if not part.encoders:
+            raise UserError(f"heads.{name}.encoders is empty; expected ('',) for the main one")
+        part.check(f"heads.{name}", recipe.head_facts(name))
     for n, term in recipe.terms.items():
         for name in (*term.reads, *term.optional):
             exists(name, f"terms.{n}", encoded)
+        for embedding, head in _heads_of(term):
+            _check_head(recipe, n, embedding, head, encoded)
+    used = recipe.head_views(tuple(recipe.terms))
+    for name in recipe.heads:
+        if name not in used:
+            raise UserError(f"heads.{name} is read by no term; remove it, or name it as the head of a term")
     for n, part in recipe.memory.items():
         for name in part.views if part.schedule == "online" else ():
-            exists(name, f"memory.{n}", encoded & set(recipe.views))
+            for encoder in recipe.representation:
+                exists(embedding_name(encoder, name), f"memory.{n}", encoded)
+            exists(name, f"memory.{n}", set(recipe.views))
         if part.schedule != "online":
             exists(part.view, f"memory.{n}", set(recipe.views))
     needs = [f"terms.{n}" for n, t in recipe.terms.items() if t.needs_labels]
     needs += [f"memory.{n}" for n in recipe.memory]
-    if needs and not labelled:
+    if needs and not recipe.labelled:
         raise UserError(
             f"{needs[0]} needs a label on every training image, which the data lacks; give labels, or use a "
             "config without labels, such as configs/simclr.py:unlabelled"
         )
+
+
+def _known_encoder(recipe: Recipe, where: str, name: str) -> None:
+    if name and name not in recipe.encoders:
+        known = ", ".join(map(repr, ("", *recipe.encoders)))
+        raise UserError(f"{where} names encoder {name!r}; expected one of {known} ('' is the main one)")
+
+
+def _check_head(recipe: Recipe, term: str, embedding: str, head: str, encoded: set[str]) -> None:
+    if head not in recipe.heads:
+        raise UserError(f"terms.{term}.head is {head!r}, which the config lacks{suggestion(head, recipe.heads)}")
+    part, (encoder, view) = recipe.heads[head], split_name(embedding)
+    if encoder != part.encoders[0]:
+        expected = embedding_name(part.encoders[0], view)
+        raise UserError(f"terms.{term} reads heads.{head} of {embedding!r}; that head is of {expected!r}")
+    for other in part.encoders:
+        if embedding_name(other, view) not in encoded:
+            raise UserError(f"heads.{head} reads {embedding_name(other, view)!r}, which no pass encodes")

@@ -1,6 +1,6 @@
 """The run folder: one config, one run. Running the same command again goes on, or says that it is finished.
 
-config.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json, report/.
+config.json, data.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json, report/.
 """
 
 import json
@@ -45,8 +45,8 @@ def _same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         )
 
 
-def claim(workdir: pathlib.Path, config: dict[str, Any], writes: bool) -> None:
-    """Make the run folder, or check that it is this run's."""
+def claim(workdir: pathlib.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool) -> None:
+    """Make the run folder, or check that it is this run's. facts: what the recipe was told of the data."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,17 +56,19 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], writes: bool) -> None:
     _same_config(workdir, config)
     if writes:
         write_json(workdir / "config.json", config)
+        write_json(workdir / "data.json", facts)
         write_json(workdir / "environment.json", environment())
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     # Through a temporary file: a kill leaves the old file or the new one, never half of one.
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=_number) + "\n")
+    temporary.write_text(json.dumps(content, indent=2, default=number) + "\n")
     os.replace(temporary, path)
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """What JSON writes for a number or array of NumPy or JAX."""
     if isinstance(value, (np.generic, np.ndarray, jax.Array)):
         return np.asarray(value).tolist()
     raise TypeError(f"cannot write {type(value).__name__} to JSON")

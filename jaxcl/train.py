@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from jaxcl import config as configs
 from jaxcl import report, run_folder, sharding
 from jaxcl.checkpoint import Checkpoints, Preemption
-from jaxcl.data import Loader, Source, make_source
+from jaxcl.data import Loader, source_of
 from jaxcl.durations import to_steps
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.evaluate.suite import Evaluation
+from jaxcl.monitor import compile_monitor
 from jaxcl.recipe import Recipe, build_recipe, data_facts
 from jaxcl.report import MetricsWriter, Progress, read_metrics
 from jaxcl.train_state import TrainState
@@ -42,15 +43,16 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         return results
 
     # ---- data
-    source = _source(config, "train")
+    source = source_of(config, "train")
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
         raise UserError(f"devices is {devices}, but there are {jax.device_count()}; use 0 for all of them")
-    recipe = build_recipe(config, **data_facts(source), num_devices=devices)
-    evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: _source(config, split))
+    facts = data_facts(source)
+    recipe = build_recipe(config, **facts, num_devices=devices)
+    evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: source_of(config, split))
     every = _intervals(config, recipe)
     writes = jax.process_index() == 0
-    run_folder.claim(workdir, plain, writes)
+    run_folder.claim(workdir, plain, facts, writes)
 
     # ---- state: the newest checkpoint of this workdir, else fresh
     mesh = sharding.make_mesh(devices)
@@ -65,6 +67,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     metrics_writer = MetricsWriter(workdir, first_step=step) if writes else None
     stream = None if writes else open(os.devnull, "w")
     progress = Progress(total, initial=step, unit_images=recipe.batch_size, stream=stream)
+    monitor = compile_monitor(recipe, replicated, rows)
     updates, pending, log = {}, None, _Log(recipe, metrics_writer, progress, every["log"])
     preemption = Preemption()
     best = _Best(workdir, config, recipe)
@@ -87,6 +90,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             batch = next(loader)
             with jax.transfer_guard("disallow"):
                 state, metrics = updates[phase](state, batch)
+                if every["collapse"] and (step + 1) % every["collapse"] == 0:
+                    metrics |= monitor(state, batch)
             # Step n is on its way; only now read what step n - 1 gave, so the device never waits for the host.
             if pending is not None:
                 log.add(*pending)
@@ -149,29 +154,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     return results
 
 
-def _source(config: ConfigDict, split: str) -> Source:
-    # The options of the kind of source in use; those of the others lie idle in the config.
-    kind = config.data.source.partition(":")[0]
-    options = dict(config.data[kind]) if kind in ("garments", "tfds") else {}
-    if kind == "tfds":
-        options = {k: v or None for k, v in options.items()}  # empty: TFDS's own default
-    limit = config.data.limit if split == "train" else 0
-    return make_source(
-        config.data.source,
-        split=split,
-        seed=config.seed,
-        validation=config.data.validation,
-        limit=limit or None,
-        **options,
-    )
-
-
 def _intervals(config: ConfigDict, recipe: Recipe) -> dict[str, int]:
     """log, eval and checkpoint intervals in steps."""
     unit = dict(steps_per_epoch=recipe.steps_per_epoch, batch_size=recipe.batch_size, total=recipe.total_steps)
     return {
         "log": max(1, to_steps(config.log_every, name="log_every", **unit)),
         "eval": to_steps(config.eval.every, name="eval.every", **unit),
+        "collapse": to_steps(config.collapse_every, name="collapse_every", **unit),
         "checkpoint": to_steps(config.checkpoint.every, name="checkpoint.every", **unit) or recipe.total_steps,
     }
 
@@ -206,6 +195,8 @@ class _Log:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take in the metrics of update `step` (counted from 1). Errors: Diverged."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        # What a batch cannot tell, such as how near two of a class are where it has no two of any.
+        values = {k: v for k, v in values.items() if not (k.startswith("collapse/") and math.isnan(v))}
         # The loss first; but a gradient may be lost before it, or the probe by itself.
         for k in sorted(values, key=lambda k: k != "loss"):
             if not math.isfinite(values[k]):

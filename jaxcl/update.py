@@ -9,6 +9,7 @@ under `shard_map` on a mesh of several devices: what embeddings and sums they ex
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Iterable
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxcl import grad_cache
-from jaxcl.recipe import Pass, Phase, Recipe
+from jaxcl.recipe import Pass, Phase, Recipe, embedding_name, split_name
 from jaxcl.sharding import AXIS
 from jaxcl.terms import Embedding
 from jaxcl.train_state import TrainState
@@ -57,10 +58,21 @@ def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
     # Threefry, whatever the process's default: other generators draw an image's numbers together with its neighbours'.
     key = jax.random.key(recipe.seed if seed is None else seed, impl="threefry2x32")
     params, batch_stats = recipe.model.init(jax.random.fold_in(key, 1), recipe.image_shape)
-    memory = {
-        name: part.init(
-            jax.random.fold_in(key, 2 + i), recipe.model.features, recipe.num_classes, recipe.memory_tx[name]
+
+    def named(name: str) -> Array:
+        return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+    for name, model in recipe.encoders.items():
+        of = model.init(named(f"encoders/{name}"), recipe.image_shape)
+        params, batch_stats = (
+            _put(tree, "encoders", name, x) for tree, x in zip((params, batch_stats), of, strict=True)
         )
+    for name, head in recipe.heads.items():
+        of = head.init(named(f"heads/{name}"), recipe.head_facts(name))
+        params, batch_stats = (_put(tree, "heads", name, x) for tree, x in zip((params, batch_stats), of, strict=True))
+    features = recipe.features_of(recipe.representation)
+    memory = {
+        name: part.init(jax.random.fold_in(key, 2 + i), features, recipe.num_classes, recipe.memory_tx[name])
         for i, (name, part) in enumerate(sorted(recipe.memory.items()))
     }
     return TrainState(
@@ -71,6 +83,40 @@ def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
         opt_state=recipe.tx.init(params),
         memory=memory,
     )
+
+
+# Parameters and batch statistics: the main encoder's own at the top, those of the others and of heads by their names
+# in these places beside it.
+_BESIDE = ("encoders", "heads")
+
+
+def _put(tree: dict, place: str, name: str, value: dict) -> dict:
+    return {**tree, place: {**tree.get(place, {}), name: value}}
+
+
+def _of_encoder(tree: dict, name: str) -> dict:
+    """The part of the parameters or statistics that belongs to one encoder."""
+    return tree["encoders"][name] if name else {k: v for k, v in tree.items() if k not in _BESIDE}
+
+
+def _with_encoder(tree: dict, name: str, value: dict) -> dict:
+    return _put(tree, "encoders", name, value) if name else {**tree, **value}
+
+
+def represent(
+    recipe: Recipe, params: dict, stats: dict, images: Array, main: Array | None = None
+) -> tuple[Array, Array]:
+    """Normalised images [N,S,S,C] -> (h [N,D], z [N,E]) in inference mode: the encoders of the representation, joined.
+
+    main: the features of the main encoder, where they are known already.
+    """
+    h, z = [], []
+    for name in recipe.representation:
+        model, own = recipe.encoder(name), _of_encoder(params, name)
+        known = main is not None and not name
+        h.append(main if known else model.encode(own, _of_encoder(stats, name), images, train=False)[0])
+        z.append(model.project(own, h[-1]))
+    return (h[0], z[0]) if len(h) == 1 else (jnp.concatenate(h, -1), jnp.concatenate(z, -1))
 
 
 def to_pixels(image: Array) -> Array:
@@ -123,44 +169,73 @@ def run_stages(
 
 
 def run_pass(
-    recipe: Recipe, params, stats, views: dict[str, View], spec: Pass, mesh: Mesh | None = None
+    recipe: Recipe,
+    params,
+    stats,
+    views: dict[str, View],
+    spec: Pass,
+    mesh: Mesh | None = None,
+    key: Array | None = None,
 ) -> tuple[dict[str, Embedding], dict]:
-    """Encode some views together, as one batch of the batch norm. -> (embeddings by name, new statistics)."""
+    """Encode some views together, as one batch of the batch norm. -> (embeddings by name, new statistics).
+
+    key: of what is dropped at random, in encoders that do so; None: nothing is.
+    """
     names = [n for n in spec.views if n in views]
     if not names:  # a stage that makes them has not begun
         return {}, stats
-    images = [views[n].image for n in names]
-    wheres = [views[n].where for n in names]
+    model, own = recipe.encoder(spec.encoder), _of_encoder(params, spec.encoder)
+    rows, where, sizes, groups = _together([views[n] for n in names], always=bool(recipe.grad_cache.micro_batch))
+    if chunks := recipe.grad_cache.chunks(recipe.batch_size):
+        encode = functools.partial(grad_cache.encode, model, chunks=chunks, groups=groups, mesh=mesh)
+    else:
+        encode = functools.partial(model.encode, train=True)
+    h, new = encode(own, _of_encoder(stats, spec.encoder), rows, where=where, norm_set=spec.norm_set, key=key)
+    z = model.project(own, h)
+    return {
+        embedding_name(spec.encoder, n): Embedding(hh, zz, views[n].where)
+        for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)
+    }, _with_encoder(stats, spec.encoder, new)
+
+
+def _together(parts: list, *, always: bool = False) -> tuple[Array, Array | None, list[int], int]:
+    """Several batches, each with .image and .where, as one -> (rows, which exist, sizes, groups for `_split`)."""
+    images, wheres = [p.image for p in parts], [p.where for p in parts]
     sizes = [len(x) for x in images]
-    chunks = recipe.grad_cache.chunks(recipe.batch_size)
     # Equal views: row r of each side by side, so that rows stay on the device that holds them. Unequal views: one
     # after the other, or each micro-batch would get rows of one view only; then in as many parts as all fall into.
-    groups = math.gcd(*sizes) if chunks or len(set(sizes)) == 1 else 1
-    if all(w is None for w in wheres):
-        where = None
-    else:
+    groups = math.gcd(*sizes) if always or len(set(sizes)) == 1 else 1
+    where = None
+    if any(w is not None for w in wheres):
         wheres = [jnp.ones(len(x), bool) if w is None else w for w, x in zip(wheres, images, strict=True)]
         where = _merge(wheres, groups)
-    rows = _merge(images, groups)
-    if chunks:
-        h, stats = grad_cache.encode(
-            recipe.model,
-            params,
-            stats,
-            rows,
-            where=where,
-            norm_set=spec.norm_set,
-            chunks=chunks,
-            groups=groups,
-            mesh=mesh,
-        )
-    else:
-        h, stats = recipe.model.encode(params, stats, rows, train=True, where=where, norm_set=spec.norm_set)
-    z = recipe.model.project(params, h)
-    return {
-        n: Embedding(hh, zz, views[n].where)
-        for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)
-    }, stats
+    return _merge(images, groups), where, sizes, groups
+
+
+def run_heads(
+    recipe: Recipe, params, stats, embeddings: dict[str, Embedding], views: dict[str, tuple[str, ...]]
+) -> tuple[dict[str, Embedding], dict]:
+    """Apply heads, each to the views named for it. -> (embeddings with the outputs, new statistics).
+
+    An output goes with the embedding by the first of the head's encoders.
+    """
+    embeddings = dict(embeddings)
+    for name, of in views.items():
+        head, facts = recipe.heads[name], recipe.head_facts(name)
+        inputs = []
+        for view in of:
+            e = [embeddings[embedding_name(encoder, view)] for encoder in head.encoders]
+            inputs.append(View(jnp.concatenate([x.h for x in e], -1), {}, e[0].where))
+        for begin in range(0, len(of), len(of) if head.together else 1):
+            part = slice(begin, len(of) if head.together else begin + 1)
+            rows, where, sizes, groups = _together(inputs[part])
+            own = stats.get("heads", {}).get(name, {})
+            out, new = head.apply(facts, params["heads"][name], own, rows, train=True, where=where)
+            stats = _put(stats, "heads", name, new)
+            for view, y in zip(of[part], _split(out, sizes, groups), strict=True):
+                to = embedding_name(head.encoders[0], view)
+                embeddings[to] = embeddings[to]._replace(out={**embeddings[to].out, name: y})
+    return embeddings, stats
 
 
 def _merge(arrays: list[Array], groups: int) -> Array:
@@ -189,9 +264,18 @@ def _terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[
     return jax.shard_map(functools.partial(values, axis_name=AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P())
 
 
+def _represented(recipe: Recipe, embeddings: dict[str, Embedding], view: str) -> Embedding:
+    """A view as the encoders of the representation see it, their features side by side."""
+    e = [embeddings[embedding_name(n, view)] for n in recipe.representation]
+    if len(e) == 1:
+        return e[0]
+    return Embedding(jnp.concatenate([x.h for x in e], -1), jnp.concatenate([x.z for x in e], -1), e[0].where)
+
+
 def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
     names, active = recipe.view_names(phase), recipe.term_names(phase)
-    term_values = _terms(recipe, mesh, active)
+    term_values, head_views = _terms(recipe, mesh, active), recipe.head_views(active)
+    shown = {e for n in active for e in getattr(recipe.terms[n], "images", ())}
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         views = make_views(recipe, state, batch, names)
@@ -199,9 +283,13 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
 
         def objective(params):
             embeddings, stats = {}, stats_before
-            for spec in recipe.passes:
-                encoded, stats = run_pass(recipe, params, stats, views, spec, mesh)
+            for i, spec in enumerate(recipe.passes):
+                key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), zlib.crc32(f"pass {i}".encode()))
+                encoded, stats = run_pass(recipe, params, stats, views, spec, mesh, key)
                 embeddings.update(encoded)
+            for name in shown:
+                embeddings[name] = embeddings[name]._replace(image=views[split_name(name)[1]].image)
+            embeddings, stats = run_heads(recipe, params, stats, embeddings, head_views)
             terms = term_values(embeddings, batch["label"])
             loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
             return loss, (terms, embeddings, stats)
@@ -212,7 +300,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
         memory = dict(state.memory)
         for name, part in recipe.memory.items():
             if part.schedule == "online":
-                e = [embeddings[v] for v in part.views]
+                e = [_represented(recipe, embeddings, v) for v in part.views]
                 memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
                 metrics.update(figures)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
@@ -237,8 +325,8 @@ def _probe_update(recipe: Recipe):
         memory, metrics = dict(state.memory), {}
         for name, part in learners.items():
             view = make_views(recipe, state, batch, (part.view,))[part.view]
-            h, _ = recipe.model.encode(state.params, state.batch_stats, view.image, train=False)
-            e = [Embedding(h, h, view.where)]
+            h, z = represent(recipe, state.params, state.batch_stats, view.image)
+            e = [Embedding(h, z, view.where)]
             memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
             metrics.update(figures)
         return state.replace(step=state.step + 1, memory=memory), metrics

@@ -228,7 +228,7 @@ def test_clipping_is_of_the_global_norm():
         (dict(lr=0.0), "optimizer.lr is 0.0; expected a learning rate above 0"),
         (dict(lr=float("nan")), "optimizer.lr is nan"),
         (dict(warmup="5 weeks"), "optimizer.warmup is '5 weeks'"),
-        (dict(kind="adan"), "optimizer.kind is 'adan'; expected one of sgd, adam, adamw, lars"),
+        (dict(kind="adan"), "optimizer.kind is 'adan'; expected one of sgd, adam, adamw, torch_adamw, lars"),
         (dict(kind="adam", betas=(0.9,)), "optimizer.betas is (0.9,); expected two numbers"),
         (dict(kind="adam", betas=(0.9, 1.0)), "optimizer.betas is (0.9, 1.0); expected two numbers"),
         (dict(schedule="epoch_factors", decay_epochs=(1, 2), decay_factors=(0.1,)), "one factor for each"),
@@ -241,3 +241,58 @@ def test_mistakes(options, words):
         schedule = make_schedule(chosen, name="optimizer", steps=40, steps_per_epoch=5, batch_size=4)
         make_optimizer(chosen, schedule, name="optimizer")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- Thanos
+
+
+@pytest.mark.parametrize("run, base", [("lr_pretrain", 0), ("lr_probe", 1)])
+def test_golden_wave(golden, run, base):
+    """The cosine of 100 epochs, which runs of 600 pass through three times up and down; three steps an epoch."""
+    d = golden("thanos", "lr_schedule")
+    lr, want = float(d["base_lr"][base]), d[run]
+    options = OptimizerOptions(lr=lr, schedule="released", cosine_epochs=int(d["t_max"][base]))
+    schedule = make_schedule(options, name="optimizer", steps=3 * len(want), steps_per_epoch=3, batch_size=4)
+    np.testing.assert_allclose(values(schedule, 3 * len(want)), np.repeat(want, 3), rtol=1e-5, atol=1e-6 * lr)
+
+
+def test_wave_over_the_whole_run():
+    """12 steps of 5 an epoch are three epochs; the first has the rate itself, the last has not come to 0."""
+    options = OptimizerOptions(lr=0.4, schedule="released")
+    got = values(make_schedule(options, name="optimizer", steps=12, steps_per_epoch=5, batch_size=4), 12)
+    np.testing.assert_allclose(got, np.repeat([0.4, 0.3, 0.1], 5)[:12], rtol=1e-5)
+
+
+def test_wave_with_warmup():
+    """Linear to the cosine's value in the last epoch of the warm-up."""
+    options = OptimizerOptions(lr=0.4, schedule="released", cosine_epochs=3, warmup="2 epochs", warmup_from=0.1)
+    got = values(make_schedule(options, name="optimizer", steps=24, steps_per_epoch=4, batch_size=4), 24)
+    want = np.repeat([0.4, 0.3, 0.1, 0.0, 0.1, 0.3], 4)
+    want[:8] = 0.1 + np.arange(8) / 8 * (0.3 - 0.1)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.1])
+def test_torch_adamw_decays_every_parameter(eps):
+    """The decay is lr * weight_decay * p, beside the step of Adam, on biases and scales as well."""
+    got = run(OptimizerOptions(kind="torch_adamw", lr=0.1, betas=(0.8, 0.9), eps=eps, weight_decay=0.3))
+    params = {k: v.copy() for k, v in PARAMS.items()}
+    m, v = {k: 0.0 for k in PARAMS}, {k: 0.0 for k in PARAMS}
+    for t in range(4):
+        for k, g in gradients(t).items():
+            m[k], v[k] = 0.8 * m[k] + 0.2 * g, 0.9 * v[k] + 0.1 * g**2
+            root = (v[k] / (1 - 0.9 ** (t + 1))) ** 0.5
+            params[k] = params[k] * (1 - 0.1 * 0.3) - 0.1 * m[k] / (1 - 0.8 ** (t + 1)) / (root + eps)
+    for k, want in params.items():
+        np.testing.assert_allclose(got[k], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(schedule="released", cosine_epochs=-1), "optimizer.cosine_epochs is -1; expected epochs, or 0 for the"),
+        (dict(kind="torch_adamw", eps=0.0), "optimizer.eps is 0.0; expected a number above 0"),
+    ],
+)
+def test_mistakes_in_what_thanos_added(options, words):
+    test_mistakes(options, words)

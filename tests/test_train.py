@@ -234,7 +234,6 @@ main.cli()
 
 def subprocess_run(arguments, cwd, program=("-m", "jaxcl.main"), timeout=300):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)],
         cwd=cwd,

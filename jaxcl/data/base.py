@@ -8,7 +8,8 @@ import numpy as np
 from jaxcl.data import hashing
 from jaxcl.errors import UserError
 
-HOLD_OUT, CUT_DOWN, TEST_PART = 1, 2, 3  # hash streams, so that the three draws are independent
+HOLD_OUT, CUT_DOWN, TEST_PART, IMBALANCE = 1, 2, 3, 4  # hash streams, so that the draws are independent
+RELEASED_SEED = 42  # of the split into training and validation part in Thanos's released code
 
 Select = Callable[[np.ndarray], np.ndarray]  # labels [N] -> the rows to keep, ascending
 
@@ -24,6 +25,8 @@ class Source:
       mean, std: per channel, in [0, 1] units, of the training images.
       extras: side information, each array with N rows ("mask" bool [N, H, W], "coarse" int32 [N], ...).
       coarse_names: names of the values of extras["coarse"], empty without it.
+      fine_names: names of the values of extras["fine"], which is there where the labels are the coarse ones.
+      group_names: names of the values of extras["group"] (int32 [N], -1 where unknown), for worst-group accuracy.
       name, split: where it came from, for messages and reports.
     """
 
@@ -34,6 +37,8 @@ class Source:
     std: tuple[float, ...]
     extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     coarse_names: tuple[str, ...] = ()
+    fine_names: tuple[str, ...] = ()
+    group_names: tuple[str, ...] = ()
     name: str = "arrays"
     split: str = "train"
     in_memory: bool = True
@@ -107,14 +112,63 @@ def cut_down(labels: np.ndarray, limit: int, *, seed: int) -> np.ndarray:
     return np.sort(np.lexsort((place, rank))[:limit])
 
 
-def selector(*, split: str, validation: float, limit: int | None, seed: int, spec: str) -> Select:
-    """The rows of a base set that belong to `split` under `validation` and `limit`."""
+def torch_permutation(count: int, seed: int) -> np.ndarray:
+    """The order int64 [count] that torch.randperm draws on a CPU from a generator of this seed.
+
+    A Fisher-Yates shuffle on the raw 32-bit words of the Mersenne twister, which NumPy's legacy generator, frozen by
+    its authors, seeds and runs in the same way.
+    """
+    words = np.frombuffer(np.random.RandomState(seed).bytes(4 * count), "<u4").astype(np.int64)
+    places = (np.arange(count) + words % np.arange(count, 0, -1)).tolist()
+    order = list(range(count))
+    for i, place in enumerate(places):
+        order[i], order[place] = order[place], order[i]
+    return np.array(order, np.int64)
+
+
+def hold_out_released(count: int, fraction: float) -> np.ndarray:
+    """bool [count]: the hold-out of Thanos's released code, whatever the class and the seed of the run."""
+    held = np.zeros(count, bool)
+    held[torch_permutation(count, RELEASED_SEED)[count - round(fraction * count) :]] = True
+    return held
+
+
+def unbalanced(labels: np.ndarray, count_of_class: np.ndarray, *, seed: int) -> np.ndarray:
+    """Ascending rows of a seeded choice without replacement of at most `count_of_class[k]` rows of each class k."""
+    return np.flatnonzero(rank_within_class(labels, seed=seed, stream=IMBALANCE) < count_of_class[labels])
+
+
+def selector(
+    *,
+    split: str,
+    validation: float,
+    limit: int | None,
+    seed: int,
+    spec: str,
+    released: bool = False,
+    counts: np.ndarray | None = None,
+) -> Select:
+    """The rows of a base set that belong to `split`.
+
+    Args:
+      split, validation, limit, seed: of `make_source`.
+      spec: for messages.
+      released: the hold-out is `hold_out_released`, not class by class.
+      counts: at most so many training images of each class; the other splits stay as they are.
+    """
 
     def select(labels: np.ndarray) -> np.ndarray:
         rows = np.arange(len(labels))
         if validation and split in ("train", "validation"):
-            held = hold_out(labels, validation, seed=seed)
+            if released:
+                held = hold_out_released(len(labels), validation)
+            else:
+                held = hold_out(labels, validation, seed=seed)
             rows = rows[held if split == "validation" else ~held]
+        if counts is not None and split == "train":
+            if not len(labels) or labels.min() < 0 or labels.max() >= len(counts):
+                raise UserError(f"{spec}: the imbalance is one of {len(counts)} classes, and its labels are others")
+            rows = rows[unbalanced(labels[rows], counts, seed=seed)]
         if limit is not None:
             rows = rows[cut_down(labels[rows], limit, seed=seed)]
         if not len(rows):

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxcl.data.base import Select, Source
+from jaxcl.data.label_levels import LEVELS
 from jaxcl.errors import UserError
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-CIFAR10_COARSE = ("vehicles", "animals")
-CIFAR10_COARSE_OF_CLASS = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0, 0], np.int32)
 # The published figures of the training images that papers normalise with.
 MOMENTS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -119,7 +118,7 @@ def _read_python(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray, np.n
 def _checked(file: Path, data, labels, coarse, classes: int):
     labels, coarse = labels.astype(np.int32), coarse.astype(np.int32)
     if classes == 10 and labels.min() >= 0 and labels.max() < 10:
-        return data, labels, CIFAR10_COARSE_OF_CLASS[labels]
+        return data, labels, LEVELS["cifar10"].of_class[labels]
     if labels.min() < 0 or labels.max() >= classes or coarse.min() < 0 or coarse.max() >= 20:
         raise UserError(f"{file} holds labels outside CIFAR-{classes}'s classes; it is damaged or of another set")
     return data, labels, coarse
@@ -128,7 +127,7 @@ def _checked(file: Path, data, labels, coarse, classes: int):
 def _names(folder: Path, classes: int, ending: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Fine and coarse class names, from the archive's own list where it is there."""
     if classes == 10:
-        return tuple(CIFAR10_CLASSES), CIFAR10_COARSE
+        return tuple(CIFAR10_CLASSES), LEVELS["cifar10"].names
     lists = {"fine_label_names": None, "coarse_label_names": None}
     if not ending and (folder / "meta").is_file():
         meta = unpickle(folder / "meta")
@@ -137,7 +136,7 @@ def _names(folder: Path, classes: int, ending: str) -> tuple[tuple[str, ...], tu
     elif ending:
         lists = {k: (folder / f"{k}.txt").read_text().split() for k in lists if (folder / f"{k}.txt").is_file()}
     fine = lists.get("fine_label_names") or [f"class {c}" for c in range(100)]
-    coarse = lists.get("coarse_label_names") or [f"superclass {c}" for c in range(20)]
+    coarse = lists.get("coarse_label_names") or LEVELS["cifar100"].names
     return tuple(fine), tuple(coarse)
 
 

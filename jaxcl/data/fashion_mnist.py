@@ -6,6 +6,7 @@ from importlib import resources
 import numpy as np
 
 from jaxcl.data.base import Select, Source, as_rgb, moments
+from jaxcl.data.label_levels import LEVELS
 
 CLASSES = (
     "T-shirt",
@@ -19,8 +20,7 @@ CLASSES = (
     "Bag",
     "Ankle boot",
 )
-COARSE = ("upper body", "trousers", "footwear", "bag")
-COARSE_OF_CLASS = np.array([0, 1, 0, 0, 0, 2, 0, 2, 3, 2], np.int32)
+COARSE, COARSE_OF_CLASS = LEVELS["fashion_mnist"]
 
 
 @functools.cache

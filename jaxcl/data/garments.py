@@ -30,6 +30,8 @@ HUE_CENTRES = np.array([0.0, 0.075, 0.15, 0.34, 0.5, 0.61, 0.76, 0.9], np.float3
 TINTS = (*HUES, *(f"{a}-{b}" for a, b in zip(HUES, (*HUES[1:], HUES[0]), strict=True)))
 BACKGROUNDS = textures.NAMES
 TEXTURE_OF_CLASS = np.arange(10)  # the texture that `spurious` ties to each fine class
+CLASS_OF_TEXTURE = np.full(len(textures.ALL), -1, np.int32)  # and the other way round, -1 for the others
+CLASS_OF_TEXTURE[TEXTURE_OF_CLASS] = np.arange(10)
 EXTRA_SPLITS = ("test_shifted", "cue_conflict")
 
 # Of the 10,000 training images without spurious ties; a test recomputes them.
@@ -56,7 +58,8 @@ def load(*, split: str, select: Select, spurious: float = 0.0, spurious_on: str 
 
     Extras: "mask" bool [N,S,S] the object, "coarse", "background" (index into BACKGROUNDS), "fill" (the same;
     "plain" for none), "tint" (index into TINTS); in "cue_conflict" also "shape" and "texture", the two
-    classes in conflict.
+    classes in conflict. With `spurious`, in every split, "cue" and "coarse_cue": the fine and the coarse class that
+    the tied texture speaks for, -1 for none; `make_source` makes extras["group"] of them.
     """
     if not 0.0 <= spurious <= 1.0:
         raise UserError(f"garments: spurious={spurious} must be a probability from 0 to 1")
@@ -84,6 +87,9 @@ def load(*, split: str, select: Select, spurious: float = 0.0, spurious_on: str 
         list(pool.map(compose, range(0, len(rows), 512)))
     extras = {k: draws[k].astype(np.int32) for k in ("background", "fill", "tint")}
     extras |= {"mask": masks, "coarse": COARSE_OF_CLASS[labels]}
+    if spurious:
+        cue = CLASS_OF_TEXTURE[draws[spurious_on]]
+        extras |= {"cue": cue, "coarse_cue": np.where(cue >= 0, COARSE_OF_CLASS[cue], -1).astype(np.int32)}
     if split == "cue_conflict":
         extras |= {"shape": labels, "texture": draws["texture"].astype(np.int32)}
     return Source(

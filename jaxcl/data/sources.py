@@ -4,7 +4,10 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
+import numpy as np
+
 from jaxcl.data.base import Source, selector
+from jaxcl.data.label_levels import LEVELS, at_level
 from jaxcl.errors import UserError
 
 __all__ = ["KINDS", "Source", "make_source"]
@@ -20,6 +23,9 @@ KINDS = {
 }
 
 
+UNBALANCED = (500, 250, 100, 50, 50)  # images of the classes of a superclass, in their order
+
+
 def make_source(
     spec: str,
     *,
@@ -27,6 +33,9 @@ def make_source(
     seed: int = 0,
     validation: float = 0.0,
     limit: int | None = None,
+    labels: str = "fine",
+    validation_split: str = "balanced",
+    imbalance: str = "",
     **options,
 ) -> Source:
     """The image set that `spec` names.
@@ -42,10 +51,19 @@ def make_source(
       validation: fraction of every class of the training part that is held out: split="train" is without it,
         split="validation" is it. In [0, 1).
       limit: at most so many examples, a seeded class-balanced choice.
+      labels: "fine", or "coarse": the coarse classes become the labels and the fine ones extras["fine"], for
+        garments and fashion_mnist (10 -> 4), CIFAR-10 (2), CIFAR-100 (20), tfds:mnist (2), a tfds:tiny_imagenet (67
+        ids, of which 52 occur) and npz files with coarse_labels. The images are the same ones: hold-out, limit and
+        imbalance always go by the fine classes.
+      validation_split: "balanced", or "released": the one seeded permutation (torch.randperm, seed 42) of which the
+        released code of Thanos holds out the end, not balanced over classes and the same whatever `seed`.
+      imbalance: "", or "cifar100u": of the five classes of each superclass of CIFAR-100, in the order of their
+        numbers, at most 500, 250, 100, 50 and 50 training images, a seeded choice without replacement. Validation
+        and test stay natural.
       **options: of that kind of source.
 
     Raises:
-      UserError: unknown spec, split or option, or unreadable data.
+      UserError: unknown spec, split or option, unreadable data, or labels="coarse" of a set without a second level.
     """
     kind, colon, argument = spec.partition(":")
     known = ", ".join(form for _, _, form in KINDS.values())
@@ -61,14 +79,39 @@ def make_source(
     if split == "validation" and not validation:
         raise UserError("split='validation' is held out of the training part: set validation, for example 0.2")
 
+    if validation_split not in ("balanced", "released"):
+        raise UserError(f"validation_split={validation_split!r} must be 'balanced' or 'released'")
+    if imbalance not in ("", "cifar100u"):
+        raise UserError(f"imbalance={imbalance!r} must be 'cifar100u', or '' for none")
+
     reader = import_module(module)
     splits = ("train", "test", "validation", *getattr(reader, "EXTRA_SPLITS", ()))
     if split not in splits:
         raise UserError(f"unknown split {split!r} of {spec}; known: {', '.join(splits)}")
     _check_options(spec, reader.load, options)
-    select = selector(split=split, validation=validation, limit=limit, seed=seed, spec=spec)
+    select = selector(
+        split=split,
+        validation=validation,
+        limit=limit,
+        seed=seed,
+        spec=spec,
+        released=validation_split == "released",
+        counts=cifar100u() if imbalance else None,
+    )
     arguments = (argument,) if wants_argument else ()
-    return reader.load(*arguments, split=split, select=select, **options)
+    source = reader.load(*arguments, split=split, select=select, **options)
+    if imbalance and (source.num_classes != 100 or not source.in_memory):
+        raise UserError(f"{spec}: imbalance='cifar100u' is for CIFAR-100, and this has {source.num_classes} classes")
+    return at_level(source, labels, spec=spec)
+
+
+def cifar100u() -> np.ndarray:
+    """Training images of each class in the unbalanced CIFAR-100, int64 [100]."""
+    counts = np.empty(100, np.int64)
+    of_class = LEVELS["cifar100"].of_class
+    for superclass in range(20):
+        counts[of_class == superclass] = UNBALANCED
+    return counts
 
 
 def _check_options(spec: str, load: Callable, options: dict) -> None:

@@ -1,5 +1,6 @@
 """`tfds:NAME`: a prepared TensorFlow Datasets folder, read from ArrayRecord without TensorFlow."""
 
+import copy
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from PIL import Image
 from jaxcl.data import hashing
 from jaxcl.data.base import TEST_PART, Select, Source, hold_out, moments
 from jaxcl.data.cifar import MOMENTS
+from jaxcl.data.label_levels import known_level
 from jaxcl.errors import UserError
 
 IN_MEMORY_BYTES = 2**30  # sets that fit are decoded once
@@ -21,20 +23,29 @@ _THREADS = 8  # Pillow decodes outside the interpreter lock
 class RecordSource:
     """A set that stays on disk: every batch is read and decoded when it is asked for.
 
-    It has the attributes of `Source`, except that neither images nor labels are held.
+    It has the attributes of `Source`, except that neither images nor labels nor extras are held.
     """
 
     in_memory = False
-    coarse_names: tuple[str, ...] = ()
+    fine_names: tuple[str, ...] = ()
+    group_names: tuple[str, ...] = ()
 
     def __init__(self, reader: "Reader", rows: np.ndarray, mean, std, *, name: str, split: str):
-        self._reader, self._rows = reader, rows
+        self._reader, self._rows, self._column = reader, rows, 1
         self.image_shape = reader.image_shape
-        self.class_names = reader.class_names
+        self.class_names, self.coarse_names = reader.class_names, reader.coarse_names
         self.num_classes = len(reader.class_names)
         self.labelled = reader.labelled
         self.mean, self.std, self.name, self.split = mean, std, name, split
         self.extras: dict[str, np.ndarray] = {}
+
+    def coarse(self) -> "RecordSource":
+        """The same set labelled with its coarse classes."""
+        other = copy.copy(self)
+        other._column = 2
+        other.class_names, other.num_classes = self.coarse_names, len(self.coarse_names)
+        other.fine_names = self.class_names
+        return other
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,8 +55,8 @@ class RecordSource:
         indices = np.asarray(indices)
         read = [self._reader(row) for row in self._rows[indices]]
         return {
-            "image": np.stack([image for image, _, _ in read]),
-            "label": np.array([label for _, label, _ in read], np.int32),
+            "image": np.stack([row[0] for row in read]),
+            "label": np.array([row[self._column] for row in read], np.int32),
             "index": indices.astype(np.int32),
         }
 
@@ -67,7 +78,9 @@ class Reader:
         self._coarse = "coarse_label" if kinds.get("coarse_label") == "ClassLabel" else None
         self.labelled = self._label is not None
         self.class_names = tuple(features[self._label].names) if self.labelled else ()
-        self.coarse_names = tuple(features[self._coarse].names) if self._coarse else ()
+        level = None if self._coarse else known_level(builder.name, self.class_names)
+        self._coarse_of_class = level.of_class if level else None
+        self.coarse_names = tuple(features[self._coarse].names) if self._coarse else level.names if level else ()
 
         shape = features[image].shape
         if image_size is None and None in shape[:2]:
@@ -104,7 +117,10 @@ class Reader:
         if image.shape != self.image_shape:
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}")
         label = int(example[self._label]) if self._label else -1
-        return image, label, int(example[self._coarse]) if self._coarse else -1
+        coarse = int(example[self._coarse]) if self._coarse else -1
+        if self._coarse_of_class is not None and label >= 0:
+            coarse = int(self._coarse_of_class[label])
+        return image, label, coarse
 
     def read_all(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Decodes `rows` in threads: images uint8 [N,H,W,3], labels int32 [N], coarse int32 [N]."""

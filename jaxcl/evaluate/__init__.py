@@ -1,20 +1,29 @@
 """Evaluators: pure functions of features, probabilities and maps."""
 
 from jaxcl.evaluate.calibration import expected_calibration_error, reliability
+from jaxcl.evaluate.collapse import collapse_metrics
 from jaxcl.evaluate.explanation import drop_increase, mask_agreement
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import LinearProbe, fit_linear_probe, probe_logits
 from jaxcl.evaluate.logistic import LogisticFit, fit_logistic
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
+from jaxcl.evaluate.transfer import balanced_accuracy
+from jaxcl.evaluate.worst_group import cluster_quality, find_groups, group_accuracies, group_dro
 
 __all__ = [
     "LinearProbe",
     "LogisticFit",
+    "balanced_accuracy",
+    "cluster_quality",
+    "collapse_metrics",
     "drop_increase",
     "expected_calibration_error",
     "fgsm_examples",
+    "find_groups",
     "fit_linear_probe",
     "fit_logistic",
+    "group_accuracies",
+    "group_dro",
     "knn_predict",
     "pgd_examples",
     "mask_agreement",

@@ -14,12 +14,15 @@ from jaxcl import saliency
 from jaxcl.evaluate import attacked
 from jaxcl.evaluate.base import Figures, accuracy, bins, needs_classifier, needs_labels
 from jaxcl.evaluate.calibration import expected_calibration_error
+from jaxcl.evaluate.collapse import collapse
 from jaxcl.evaluate.explanation import drop_increase, mask_agreement
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.logistic import fit_logistic
+from jaxcl.evaluate.transfer import transfer
+from jaxcl.evaluate.worst_group import worst_group
 from jaxcl.train_state import TrainState
-from jaxcl.update import to_pixels
+from jaxcl.update import represent, to_pixels
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Frozen
@@ -123,7 +126,12 @@ def _maps(f: "Frozen", state: TrainState, image: Array, target: Array) -> Array:
     """GradCAM maps [N,S,S] in [0,1] of the frozen network."""
     name = f.evaluation.classifier
     activations, tail, _ = f.recipe.model.split_at(state.params, state.batch_stats, image, f.options.tap, train=False)
-    cam = saliency.grad_cam(lambda a: f.recipe.memory[name].logits(state.memory[name], tail(a)[0]), activations, target)
+
+    def logits(a: Array) -> Array:  # of the main encoder's activations, whatever other encoders say
+        h, _ = represent(f.recipe, state.params, state.batch_stats, image, main=tail(a)[0])
+        return f.recipe.memory[name].logits(state.memory[name], h)
+
+    cam = saliency.grad_cam(logits, activations, target)
     return saliency.normalize_map(cam, image.shape[1])
 
 
@@ -187,4 +195,7 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "linear_pgd": attacked.linear_pgd,
     "adversary": attacked.adversary,
     "calibration": calibration,
+    "transfer": transfer,
+    "worst_group": worst_group,
+    "collapse": collapse,
 }

@@ -5,7 +5,7 @@ D features, K classes.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,10 +23,9 @@ from jaxcl.evaluate.linear_probe import LinearProbe as LinearFit
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.losses.common import unit
 from jaxcl.memory import LinearProbe
-from jaxcl.models import tap_stage
 from jaxcl.recipe import Phase, Recipe
 from jaxcl.train_state import TrainState
-from jaxcl.update import make_views, run_stages, to_pixels
+from jaxcl.update import make_views, represent, run_stages, to_pixels
 
 say = logging.getLogger("jaxcl")
 
@@ -35,19 +34,24 @@ FEATURES = {"h": "pooled features", "z": "the embedding, scaled to unit length"}
 SHOWN = 10  # columns of the picture grids
 
 
+def check_names(where: str, names: Iterable[str]) -> None:
+    """UserError for a name that no evaluator has."""
+    for name in names:
+        if name not in EVALUATORS:
+            raise UserError(f"{where} names {name!r}; expected one of {', '.join(EVALUATORS)}")
+
+
 class Evaluation:
     """Runs the suites a config names; compiles once, however often it is called."""
 
     def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
         self.options, self.recipe, self._pictures = config.eval, recipe, config.report
-        for name in (*config.eval.quick, *config.eval.final):
-            if name not in EVALUATORS:
-                raise UserError(f"eval names {name!r}; expected one of {', '.join(EVALUATORS)}")
+        check_names("eval", (*config.eval.quick, *config.eval.final))
         for key, words in (("features", tuple(FEATURES)), ("knn_features", ("", *FEATURES))):
             if config.eval[key] not in words:
                 expected = " or ".join(f"{k!r} ({v})" for k, v in FEATURES.items())
                 raise UserError(f"eval.{key} is {config.eval[key]!r}; expected {expected}")
-        tap_stage(config.eval.tap, recipe.model.encoder.stage_sizes)
+        recipe.model.check_tap(config.eval.tap)
         self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
         self.classifier = next((n for n, part in recipe.memory.items() if isinstance(part, LinearProbe)), None)
         self._train, self._make_source = train, make_source
@@ -79,6 +83,11 @@ class Evaluation:
                 "class_names": frozen.test.class_names,
             }
         return results, panels
+
+    def evaluate(self, names: tuple[str, ...], frozen: "Frozen") -> dict[str, Figures]:
+        """Results of some evaluators by name. Errors: UserError for one that nobody knows."""
+        check_names("the suite", names)
+        return self._run(names, frozen)[0]
 
     def _run(self, names: tuple[str, ...], frozen: "Frozen") -> tuple[dict[str, Figures], dict[str, Any]]:
         """-> (figures by evaluator, panels); what cannot be evaluated is left out, with one line a reason."""
@@ -138,7 +147,7 @@ class Frozen:
         name = self.evaluation.classifier
 
         def logits(image: Array) -> Array:
-            h, _ = self.recipe.model.encode(state.params, state.batch_stats, image, train=False)
+            h, _ = represent(self.recipe, state.params, state.batch_stats, image)
             return self.recipe.memory[name].logits(state.memory[name], h)
 
         return logits
@@ -160,9 +169,8 @@ class Frozen:
 
     def _encode(self, state: TrainState, image: Array) -> dict[str, Callable[[], Array]]:
         """Normalised images -> their features by kind, each made when asked for."""
-        model = self.recipe.model
-        h, _ = model.encode(state.params, state.batch_stats, image, train=False)
-        return {"h": lambda: h, "z": lambda: unit(model.project(state.params, h))}
+        h, z = represent(self.recipe, state.params, state.batch_stats, image)
+        return {"h": lambda: h, "z": lambda: unit(z)}
 
     def normalize(self, pixels: Array) -> Array:
         # The standard view draws nothing; its keys only carry the batch size.

@@ -16,8 +16,20 @@ from jaxcl.models.convolution import loop_conv
 from jaxcl.models.heads import ProjectionHead
 from jaxcl.models.norms import SET_MOMENTUM, replace, statistics_of
 from jaxcl.models.resnet import ResNet, resnet, tap_stage
+from jaxcl.models.vit import ViT, ViTOptions, tap_block, vit
 
-__all__ = ["Model", "ModelOptions", "ProjectionHead", "ResNet", "make_model", "resnet", "tap_stage"]
+__all__ = [
+    "Model",
+    "ModelOptions",
+    "ProjectionHead",
+    "ResNet",
+    "ViT",
+    "ViTOptions",
+    "make_model",
+    "resnet",
+    "tap_stage",
+    "vit",
+]
 
 Array = jax.Array
 Tree = Any
@@ -26,7 +38,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """What a config may say of its model."""
+    """What a config may say of a ResNet."""
 
     depth: int = 18  # 18, 34, 50, 101
     stem: str = "cifar"  # cifar 3x3; imagenet 7x7 stride 2 and max-pool; patch2, patch4, patch8 strided patches
@@ -38,7 +50,7 @@ class ModelOptions:
     norm_sets: Sequence[str] = ()  # names of further sets of batch norms, beside the clean one that evaluates
     norm_set_momentum: float = SET_MOMENTUM  # of their running statistics; the clean set keeps 0.9 of the old value
     head_hidden_layers: int = 1  # 0: one dense layer
-    head_features: int = 128  # size of the embedding
+    head_features: int = 128  # size of the embedding; 0: no head, the features themselves
     dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
 
 
@@ -62,15 +74,24 @@ class Model:
         """UserError unless this is a set of batch norms that the model has; "" is the clean one."""
         known = ("", *self.encoder.norm_sets)
         if name not in known:
+            if isinstance(self.encoder, ViT):
+                raise UserError(f"{where} is {name!r}; expected '': a vit has no batch norms, and so no sets of them")
             names = ", ".join(map(repr, known))
             raise UserError(f"{where} is {name!r}; expected one of {names}; model.norm_sets adds further ones")
+
+    def check_tap(self, tap: str) -> None:
+        """UserError, which names those there are, unless `split_at` knows the tap."""
+        if isinstance(self.encoder, ViT):
+            tap_block(tap, self.encoder.depth)
+        else:
+            tap_stage(tap, self.encoder.stage_sizes)
 
     def init(self, key: Array, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
         """-> (params {"encoder", "head"}, batch statistics of the encoder), of all sets of batch norms."""
         encoder_key, head_key = jax.random.split(key)
         variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
         head = self.head.init(head_key, jnp.zeros((1, self.features)))
-        return {"encoder": variables["params"], "head": head["params"]}, variables.get("batch_stats", {})
+        return {"encoder": variables["params"], "head": head.get("params", {})}, variables.get("batch_stats", {})
 
     def _encoder(self, params: Tree, stats: Tree, *args, train: bool, norm_set: str, **kwargs) -> tuple[Any, Tree]:
         self.check_norm_set("norm_set", norm_set)
@@ -90,14 +111,17 @@ class Model:
         train: bool,
         where: Array | None = None,
         norm_set: str = "",
+        key: Array | None = None,
     ) -> tuple[Array, Tree]:
         """images [N,H,W,C] -> (features [N,D] float32, new batch statistics).
 
         train: normalise by this batch (rows with `where` False do not count) and move the running statistics.
         norm_set: the set of batch norms to use, "" the clean one; no statistics but its own move.
+        key: with `train`, what an encoder with dropout drops; None: nothing is dropped. A ResNet has none.
         Errors: UserError for a set that the model has not.
         """
-        return self._encoder(params, stats, images, train=train, where=where, norm_set=norm_set)
+        dropout = {"key": key} if isinstance(self.encoder, ViT) else {}
+        return self._encoder(params, stats, images, train=train, where=where, norm_set=norm_set, **dropout)
 
     def statistics_of(self, stats: Tree, norm_set: str = "") -> Tree:
         """The part of the batch statistics that belongs to one set; all, where there is one set."""
@@ -110,6 +134,8 @@ class Model:
 
         The tree of the running statistics of the set (`statistics_of`), which here do not enter.
         """
+        if not self.batch_norm:
+            return {}
         momentum = "norm_set_momentum" if norm_set else "momentum"
         forgetful = dataclasses.replace(self, encoder=self.encoder.clone(**{momentum: 0.0}))
         _, new = forgetful.encode(params, stats, images, train=True, where=where, norm_set=norm_set)
@@ -117,6 +143,8 @@ class Model:
 
     def move_statistics(self, stats: Tree, batch: Tree, norm_set: str = "") -> Tree:
         """Running statistics of all sets after a batch with the given ones (`batch_statistics`) of one set."""
+        if not self.batch_norm:
+            return stats
         keep = self.encoder.norm_set_momentum if norm_set else self.encoder.momentum
         return replace(stats, batch, lambda old, new: keep * old + (1 - keep) * new)
 
@@ -137,6 +165,8 @@ class Model:
 
         The tail is a function of the activations alone, so its `jax.vjp` costs the backward pass down to the tap and
         no more. With `train` both halves use the statistics of this batch, as one pass over the network would.
+        Taps are "stage1" ... of a ResNet, and "block1" ... of a vision transformer, whose activations are the patch
+        tokens and whose last block has no tap (see `vit.ViT`). Nothing is dropped.
         `norm_set` as in `encode`.
         """
         (a, x), new = self._encoder(params, stats, images, tap, train=train, norm_set=norm_set, method="to_tap")
@@ -147,23 +177,26 @@ class Model:
         return a, tail, new
 
 
-def make_model(options: ModelOptions) -> Model:
-    """A model from its options; UserError for what does not exist."""
+def make_model(options: ModelOptions | ViTOptions) -> Model:
+    """A model from its options, a ResNet or a vision transformer; UserError for what does not exist."""
     if options.dtype not in DTYPES:
         raise UserError(f"model.dtype is {options.dtype!r}; expected one of {', '.join(DTYPES)}")
     dtype = DTYPES[options.dtype]
-    encoder = resnet(
-        depth=options.depth,
-        stem=options.stem,
-        width=options.width,
-        stage_sizes=options.stage_sizes,
-        stage_widths=options.stage_widths,
-        strides=options.strides,
-        norm=options.norm,
-        norm_sets=options.norm_sets,
-        norm_set_momentum=options.norm_set_momentum,
-        dtype=dtype,
-    )
-    if options.head_features < 1 or options.head_hidden_layers < 0:
-        raise UserError("model.head_features must be at least 1 and model.head_hidden_layers at least 0")
+    if isinstance(options, ViTOptions):
+        encoder = vit(options, dtype)
+    else:
+        encoder = resnet(
+            depth=options.depth,
+            stem=options.stem,
+            width=options.width,
+            stage_sizes=options.stage_sizes,
+            stage_widths=options.stage_widths,
+            strides=options.strides,
+            norm=options.norm,
+            norm_sets=options.norm_sets,
+            norm_set_momentum=options.norm_set_momentum,
+            dtype=dtype,
+        )
+    if min(options.head_features, options.head_hidden_layers) < 0:
+        raise UserError("model.head_features and model.head_hidden_layers must be at least 0")
     return Model(encoder, ProjectionHead(options.head_features, options.head_hidden_layers, dtype=dtype))

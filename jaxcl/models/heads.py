@@ -38,7 +38,10 @@ class Dense(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense(D) - ReLU, then Dense."""
+    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense(D) - ReLU, then Dense.
+
+    With features 0 there is no head: the embedding is the features themselves.
+    """
 
     features: int = 128
     hidden_layers: int = 1
@@ -47,6 +50,8 @@ class ProjectionHead(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
+        if not self.features:
+            return h
         for i in range(self.hidden_layers):
             h = nn.relu(Dense(self.hidden or h.shape[-1], self.dtype, name=f"hidden{i}")(h))
         return Dense(self.features, self.dtype, name="out")(h).astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -6,11 +6,12 @@ batch, and the scalar is the loss of the global batch, the same everywhere. An `
 starts at the device's first row, and every sum over rows goes over the devices too.
 
 A term is a frozen dataclass of its options, among them `views` and `weight` (its factor in the total). It says what
-it `reads` (views it cannot do without), what is `optional` (taken along once a stage makes it) and whether it
-`needs_labels`.
+it `reads` (embeddings it cannot do without), what is `optional` (taken along once a stage makes it) and whether it
+`needs_labels`; if it reads the output of heads, or views themselves, `heads` and `images` say so.
 """
 
 from jaxcl.terms.base import Embedding
+from jaxcl.terms.heads import CrossEntropy, Reconstruction
 from jaxcl.terms.pairs import BarlowTwins, InstanceSpread, NTXent, OneWayInfoNCE
 from jaxcl.terms.spread import Attract, ClassConditionalInfoNCE, Spread
 from jaxcl.terms.supcon import SupCon
@@ -19,10 +20,12 @@ __all__ = [
     "Attract",
     "BarlowTwins",
     "ClassConditionalInfoNCE",
+    "CrossEntropy",
     "Embedding",
     "InstanceSpread",
     "NTXent",
     "OneWayInfoNCE",
+    "Reconstruction",
     "Spread",
     "SupCon",
 ]

@@ -13,11 +13,17 @@ Array = jax.Array
 
 
 class Embedding(NamedTuple):
-    """What one view became: features h [B,D], embedding z [B,E] (not normalised), rows that exist [B] or None."""
+    """What one view became: features h [B,D], embedding z [B,E] (not normalised), rows that exist [B] or None.
+
+    image: [B,S,S,C], the view itself, where a term says that it reads it (`images`). out: by head, its output [B,...],
+    where a term says that it reads that (`heads`).
+    """
 
     h: Array
     z: Array
     where: Array | None = None
+    image: Array | None = None
+    out: dict[str, Array] = {}  # noqa: RUF012 - never changed, only replaced
 
 
 def exist_in_all(e: dict[str, Embedding], views: tuple[str, ...]) -> Array | None:

@@ -75,6 +75,11 @@ class Adversary:
         term = recipe.terms.get(self.term)
         if term is None:
             raise UserError(f"{where}.term is {self.term!r}, which the config lacks; name one of terms")
+        if getattr(term, "heads", ()):
+            raise UserError(
+                f"{where} attacks terms.{self.term}, a loss of each image by itself; expected a loss of the batch, "
+                "such as nt_xent or supcon"
+            )
         if set(term.reads) != {self.anchor, self.into}:
             raise UserError(
                 f"{where} attacks terms.{self.term}, which reads {', '.join(term.reads)}; "

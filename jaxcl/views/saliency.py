@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from jaxcl import saliency
 from jaxcl.errors import UserError
-from jaxcl.models import tap_stage
 from jaxcl.views import Context, StageOutput, View
 
 Array = jax.Array
@@ -83,7 +82,7 @@ class SaliencyMask:
                 "the encoder; use 'online' or 'alternating'"
             )
         if self.method == "grad_cam":
-            tap_stage(self.tap, recipe.model.encoder.stage_sizes)
+            recipe.model.check_tap(self.tap)
         rows = self.capacity(recipe.batch_size)
         if rows % num_devices:
             raise UserError(

@@ -21,8 +21,6 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|tmp|var|opt|usr|mnt|work
 def execute(notebook, folder, monkeypatch):
     """The notebook after a quick run in `folder`; CellExecutionError at the first cell that fails."""
     monkeypatch.setenv("JAXCL_NOTEBOOK_QUICK", "1")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     # The kernel's history and connection file stay out of the user's home.
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):

@@ -1,0 +1,62 @@
+"""Thanos: an encoder that spreads each class and one that reconstructs, side by side, on coarse labels.
+
+    python -m jaxcl.main --config=configs/thanos.py
+
+Two encoders are trained in one update, each with a cross-entropy on the coarse labels: the main one on L_spread, "auto"
+as an autoencoder. Their features, joined, are what is evaluated, on the fine labels too.
+
+Presets, one word an axis, joined by commas. What the main encoder learns: l_spread, or supcon for "SupCon +
+autoencoder". The encoders: two, one (a single encoder with all terms) or joint (two, with one classifier on both). Data
+set, scale, network and schedule as in l_spread.py.
+
+    configs/thanos.py                          garments on a CPU; not yet run
+    configs/thanos.py:supcon                   SupCon and autoencoder; not yet run
+    configs/thanos.py:one                      likewise joint; not yet run
+    configs/thanos.py:cifar10                  two ViTs, 600 epochs; not yet run
+
+As two runs joined at evaluation (the authors' way; the same numbers but for the choice of checkpoints):
+
+    python -m jaxcl.main --config=configs/l_spread.py --workdir=runs/s
+    python -m jaxcl.main --config=configs/l_spread.py:autoencoder --workdir=runs/a
+    python -m jaxcl.evaluate --workdir=runs/s --workdir=runs/a
+
+Source: Chen et al. 2022, arXiv 2204.07596, and its released code; see l_spread.py.
+"""
+
+from jaxcl import config as base
+
+METHODS = ("l_spread", "supcon")
+ENCODERS = ("two", "one", "joint")
+DATASETS = ("garments", "cifar10", "cifar100", "cifar100u", "mnist", "tiny_imagenet")
+SCALES = ("paper", "cpu")
+NETWORKS = ("vit", "resnet")
+SCHEDULES = ("cosine", "released")
+
+
+def get_config(preset: str = ""):
+    """The config of a preset such as "supcon,cifar10"."""
+    axes = base.choose(preset, METHODS, ENCODERS, DATASETS, SCALES, NETWORKS, SCHEDULES)
+    method, encoders, *rest = axes
+    # The very config of the single run, whose terms the second encoder gets too.
+    c = base.extend(__file__, "l_spread.py", ",".join((method, *rest)))
+    c.name = base.title(
+        "thanos", (rest[0], method, encoders, *rest[1:]), ("", "l_spread", "two", "paper", "vit", "cosine")
+    )
+    auto = base.extend(__file__, "l_spread.py", ",".join(("autoencoder", *rest)))
+    second = "" if encoders == "one" else "auto"
+    views = tuple(f"{second}/{v}" if second else v for v in ("view1", "view2"))
+
+    c.heads.decoder = auto.heads.decoder
+    c.heads.decoder.encoders = (second,)
+    c.terms.reconstruction = auto.terms.reconstruction
+    c.terms.reconstruction.views = views
+    if second:
+        c.encoders.auto = auto.model
+        c.passes += (base.encode("view1", "view2", encoder="auto"),)
+        c.representation = ("", "auto")
+    if encoders == "two":
+        c.heads.auto_classifier = base.head("classifier", encoders=("auto",))
+        c.terms.auto_ce = base.term("cross_entropy", views=views, head="auto_classifier")
+    if encoders == "joint":
+        c.heads.classifier.encoders = ("", "auto")
+    return c

@@ -1,0 +1,27 @@
+"""The image set that a config names."""
+
+from ml_collections import ConfigDict
+
+from jaxcl.data.base import Source
+from jaxcl.data.sources import make_source
+
+
+def source_of(config: ConfigDict, split: str) -> Source:
+    """A split of `config.data`. Errors: UserError, as `make_source`."""
+    data = config.data
+    # The options of the kind of source in use; those of the others lie idle in the config.
+    kind = data.source.partition(":")[0]
+    options = dict(data[kind]) if kind in ("garments", "tfds") else {}
+    if kind == "tfds":
+        options = {k: v or None for k, v in options.items()}  # empty: TFDS's own default
+    return make_source(
+        data.source,
+        split=split,
+        seed=config.seed,
+        validation=data.validation,
+        limit=(data.limit if split == "train" else 0) or None,
+        labels=data.labels,
+        validation_split=data.validation_split,
+        imbalance=data.imbalance,
+        **options,
+    )

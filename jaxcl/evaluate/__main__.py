@@ -1,0 +1,49 @@
+"""Evaluate runs again.
+
+    python -m jaxcl.evaluate --workdir=RUN [--workdir=RUN ...] [--suite=knn,linear] [--source=...]
+
+Several run folders are one encoder, their features side by side. Results are printed as JSON, and written to --out.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from jaxcl import main, run_folder
+from jaxcl.errors import UserError
+
+# Flags of its own: jaxcl.main, which is imported for its parser, has others of the same names.
+_FLAGS = flags.FlagValues()
+_own = dict(flag_values=_FLAGS)
+_WORKDIR = flags.DEFINE_multi_string("workdir", [], "A run folder; several: their features side by side.", **_own)
+_SUITE = flags.DEFINE_string("suite", "", "Evaluators, comma-separated; default: the config's eval.final.", **_own)
+_SOURCE = flags.DEFINE_string("source", "", "A data source as in a config; default: the run's own.", **_own)
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", **_own)
+_OUT = flags.DEFINE_string("out", "", "A JSON file for the results.", **_own)
+
+
+def run(argv: list[str]) -> int:
+    """Evaluate; -> exit code."""
+    _FLAGS.unparse_flags()
+    main.parse(argv, _FLAGS)
+    if not _WORKDIR.value:
+        raise UserError("no --workdir; give the folder of a run")
+    from jaxcl.evaluate import runs  # after the flags are known to be right
+
+    opened = [runs.load_run(w, source=_SOURCE.value, step=_STEP.value) for w in _WORKDIR.value]
+    suite = tuple(s.strip() for s in _SUITE.value.split(",") if s.strip())
+    found = runs.summary(opened, runs.evaluate_runs(opened, suite))
+    print(json.dumps(found["results"], indent=2, default=run_folder.number))
+    if _OUT.value:
+        run_folder.write_json(pathlib.Path(_OUT.value), found)
+    return 0
+
+
+def cli() -> None:
+    """Exit codes as those of jaxcl.main."""
+    main.leave(run)
+
+
+if __name__ == "__main__":
+    cli()

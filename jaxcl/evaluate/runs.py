@@ -1,0 +1,132 @@
+"""Finished (or unfinished) runs read back from their folders, to be evaluated again, alone or joined.
+
+N images, D features.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl import config as configs
+from jaxcl import sharding
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.data import Source, source_of
+from jaxcl.errors import UserError
+from jaxcl.evaluate.base import Figures
+from jaxcl.evaluate.suite import Evaluation, Frozen
+from jaxcl.recipe import Recipe, build_recipe
+from jaxcl.train_state import TrainState
+from jaxcl.update import init_state
+
+# Evaluators that see nothing but features: only they can take several encoders of different runs together.
+OF_FEATURES = ("knn", "linear", "logistic", "raw_pixels", "transfer", "worst_group", "collapse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder, opened: its config, parts, newest checkpoint, and the evaluation of its encoder."""
+
+    workdir: pathlib.Path
+    config: ConfigDict
+    recipe: Recipe
+    evaluation: Evaluation
+    state: TrainState
+    step: int
+    mesh: jax.sharding.Mesh
+
+    def frozen(self, split: str = "test") -> Frozen:
+        return Frozen(self.evaluation, self.state, self.mesh, split)
+
+
+def load_run(workdir: str | pathlib.Path, *, source: str = "", step: int | None = None) -> Run:
+    """Open a run folder.
+
+    Args:
+      workdir: what `jaxcl.main --workdir` was given.
+      source: evaluate on this data source instead of the run's own; images are normalised as in training.
+      step: of the checkpoint; None: the newest.
+
+    Raises:
+      UserError: no run there, no such checkpoint, or one that does not fit its config.
+    """
+    workdir = pathlib.Path(workdir)
+    files = {name: workdir / f"{name}.json" for name in ("config", "data")}
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"{workdir} is not a run folder: it has no {path.name}; give the --workdir of a run")
+    plain, facts = (json.loads(path.read_text()) for path in files.values())
+    config = configs.from_dict(plain)
+    config.report = False
+    if source:
+        config.data.source = source
+    recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+    mesh = sharding.make_mesh()
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.latest if step is None else step
+        if step is None:
+            raise UserError(f"{workdir} has no checkpoint yet; let the run save one first")
+        place = sharding.replicated(mesh)
+        abstract = jax.eval_shape(lambda: init_state(recipe))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+        state = checkpoints.restore(abstract, step)
+    train = source_of(config, "train")
+    evaluation = Evaluation(config, recipe, train=train, make_source=lambda split: source_of(config, split))
+    return Run(workdir, config, recipe, evaluation, state, step, mesh)
+
+
+class Joined(Frozen):
+    """Several runs as one encoder: features side by side. Labels and options are those of the first."""
+
+    def __init__(self, runs: Sequence[Run], split: str = "test"):
+        first = runs[0]
+        super().__init__(first.evaluation, first.state, first.mesh, split)
+        self._parts = [run.frozen(split) for run in runs]
+        for run, part in zip(runs[1:], self._parts[1:], strict=True):
+            if not _same_images(self.test, part.test):
+                raise UserError(
+                    f"{runs[0].workdir} and {run.workdir} were trained on different data, {self.test.name} and "
+                    f"{part.test.name}; give both the same --source"
+                )
+
+    def features(self, split: str, kind: str = "") -> np.ndarray:
+        """float32 [N,D], D the sum over the runs."""
+        return np.concatenate([part.features(split, kind) for part in self._parts], axis=-1)
+
+
+def _same_images(a: Source, b: Source) -> bool:
+    if len(a) != len(b) or a.image_shape != b.image_shape:
+        return False
+    some = np.arange(min(len(a), 16))
+    return np.array_equal(a.batch(some)["image"], b.batch(some)["image"])
+
+
+def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = ()) -> dict[str, Figures]:
+    """Results by evaluator of one run, or of several joined, on the test split.
+
+    Args:
+      runs: from `load_run`; several are one encoder, their features side by side (Thanos as two runs).
+      suite: names of evaluators; empty: those of the first run's eval.final, of several runs those among them that
+        see features only.
+
+    Raises:
+      UserError: an evaluator nobody knows, or one that cannot take several runs.
+    """
+    evaluation = runs[0].evaluation
+    if len(runs) == 1:
+        return evaluation.evaluate(tuple(suite or evaluation.options.final), runs[0].frozen())
+    if odd := [name for name in suite if name not in OF_FEATURES]:
+        raise UserError(f"{odd[0]} cannot take several runs; expected some of {', '.join(OF_FEATURES)}")
+    names = tuple(suite) or tuple(n for n in evaluation.options.final if n in OF_FEATURES)
+    return evaluation.evaluate(names, Joined(runs))
+
+
+def summary(runs: Sequence[Run], results: dict[str, Figures]) -> dict[str, Any]:
+    """The results and what they are of, ready for JSON."""
+    of = [{"workdir": str(r.workdir), "step": r.step, "config": r.config.name} for r in runs]
+    return {"runs": of, "source": runs[0].config.data.source, "results": results}

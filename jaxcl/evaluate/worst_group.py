@@ -1,0 +1,340 @@
+"""Worst-group accuracy: hidden groups found by clustering features, a classifier robust over them, and its figures.
+
+The protocol is ours: after GEORGE (Sohoni et al., arXiv:2011.12945), which "Perfectly Balanced" (arXiv:2204.07596)
+follows, whose code has no such evaluation. Differences: principal components instead of UMAP, and no model selection.
+
+Letters: N rows, D features, C classes, G groups, M rows of each group in a step.
+"""
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxcl.errors import UserError
+from jaxcl.evaluate.base import Figures, LeftOut, needs_labels
+from jaxcl.evaluate.linear_probe import MIN_STD, LinearProbe, probe_logits
+from jaxcl.losses import cross_entropy
+
+if TYPE_CHECKING:
+    from jaxcl.evaluate.suite import Frozen
+
+METHODS = ("gmm", "kmeans")
+FITTED_ROWS = 3000  # of a class: silhouettes take the square of their number
+
+
+def find_groups(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    method: str = "gmm",
+    dims: int = 4,
+    max_clusters: int = 8,
+    overcluster: int = 3,
+    seed: int = 0,
+) -> np.ndarray:
+    """Pseudo-groups: each class cut into clusters of its features, as many as the silhouette score prefers.
+
+    Class by class: features scaled to mean 0 and spread 1, their first `dims` principal components, clusterings with
+    2 to `max_clusters` clusters, of which the best by mean silhouette is kept. Then `overcluster` times as many: one
+    of these smaller clusters becomes a group of its own, out of the larger one, where its points lie better in it
+    (mean silhouette) than they did in that. A class of more than 3,000 rows is clustered on so many, drawn by the
+    seed, and its other rows are assigned.
+
+    Args:
+      features: [N, D].
+      labels: [N] int; a row with a negative one is in no group.
+      method: "gmm", Gaussian mixture with full covariances, or "kmeans".
+      dims: >= 1, principal components at most.
+      max_clusters: >= 2, of a class before the second cut.
+      overcluster: >= 1; 1: no second cut.
+      seed: of the clusterings' starts.
+
+    Returns:
+      int32 [N], numbered from 0, no group in two classes, -1 where unlabelled. A class of fewer than ten rows, or of
+      points that are all alike, is one group.
+
+    Raises:
+      UserError: an unknown method, numbers out of range, shapes that do not match.
+    """
+    features, labels = np.asarray(features, np.float64), np.asarray(labels)
+    _check_rows("find_groups", features, labels)
+    if method not in METHODS:
+        raise UserError(f"find_groups: method={method!r}, expected one of {', '.join(METHODS)}")
+    if dims < 1 or max_clusters < 2 or overcluster < 1:
+        raise UserError(
+            f"find_groups: dims={dims}, max_clusters={max_clusters}, overcluster={overcluster}; "
+            "expected at least 1, 2 and 1"
+        )
+    from threadpoolctl import threadpool_limits  # scikit-learn depends on it
+
+    groups, count = np.full(len(labels), -1, np.int32), 0
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mixtures that stop early; the silhouette judges them
+        for c in np.unique(labels[labels >= 0]):
+            rows = np.flatnonzero(labels == c)
+            _, own = np.unique(
+                _clusters(features[rows], method, dims, max_clusters, overcluster, seed), return_inverse=True
+            )
+            groups[rows] = count + own
+            count += 1 + own.max()
+    return groups
+
+
+def _clusters(
+    features: np.ndarray, method: str, dims: int, max_clusters: int, overcluster: int, seed: int
+) -> np.ndarray:
+    """The cluster of each row of one class, int [n]."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import silhouette_samples
+    from sklearn.mixture import GaussianMixture
+
+    std = features.std(0)
+    varies = std > MIN_STD * np.maximum(np.abs(features).max(0), 1)
+    one = np.zeros(len(features), np.int64)
+    if len(features) < 10 or not varies.any():
+        return one
+    scaled = (features[:, varies] - features[:, varies].mean(0)) / std[varies]
+    pca = PCA(min(dims, *scaled.shape), svd_solver="full", random_state=seed)
+    fitted = np.arange(len(scaled))
+    if len(fitted) > FITTED_ROWS:
+        fitted = np.sort(np.random.default_rng(seed).permutation(len(fitted))[:FITTED_ROWS])
+    pca.fit(scaled[fitted])
+    points = pca.transform(scaled)
+    some = points[fitted]
+
+    def cluster(k: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> (cluster of every row, silhouettes of the fitted ones)."""
+        model = KMeans(k, n_init=4, random_state=seed) if method == "kmeans" else GaussianMixture(k, random_state=seed)
+        found = model.fit(some).predict(points)
+        alone = len(np.unique(found[fitted])) < 2
+        return found, np.full(len(some), -1.0) if alone else silhouette_samples(some, found[fitted])
+
+    distinct = len(np.unique(some, axis=0))
+    tried = [cluster(k) for k in range(2, min(max_clusters, distinct - 1) + 1)]
+    if not tried:
+        return one
+    found, silhouette = max(tried, key=lambda t: t[1].mean())
+    small = min(overcluster * len(np.unique(found)), distinct - 1)
+    if overcluster == 1 or small <= len(np.unique(found)):
+        return found
+    finer, finer_silhouette = cluster(small)
+    cut = found.copy()
+    for k in np.unique(finer[fitted]):
+        own = finer[fitted] == k
+        if own.sum() > 1 and finer_silhouette[own].mean() > silhouette[own].mean():
+            cut[finer == k] = max_clusters + k
+    return cut
+
+
+def group_dro(
+    features: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike,
+    *,
+    num_classes: int,
+    eta: float = 0.01,
+    l2: float = 1e-3,
+    steps: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+) -> LinearProbe:
+    """A linear classifier that minimises the loss of the worst group: group distributionally robust optimisation.
+
+    A step draws equally many rows of every group, with replacement. Group weights are q_g <- q_g exp(eta * loss_g),
+    scaled to sum 1; then Adam, its rate falling to 0 along a cosine, takes a step on sum_g q_g loss_g + l2 / 2 *
+    |weights|^2, of features scaled to mean 0 and spread 1. Deterministic.
+
+    Args:
+      features: [N, D], any float type; computed in float32 at least.
+      labels: [N] int in [0, num_classes).
+      groups: [N] int in any numbering; rows with a negative group or label are left out.
+      num_classes: C.
+      eta: >= 0, step of the group weights; 0: all groups weigh the same throughout.
+      l2: >= 0.
+      steps: >= 1.
+      batch_size: rows of a step, shared out to the groups, at least one to each.
+      learning_rate: > 0, the first one.
+      seed: of the rows drawn.
+
+    Returns:
+      LinearProbe for the features as they were given.
+
+    Raises:
+      UserError: shapes that do not match, no row with a label and a group, numbers out of range.
+
+    References:
+      Sagawa et al., arXiv:1911.08731, algorithm 1.
+    """
+    features, labels, groups = (np.asarray(x) for x in (features, labels, groups))
+    _check_rows("group_dro", features, labels, groups)
+    if eta < 0 or l2 < 0 or steps < 1 or batch_size < 1 or not learning_rate > 0:
+        raise UserError(
+            f"group_dro: eta={eta}, l2={l2}, steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}; "
+            "expected eta and l2 from 0, the others above 0"
+        )
+    known = (labels >= 0) & (groups >= 0)
+    if not known.any():
+        raise UserError("group_dro: no row has a label and a group, expected at least one")
+    features, labels, groups = features[known], labels[known], groups[known]
+    by_group = np.argsort(groups, kind="stable")
+    _, count_G = np.unique(groups, return_counts=True)
+    return _dro(
+        jnp.asarray(features)[by_group],
+        jnp.asarray(labels)[by_group],
+        jnp.asarray(count_G),
+        eta,
+        l2,
+        learning_rate,
+        seed,
+        num_classes=num_classes,
+        steps=steps,
+        per_group=max(1, batch_size // len(count_G)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "steps", "per_group"))
+def _dro(x_NxD, labels_N, count_G, eta, l2, rate, seed, *, num_classes, steps, per_group):
+    """Rows are in order of their group."""
+    dtype = jnp.promote_types(x_NxD.dtype, jnp.float32)
+    x_NxD = x_NxD.astype(dtype)
+    mean_D, std_D = jnp.mean(x_NxD, axis=0), jnp.std(x_NxD, axis=0)
+    std_D = jnp.where(std_D > MIN_STD, std_D, 1)
+    x_NxD = (x_NxD - mean_D) / std_D
+    num_groups, (_, num_features) = len(count_G), x_NxD.shape
+    first_G = jnp.cumsum(count_G) - count_G
+    tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    start = LinearProbe(jnp.zeros((num_features, num_classes), dtype), jnp.zeros(num_classes, dtype))
+
+    def step(carry, key):
+        probe, state, log_q_G = carry
+        rows_GxM = first_G[:, None] + jax.random.randint(key, (num_groups, per_group), 0, count_G[:, None])
+        x_GxMxD, labels_GxM = x_NxD[rows_GxM], labels_N[rows_GxM]
+
+        def objective(probe):
+            loss_G = jax.vmap(lambda x, y: cross_entropy(probe_logits(probe, x), y))(x_GxMxD, labels_GxM)
+            log_q = jax.nn.log_softmax(log_q_G + eta * lax.stop_gradient(loss_G))
+            return jnp.sum(jnp.exp(log_q) * loss_G) + 0.5 * l2 * jnp.sum(probe.weights**2), log_q
+
+        (_, log_q_G), grads = jax.value_and_grad(objective, has_aux=True)(probe)
+        updates, state = tx.update(grads, state, probe)
+        return (optax.apply_updates(probe, updates), state, log_q_G), None
+
+    even_G = jnp.zeros(num_groups, dtype)  # scaled to sum 1 in the first step
+    (probe, _, _), _ = lax.scan(step, (start, tx.init(start), even_G), jax.random.split(jax.random.key(seed), steps))
+    weights = probe.weights / std_D[:, None]
+    return LinearProbe(weights, probe.bias - mean_D @ weights)
+
+
+def group_accuracies(predicted: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    """Accuracy over all rows, of the worst group, and of each.
+
+    Args:
+      predicted, labels: int [N]; rows with a negative label or group do not count.
+      groups: int [N].
+
+    Returns:
+      {"average", "worst"} in [0, 1], NaN without rows, and "by_group" {group: accuracy} of the groups there are.
+
+    Raises:
+      UserError: shapes that do not match.
+    """
+    predicted, labels, groups = (np.asarray(x) for x in (predicted, labels, groups))
+    if predicted.ndim != 1 or not predicted.shape == labels.shape == groups.shape:
+        raise UserError(
+            f"group_accuracies: shapes {predicted.shape}, {labels.shape} and {groups.shape}, "
+            "expected [rows] three times"
+        )
+    known = (labels >= 0) & (groups >= 0)
+    right, groups = (predicted == labels)[known], groups[known]
+    by_group = {int(g): float(right[groups == g].mean()) for g in np.unique(groups)}
+    nan = float("nan")
+    return {
+        "average": float(right.mean()) if len(right) else nan,
+        "worst": min(by_group.values(), default=nan),
+        "by_group": by_group,
+    }
+
+
+def cluster_quality(pseudo: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    """How well pseudo-groups are the true ones, each true group matched with one of them at most.
+
+    The matching is the one with the largest sum of F1 scores (Hungarian method); a true group without a match scores 0.
+
+    Args:
+      pseudo, true: int [N]; rows where either is negative do not count.
+
+    Returns:
+      {"precision", "recall", "f1"}: means over the true groups, in [0, 1], NaN without rows; "by_group" {true group:
+      {"precision", "recall", "f1", "pseudo" (its match, -1 for none)}}.
+
+    Raises:
+      UserError: shapes that do not match.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    pseudo, true = np.asarray(pseudo), np.asarray(true)
+    if pseudo.ndim != 1 or pseudo.shape != true.shape:
+        raise UserError(f"cluster_quality: shapes {pseudo.shape} and {true.shape}, expected [rows] twice")
+    known = (pseudo >= 0) & (true >= 0)
+    pseudo_names, p = np.unique(pseudo[known], return_inverse=True)
+    true_names, t = np.unique(true[known], return_inverse=True)
+    shared = np.zeros((len(true_names), len(pseudo_names)))
+    np.add.at(shared, (t, p), 1)
+    sizes, found = shared.sum(1), shared.sum(0)
+    f1 = 2 * shared / np.maximum(sizes[:, None] + found, 1)
+    match = dict(zip(*linear_sum_assignment(f1, maximize=True), strict=True))
+    by_group = {}
+    for i, name in enumerate(true_names):
+        j = match.get(i)
+        # Matched, but with nothing in common, is not matched.
+        scores = (0.0, 0.0, 0.0, -1)
+        if j is not None and shared[i, j]:
+            scores = (shared[i, j] / found[j], shared[i, j] / sizes[i], f1[i, j], pseudo_names[j])
+        by_group[int(name)] = dict(zip(("precision", "recall", "f1"), map(float, scores[:3]), strict=True))
+        by_group[int(name)]["pseudo"] = int(scores[3])
+    means = {
+        k: np.mean([g[k] for g in by_group.values()]) if by_group else np.nan for k in ("precision", "recall", "f1")
+    }
+    return {k: float(v) for k, v in means.items()} | {"by_group": by_group}
+
+
+def worst_group(f: "Frozen") -> tuple[Figures, dict]:
+    """Accuracy on the worst true group of the test images, without and with robust training of the last layer.
+
+    "erm" is the linear probe; "dro" is `group_dro` on the groups that `find_groups` makes of the training features,
+    without knowing the true ones; "cluster" is how well these are found again. The protocol is ours (see above).
+    """
+    needs_labels(f, "train", "test")
+    train = f.source("train")
+    if not all((s.extras.get("group", np.array([-1])) >= 0).any() for s in (train, f.test)):
+        raise LeftOut("the data has no groups (garments with spurious above 0 has, and npz files with groups)")
+    features, test = f.features("train"), f.features("test")
+    pseudo = find_groups(features, train.labels, seed=f.recipe.seed)
+    robust = group_dro(features, train.labels, pseudo, num_classes=f.recipe.num_classes, seed=f.recipe.seed)
+    figures, by_group = {}, {}
+    for name, probe in (("erm", f.fitted_probe()), ("dro", robust)):
+        predicted = np.asarray(probe_logits(probe, test)).argmax(-1)
+        accuracies = group_accuracies(predicted, f.test.labels, f.test.extras["group"])
+        figures |= {f"{name}_worst": accuracies["worst"], f"{name}_average": accuracies["average"]}
+        for group, value in accuracies["by_group"].items():
+            by_group.setdefault(f.test.group_names[group], {})[name] = value
+    quality = cluster_quality(pseudo, train.extras["group"])
+    figures |= {f"cluster_{k}": quality[k] for k in ("precision", "recall", "f1")}
+    return figures | {"groups_found": int(pseudo.max() + 1), "by_group": by_group}, {}
+
+
+def _check_rows(what: str, features: np.ndarray, *columns: np.ndarray) -> None:
+    if features.ndim != 2 or any(c.shape != (len(features),) for c in columns):
+        shapes = ", ".join(str(c.shape) for c in columns)
+        raise UserError(
+            f"{what}: features of shape {features.shape} and {shapes}, expected [rows, features] and [rows]"
+        )

@@ -1,0 +1,133 @@
+"""A decoder from features to images: a ResNet-18 mirrored, or a narrower and shorter one.
+
+N batch, D features, S side of the images, C their channels, g side of the first feature map, M its channels.
+
+Source: the autoencoder of Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596, in the form of its released code.
+papers/thanos.md 3.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxcl.errors import UserError
+from jaxcl.models.heads import Dense, dense_init
+from jaxcl.models.norms import MOMENTUM
+
+Array = jax.Array
+
+LATENT_SIDE = 4  # of the map the features become, whatever the image
+
+
+def _grow(x: Array, factor: int) -> Array:
+    """Nearest-neighbour upsampling of [N,H,W,M]."""
+    return x if factor == 1 else x.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def _nearest(x: Array, side: int) -> Array:
+    """[N,H,H,M] -> [N,side,side,M]; row i is row floor(i H / side), as torch counts (jax would round i + 1/2)."""
+    if x.shape[1] == side:
+        return x
+    rows = jnp.arange(side) * x.shape[1] // side
+    return x[:, rows][:, :, rows]
+
+
+class DecoderBlock(nn.Module):
+    """3x3 - BN - ReLU - [upsampling] - 3x3 - BN, plus shortcut, ReLU; the shortcut upsamples and projects likewise."""
+
+    planes: int
+    factor: int = 1
+    dtype: Any = jnp.float32
+    momentum: float = MOMENTUM
+    convolution: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, mode: dict) -> Array:
+        def conv(features: int, kernel: int, name: str) -> nn.Module:
+            return _conv(features, kernel, self.dtype, self.convolution, name)
+
+        def norm(name: str) -> Callable[[Array], Array]:
+            made = nn.BatchNorm(momentum=self.momentum, epsilon=1e-5, dtype=self.dtype, name=name)
+            return lambda y: made(y, **mode)
+
+        y = nn.relu(norm("bn1")(conv(x.shape[-1], 3, "conv1")(x)))
+        y = norm("bn2")(conv(self.planes, 3, "conv2")(_grow(y, self.factor)))
+        if self.factor != 1 or x.shape[-1] != self.planes:
+            # The original upsamples first. A copy of a pixel changes neither a 1x1 convolution nor a batch's mean and
+            # variance, so this is the same at a fourth of the cost.
+            x = _grow(norm("shortcut_bn")(conv(self.planes, 1, "shortcut_conv")(x)), self.factor)
+        return nn.relu(y + x)
+
+
+def _conv(features: int, kernel: int, dtype: Any, convolution: Callable | None, name: str) -> nn.Module:
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        padding=(kernel - 1) // 2,
+        use_bias=False,
+        kernel_init=dense_init,
+        dtype=dtype,
+        conv_general_dilated=convolution,
+        name=name,
+    )
+
+
+class Decoder(nn.Module):
+    """Features [N,D] -> images [N,S,S,C], float32 at least, of any range (no activation at the end).
+
+    Each stage but the last doubles the side, from g = floor(S / 2**(stages - 1)). A side S that is no multiple of
+    2**(stages - 1) is reached by a bilinear resize of what comes out below it, as for the 28 pixels of MNIST (3, then
+    24 with four stages). One-channel images are the mean of three channels, as there.
+
+    Errors: UserError for widths, blocks or sizes that cannot be; when the module is made.
+    """
+
+    size: int  # S
+    channels: int = 3  # C
+    widths: Sequence[int] = (512, 256, 128, 64, 64)  # channels of the first map, then after each stage
+    blocks: int = 2  # residual blocks of a stage; the first one upsamples
+    dtype: Any = jnp.float32
+    momentum: float = MOMENTUM
+    convolution: Callable | None = None  # as of a ResNet
+
+    def __post_init__(self):
+        widths = tuple(self.widths)
+        if len(widths) < 2 or not all(isinstance(w, int) and w >= 1 for w in widths):
+            raise UserError(f"decoder: widths is {widths}; expected the channels before, between and after the stages")
+        for name in ("channels", "blocks"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"decoder: {name} is {getattr(self, name)}; expected at least 1")
+        if self.size < self.growth:
+            raise UserError(
+                f"decoder: {len(widths) - 1} stages make images of at least {self.growth} pixels, and these have "
+                f"{self.size}; give fewer widths"
+            )
+        super().__post_init__()
+
+    @property
+    def growth(self) -> int:
+        """By how much all stages together enlarge the first map."""
+        return 2 ** (len(tuple(self.widths)) - 2)
+
+    @nn.compact
+    def __call__(self, latent: Array, train: bool = False, where: Array | None = None) -> Array:
+        """latent [N,D]; `where` [N] bool: rows that count in the batch statistics."""
+        mask = None if where is None or not train else where[:, None, None, None]
+        mode = dict(use_running_average=not train, mask=mask)
+        first, *widths = self.widths
+        x = Dense(LATENT_SIDE**2 * first, self.dtype, name="dense")(latent.astype(self.dtype))
+        x = _nearest(x.reshape(-1, LATENT_SIDE, LATENT_SIDE, first), self.size // self.growth)
+        same = dict(dtype=self.dtype, momentum=self.momentum, convolution=self.convolution)
+        for i, planes in enumerate(widths):
+            for j in range(self.blocks):
+                grows = j == 0 and i < len(widths) - 1
+                x = DecoderBlock(planes, 2 if grows else 1, **same, name=f"stage{i + 1}_block{j + 1}")(x, mode)
+        x = _conv(3 if self.channels == 1 else self.channels, 3, self.dtype, self.convolution, "out_conv")(x)
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        if self.channels == 1:
+            x = x.mean(-1, keepdims=True)
+        N, side, _, C = x.shape
+        return x if side == self.size else jax.image.resize(x, (N, self.size, self.size, C), "bilinear")
