@@ -47,6 +47,11 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the complete checkpoints, ascending."""
+        return tuple(sorted(c.step for c in self._checkpointer.checkpoints))
+
     def save(self, step: int, state: TrainState) -> None:
         """Copy the state off the devices, write it in the background. Saving a step twice does nothing."""
         if self.latest != step:

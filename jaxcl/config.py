@@ -241,7 +241,8 @@ def _fill(config: ConfigDict, plain: Mapping[str, Any]) -> None:
             _fill(config[key], value)
         else:
             # Not checked against the default's type: a tuple comes back as a list.
-            config.pop(key, None)
+            if key in config:
+                del config[key]
             config[key] = ConfigDict(value) if isinstance(value, Mapping) else _frozen(value)
 
 

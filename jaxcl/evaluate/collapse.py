@@ -117,12 +117,11 @@ def _classes(z_BxVxD: Array, image_BxD: Array, labels_B: Array, where_B: Array) 
 
 def _effective_rank(z_BxVxD: Array, where_B: Array) -> Array:
     z_NxD, where_N = _points(z_BxVxD, where_B)
-    for _ in range(2):  # the first mean is rounded, which would pass for a dimension
-        mean_D = jnp.sum(z_NxD, axis=0) / jnp.maximum(jnp.sum(where_N), 1)
-        z_NxD = jnp.where(where_N[:, None], z_NxD - mean_D, 0)
+    mean_D = jnp.sum(z_NxD, axis=0) / jnp.maximum(jnp.sum(where_N), 1)
+    z_NxD = jnp.where(where_N[:, None], z_NxD - mean_D, 0)
     # Of the triangular factor, which is small: as exact as of the points, where a covariance loses half the digits.
     s = jnp.linalg.svd(jnp.linalg.qr(z_NxD, mode="r"), compute_uv=False)
-    # Rounding of the points themselves is no dimension either.
+    # Rounding, of the points and of their mean, is no dimension.
     s = jnp.where(s > jnp.finfo(s.dtype).eps * (max(z_NxD.shape) * jnp.sum(where_N)) ** 0.5, s, 0)
     total = jnp.sum(s)
     share = s / jnp.where(total > 0, total, 1)

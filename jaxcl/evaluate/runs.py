@@ -71,6 +71,9 @@ def load_run(workdir: str | pathlib.Path, *, source: str = "", step: int | None 
         step = checkpoints.latest if step is None else step
         if step is None:
             raise UserError(f"{workdir} has no checkpoint yet; let the run save one first")
+        if step not in checkpoints.steps:
+            there = ", ".join(map(str, checkpoints.steps))
+            raise UserError(f"{workdir} has no checkpoint of step {step}; it has {there}")
         place = sharding.replicated(mesh)
         abstract = jax.eval_shape(lambda: init_state(recipe))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Frozen
 
 METHODS = ("gmm", "kmeans")
-FITTED_ROWS = 3000  # of a class: silhouettes take the square of their number
+FITTED_ROWS = 2000  # of a class: silhouettes take the square of their number
 
 
 def find_groups(
@@ -44,7 +44,7 @@ def find_groups(
     Class by class: features scaled to mean 0 and spread 1, their first `dims` principal components, clusterings with
     2 to `max_clusters` clusters, of which the best by mean silhouette is kept. Then `overcluster` times as many: one
     of these smaller clusters becomes a group of its own, out of the larger one, where its points lie better in it
-    (mean silhouette) than they did in that. A class of more than 3,000 rows is clustered on so many, drawn by the
+    (mean silhouette) than they did in that. A class of more than 2,000 rows is clustered on so many, drawn by the
     seed, and its other rows are assigned.
 
     Args:

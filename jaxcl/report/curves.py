@@ -20,7 +20,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
 
     Args:
       metrics: the dicts of `read_metrics`. Known names get panels in a fixed order (loss, learning rate,
-        accuracy, saliency, speed, data wait); other numbers one panel for each prefix before "/".
+        accuracy, saliency, collapse, speed, data wait); other numbers one panel for each prefix before "/".
     """
     panels = _panels(_series(metrics))
     if not panels:
@@ -69,6 +69,9 @@ def _panels(series: dict) -> list[tuple[str, dict, str]]:
         unique = len(set(names.values())) == len(names)
         return {(names[n] if unique else n).replace("_", " "): line for n, line in lines.items()}
 
+    def renamed(names: Sequence[str], labels: Sequence[str]) -> dict:
+        return {label: rest.pop(n) for n, label in zip(names, labels, strict=True) if n in rest}
+
     panels = []
     losses = take("loss", prefix="loss/")
     if "loss" in losses and len(losses) == 2:
@@ -87,6 +90,15 @@ def _panels(series: dict) -> list[tuple[str, dict, str]]:
     backgrounds = take("saliency/backgrounds")
     fraction = all(np.nanmax(v, initial=0) <= 1 for _, v in backgrounds.values())
     panels.append(("Backgrounds in the batch", label(backgrounds), "percent" if fraction else "number"))
+    collapse = "collapse/within_class_cosine", "collapse/between_class_cosine", "collapse/class_spread"
+    names = ("within", "between", "class spread")
+    panels.append(("Cosines within and between classes", renamed(collapse, names), "number"))
+    others = ("collapse/effective_rank", "collapse/alignment", "collapse/uniformity")
+    lines = renamed(others, ("log eff. rank", "alignment", "uniformity"))
+    if "log eff. rank" in lines:  # the rank itself would leave the other two flat; 0 stands for all points in one
+        steps, ranks = lines["log eff. rank"]
+        lines["log eff. rank"] = steps, np.log(np.maximum(ranks, 1))
+    panels.append(("All embeddings: spread and alignment", lines, "number"))
     panels.append(("Images a second", take("images_per_second"), "number"))
     panels.append(("Time waiting for data", take("data_wait"), "percent"))
     for prefix in dict.fromkeys(n.split("/")[0] for n in rest):

@@ -56,25 +56,18 @@ def embedding(
       class_names: names by id.
       seed: of the choice of points and of t-SNE.
     """
-    features, labels = np.asarray(features, np.float32), np.asarray(labels)
-    features = features.reshape(len(features), -1)
-    finite = np.isfinite(features).all(1)
-    features, labels = features[finite], labels[finite]
-    if len(features) > _TSNE_POINTS:
-        chosen = np.random.default_rng(seed).permutation(len(features))[:_TSNE_POINTS]
-        features, labels = features[chosen], labels[chosen]
-    if len(features) < 10:
-        return message(f"Only {len(features)} finite embeddings: too few for a picture.")
-    features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    if features.std(0).max() < 1e-5:
-        return message("All embeddings are the same point: the encoder has collapsed.")
-    points = _tsne(features, seed)
+    labels = np.asarray(labels)
+    try:
+        rows, points = to_plane(features, seed)
+    except ValueError as reason:
+        return message(str(reason))
+    labels = labels[rows]
 
     figure = new_figure(6.2, width=8.0)
     ax = figure.add_subplot()
     ax.set_axis_off()
     classes = [int(c) for c in np.unique(labels) if c >= 0]
-    color_of = _class_colors(len(classes))
+    color_of = class_colors(len(classes))
     ax.scatter(*points[labels < 0].T, s=9, color="#b6bec7", linewidths=0)
     order = np.random.default_rng(seed).permutation(len(points))  # no class is drawn on top of all others
     rank = {c: i for i, c in enumerate(classes)}
@@ -96,6 +89,32 @@ def embedding(
     return figure
 
 
+def to_plane(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """t-SNE of at most 1,500 of the features, chosen at random, after scaling to unit length and 50 components.
+
+    Args:
+      features: [n,D], or anything of which n rows can be made.
+
+    Returns:
+      (which rows of the features [m], their places [m,2]).
+
+    Raises:
+      ValueError: there is nothing to see; the text says why.
+    """
+    features = np.asarray(features, np.float32)
+    features = features.reshape(len(features), -1)
+    rows = np.flatnonzero(np.isfinite(features).all(1))
+    if len(rows) > _TSNE_POINTS:
+        rows = rows[np.random.default_rng(seed).permutation(len(rows))[:_TSNE_POINTS]]
+    if len(rows) < 10:
+        raise ValueError(f"Only {len(rows)} finite embeddings: too few for a picture.")
+    features = features[rows]
+    features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    if features.std(0).max() < 1e-5:
+        raise ValueError("All embeddings are the same point: the encoder has collapsed.")
+    return rows, _tsne(features, seed)
+
+
 def _tsne(features: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -114,7 +133,8 @@ def _tsne(features: np.ndarray, seed: int) -> np.ndarray:
         return tsne.fit_transform(features.astype(np.float32))
 
 
-def _class_colors(count: int) -> list:
+def class_colors(count: int) -> list:
+    """One colour for each of `count` classes."""
     if count <= len(CLASSES):
         return list(CLASSES)
     from matplotlib import colormaps

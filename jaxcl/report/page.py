@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from jaxcl.report import figures, verdict
+from jaxcl.report import figures, transfer, verdict
 from jaxcl.report.style import DPI
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,14 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
         "for islands of one colour; classes that share an island are the ones the encoder takes for "
         "each other. Distances between islands mean little.",
         lambda panel: figures.embedding(**panel),
+    ),
+    "transfer": (
+        "Classes inside classes",
+        "Another t-SNE picture, first by coarse class, then each coarse class enlarged with its fine classes in "
+        "colour. Within a coarse class, islands of one colour mean that the fine classes survived, though the "
+        "encoder was not told of them; colours well mixed mean that it has merged them. Points of other classes "
+        "are grey.",
+        lambda panel: transfer.fine_embedding({"": panel}),
     ),
     "confusion": (
         "Which classes are confused",
@@ -107,9 +115,9 @@ def write_report(
       metrics: what `read_metrics` returns.
       panels: name -> what its figure is drawn from; each may be missing:
         "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
-        "adversary" those of `adversary_grid`, "embedding" those of `embedding`, "confusion" those of `confusion`,
-        "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that
-        name.
+        "adversary" those of `adversary_grid`, "embedding" those of `embedding`, "transfer" a run's of
+        `fine_embedding`, "confusion" those of `confusion`, "reliability", "reliability_fgsm" (on attacked images)
+        and "robustness" the dicts of the functions of that name.
 
     Returns:
       The path of the page.

@@ -39,6 +39,12 @@ _PERCENT = (
         "the classifier learned beside the encoder",
     ),
     (
+        "Fine classes, from coarse labels",
+        ("transfer.accuracy",),
+        HIGHER,
+        "a linear probe for the fine classes: what the encoder kept beyond the coarse ones it was trained on",
+    ),
+    (
         "Raw-pixel baseline",
         (
             "raw_pixels.accuracy",
@@ -105,6 +111,8 @@ _PERCENT = (
     ),
 )
 
+_PIXELS = next(places for name, places, _, _ in _PERCENT if name == "Raw-pixel baseline")
+
 # (key of the results, name, how the pixels were moved)
 _ATTACKS = (
     ("fgsm", "Classifier under FGSM", "in one step, in the direction that hurts most"),
@@ -117,7 +125,7 @@ _ATTACKS = (
 def rows(results: Mapping[str, Any]) -> list[Row]:
     """The known results that are there, in the order of the page."""
     found = []
-    pixels = number(results, *_PERCENT[3][1])
+    pixels = number(results, *_PIXELS)
     for name, places, better, meaning in _PERCENT:
         value = number(results, *places)
         if value is None:
@@ -125,6 +133,7 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
         if name == "Linear probe" and pixels is not None:
             meaning += f"; {_points(value - pixels)} raw pixels"
         found.append(Row(name, percent(value), better, meaning))
+    found += _worst_group(results)
     for key, name, how in _ATTACKS:
         attacked = _attacks(results, key)
         if attacked:
@@ -153,7 +162,7 @@ def sentence(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     seconds = total_seconds(results)
     if seconds is not None:
         said += f" in {duration(seconds)}"
-    linear, pixels = number(results, *_PERCENT[0][1]), number(results, *_PERCENT[3][1])
+    linear, pixels = number(results, *_PERCENT[0][1]), number(results, *_PIXELS)
     neighbours = number(results, *_PERCENT[1][1])
     if linear is not None:
         said += f": a linear probe reaches {percent(linear)}"
@@ -228,6 +237,17 @@ def _attacks(results: Mapping[str, Any], key: str) -> dict[float, float]:
         if accuracy is not None and epsilon > 0:
             attacks[epsilon] = accuracy
     return attacks
+
+
+def _worst_group(results: Mapping[str, Any]) -> list[Row]:
+    robust, plain = (number(results, f"worst_group.{name}_worst") for name in ("dro", "erm"))
+    if robust is None and plain is None:
+        return []
+    meaning = "accuracy on the true group where it is lowest, of a linear classifier"
+    if robust is not None:
+        meaning += " made robust over groups found by clustering"
+        meaning += f"; {_points(robust - plain)} the plain one" if plain is not None else ""
+    return [Row("Worst group", percent(plain if robust is None else robust), HIGHER, meaning)]
 
 
 def _time_split(results: Mapping[str, Any]) -> str:

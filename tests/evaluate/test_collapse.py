@@ -122,6 +122,8 @@ def test_complete_collapse_and_none():
     m = collapse_metrics(same, np.arange(40) % 3)
     assert float(m["effective_rank"]) == 0 and float(m["uniformity"]) == pytest.approx(0, abs=1e-5)
     assert float(m["within_class_cosine"]) == pytest.approx(1) == pytest.approx(float(m["between_class_cosine"]))
+    many = collapse_metrics(np.tile(RNG.normal(size=7), (4000, 1)), np.arange(4000) % 3)
+    assert float(many["effective_rank"]) == 0  # though their mean is not exactly any of them
     two = np.zeros((40, 7))
     two[7, 3], two[12, 3] = 1, -5
     assert float(collapse_metrics(two, where=two.any(1))["uniformity"]) == pytest.approx(-8)

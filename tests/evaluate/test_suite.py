@@ -1,5 +1,8 @@
 """The suites on a small frozen network: which features, which attacks, and what data without labels leaves out."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from jaxcl.adversarial import pgd
 from jaxcl.data import Source
 from jaxcl.errors import UserError
 from jaxcl.evaluate import (
+    collapse_metrics,
     expected_calibration_error,
     fit_linear_probe,
     fit_logistic,
@@ -25,6 +29,8 @@ from jaxcl.update import init_state
 
 EVERYTHING = tuple(EVALUATORS)
 OF_LABELS = ("knn", "linear", "logistic", "raw_pixels", "linear_fgsm", "linear_pgd")
+OF_GROUPS = ("worst_group",)  # and of labels
+OF_TWO_LEVELS = ("transfer",)
 OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
 
 
@@ -40,7 +46,9 @@ def source(split, labelled=True, side=tiny.SIDE):
     )
 
 
-def evaluation(*, probe=True, train_labels=True, test_labels=True, final=EVERYTHING, report=False, **options):
+def evaluation(
+    *, probe=True, train_labels=True, test_labels=True, final=EVERYTHING, report=False, sources=source, **options
+):
     """-> (evaluation, state on two devices, mesh)."""
     c = tiny.config(stage=False)
     c.eval.final, c.eval.batch_size, c.eval.knn_k, c.eval.tap, c.report = final, 16, 5, "stage1", report
@@ -56,9 +64,9 @@ def evaluation(*, probe=True, train_labels=True, test_labels=True, final=EVERYTH
     def make_source(split):
         if split != "test":
             raise UserError(f"no split {split}")
-        return source("test", test_labels)
+        return sources("test", test_labels)
 
-    return Evaluation(c, recipe, train=source("train", train_labels), make_source=make_source), state, mesh
+    return Evaluation(c, recipe, train=sources("train", train_labels), make_source=make_source), state, mesh
 
 
 def encoded(e, state, split):
@@ -179,14 +187,17 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
     with caplog.at_level("INFO", logger="jaxcl"):
         assert e.quick(state, mesh) == {} == e.quick(state, mesh)
         results, panels = e.final(state, mesh)
-    assert results == {} and set(panels) == {"views", "embedding"}
+    assert set(results) == {"collapse"} and set(panels) == {"views", "embedding"}
+    kinds = {"effective_rank", "uniformity"}  # what needs no label
+    assert set(results["collapse"]) == {f"{k}_{name}" for k in "hz" for name in kinds}
     assert panels["embedding"]["features"].shape == (20, e.recipe.model.features)
     assert said(caplog) == [
         "evaluation: no training image has a label, so there is no knn",  # said once
-        f"evaluation: no training image has a label, so there is no {', '.join(OF_LABELS)}",
+        f"evaluation: no training image has a label, so there is no {', '.join((*OF_LABELS, *OF_GROUPS))}",
         "evaluation: the config trains no classifier (no linear_probe in memory), so there is no "
         + ", ".join(OF_THE_CLASSIFIER),
         "evaluation: the config has no adversary stage, so there is no adversary",
+        f"evaluation: the data has one level of labels, so there is no {', '.join(OF_TWO_LEVELS)}",
     ]
 
 
@@ -212,6 +223,44 @@ def test_explanations_need_no_labels_but_their_pictures_do():
 def test_labels_without_a_classifier():
     e, state, mesh = evaluation(probe=False, final=("knn", "linear", "classifier", "pgd"))
     assert set(e.final(state, mesh)[0]) == {"knn", "linear"}
+
+
+# ---- two levels of labels, groups, collapse
+
+
+def test_transfer_worst_group_and_collapse_are_of_the_frozen_features(caplog):
+    names = ("transfer", "worst_group", "collapse")
+    e, state, mesh = evaluation(final=names, report=True)
+    with caplog.at_level("INFO", logger="jaxcl"):
+        assert set(e.final(state, mesh)[0]) == {"collapse"}
+    assert [line.partition(", so")[0] for line in said(caplog)] == [
+        "evaluation: the data has one level of labels",
+        "evaluation: the data has no groups (garments with spurious above 0 has, and npz files with groups)",
+    ]
+
+    def levels(split, labelled):
+        s = source(split, labelled)
+        extras = {"coarse": s.labels // 2, "group": np.arange(len(s), dtype=np.int32) % 3}
+        return dataclasses.replace(s, extras=extras, coarse_names=("ab", "cd"), group_names=tuple("xyz"))
+
+    e, _, _ = evaluation(final=names, report=True, sources=levels)
+    results, panels = e.final(state, mesh)
+    h, z = encoded(e, state, "test")
+    labels = source("test").labels
+    for kind, x in (("h", h), ("z", z)):
+        for key, value in collapse_metrics(x, labels).items():
+            assert results["collapse"][f"{kind}_{key}"] == pytest.approx(float(value), rel=1e-4, abs=1e-5)
+    fitted = fit_linear_probe(encoded(e, state, "train")[0], source("train").labels, num_classes=4)
+    predicted = np.argmax(probe_logits(fitted, h), 1)
+    assert results["transfer"]["accuracy"] == pytest.approx(np.mean(predicted == labels))
+    assert results["transfer"]["coarse_accuracy"] == pytest.approx(np.mean(predicted // 2 == labels // 2))
+    np.testing.assert_allclose(panels["transfer"]["features"], h, atol=1e-5)
+    by_group = [np.mean((predicted == labels)[np.arange(20) % 3 == g]) for g in range(3)]
+    assert results["worst_group"]["erm_worst"] == pytest.approx(min(by_group))
+    assert {g: v["erm"] for g, v in results["worst_group"]["by_group"].items()} == {
+        g: pytest.approx(v) for g, v in zip("xyz", by_group, strict=True)
+    }
+    assert json.loads(json.dumps(results)) == results  # as they go to results.json
 
 
 # ---- adversarial views

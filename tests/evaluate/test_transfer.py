@@ -1,0 +1,105 @@
+"""Coarse-to-fine transfer on features whose geometry says what must come out."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxcl.data import Source
+from jaxcl.evaluate.base import LeftOut
+from jaxcl.evaluate.evaluators import EVALUATORS
+from jaxcl.evaluate.transfer import balanced_accuracy, transfer
+
+FINE, COARSE = tuple("abcd"), ("A", "B")
+OF_CLASS = np.array([0, 1, 0, 1])
+
+
+def source(fine, *, labels="coarse", levels=True):
+    n = len(fine)
+    coarse = np.where(fine >= 0, OF_CLASS[fine], -1)
+    by = {"coarse": (coarse, COARSE), "fine": (fine, FINE)}[labels]
+    extras = {"coarse": coarse} if levels else {}
+    return Source(
+        images=np.zeros((n, 2, 2, 3), np.uint8),
+        labels=by[0],
+        class_names=by[1],
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        extras=extras | ({"fine": fine} if labels == "coarse" and levels else {}),
+        coarse_names=COARSE if levels else (),
+        fine_names=FINE if labels == "coarse" and levels else (),
+    )
+
+
+def frozen(features, fine, test_features, test_fine, **options):
+    sources = {"train": source(fine, **options), "test": source(test_fine, **options)}
+    by_split = {"train": features, "test": test_features}
+    return SimpleNamespace(source=sources.get, test=sources["test"], features=by_split.get)
+
+
+def data(collapsed, seed=0):
+    """Points about one place a fine class, or, collapsed, a coarse class; 60 to train on, 200 to test."""
+    rng = np.random.default_rng(seed)
+    fine, test_fine = rng.permutation(np.arange(60) % 4), rng.permutation(np.arange(200) % 4)
+    centres = rng.normal(size=(4, 6))
+    if collapsed:
+        centres = centres[OF_CLASS]
+    noisy = lambda y: centres[y] + 1e-2 * rng.normal(size=(len(y), 6))  # noqa: E731
+    return noisy(fine), fine, noisy(test_fine), test_fine
+
+
+@pytest.mark.parametrize("labels", ["coarse", "fine"])
+def test_what_is_kept_and_what_is_lost(labels):
+    figures, panels = transfer(frozen(*data(collapsed=False), labels=labels))
+    assert figures == {"accuracy": 1, "coarse_accuracy": 1, "balanced_accuracy": 1}
+    figures, panels = transfer(frozen(*data(collapsed=True), labels=labels))
+    assert figures["coarse_accuracy"] == 1  # within a coarse class the fine one is a guess
+    assert 0.3 < figures["accuracy"] < 0.7 and figures["balanced_accuracy"] == pytest.approx(figures["accuracy"])
+    panel = panels["transfer"]
+    np.testing.assert_array_equal(panel["labels"], data(True)[3])
+    np.testing.assert_array_equal(panel["coarse"], OF_CLASS[panel["labels"]])
+    assert panel["features"].shape == (200, 6) and panel["class_names"] == FINE and panel["coarse_names"] == COARSE
+
+
+def test_a_mistake_within_the_coarse_class_is_none_at_the_coarse_level():
+    """The probe learns c as a: every test image of c is wrong on the fine level and right on the coarse one."""
+    train, fine, test, test_fine = data(collapsed=False)
+    train[fine == 2] = -train[fine == 2]  # elsewhere when training
+    centre = train[fine == 0].mean(0)
+    test[test_fine == 2] = centre
+    figures, _ = transfer(frozen(train, fine, test, test_fine))
+    assert figures["accuracy"] == pytest.approx(0.75) and figures["coarse_accuracy"] == 1
+    rare = np.concatenate([np.flatnonzero(test_fine != 2), np.flatnonzero(test_fine == 2)[:1]])
+    figures, _ = transfer(frozen(train, fine, test[rare], test_fine[rare]))
+    assert figures["accuracy"] == pytest.approx(150 / 151) and figures["balanced_accuracy"] == pytest.approx(0.75)
+
+
+def test_unlabelled_rows_do_not_count():
+    train, fine, test, test_fine = data(collapsed=False)
+    fine, test_fine = fine.copy(), test_fine.copy()
+    train[:5], test[:50] = 100, 100
+    fine[:5] = test_fine[:50] = -1
+    assert transfer(frozen(train, fine, test, test_fine))[0]["accuracy"] == 1
+
+
+def test_the_panel_shows_so_many():
+    train, fine, test, test_fine = data(collapsed=False)
+    panel = transfer(frozen(train, fine, np.tile(test, (10, 1)), np.tile(test_fine, 10)))[1]["transfer"]
+    assert {len(panel[k]) for k in ("features", "labels", "coarse")} == {1500}
+
+
+def test_left_out():
+    with pytest.raises(LeftOut, match="the data has one level of labels"):
+        transfer(frozen(*data(False), levels=False))
+    train, fine, test, test_fine = data(False)
+    with pytest.raises(LeftOut, match="no test image has a fine label"):
+        transfer(frozen(train, fine, test, np.full_like(test_fine, -1)))
+    with pytest.raises(LeftOut, match="no training image has a fine label"):
+        transfer(frozen(train, np.full_like(fine, -1), test, test_fine))
+    assert EVALUATORS["transfer"] is transfer
+
+
+def test_balanced_accuracy():
+    labels, predicted = np.array([0, 0, 0, 2, 2, -1]), np.array([0, 0, 1, 2, 0, 0])
+    assert balanced_accuracy(predicted, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert np.isnan(balanced_accuracy(predicted, np.full(6, -1)))
