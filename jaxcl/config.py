@@ -80,7 +80,8 @@ def default() -> ConfigDict:
     c.eval.quick = ("knn", "classifier")  # every `every`
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
     # Also known: logistic (the protocol of CLAE); pgd, and the attacks on the linear probe, linear_fgsm and linear_pgd
-    # (PGD is slow); adversary (what the adversary of the training does to a batch).
+    # (PGD is slow); adversary (what the adversary of the training does to a batch); transfer (fine classes from an
+    # encoder of coarse ones); worst_group (where groups are known); collapse (spread of the embeddings).
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
     c.eval.knn_features = ""  # knn's own choice of the two; "": as above

@@ -115,7 +115,7 @@ def represent(
         model, own = recipe.encoder(name), _of_encoder(params, name)
         known = main is not None and not name
         h.append(main if known else model.encode(own, _of_encoder(stats, name), images, train=False)[0])
-        z.append(model.project(own, h[-1]))
+        z.append(model.project(own, _of_encoder(stats, name), h[-1]))
     return (h[0], z[0]) if len(h) == 1 else (jnp.concatenate(h, -1), jnp.concatenate(z, -1))
 
 
@@ -191,7 +191,7 @@ def run_pass(
     else:
         encode = functools.partial(model.encode, train=True)
     h, new = encode(own, _of_encoder(stats, spec.encoder), rows, where=where, norm_set=spec.norm_set, key=key)
-    z = model.project(own, h)
+    z, new = model.embed(own, new, h, train=True, where=where, norm_set=spec.norm_set)
     return {
         embedding_name(spec.encoder, n): Embedding(hh, zz, views[n].where)
         for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)

@@ -116,7 +116,7 @@ def test_padding_changes_nothing_of_the_update(exconb):
     def written_out(state, images, label):
         def objective(params):
             h, stats = model.encode(params, state.batch_stats, images, train=True)
-            z = model.project(params, h)
+            z = model.project(params, {}, h)
             pair = jnp.stack([z[:B], z[B : 2 * B]], axis=1)
             twice = jnp.repeat(z[2 * B :, None], 2, axis=1)
             labels = jnp.concatenate([label, jnp.full(K, tiny.CLASSES)])

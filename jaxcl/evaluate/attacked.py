@@ -119,8 +119,9 @@ def adversary(f: "Frozen") -> tuple[Figures, dict]:
         views, _, _ = run_stages(recipe, last, state, batch, make_views(recipe, state, batch, names), f.mesh)
 
         def embed(image: Array) -> Array:
-            h, _ = model.encode(state.params, state.batch_stats, image, train=True, norm_set=stage.norm_set)
-            return unit(model.project(state.params, h))
+            mode = dict(train=True, norm_set=stage.norm_set)
+            h, _ = model.encode(state.params, state.batch_stats, image, **mode)
+            return unit(model.embed(state.params, state.batch_stats, h, **mode)[0])
 
         clean, moved = views[stage.of].image, views[stage.into].image
         anchor_BxD, clean_BxD, moved_BxD = embed(views[stage.anchor].image), embed(clean), embed(moved)

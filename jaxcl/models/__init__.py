@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxcl.errors import UserError
 from jaxcl.models.convolution import loop_conv
-from jaxcl.models.heads import ProjectionHead
+from jaxcl.models.heads import ProjectionHead, check_head
 from jaxcl.models.norms import SET_MOMENTUM, replace, statistics_of
 from jaxcl.models.resnet import ResNet, resnet, tap_stage
 from jaxcl.models.vit import ViT, ViTOptions, tap_block, vit
@@ -51,6 +51,9 @@ class ModelOptions:
     norm_set_momentum: float = SET_MOMENTUM  # of their running statistics; the clean set keeps 0.9 of the old value
     head_hidden_layers: int = 1  # 0: one dense layer
     head_features: int = 128  # size of the embedding; 0: no head, the features themselves
+    head_hidden: int = 0  # width of its hidden layers; 0: as wide as the features
+    head_norm: str = "none"  # after each hidden layer of the head: none, batch
+    head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
     dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
 
 
@@ -91,12 +94,13 @@ class Model:
         encoder_key, head_key = jax.random.split(key)
         variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
         head = self.head.init(head_key, jnp.zeros((1, self.features)))
-        return {"encoder": variables["params"], "head": head.get("params", {})}, variables.get("batch_stats", {})
+        stats = {**variables.get("batch_stats", {}), **_head_stats(head.get("batch_stats", {}))}
+        return {"encoder": variables["params"], "head": head.get("params", {})}, stats
 
     def _encoder(self, params: Tree, stats: Tree, *args, train: bool, norm_set: str, **kwargs) -> tuple[Any, Tree]:
         self.check_norm_set("norm_set", norm_set)
         kwargs |= dict(train=train, norm_set=norm_set)
-        variables = {"params": params["encoder"], "batch_stats": stats}
+        variables = {"params": params["encoder"], "batch_stats": {k: v for k, v in stats.items() if k != HEAD}}
         if not train:
             return self.encoder.apply(variables, *args, **kwargs), stats
         out, new = self.encoder.apply(variables, *args, mutable=["batch_stats"], **kwargs)
@@ -125,7 +129,8 @@ class Model:
 
     def statistics_of(self, stats: Tree, norm_set: str = "") -> Tree:
         """The part of the batch statistics that belongs to one set; all, where there is one set."""
-        return statistics_of(stats, norm_set, self.encoder.norm_sets)
+        own = {k: v for k, v in stats.items() if k != HEAD}  # the head normalises whole batches
+        return statistics_of(own, norm_set, self.encoder.norm_sets)
 
     def batch_statistics(
         self, params: Tree, stats: Tree, images: Array, *, where: Array | None = None, norm_set: str = ""
@@ -154,9 +159,33 @@ class Model:
             return self
         return dataclasses.replace(self, encoder=self.encoder.clone(convolution=loop_conv))
 
-    def project(self, params: Tree, h: Array) -> Array:
-        """features [N,D] -> embedding [N,E], not normalised (the losses normalise)."""
-        return self.head.apply({"params": params["head"]}, h)
+    @property
+    def embedding_features(self) -> int:
+        """E, the size of the embedding."""
+        return self.head.features or self.features
+
+    def project(self, params: Tree, stats: Tree, h: Array) -> Array:
+        """features [N,D] -> embedding [N,E], not normalised (the losses normalise), in inference mode."""
+        return self.embed(params, stats, h, train=False)[0]
+
+    def embed(
+        self,
+        params: Tree,
+        stats: Tree,
+        h: Array,
+        *,
+        train: bool,
+        where: Array | None = None,
+        norm_set: str = "",
+    ) -> tuple[Array, Tree]:
+        """features [N,D] -> (embedding [N,E], not normalised, new batch statistics); options as for `encode`."""
+        variables = {"params": params["head"], "batch_stats": stats.get(HEAD, {})}
+        if not train:
+            return self.head.apply(variables, h, norm_set=norm_set), stats
+        options = dict(train=True, where=where, norm_set=norm_set)
+        z, new = self.head.apply(variables, h, mutable=["batch_stats"], **options)
+        own = {**stats.get(HEAD, {}), **new.get("batch_stats", {})}
+        return z, {**stats, **_head_stats(own)}
 
     def split_at(
         self, params: Tree, stats: Tree, images: Array, tap: str, *, train: bool, norm_set: str = ""
@@ -197,6 +226,21 @@ def make_model(options: ModelOptions | ViTOptions) -> Model:
             norm_set_momentum=options.norm_set_momentum,
             dtype=dtype,
         )
-    if min(options.head_features, options.head_hidden_layers) < 0:
-        raise UserError("model.head_features and model.head_hidden_layers must be at least 0")
-    return Model(encoder, ProjectionHead(options.head_features, options.head_hidden_layers, dtype=dtype))
+    head = dict(
+        features=options.head_features,
+        hidden_layers=options.head_hidden_layers,
+        hidden=options.head_hidden,
+        norm=options.head_norm,
+        out_norm=options.head_out_norm,
+    )
+    check_head("model.head_", **head)
+    sets = dict(norm_sets=encoder.norm_sets, norm_set_momentum=getattr(options, "norm_set_momentum", SET_MOMENTUM))
+    return Model(encoder, ProjectionHead(**head, **sets, dtype=dtype))
+
+
+# Where the statistics of a head with batch norms lie among those of its encoder.
+HEAD = "head"
+
+
+def _head_stats(stats: Tree) -> Tree:
+    return {HEAD: stats} if stats else {}

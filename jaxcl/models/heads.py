@@ -1,12 +1,29 @@
 """Heads on pooled features: projection MLP and linear classifier, initialised like torch's Linear."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.errors import UserError
+from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, name_in_set
+
 Array = jax.Array
+NORMS = ("none", "batch")
+OUT_NORMS = ("none", "batch", "plain")
+
+
+def check_head(where: str, *, features: int, hidden_layers: int, hidden: int, norm: str, out_norm: str) -> None:
+    """UserError, which names the option, for a head that cannot be."""
+    for name, value in (("features", features), ("hidden_layers", hidden_layers), ("hidden", hidden)):
+        if value < 0:
+            raise UserError(f"{where}{name} is {value}; expected at least 0")
+    for name, value, known in (("norm", norm, NORMS), ("out_norm", out_norm, OUT_NORMS)):
+        if value not in known:
+            raise UserError(f"{where}{name} is {value!r}; expected one of {', '.join(known)}")
+
 
 # Uniform +-1/sqrt(fan_in), the default of the authors' framework, for weights and biases alike.
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -25,11 +42,13 @@ class Dense(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return nn.Dense(
             self.features,
+            use_bias=self.bias,
             kernel_init=dense_init,
             bias_init=_bias_init(x.shape[-1]),
             dtype=self.dtype,
@@ -38,7 +57,7 @@ class Dense(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense(D) - ReLU, then Dense.
+    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense - [norm] - ReLU, a Dense.
 
     With features 0 there is no head: the embedding is the features themselves.
     """
@@ -46,12 +65,43 @@ class ProjectionHead(nn.Module):
     features: int = 128
     hidden_layers: int = 1
     hidden: int = 0  # 0: as wide as the input
+    norm: str = "none"  # after each hidden dense layer: none, batch
+    out_norm: str = "none"  # after the last one: none, batch, plain (a batch norm without scale and bias)
     dtype: Any = jnp.float32
+    momentum: float = MOMENTUM
+    norm_sets: Sequence[str] = ()  # as of the encoder, where there are batch norms
+    norm_set_momentum: float = SET_MOMENTUM
 
     @nn.compact
-    def __call__(self, h: Array) -> Array:
+    def __call__(self, h: Array, train: bool = False, where: Array | None = None, norm_set: str = "") -> Array:
+        """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use."""
         if not self.features:
             return h
+        mode = dict(use_running_average=not train, mask=None if where is None or not train else where[:, None])
+        width = self.hidden or h.shape[-1]
         for i in range(self.hidden_layers):
-            h = nn.relu(Dense(self.hidden or h.shape[-1], self.dtype, name=f"hidden{i}")(h))
-        return Dense(self.features, self.dtype, name="out")(h).astype(jnp.promote_types(self.dtype, jnp.float32))
+            # A bias before a batch norm would do nothing.
+            h = Dense(width, self.dtype, self.norm == "none", name=f"hidden{i}")(h)
+            h = nn.relu(self._normalise(f"bn{i}", self.norm, h, mode, norm_set))
+        h = Dense(self.features, self.dtype, self.out_norm == "none", name="out")(h)
+        h = self._normalise("out_bn", self.out_norm, h, mode, norm_set)
+        return h.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def _normalise(self, name: str, kind: str, x: Array, mode: dict, norm_set: str) -> Array:
+        if kind == "none":
+            return x
+        out = x
+        for one in ("", *self.norm_sets):
+            if one != norm_set and not self.is_initializing():  # only what is called gets variables
+                continue
+            norm = nn.BatchNorm(
+                momentum=self.norm_set_momentum if one else self.momentum,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                use_scale=kind == "batch",
+                use_bias=kind == "batch",
+                name=name_in_set(name, one),
+            )
+            y = norm(x, **mode)
+            out = y if one == norm_set else out
+        return out

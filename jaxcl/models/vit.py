@@ -43,6 +43,9 @@ class ViTOptions:
     drop_path: float = 0.05  # of a whole branch of an image in the last block; 0 in the first, linear in between
     head_hidden_layers: int = 1  # of the projection head; 0: one dense layer
     head_features: int = 128  # size of the embedding; 0: no head, the features themselves
+    head_hidden: int = 0  # width of its hidden layers; 0: as wide as the features
+    head_norm: str = "none"  # after each hidden layer of the head: none, batch
+    head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
     dtype: str = "float32"  # compute dtype; parameters and losses stay float32
 
 

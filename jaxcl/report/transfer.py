@@ -56,6 +56,7 @@ def fine_embedding(panels: Mapping[str, Mapping[str, Any]], *, seed: int = 0) ->
     shown, said = _chosen(fine_of)
     rows = [("All coarse classes", list(fine_of), None), *((c, fine_of[c], c) for c in shown)]
     figure = _one_run(runs, rows) if len(runs) == 1 else _columns(runs, rows, panels)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.1 / figure.get_figheight()))  # titles may touch the edge
     if said:
         figure.supxlabel(said, x=0.01, ha="left", color=MUTED, fontsize=8.5)
     return figure

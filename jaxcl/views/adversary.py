@@ -97,8 +97,10 @@ class Adversary:
         bounds = ((0 - mean_C) / std_C, (1 - mean_C) / std_C) if self.clip else None
 
         def embed(image: Array, stats) -> tuple[Embedding, dict]:
-            h, stats = context.model.encode(context.params, stats, image, train=True, norm_set=self.norm_set)
-            return Embedding(h, context.model.project(context.params, h)), stats
+            mode = dict(train=True, norm_set=self.norm_set)
+            h, stats = context.model.encode(context.params, stats, image, **mode)
+            z, stats = context.model.embed(context.params, stats, h, **mode)
+            return Embedding(h, z), stats
 
         # Each by itself, so that its batch statistics are its own.
         anchor, stats = embed(views[self.anchor].image, context.batch_stats)

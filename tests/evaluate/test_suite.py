@@ -77,7 +77,7 @@ def encoded(e, state, split):
     def encode(state, pixels):
         image = (pixels - jnp.asarray(tiny.MEAN)) / jnp.asarray(tiny.STD)
         h, _ = e.recipe.model.encode(state.params, state.batch_stats, image, train=False)
-        return h, e.recipe.model.project(state.params, h)
+        return h, e.recipe.model.project(state.params, state.batch_stats, h)
 
     h, z = encode(state, source(split).images / np.float32(255))
     return np.asarray(h), np.asarray(z)

@@ -291,7 +291,7 @@ def test_golden_dual_norms(golden):
         def step(params, stats):
             def encode(stats, images, norm_set=""):
                 h, stats = model.encode(params, stats, images, train=True, norm_set=norm_set)
-                return model.project(params, h), stats
+                return model.project(params, {}, h), stats
 
             # The released attack moves the statistics of its set twice.
             for _ in range(2):
@@ -302,7 +302,7 @@ def test_golden_dual_norms(golden):
                 s = stats
                 for images, norm_set in ((view1, ""), (view2, ""), (adversarial, "adv")):
                     h, s = model.encode(p, s, images, train=True, norm_set=norm_set)
-                    z.append(model.project(p, h))
+                    z.append(model.project(p, {}, h))
                 clean = nt_xent(z[0], z[1], temperature=temperature)
                 attacked = nt_xent(z[0], z[2], temperature=temperature)
                 return clean + alpha * attacked, (clean, attacked, s)
@@ -314,7 +314,7 @@ def test_golden_dual_norms(golden):
         h, _ = jax.jit(lambda p, s, x: model.encode(p, s, x, train=False))(
             after, golden_tree(d, "stats_after_1")[0], view1
         )
-        z = model.project(after, h)
+        z = model.project(after, {}, h)
         z = np.asarray(z / jnp.linalg.norm(z, axis=1, keepdims=True))
 
     np.testing.assert_allclose([clean, attacked], [d["loss_clean"][0], d["loss_adv"][0]], rtol=1e-9)

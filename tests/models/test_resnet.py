@@ -390,7 +390,7 @@ def test_bfloat16_computes_in_bfloat16_and_hands_out_float32():
         @jax.jit
         def run(params, images, model=model, stats=stats):
             h, new = model.encode(params, stats, images, train=True)
-            return h, model.project(params, h), new
+            return h, model.project(params, {}, h), new
 
         lowered = run.lower(params, images)
         h, z, new = lowered.compile()(params, images)
@@ -460,7 +460,7 @@ def test_padded_rows_change_nothing(padded, what):
         (dict(stage_sizes=(1, 1), stage_widths=(8, 0)), "stage_widths"),
         (dict(stage_sizes=(1, 1), stage_widths=(8, 16), strides=(1, 0)), "strides"),
         (dict(dtype="float16"), "model.dtype is 'float16'; expected one of float32, bfloat16"),
-        (dict(head_features=0), "head_features"),
+        (dict(head_features=-1), "head_features"),
         (dict(head_hidden_layers=-1), "head_hidden_layers"),
     ],
 )

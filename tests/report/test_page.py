@@ -44,6 +44,13 @@ def _panels(n=12, classes=4):
             "partner_names": names * 3,
         },
         "embedding": {"features": rng.normal(size=(n, 8)), "labels": labels, "class_names": names},
+        "transfer": {
+            "features": rng.normal(size=(n, 8)),
+            "labels": labels,
+            "coarse": labels // 2,
+            "class_names": names,
+            "coarse_names": [EVIL, "$5 more"],
+        },
         "confusion": {"matrix": rng.integers(0, 9, (classes, classes)), "class_names": names},
         "reliability": {"clean": bins, EVIL: bins},
         "robustness": {

@@ -125,17 +125,15 @@ def test_what_cannot_be_drawn_is_said():
 
 
 def test_fine_classes_that_survived_are_islands():
-    """The picture does tell a collapsed class from a spread one, and the same twice."""
+    """The picture does tell a collapsed class from a spread one."""
 
     def mixed(spread):
         content = panel(120, spread)
         _, places = figures.to_plane(content["features"])
         apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1e9 * np.eye(120)
-        return (content["labels"][apart.argmin(1)] != content["labels"]).mean(), places
+        return (content["labels"][apart.argmin(1)] != content["labels"]).mean()
 
-    (collapsed, places), (spread, _) = mixed(0.0), mixed(2.0)
-    assert collapsed > 0.3 and spread < 0.05
-    np.testing.assert_array_equal(places, mixed(0.0)[1])
+    assert mixed(0.0) > 0.3 and mixed(2.0) < 0.05
 
 
 # ---- theory
