@@ -154,16 +154,19 @@ def model(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def head(kind: str, **overrides: Any) -> ConfigDict:
-    """A head by kind: classifier, decoder."""
+    """A head by kind: classifier, decoder, mlp."""
     return _part(recipe.HEADS, "head", kind, overrides)
 
 
-def encode(*views: str, norm_set: str = "", encoder: str = "") -> ConfigDict:
+def encode(*views: str, norm_set: str = "", encoder: str = "", bn_groups: int = 1, shuffle: bool = False) -> ConfigDict:
     """A pass: these views are encoded together, by an encoder ("": the main one) and one of its sets of batch norms.
 
-    Terms know the embeddings by the views' names: "view1", or "auto/view1" from the encoder called auto.
+    Terms know the embeddings by the views' names: "view1", or "auto/view1" from the encoder called auto. bn_groups and
+    shuffle: see `recipe.Pass`.
     """
-    return ConfigDict(dict(views=tuple(views), norm_set=norm_set, encoder=encoder))
+    return ConfigDict(
+        dict(views=tuple(views), norm_set=norm_set, encoder=encoder, bn_groups=bn_groups, shuffle=shuffle)
+    )
 
 
 def term(kind: str, **overrides: Any) -> ConfigDict:
@@ -172,9 +175,10 @@ def term(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def memory(kind: str, *, optimizer: Mapping[str, Any] | None = None, **overrides: Any) -> ConfigDict:
-    """A memory part by kind: linear_probe, with an optimiser of its own."""
+    """A memory part by kind: linear_probe, with an optimiser of its own; ema, queue."""
     c = _part(recipe.MEMORY, "memory", kind, overrides)
-    c.optimizer = options(OptimizerOptions, **(optimizer or {}))
+    if recipe.MEMORY[kind].trained:
+        c.optimizer = options(OptimizerOptions, **(optimizer or {}))
     return c
 
 

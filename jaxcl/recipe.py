@@ -1,7 +1,6 @@
 """A recipe: the parts a config names, put together; what cannot work is refused here, before anything compiles."""
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,18 +13,22 @@ from jaxcl import heads as head_parts
 from jaxcl.durations import to_steps
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
-from jaxcl.memory import LinearProbe
+from jaxcl.memory import EMA, LinearProbe, Queue
 from jaxcl.models import Model, ModelOptions, ViTOptions, make_model
 from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
+from jaxcl.recipe_check import check, embedding_name, heads_of, split_name, suggestion
 from jaxcl.terms import (
+    BYOL,
     Attract,
     BarlowTwins,
     ClassConditionalInfoNCE,
     CrossEntropy,
     InstanceSpread,
+    MoCo,
     NTXent,
     OneWayInfoNCE,
     Reconstruction,
+    SimSiam,
     Spread,
     SupCon,
 )
@@ -44,26 +47,27 @@ class Pass:
     views: tuple[str, ...]
     norm_set: str = ""  # the set of batch norms; "": the clean one
     encoder: str = ""  # the one of that name; "": the main encoder
+    bn_groups: int = 1  # parts of the batch that batch norm takes each by itself, as so many devices would
+    shuffle: bool = False  # the batch is dealt to the groups at random (MoCo's keys), and put back in order
+
+    def __post_init__(self):
+        if self.bn_groups < 1:
+            raise UserError(f"a pass has bn_groups {self.bn_groups}; expected at least 1")
+        if self.shuffle and self.bn_groups == 1:
+            raise UserError("a pass with shuffle=True needs bn_groups above 1; one batch norm sees all rows anyway")
 
     @property
     def embeddings(self) -> tuple[str, ...]:
         return tuple(embedding_name(self.encoder, v) for v in self.views)
 
 
-def embedding_name(encoder: str, view: str) -> str:
-    """What terms call a view as encoded by an encoder ("": the main one)."""
-    return f"{encoder}/{view}" if encoder else view
-
-
-def split_name(embedding: str) -> tuple[str, str]:
-    """-> (encoder, view) of an embedding's name."""
-    encoder, _, view = embedding.rpartition("/")
-    return encoder, view
-
-
 # The parts a config can name. A new part is a class (or factory) and one line here.
 MODELS: Mapping[str, Callable] = {"resnet": ModelOptions, "vit": ViTOptions}
-HEADS: Mapping[str, Callable] = {"classifier": head_parts.Classifier, "decoder": head_parts.Decoder}
+HEADS: Mapping[str, Callable] = {
+    "classifier": head_parts.Classifier,
+    "decoder": head_parts.Decoder,
+    "mlp": head_parts.MLP,
+}
 VIEWS: Mapping[str, Callable] = {
     "random": augment.random_view,
     "standard": augment.standard_view,
@@ -81,8 +85,11 @@ TERMS: Mapping[str, Callable] = {
     "barlow_twins": BarlowTwins,
     "cross_entropy": CrossEntropy,
     "reconstruction": Reconstruction,
+    "moco": MoCo,
+    "byol": BYOL,
+    "simsiam": SimSiam,
 }
-MEMORY: Mapping[str, Callable] = {"linear_probe": LinearProbe}
+MEMORY: Mapping[str, Callable] = {"linear_probe": LinearProbe, "ema": EMA, "queue": Queue}
 
 
 def fields(part: Callable) -> dict[str, Any]:
@@ -128,12 +135,6 @@ def _fits(value: Any, default: Any) -> bool:
     return True
 
 
-def suggestion(word: str, known: Any) -> str:
-    """'; did you mean ...?' or the list of what there is."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """What one update does: which part learns and which stages have begun. One compiled program each."""
@@ -172,21 +173,34 @@ class Recipe:
     labelled: bool  # every training image is
 
     def encoder(self, name: str) -> Model:
-        """The model of that name, "" the main one."""
+        """The model of that name, "" the main one; a moving average has that of the encoder it follows."""
+        if name in self.targets:
+            return self.encoder(self.memory[name].of)
         return self.encoders[name] if name else self.model
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The encoders that nothing trains: moving averages, parts of memory."""
+        return tuple(n for n, part in self.memory.items() if isinstance(part, EMA))
 
     def features_of(self, encoders: tuple[str, ...]) -> int:
         """Number of features of some encoders together."""
         return sum(self.encoder(n).features for n in encoders)
 
+    def embedding_features_of(self, encoders: tuple[str, ...]) -> int:
+        """Size of the embeddings of some encoders together."""
+        return sum(self.encoder(n).embedding_features for n in encoders)
+
     def head_facts(self, name: str) -> head_parts.Facts:
         """What a head has to know of the rest."""
-        return head_parts.Facts(self.features_of(self.heads[name].encoders), self.num_classes, self.image_shape)
+        part = self.heads[name]
+        count = self.features_of if part.reads == "h" else self.embedding_features_of
+        return head_parts.Facts(count(part.encoders), self.num_classes, self.image_shape)
 
     def head_views(self, term_names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         """The views that each head is applied to, for these terms."""
         wanted = {
-            n: dict.fromkeys(split_name(e)[1] for t in term_names for e, head in _heads_of(self.terms[t]) if head == n)
+            n: dict.fromkeys(split_name(e)[1] for t in term_names for e, head in heads_of(self.terms[t]) if head == n)
             for n in self.heads
         }
         return {n: tuple(views) for n, views in wanted.items() if views}
@@ -226,11 +240,6 @@ class Recipe:
         """The terms of a phase: those whose views exist, whatever stages have not begun."""
         made = set(self.views) | {n for i in phase.stages for n in self.stages[i].writes}
         return tuple(n for n, term in self.terms.items() if made.issuperset(split_name(e)[1] for e in term.reads))
-
-
-def _heads_of(term: Any) -> tuple[tuple[str, str], ...]:
-    """(embedding, head) pairs whose output a term reads."""
-    return getattr(term, "heads", ())
 
 
 def data_facts(source: Any) -> dict[str, Any]:
@@ -285,6 +294,8 @@ def build_recipe(
     memory_schedule, memory_tx = {}, {}
     for n, node in config.memory.items():
         name = f"memory.{n}.optimizer"
+        if not memory[n].trained:
+            continue
         own = construct(name, OptimizerOptions, node.optimizer)
         memory_schedule[n] = make_schedule(own, name=name, steps=steps, **unit)
         memory_tx[n] = make_optimizer(own, memory_schedule[n], name=name)
@@ -317,99 +328,15 @@ def build_recipe(
         num_classes=num_classes,
         labelled=labelled,
     )
-    _check(recipe, num_devices=num_devices)
+    check(recipe, num_devices=num_devices)
     return recipe
 
 
-def _make_pass(views: tuple[str, ...] = (), norm_set: str = "", encoder: str = "") -> Pass:
-    return Pass(tuple(views), norm_set, encoder)
+def _make_pass(
+    views: tuple[str, ...] = (), norm_set: str = "", encoder: str = "", bn_groups: int = 1, shuffle: bool = False
+) -> Pass:
+    return Pass(tuple(views), norm_set, encoder, bn_groups, shuffle)
 
 
 def _make_model(name: str, node: ConfigDict) -> Model:
     return make_model(make_part(name, node, MODELS))
-
-
-def _check(recipe: Recipe, *, num_devices: int) -> None:
-    """Refuse names that nothing makes and parts whose needs are not met."""
-    for model in (recipe.model, *recipe.encoders.values()):
-        recipe.grad_cache.check(model, recipe.batch_size, num_devices)
-    for name in (*recipe.views, *recipe.encoders):
-        if "/" in name:
-            raise UserError(f"{name!r} may not contain '/', which joins an encoder's name and a view's")
-    for name in recipe.representation:
-        _known_encoder(recipe, "representation", name)
-    if not recipe.representation:
-        raise UserError("representation names no encoder; expected ('',) for the main one")
-    made = set(recipe.views) | {n for s in recipe.stages for n in s.writes}
-
-    def exists(name: str, where: str, known: set[str]) -> None:
-        if name not in known:
-            raise UserError(f"{where} names view {name!r}, which nothing makes{suggestion(name, sorted(known))}")
-
-    available = set(recipe.views)
-    for i, stage in enumerate(recipe.stages):
-        for name in stage.reads:
-            exists(name, f"stages[{i}]", available)
-        for name in stage.creates:
-            if name in available:
-                raise UserError(f"stages[{i}] makes view {name!r}, which is a view already; choose a new name")
-        available |= set(stage.writes)
-        stage.check(f"stages[{i}]", recipe, num_devices)
-    if not recipe.passes or not recipe.terms:
-        raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
-    encoded: set[str] = set()
-    for i, p in enumerate(recipe.passes):
-        _known_encoder(recipe, f"passes[{i}].encoder", p.encoder)
-        recipe.encoder(p.encoder).check_norm_set(f"passes[{i}].norm_set", p.norm_set)
-        for name, embedding in zip(p.views, p.embeddings, strict=True):
-            exists(name, f"passes[{i}]", made)
-            if embedding in encoded:
-                raise UserError(f"passes[{i}] encodes view {embedding!r} a second time; name it once")
-            encoded.add(embedding)
-    for name, part in recipe.heads.items():
-        for encoder in part.encoders:
-            _known_encoder(recipe, f"heads.{name}.encoders", encoder)
-        if not part.encoders:
-            raise UserError(f"heads.{name}.encoders is empty; expected ('',) for the main one")
-        part.check(f"heads.{name}", recipe.head_facts(name))
-    for n, term in recipe.terms.items():
-        for name in (*term.reads, *term.optional):
-            exists(name, f"terms.{n}", encoded)
-        for embedding, head in _heads_of(term):
-            _check_head(recipe, n, embedding, head, encoded)
-    used = recipe.head_views(tuple(recipe.terms))
-    for name in recipe.heads:
-        if name not in used:
-            raise UserError(f"heads.{name} is read by no term; remove it, or name it as the head of a term")
-    for n, part in recipe.memory.items():
-        for name in part.views if part.schedule == "online" else ():
-            for encoder in recipe.representation:
-                exists(embedding_name(encoder, name), f"memory.{n}", encoded)
-            exists(name, f"memory.{n}", set(recipe.views))
-        if part.schedule != "online":
-            exists(part.view, f"memory.{n}", set(recipe.views))
-    needs = [f"terms.{n}" for n, t in recipe.terms.items() if t.needs_labels]
-    needs += [f"memory.{n}" for n in recipe.memory]
-    if needs and not recipe.labelled:
-        raise UserError(
-            f"{needs[0]} needs a label on every training image, which the data lacks; give labels, or use a "
-            "config without labels, such as configs/simclr.py:unlabelled"
-        )
-
-
-def _known_encoder(recipe: Recipe, where: str, name: str) -> None:
-    if name and name not in recipe.encoders:
-        known = ", ".join(map(repr, ("", *recipe.encoders)))
-        raise UserError(f"{where} names encoder {name!r}; expected one of {known} ('' is the main one)")
-
-
-def _check_head(recipe: Recipe, term: str, embedding: str, head: str, encoded: set[str]) -> None:
-    if head not in recipe.heads:
-        raise UserError(f"terms.{term}.head is {head!r}, which the config lacks{suggestion(head, recipe.heads)}")
-    part, (encoder, view) = recipe.heads[head], split_name(embedding)
-    if encoder != part.encoders[0]:
-        expected = embedding_name(part.encoders[0], view)
-        raise UserError(f"terms.{term} reads heads.{head} of {embedding!r}; that head is of {expected!r}")
-    for other in part.encoders:
-        if embedding_name(other, view) not in encoded:
-            raise UserError(f"heads.{head} reads {embedding_name(other, view)!r}, which no pass encodes")

@@ -19,7 +19,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxcl import grad_cache
-from jaxcl.recipe import Pass, Phase, Recipe, embedding_name, split_name
+from jaxcl.memory import Done, Start
+from jaxcl.recipe import Pass, Phase, Recipe
+from jaxcl.recipe_check import embedding_name, split_name
 from jaxcl.sharding import AXIS
 from jaxcl.terms import Embedding
 from jaxcl.train_state import TrainState
@@ -70,9 +72,15 @@ def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
     for name, head in recipe.heads.items():
         of = head.init(named(f"heads/{name}"), recipe.head_facts(name))
         params, batch_stats = (_put(tree, "heads", name, x) for tree, x in zip((params, batch_stats), of, strict=True))
-    features = recipe.features_of(recipe.representation)
+    start = Start(
+        features=recipe.features_of(recipe.representation),
+        num_classes=recipe.num_classes,
+        embedding_features=lambda e: recipe.encoder(split_name(e)[0]).embedding_features,
+        encoder=lambda n: (_of_encoder(params, n), _of_encoder(batch_stats, n)),
+        tx=None,
+    )
     memory = {
-        name: part.init(jax.random.fold_in(key, 2 + i), features, recipe.num_classes, recipe.memory_tx[name])
+        name: part.init(jax.random.fold_in(key, 2 + i), start._replace(tx=recipe.memory_tx.get(name)))
         for i, (name, part) in enumerate(sorted(recipe.memory.items()))
     }
     return TrainState(
@@ -86,8 +94,8 @@ def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
 
 
 # Parameters and batch statistics: the main encoder's own at the top, those of the others and of heads by their names
-# in these places beside it.
-_BESIDE = ("encoders", "heads")
+# in these places beside it. Those of moving averages are in memory; they join the others only within an update.
+_BESIDE = ("encoders", "heads", "targets")
 
 
 def _put(tree: dict, place: str, name: str, value: dict) -> dict:
@@ -96,11 +104,20 @@ def _put(tree: dict, place: str, name: str, value: dict) -> dict:
 
 def _of_encoder(tree: dict, name: str) -> dict:
     """The part of the parameters or statistics that belongs to one encoder."""
-    return tree["encoders"][name] if name else {k: v for k, v in tree.items() if k not in _BESIDE}
+    return tree[_place(tree, name)][name] if name else {k: v for k, v in tree.items() if k not in _BESIDE}
 
 
 def _with_encoder(tree: dict, name: str, value: dict) -> dict:
-    return _put(tree, "encoders", name, value) if name else {**tree, **value}
+    return _put(tree, _place(tree, name), name, value) if name else {**tree, **value}
+
+
+def _place(tree: dict, name: str) -> str:
+    return "targets" if name in tree.get("targets", {}) else "encoders"
+
+
+def _with_targets(recipe: Recipe, tree: dict, memory: dict, part: str) -> dict:
+    """Parameters or statistics of the trained encoders and, of the moving averages, what memory holds."""
+    return {**tree, "targets": {n: memory[n][part] for n in recipe.targets}} if recipe.targets else tree
 
 
 def represent(
@@ -142,7 +159,7 @@ def run_stages(
     stats, metrics = state.batch_stats, {}
 
     def loss(term: str, embeddings: dict[str, Embedding]) -> Array:
-        return _terms(recipe, mesh, (term,))(embeddings, batch["label"])[term]
+        return _terms(recipe, mesh, (term,))(embeddings, batch["label"], state.memory)[term]
 
     for i in phase.stages:
         stage = recipe.stages[i]
@@ -190,12 +207,33 @@ def run_pass(
         encode = functools.partial(grad_cache.encode, model, chunks=chunks, groups=groups, mesh=mesh)
     else:
         encode = functools.partial(model.encode, train=True)
+    if spec.bn_groups > 1:
+        encode = functools.partial(_by_groups, encode, spec)
     h, new = encode(own, _of_encoder(stats, spec.encoder), rows, where=where, norm_set=spec.norm_set, key=key)
     z, new = model.embed(own, new, h, train=True, where=where, norm_set=spec.norm_set)
     return {
         embedding_name(spec.encoder, n): Embedding(hh, zz, views[n].where)
         for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)
     }, _with_encoder(stats, spec.encoder, new)
+
+
+def _by_groups(encode, spec: Pass, params, stats, rows, *, where, norm_set, key):
+    """`encode` on equal parts of the rows, each with batch norms of its own, as so many devices would; -> the same.
+
+    Running statistics move to the mean of what the parts make of them.
+    """
+    order = jax.random.permutation(jax.random.fold_in(key, 1), len(rows)) if spec.shuffle else None
+
+    def parts(x: Array) -> Array:
+        x = x if order is None else x[order]
+        return x.reshape(spec.bn_groups, -1, *x.shape[1:])
+
+    def one(x: Array, exists: Array | None) -> tuple[Array, dict]:
+        return encode(params, stats, x, where=exists, norm_set=norm_set, key=key)
+
+    h, new = jax.vmap(one)(parts(rows), None if where is None else parts(where))
+    h = h.reshape(-1, *h.shape[2:])
+    return h if order is None else h[jnp.argsort(order)], jax.tree.map(lambda x: x.mean(0), new)
 
 
 def _together(parts: list, *, always: bool = False) -> tuple[Array, Array | None, list[int], int]:
@@ -253,15 +291,27 @@ def _split(array: Array, sizes: list[int], groups: int) -> list[Array]:
     return [a.reshape(-1, *array.shape[2:]) for a in jnp.split(array, ends, axis=1)]
 
 
-def _terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[[dict[str, Embedding], Array], Metrics]:
-    """(embeddings, labels [B]) -> the values of the named terms on the global batch."""
+def _terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[..., Metrics]:
+    """(embeddings, labels [B], memory) -> the values of the named terms on the global batch."""
+    terms = {n: recipe.terms[n] for n in names}
+    wanted = {n: getattr(term, "memories", ()) for n, term in terms.items()}
 
-    def values(embeddings: dict[str, Embedding], label: Array, axis_name: str | None = None) -> Metrics:
-        return {n: recipe.terms[n](embeddings, label, axis_name=axis_name) for n in names}
+    def values(embeddings: dict[str, Embedding], label: Array, memory: dict, axis_name: str | None = None) -> Metrics:
+        def carried(n: str) -> dict:
+            return {"memory": {m: memory[m] for m in wanted[n]}} if wanted[n] else {}
 
-    if mesh is None or mesh.size == 1:
-        return values
-    return jax.shard_map(functools.partial(values, axis_name=AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P())
+        return {n: term(embeddings, label, axis_name=axis_name, **carried(n)) for n, term in terms.items()}
+
+    def of_the_batch(embeddings: dict[str, Embedding], label: Array, memory: dict) -> Metrics:
+        memory = {m: memory[m] for ms in wanted.values() for m in ms}
+        if mesh is None or mesh.size == 1:
+            return values(embeddings, label, memory)
+        # Every device has its rows of the batch and all of memory.
+        local = functools.partial(values, axis_name=AXIS)
+        specs = (P(AXIS), P(AXIS), P())
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(embeddings, label, memory)
+
+    return of_the_batch
 
 
 def _represented(recipe: Recipe, embeddings: dict[str, Embedding], view: str) -> Embedding:
@@ -280,9 +330,15 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         views = make_views(recipe, state, batch, names)
         views, stats_before, metrics = run_stages(recipe, phase, state, batch, views, mesh)
+        progress = state.step / jnp.float32(recipe.total_steps)
+        memory = {
+            n: part.before(state.memory[n], lambda e: _of_encoder(state.params, e), progress)
+            for n, part in recipe.memory.items()
+        }
 
         def objective(params):
-            embeddings, stats = {}, stats_before
+            embeddings, stats = {}, _with_targets(recipe, stats_before, memory, "batch_stats")
+            params = _with_targets(recipe, params, memory, "params")
             for i, spec in enumerate(recipe.passes):
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), zlib.crc32(f"pass {i}".encode()))
                 encoded, stats = run_pass(recipe, params, stats, views, spec, mesh, key)
@@ -290,25 +346,35 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
             for name in shown:
                 embeddings[name] = embeddings[name]._replace(image=views[split_name(name)[1]].image)
             embeddings, stats = run_heads(recipe, params, stats, embeddings, head_views)
-            terms = term_values(embeddings, batch["label"])
+            terms = term_values(embeddings, batch["label"], memory)
             loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
             return loss, (terms, embeddings, stats)
 
         (loss, (terms, embeddings, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
 
-        memory = dict(state.memory)
+        params = optax.apply_updates(state.params, updates)
+        for name, own in stats.pop("targets", {}).items():
+            memory[name] = {**memory[name], "batch_stats": own}
+        done = Done(
+            represented=lambda v: _represented(recipe, embeddings, v),
+            embeddings=embeddings,
+            label=batch["label"],
+            encoder=lambda n: _of_encoder(params, n),
+            progress=progress,
+            tx=None,
+        )
         for name, part in recipe.memory.items():
             if part.schedule == "online":
-                e = [_represented(recipe, embeddings, v) for v in part.views]
-                memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
+                own = done._replace(tx=recipe.memory_tx.get(name))
+                memory[name], figures = part.after(memory[name], own)
                 metrics.update(figures)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if len(terms) > 1:
             metrics |= {f"loss/{n}": value for n, value in terms.items()}
         return state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             batch_stats=stats,
             opt_state=opt_state,
             memory=memory,

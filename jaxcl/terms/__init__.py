@@ -7,25 +7,30 @@ starts at the device's first row, and every sum over rows goes over the devices 
 
 A term is a frozen dataclass of its options, among them `views` and `weight` (its factor in the total). It says what
 it `reads` (embeddings it cannot do without), what is `optional` (taken along once a stage makes it) and whether it
-`needs_labels`; if it reads the output of heads, or views themselves, `heads` and `images` say so.
+`needs_labels`; if it reads the output of heads, views themselves or parts of memory, `heads`, `images` and `memories`
+say so, and it is called with memory={name: what that part carries}.
 """
 
 from jaxcl.terms.base import Embedding
 from jaxcl.terms.heads import CrossEntropy, Reconstruction
+from jaxcl.terms.momentum import BYOL, MoCo, SimSiam
 from jaxcl.terms.pairs import BarlowTwins, InstanceSpread, NTXent, OneWayInfoNCE
 from jaxcl.terms.spread import Attract, ClassConditionalInfoNCE, Spread
 from jaxcl.terms.supcon import SupCon
 
 __all__ = [
+    "BYOL",
     "Attract",
     "BarlowTwins",
     "ClassConditionalInfoNCE",
     "CrossEntropy",
     "Embedding",
     "InstanceSpread",
+    "MoCo",
     "NTXent",
     "OneWayInfoNCE",
     "Reconstruction",
+    "SimSiam",
     "Spread",
     "SupCon",
 ]

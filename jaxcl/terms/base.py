@@ -32,6 +32,14 @@ def exist_in_all(e: dict[str, Embedding], views: tuple[str, ...]) -> Array | Non
     return jnp.all(jnp.stack(wheres), axis=0) if wheres else None
 
 
+def own_negatives(e: dict[str, Embedding], name: str, count: int) -> Array | None:
+    """[B,M,E]: the M rows an image of the embedding of that name; None while no stage makes it (or without a name)."""
+    if name not in e:
+        return None
+    z = e[name].z
+    return z.reshape(count, len(z) // count, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class PairTerm:
     """The options of a term on two views, [B,E] each. Subclasses say what the order of the two means, if anything."""

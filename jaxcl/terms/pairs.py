@@ -13,21 +13,41 @@ import jax.numpy as jnp
 from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.losses.common import unit, widened
-from jaxcl.terms.base import Embedding, PairTerm
+from jaxcl.terms.base import Embedding, PairTerm, own_negatives
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class NTXent(PairTerm):
-    """NT-Xent (SimCLR): cosine similarity, both views are anchors. `losses.nt_xent`; papers/clae.md b.3."""
+    """NT-Xent (SimCLR): cosine similarity, both views are anchors. `losses.nt_xent`; papers/clae.md b.3.
+
+    Non-semantic negatives (papers/non_semantic_negatives.md b.2): an anchor sees its own only.
+    """
 
     kind: ClassVar[str] = "nt_xent"
 
     temperature: float = 0.5
+    negatives: tuple[str, ...] = ()  # embeddings of each view's non-semantic negatives, or one for both
+    alpha: float = 2.0  # of the negatives: their similarity counts alpha times, inside the exponent
+    negatives_gradient: bool = True  # whether they receive gradient
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.negatives) > 2:
+            raise UserError(f"term nt_xent: negatives is {self.negatives}; expected none, one for both views, or two")
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return self.negatives
 
     def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
-        return losses.nt_xent(*self.pair(e), temperature=self.temperature, axis_name=axis_name)
+        own = [own_negatives(e, name, len(label)) for name in self.negatives]
+        if not self.negatives_gradient:
+            own = jax.lax.stop_gradient(own)
+        negatives = None if not own or own[0] is None else tuple(own) if len(own) == 2 else own[0]
+        options = dict(negatives=negatives, alpha=self.alpha, temperature=self.temperature)
+        return losses.nt_xent(*self.pair(e), axis_name=axis_name, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""What cannot work in a recipe, refused in one plain line before anything compiles; and the names its parts go by."""
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from jaxcl.errors import UserError
+from jaxcl.memory import LinearProbe
+
+if TYPE_CHECKING:
+    from jaxcl.recipe import Pass, Recipe
+
+
+def embedding_name(encoder: str, view: str) -> str:
+    """What terms call a view as encoded by an encoder ("": the main one)."""
+    return f"{encoder}/{view}" if encoder else view
+
+
+def split_name(embedding: str) -> tuple[str, str]:
+    """-> (encoder, view) of an embedding's name."""
+    encoder, _, view = embedding.rpartition("/")
+    return encoder, view
+
+
+def suggestion(word: str, known: Any) -> str:
+    """'; did you mean ...?' or the list of what there is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def heads_of(term: Any) -> tuple[tuple[str, str], ...]:
+    """(embedding, head) pairs whose output a term reads."""
+    return getattr(term, "heads", ())
+
+
+def check(recipe: "Recipe", *, num_devices: int) -> None:
+    """Refuse names that nothing makes and parts whose needs are not met."""
+    for model in (recipe.model, *recipe.encoders.values()):
+        recipe.grad_cache.check(model, recipe.batch_size, num_devices)
+    for name in set(recipe.encoders) & set(recipe.targets):
+        raise UserError(f"encoders.{name} and memory.{name} are two encoders of one name; rename one")
+    for name in (*recipe.views, *recipe.encoders, *recipe.targets):
+        if "/" in name:
+            raise UserError(f"{name!r} may not contain '/', which joins an encoder's name and a view's")
+    for name in recipe.representation:
+        _known_encoder(recipe, "representation", name, trained=True)
+    if not recipe.representation:
+        raise UserError("representation names no encoder; expected ('',) for the main one")
+    made = set(recipe.views) | {n for s in recipe.stages for n in s.writes}
+
+    def exists(name: str, where: str, known: set[str]) -> None:
+        if name not in known:
+            raise UserError(f"{where} names view {name!r}, which nothing makes{suggestion(name, sorted(known))}")
+
+    available = set(recipe.views)
+    for i, stage in enumerate(recipe.stages):
+        for name in stage.reads:
+            exists(name, f"stages[{i}]", available)
+        for name in stage.creates:
+            if name in available:
+                raise UserError(f"stages[{i}] makes view {name!r}, which is a view already; choose a new name")
+        available |= set(stage.writes)
+        stage.check(f"stages[{i}]", recipe, num_devices)
+    if not recipe.passes or not recipe.terms:
+        raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
+    encoded: set[str] = set()
+    for i, p in enumerate(recipe.passes):
+        _known_encoder(recipe, f"passes[{i}].encoder", p.encoder)
+        recipe.encoder(p.encoder).check_norm_set(f"passes[{i}].norm_set", p.norm_set)
+        _check_groups(recipe, f"passes[{i}]", p)
+        for name, embedding in zip(p.views, p.embeddings, strict=True):
+            exists(name, f"passes[{i}]", made)
+            if embedding in encoded:
+                raise UserError(f"passes[{i}] encodes view {embedding!r} a second time; name it once")
+            encoded.add(embedding)
+    for name, part in recipe.heads.items():
+        for encoder in part.encoders:
+            _known_encoder(recipe, f"heads.{name}.encoders", encoder, trained=True)
+        if not part.encoders:
+            raise UserError(f"heads.{name}.encoders is empty; expected ('',) for the main one")
+        part.check(f"heads.{name}", recipe.head_facts(name))
+    for n, term in recipe.terms.items():
+        for name in (*term.reads, *term.optional):
+            exists(name, f"terms.{n}", encoded)
+        for embedding, head in heads_of(term):
+            _check_head(recipe, n, embedding, head, encoded)
+    used = recipe.head_views(tuple(recipe.terms))
+    for name in recipe.heads:
+        if name not in used:
+            raise UserError(f"heads.{name} is read by no term; remove it, or name it as the head of a term")
+    for n, term in recipe.terms.items():
+        for name in getattr(term, "memories", ()):
+            if name not in recipe.memory:
+                raise UserError(f"terms.{n} reads memory.{name}, which the config lacks; add it to memory")
+    for n, part in recipe.memory.items():
+        part.check(f"memory.{n}", recipe)
+        for name in part.reads:
+            exists(name, f"memory.{n}", encoded)
+        if not isinstance(part, LinearProbe):
+            continue
+        for name in part.views if part.schedule == "online" else ():
+            for encoder in recipe.representation:
+                exists(embedding_name(encoder, name), f"memory.{n}", encoded)
+            exists(name, f"memory.{n}", set(recipe.views))
+        if part.schedule != "online":
+            exists(part.view, f"memory.{n}", set(recipe.views))
+    needs = [f"terms.{n}" for n, t in recipe.terms.items() if t.needs_labels]
+    needs += [f"memory.{n}" for n, part in recipe.memory.items() if part.needs_labels]
+    if needs and not recipe.labelled:
+        raise UserError(
+            f"{needs[0]} needs a label on every training image, which the data lacks; give labels, or use a "
+            "config without labels, such as configs/simclr.py:unlabelled"
+        )
+
+
+def _known_encoder(recipe: "Recipe", where: str, name: str, trained: bool = False) -> None:
+    names = ("", *recipe.encoders, *(() if trained else recipe.targets))
+    if name not in names:
+        known = ", ".join(map(repr, names))
+        raise UserError(f"{where} names encoder {name!r}; expected one of {known} ('' is the main one)")
+
+
+def _check_groups(recipe: "Recipe", where: str, p: "Pass") -> None:
+    if p.bn_groups == 1:
+        return
+    if not recipe.encoder(p.encoder).batch_norm:
+        raise UserError(f"{where}.bn_groups is {p.bn_groups}, but its encoder has no batch norm; use 1")
+    if recipe.grad_cache.micro_batch:
+        raise UserError(f"{where}.bn_groups with grad_cache.micro_batch: both divide the batch norm; use one of them")
+    if recipe.batch_size % p.bn_groups:
+        raise UserError(
+            f"{where}.bn_groups {p.bn_groups} does not divide batch_size {recipe.batch_size}; use a divisor"
+        )
+
+
+def _check_head(recipe: "Recipe", term: str, embedding: str, head: str, encoded: set[str]) -> None:
+    if head not in recipe.heads:
+        raise UserError(f"terms.{term}.head is {head!r}, which the config lacks{suggestion(head, recipe.heads)}")
+    part, (encoder, view) = recipe.heads[head], split_name(embedding)
+    if encoder != part.encoders[0]:
+        expected = embedding_name(part.encoders[0], view)
+        raise UserError(f"terms.{term} reads heads.{head} of {embedding!r}; that head is of {expected!r}")
+    for other in part.encoders:
+        if embedding_name(other, view) not in encoded:
+            raise UserError(f"heads.{head} reads {embedding_name(other, view)!r}, which no pass encodes")

@@ -1,0 +1,117 @@
+"""Terms of methods with a target encoder or a predictor: MoCo, BYOL, SimSiam.
+
+B batch (of this device), E embedding, K length of a queue, M negatives of an image's own.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from jaxcl import losses
+from jaxcl.errors import UserError
+from jaxcl.losses.common import check_above_zero
+from jaxcl.terms.base import Embedding, PairTerm, own_negatives
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCo:
+    """InfoNCE of queries with their keys, against a queue of older keys. `losses.moco`; MoCo-v2, arXiv 2003.04297."""
+
+    kind: ClassVar[str] = "moco"
+    needs_labels: ClassVar[bool] = False
+
+    query: str = "view1"
+    key: str = "target/view2"  # by the moving average
+    negatives: str = ""  # embedding of non-semantic negatives, M an image, which only its own query sees
+    queue: str = "queue"  # part of memory
+    alpha: float = 2.0  # of the negatives: their similarity counts alpha times, inside the exponent
+    temperature: float = 0.2
+    weight: float = 1.0
+
+    def __post_init__(self):
+        check_above_zero("term moco", temperature=self.temperature)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.query, self.key)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return (self.negatives,) if self.negatives else ()
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """The parts of memory it reads."""
+        return (self.queue,)
+
+    def __call__(
+        self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None, memory: dict[str, Any]
+    ) -> Array:
+        return losses.moco(
+            e[self.query].z,
+            e[self.key].z,
+            memory[self.queue]["columns"],
+            negatives=own_negatives(e, self.negatives, len(label)),
+            alpha=self.alpha,
+            temperature=self.temperature,
+            where=e[self.query].where,
+            axis_name=axis_name,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BYOL(PairTerm):
+    """Predictions of two views and the target's projections of the other one. `losses.byol`; arXiv 2006.07733."""
+
+    kind: ClassVar[str] = "byol"
+
+    target: str = "target"  # the moving average
+    head: str = "predictor"
+    negatives: tuple[str, ...] = ()  # the target's embeddings of each view's non-semantic negatives, or one for both
+    alpha: float = 0.2  # weight of the negatives
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.negatives) > 2:
+            raise UserError(f"term byol: negatives is {self.negatives}; expected none, one for both views, or two")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*self.views, *(f"{self.target}/{v}" for v in self.views))
+
+    @property
+    def heads(self) -> tuple[tuple[str, str], ...]:
+        return tuple((v, self.head) for v in self.views)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return self.negatives
+
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+        self.pair(e)  # refuses padded rows
+        p1, p2 = (e[v].out[self.head] for v in self.views)
+        z1, z2 = (e[f"{self.target}/{v}"].z for v in self.views)
+        own = [own_negatives(e, name, len(label)) for name in self.negatives]
+        negatives = None if all(n is None for n in own) else tuple(own) if len(own) == 2 else own[0]
+        return losses.byol(p1, p2, z1, z2, negatives=negatives, alpha=self.alpha, axis_name=axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimSiam(PairTerm):
+    """Predictions of two views and the projections of the other one, without a target. `losses.simsiam`."""
+
+    kind: ClassVar[str] = "simsiam"
+
+    head: str = "predictor"
+
+    @property
+    def heads(self) -> tuple[tuple[str, str], ...]:
+        return tuple((v, self.head) for v in self.views)
+
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+        z1, z2 = self.pair(e)
+        p1, p2 = (e[v].out[self.head] for v in self.views)
+        return losses.simsiam(p1, p2, z1, z2, axis_name=axis_name)
