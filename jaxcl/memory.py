@@ -167,23 +167,23 @@ class Queue(Part):
     """
 
     of: str = "target/view2"  # the embedding that is enqueued
-    size: int = 16384  # K
+    length: int = 16384  # K
 
     def __post_init__(self):
-        if self.size < 1:
-            raise UserError(f"memory queue: size is {self.size}; expected at least 1")
+        if self.length < 1:
+            raise UserError(f"memory queue: length is {self.length}; expected at least 1")
 
     @property
     def reads(self) -> tuple[str, ...]:
         return (self.of,)
 
     def check(self, where: str, recipe: Any) -> None:
-        if self.size < recipe.batch_size:
-            raise UserError(f"{where}.size is {self.size}; expected at least batch_size, {recipe.batch_size}")
+        if self.length < recipe.batch_size:
+            raise UserError(f"{where}.length is {self.length}; expected at least batch_size, {recipe.batch_size}")
 
     def init(self, key: Array, start: Start) -> Tree:
-        directions = jax.random.normal(key, (start.embedding_features(self.of), self.size))
-        return {"columns": unit(directions, axis=0), "pointer": jnp.zeros((), jnp.int32)}
+        directions_KxE = jax.random.normal(key, (self.length, start.embedding_features(self.of)))
+        return {"columns": unit(directions_KxE).T, "pointer": jnp.zeros((), jnp.int32)}
 
     def after(self, memory: Tree, done: Done) -> tuple[Tree, dict[str, Array]]:
         return enqueue(memory, unit(jax.lax.stop_gradient(done.embeddings[self.of].z))), {}

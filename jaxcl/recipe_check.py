@@ -36,6 +36,8 @@ def check(recipe: "Recipe", *, num_devices: int) -> None:
     """Refuse names that nothing makes and parts whose needs are not met."""
     for model in (recipe.model, *recipe.encoders.values()):
         recipe.grad_cache.check(model, recipe.batch_size, num_devices)
+    for n, part in recipe.memory.items():
+        part.check(f"memory.{n}", recipe)
     for name in set(recipe.encoders) & set(recipe.targets):
         raise UserError(f"encoders.{name} and memory.{name} are two encoders of one name; rename one")
     for name in (*recipe.views, *recipe.encoders, *recipe.targets):
@@ -92,7 +94,6 @@ def check(recipe: "Recipe", *, num_devices: int) -> None:
             if name not in recipe.memory:
                 raise UserError(f"terms.{n} reads memory.{name}, which the config lacks; add it to memory")
     for n, part in recipe.memory.items():
-        part.check(f"memory.{n}", recipe)
         for name in part.reads:
             exists(name, f"memory.{n}", encoded)
         if not isinstance(part, LinearProbe):

@@ -263,7 +263,7 @@ def run_heads(
         inputs = []
         for view in of:
             e = [embeddings[embedding_name(encoder, view)] for encoder in head.encoders]
-            inputs.append(View(jnp.concatenate([x.h for x in e], -1), {}, e[0].where))
+            inputs.append(View(jnp.concatenate([getattr(x, head.reads) for x in e], -1), {}, e[0].where))
         for begin in range(0, len(of), len(of) if head.together else 1):
             part = slice(begin, len(of) if head.together else begin + 1)
             rows, where, sizes, groups = _together(inputs[part])

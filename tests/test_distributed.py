@@ -56,7 +56,11 @@ def free_address() -> str:
 
 
 def finish(*processes: subprocess.Popen) -> None:
-    outputs = [p.communicate(timeout=300)[0] for p in processes]
+    try:
+        outputs = [p.communicate(timeout=300)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()  # does nothing to one that has ended
     assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(outputs)
 
 

@@ -311,10 +311,13 @@ def test_pair_terms_refuse_rows_that_do_not_exist(name):
 
 @pytest.mark.parametrize("kind", TERMS)
 def test_every_kind_keeps_the_contract(kind):
-    term = TERMS[kind](views=("a", "b"), weight=0.25)
-    assert (term.views, term.reads, term.optional, term.weight) == (("a", "b"), ("a", "b"), (), 0.25)
-    assert term.needs_labels == (kind in ("supcon", "spread", "attract", "class_conditional_infonce"))
-    assert {"views", "weight"} <= set(fields(TERMS[kind]))
+    names = dict(query="a", key="b") if kind == "moco" else dict(views=("a", "b"))
+    term = TERMS[kind](**names, weight=0.25)
+    also = ("target/a", "target/b") if kind == "byol" else ()
+    assert (term.reads, term.optional, term.weight) == (("a", "b", *also), (), 0.25)
+    of_labels = ("supcon", "spread", "attract", "class_conditional_infonce", "cross_entropy")
+    assert term.needs_labels == (kind in of_labels)
+    assert {*names, "weight"} <= set(fields(TERMS[kind]))
     assert TERMS[kind]() == TERMS[kind](**fields(TERMS[kind])) and hash(term)
     assert getattr(term, "kind", kind) == kind
     if "labels" in fields(TERMS[kind]):

@@ -58,3 +58,10 @@ def view_keys(key: Array, step: Array, index: Array, view: str) -> Array:
     """
     key = jax.random.fold_in(jax.random.fold_in(key, step), zlib.crc32(view.encode()))
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+# Below the definitions, which these two import from here.
+from jaxcl.views.patches import patch_negatives, tile_patches  # noqa: E402
+from jaxcl.views.quilting import quilt_texture  # noqa: E402
+
+__all__ = ["Context", "StageOutput", "View", "patch_negatives", "quilt_texture", "tile_patches", "view_keys"]

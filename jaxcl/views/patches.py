@@ -9,6 +9,7 @@ Source: Ge et al. 2021, arXiv 2110.14189; papers/non_semantic_negatives.md c.1, 
 
 import dataclasses
 import functools
+import numbers
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def patch_negatives(
         raise UserError(f"patch_negatives takes square images [B,S,S,C], got shape {images.shape}")
     check_patches("patch_negatives", images.shape[1], min_patch, max_patch, count)
     keys = image_keys("patch_negatives", key, len(images))
-    return _patch_negatives(keys, images, min_patch, max_patch, count, include_last_offset, dihedral)
+    return _patch_negatives(keys, images, int(min_patch), int(max_patch), int(count), include_last_offset, dihedral)
 
 
 def scaled_range(side: int) -> tuple[int, int]:
@@ -104,6 +105,10 @@ def scaled_range(side: int) -> tuple[int, int]:
 
 def check_patches(what: str, side: int, min_patch: int, max_patch: int, count: int) -> None:
     """UserError unless patches of these sizes can be cut from images of this side."""
+    if not whole(min_patch, max_patch, count):
+        raise UserError(
+            f"{what}: min_patch, max_patch and count are {min_patch}, {max_patch} and {count}; expected whole numbers"
+        )
     if not 1 <= min_patch <= max_patch:
         raise UserError(
             f"{what}: min_patch is {min_patch} and max_patch {max_patch}; expected 1 <= min_patch <= max_patch"
@@ -114,6 +119,11 @@ def check_patches(what: str, side: int, min_patch: int, max_patch: int, count: i
         )
     if count < 1:
         raise UserError(f"{what}: count is {count}; expected at least 1")
+
+
+def whole(*values: Any) -> bool:
+    """Whether all are whole numbers, of Python or NumPy."""
+    return all(isinstance(v, numbers.Integral) for v in values)
 
 
 def image_keys(what: str, key: Array, count: int) -> Array:
@@ -173,9 +183,9 @@ def _draw(
 ) -> tuple[Array, Array, Array | None]:
     """-> patch size, corners (top, left) [2,n,n], and how every patch is turned [n,n]."""
     of_size, of_corners, of_turn = jax.random.split(key, 3)
-    size = jax.random.randint(of_size, (), min_patch, max_patch + 1)
-    corners = jax.random.randint(of_corners, (2, n, n), 0, side - size + include_last_offset)
-    return size, corners, jax.random.randint(of_turn, (n, n), 0, 8) if dihedral else None
+    size = jax.random.randint(of_size, (), min_patch, max_patch + 1, jnp.int32)
+    corners = jax.random.randint(of_corners, (2, n, n), 0, side - size + include_last_offset, jnp.int32)
+    return size, corners, jax.random.randint(of_turn, (n, n), 0, 8, jnp.int32) if dihedral else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +203,11 @@ class PatchNegatives:
     start: str = "0"  # plain training before this (any duration)
 
     def __post_init__(self):
-        if self.count < 1 or self.min_patch < 0 or self.max_patch < 0:
+        values = (self.min_patch, self.max_patch, self.count)
+        if not whole(*values) or self.count < 1 or min(values) < 0:
             raise UserError(
-                "stage patch_negatives: count must be at least 1, min_patch and max_patch at least 0 "
-                f"(0: scaled to the view), got {self.count}, {self.min_patch} and {self.max_patch}"
+                "stage patch_negatives: min_patch, max_patch and count are {}, {} and {}; expected whole numbers, "
+                "the sizes from 0 (scaled to the view) and count from 1".format(*values)
             )
 
     @property
