@@ -248,7 +248,7 @@ def _main(params):
         (lambda c: c.memory.queue.update(length=8), "memory.queue.length is 8; expected at least batch_size, 16"),
         (lambda c: c.memory.queue.update(of="target/view3"), "which nothing makes"),
         (
-            lambda c: c.update(memory=dict(target=c.memory.target)),
+            lambda c: delattr(c.memory, "queue"),
             "terms.moco reads memory.queue, which the config lacks",
         ),
         (lambda c: c.memory.target.update(of="other"), "memory.target.of is 'other'"),
