@@ -3,22 +3,22 @@
     python -m jaxcl.main --config=configs/l_spread.py
 
 Presets, one word an axis, joined by commas. What is learned beside a cross-entropy on the coarse labels: l_spread
-(attract and class-conditional InfoNCE, the default), supcon (attract alone), supcon_infonce (attract and InfoNCE),
-infonce, autoencoder (the reconstruction of each view) or ce (nothing). A data set: garments (10 classes in 4 groups),
-cifar10 (2 groups), cifar100 (20), cifar100u (20, unbalanced), mnist (2), tiny_imagenet (67). A scale: paper, or cpu for
-the small network and minutes of the embedded set, which has no other. At paper scale a network (vit, resnet) and a
-schedule: cosine over the whole run, or released, the authors' cosine of 100 epochs that rises again.
+(attract and class-conditional InfoNCE, the default), supcon (attract alone), clamped (attract as the released code's
+options have it: a positive's logit counts 1 at most, and classes do not collapse), supcon_infonce (attract and
+InfoNCE), infonce, autoencoder (the reconstruction of each view) or ce (nothing). A data set: garments (10 classes in 4
+groups), cifar10 (2 groups), cifar100 (20), cifar100u (20, unbalanced), mnist (2), tiny_imagenet (67). A scale: paper,
+or cpu for the small network and minutes of the embedded set, which has no other. At paper scale a network (vit, resnet)
+and a schedule: cosine over the whole run, or released, the authors' cosine of 100 epochs that rises again.
 
     configs/l_spread.py                        garments on a CPU; not yet run
-    configs/l_spread.py:supcon                 likewise supcon_infonce, infonce, autoencoder, ce; not yet run
+    configs/l_spread.py:supcon                 likewise clamped, supcon_infonce, infonce, autoencoder, ce; not yet run
     configs/l_spread.py:cifar10                a ViT on CIFAR-10 in two classes, 600 epochs; not yet run
     configs/l_spread.py:cifar10,released       with the authors' schedule; not yet run
     configs/l_spread.py:cifar10,resnet         an ImageNet-stem ResNet-18, 200 epochs; not yet run
     configs/l_spread.py:cifar100u              likewise cifar100, mnist, tiny_imagenet; not yet run
 
 Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. The degree of
-spread is --config.terms.contrast.a_spread against a_lc; the clamp of the released code
---config.terms.contrast.clip_positive=1. Two such runs are joined at evaluation by
+spread is --config.terms.contrast.a_spread against a_lc. Two such runs are joined at evaluation by
 `python -m jaxcl.evaluate --workdir=RUN --workdir=RUN`; thanos.py trains both encoders in one update.
 
 Source: Chen et al. 2022, arXiv 2204.07596, and "The Details Matter"; settings of the released code, but for the clamp
@@ -27,7 +27,7 @@ and the norms of its loss (`losses.attract` says how they differ) and, by defaul
 
 from jaxcl import config as base
 
-METHODS = ("l_spread", "supcon", "supcon_infonce", "infonce", "autoencoder", "ce")
+METHODS = ("l_spread", "supcon", "clamped", "supcon_infonce", "infonce", "autoencoder", "ce")
 DATASETS = ("garments", "cifar10", "cifar100", "cifar100u", "mnist", "tiny_imagenet")
 SCALES = ("paper", "cpu")
 NETWORKS = ("vit", "resnet")
@@ -74,8 +74,9 @@ def add_terms(c, method, *, encoder="", prefix=""):
     c.terms[f"{prefix}ce"] = base.term("cross_entropy", views=views, head=f"{prefix}classifier")
     if method == "l_spread":
         c.terms[f"{prefix}contrast"] = base.term("spread", a_lc=1.0, a_spread=1.0, **contrast)
-    if method in ("supcon", "supcon_infonce"):
-        c.terms[f"{prefix}contrast"] = base.term("attract", **contrast)
+    if method in ("supcon", "clamped", "supcon_infonce"):
+        clip = 1.0 if method == "clamped" else 0.0
+        c.terms[f"{prefix}contrast"] = base.term("attract", clip_positive=clip, **contrast)
     if method in ("infonce", "supcon_infonce"):
         c.terms[f"{prefix}infonce"] = base.term("attract", labels=False, **contrast)
     if method == "autoencoder":

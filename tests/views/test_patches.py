@@ -81,7 +81,7 @@ def test_tiling_against_the_loop():
 
 
 @functools.cache
-def draws(include_last_offset=False, count=20_000):
+def draws(include_last_offset=False, count=8_000):
     """-> sizes [count], corners [count,2,n,n], turns [count,n,n]."""
     draw = lambda k: patches._draw(k, S, N, LOW, HIGH, include_last_offset, True)  # noqa: E731
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), count)))
@@ -104,7 +104,7 @@ def test_corners_are_uniform_below_the_last(include_last_offset):
             got = corners[sizes == d, axis].ravel()
             assert got.min() == 0 and got.max() == room - 1
             share = np.bincount(got) / len(got)
-            np.testing.assert_allclose(share, 1 / room, rtol=0.05)
+            np.testing.assert_allclose(share, 1 / room, rtol=0.08)
         top, left = corners[sizes == d, 0].ravel(), corners[sizes == d, 1].ravel()
         assert abs(np.corrcoef(top, left)[0, 1]) < 0.02
 
@@ -117,7 +117,8 @@ def some(count=2, include_last_offset=False, dihedral=False):
     images = np.stack([coordinates(S) + 100 * b for b in range(4)])
     out = patch_negatives(keys, images, min_patch=LOW, max_patch=HIGH, count=count, **options)
     folded = jax.vmap(lambda k: jax.vmap(lambda m: jax.random.fold_in(k, m))(np.arange(count)))(keys)
-    drawn = jax.vmap(jax.vmap(lambda k: patches._draw(k, S, N, LOW, HIGH, include_last_offset, dihedral)))(folded)
+    draw = lambda k: patches._draw(k, S, N, LOW, HIGH, include_last_offset, dihedral)  # noqa: E731
+    drawn = jax.jit(jax.vmap(jax.vmap(draw)))(folded)
     return jax.tree.map(np.asarray, (drawn, out, images))
 
 

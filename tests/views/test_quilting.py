@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -66,12 +67,21 @@ def test_published_layouts():
 
 
 def slow_path(errors):
-    """The least cost of a path and, for reading, that of the best straight cut."""
+    """The path of least cost: of equals the leftmost at the end, then straight on, then left."""
     rows, lap = errors.shape
-    best = errors[0].astype(np.int64)
+    total = errors.astype(np.int64)
     for r in range(1, rows):
-        best = np.array([errors[r, c] + best[max(0, c - 1) : c + 2].min() for c in range(lap)])
-    return best.min(), errors.sum(0).min()
+        for c in range(lap):
+            total[r, c] += total[r - 1, max(0, c - 1) : c + 2].min()
+    path = [int(total[-1].argmin())]
+    for r in range(rows - 2, -1, -1):
+        c = path[0]
+        path.insert(0, min((x for x in (c, c - 1, c + 1) if 0 <= x < lap), key=lambda x: total[r, x]))
+    return np.array(path)
+
+
+def cost_of(errors, path):
+    return errors[np.arange(len(path)), path].sum()
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
@@ -83,10 +93,18 @@ def test_path_of_least_error(shape, dtype):
     assert paths.min() >= 0 and paths.max() < shape[1] and np.abs(np.diff(paths)).max(initial=0) <= 1
     better = 0
     for e, path in zip(errors, paths, strict=True):
-        cost, (least, straight) = e[np.arange(shape[0]), path].sum(), slow_path(e)
-        assert cost == least <= straight
-        better += least < straight
+        want, straight = slow_path(e), e.sum(0).min()
+        np.testing.assert_array_equal(path, want)
+        assert cost_of(e, path) <= straight
+        better += cost_of(e, path) < straight
     assert better > 10 or min(shape) == 1
+
+
+def test_path_against_all_paths():
+    """Every path of a strip of 5 x 3, written out."""
+    paths = [p for p in itertools.product(range(3), repeat=5) if np.abs(np.diff(p)).max() <= 1]
+    for e in np.random.default_rng(2).integers(0, 60, (20, 5, 3)):
+        assert cost_of(e, slow_path(e)) == min(cost_of(e, p) for p in paths)
 
 
 def test_path_of_equal_errors_is_straight():
@@ -122,8 +140,8 @@ def slow_quilt(image, corners, picks, layout):
         keep = np.zeros((P, P), bool)
         for there, strip, turned in ((j > 0, errors[k][:, :L], False), (i > 0, errors[k][:L].T, True)):
             if there:
-                path = np.asarray(minimum_error_path(strip.astype(np.int32)))
-                seams.append((strip[np.arange(P), path].sum(), strip.sum(0).min()))
+                path = slow_path(strip)
+                seams.append((cost_of(strip, path), strip.sum(0).min()))
                 side = np.arange(P) < path[:, None]
                 keep |= side.T if turned else side
         canvas[y : y + P, x : x + P] = np.where(keep & known, old, patches[k])
@@ -140,12 +158,17 @@ def small():
 
 def test_against_the_loop():
     images, keys, textures = small()
-    run = jax.jit(functools.partial(quilting.quilt_sources, layout=LAYOUT, tolerance=TOLERANCE))
+
+    @jax.jit
+    @jax.vmap
+    def core(key, image):
+        drawn = quilting._draw(key, image.shape, LAYOUT, SMALL["candidates"])
+        return *drawn, *quilting.quilt_sources(image, *drawn, layout=LAYOUT, tolerance=TOLERANCE)
+
     seams = []
-    for image, key, texture in zip(images, keys, textures, strict=True):
-        corners, picks = quilting._draw(key, image.shape, LAYOUT, SMALL["candidates"])
-        want = slow_quilt(image, np.asarray(corners), np.asarray(picks), LAYOUT)
-        source, taken = run(image, corners, picks)
+    for image, texture, *made in zip(images, textures, *map(np.asarray, core(keys, images)), strict=True):
+        corners, picks, source, taken = made
+        want = slow_quilt(image, corners, picks, LAYOUT)
         np.testing.assert_array_equal(taken, want[2])
         np.testing.assert_array_equal(source, want[1])
         np.testing.assert_array_equal(texture, want[0])
@@ -192,11 +215,13 @@ def test_an_image_depends_on_its_own_key_only():
 
 def test_tolerance_zero_takes_the_best():
     image = photo(1)[0]
-    corners, picks = quilting._draw(jax.random.key(0), image.shape, LAYOUT, 6)
-    best, loose = (
-        jax.jit(functools.partial(quilting.quilt_sources, layout=LAYOUT, tolerance=t))(image, corners, picks)[1]
-        for t in (0.0, 1e9)
-    )
+
+    @jax.jit
+    def taken(tolerance):
+        drawn = quilting._draw(jax.random.key(0), image.shape, LAYOUT, 6)
+        return quilting.quilt_sources(jnp.asarray(image), *drawn, layout=LAYOUT, tolerance=tolerance)[1]
+
+    best, loose = taken(0.0), taken(1e9)
     assert loose.max() == 0 and len(np.unique(best)) > 3  # any will do: the first; the first patch has no neighbour
     assert best[0] == 0
 
