@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             shares = [100 * a / b for a, b in zip(seconds, times["step"], strict=True)]
             share, (low, high) = statistics.median(shares), np.percentile(shares, [25, 75])
-            bound = f"  at most {BOUNDS[name]:.0%}" if name in BOUNDS else ""
+            bound = f"  at most {100 * BOUNDS[name]:.0f} %" if name in BOUNDS else ""
             took = _measure.duration(statistics.median(seconds))
             print(f"  {name:24}{took:>10}{share:8.2f} %  ({low:.2f} to {high:.2f}){bound}", flush=True)
 

@@ -176,6 +176,8 @@ def run_stages(
             classifier=(None if part is None else lambda m, h, p=part, n=stage.classifier: p.logits(m[n], h)),
             augment=lambda pipeline, name, x: _draw(recipe, state, batch["index"], pipeline, name, x),
             loss=loss,
+            reads=lambda term: recipe.terms[term].reads,
+            embed=lambda encoder, view, norm_set, s=stats: _embed(recipe, state, s, encoder, view, norm_set),
             keys=lambda name: view_keys(state.key, state.step, batch["index"], name),
         )
         out = jax.lax.stop_gradient(stage(context, views))
@@ -183,6 +185,15 @@ def run_stages(
         stats = stats if out.batch_stats is None else out.batch_stats
         metrics.update(out.metrics)
     return views, stats, metrics
+
+
+def _embed(recipe: Recipe, state: TrainState, stats: dict, encoder: str, view: View, norm_set: str) -> Embedding:
+    """A view by one encoder, as a batch of its own (a moving average as it was before this update); for a stage."""
+    params = _of_encoder(_with_targets(recipe, state.params, state.memory, "params"), encoder)
+    stats = _of_encoder(_with_targets(recipe, stats, state.memory, "batch_stats"), encoder)
+    model, mode = recipe.encoder(encoder), dict(train=True, where=view.where, norm_set=norm_set)
+    h, _ = model.encode(params, stats, view.image, **mode)
+    return Embedding(h, model.embed(params, stats, h, **mode)[0], view.where)
 
 
 def run_pass(

@@ -258,7 +258,7 @@ def test_it_is_the_loss_of_the_whole_batch(drawn):
         (lambda c: c.stages[0].update(epsilon=(0.1, 0.2)), "epsilon has 2 values"),
         (lambda c: c.stages[0].update(attack_view="both"), "attack_view is 'both'"),
         (lambda c: c.stages[0].update(num_steps=0), "num_steps must be at least 1"),
-        (lambda c: c.terms.adversarial.update(views=("view2", "adversarial")), "expected the anchor and the new view"),
+        (lambda c: c.terms.adversarial.update(views=("view1", "view2")), "expected a term that reads the new view"),
         (lambda c: c.passes[2].update(norm_set="ad"), "passes[2].norm_set is 'ad'"),
     ],
 )

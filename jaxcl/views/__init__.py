@@ -38,7 +38,9 @@ class Context(NamedTuple):
     label: Array  # [B] int32
     classifier: Callable[[Tree, Array], Array] | None  # (memory, features [B,D]) -> logits [B,classes]
     augment: Callable[[str, str, Array], View]  # (view's pipeline, name for its keys, pixels) -> view
-    loss: Callable[[str, dict[str, Any]], Array]  # (term, embeddings by view) -> its value on the global batch
+    loss: Callable[[str, dict[str, Any]], Array]  # (term, embeddings by name) -> its value on the global batch
+    reads: Callable[[str], tuple[str, ...]]  # term -> names of the embeddings it cannot do without
+    embed: Callable[[str, View, str], Any]  # (encoder, view, set of batch norms) -> its embedding, in training mode
     keys: Callable[[str], Array]  # name -> one key an image [B]
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxcl.adversarial import pgd
 from jaxcl.errors import UserError
+from jaxcl.recipe_check import split_name
 from jaxcl.terms import Embedding
 from jaxcl.views import Context, StageOutput, View
 
@@ -35,7 +36,7 @@ class Adversary:
     other: str = "view2"  # attack_view "other" starts from it
     attack_view: str = "same"  # perturb the anchor's own view ("same", the released code) or the "other"
     into: str = "adversarial"  # the new view
-    term: str = "adversarial"  # the term on (anchor, into) whose loss is raised
+    term: str = "adversarial"  # the term on the new view (and most often the anchor) whose loss is raised
     norm_set: str = "adv"  # batch norms of the attack's forward passes; "": the clean ones
     epsilon: Sequence[float] = (0.015,)  # largest change of a value in [0, 1]: one for all channels, or one each
     num_steps: int = 1  # 1: FGSM; more: PGD
@@ -80,10 +81,10 @@ class Adversary:
                 f"{where} attacks terms.{self.term}, a loss of each image by itself; expected a loss of the batch, "
                 "such as nt_xent or supcon"
             )
-        if set(term.reads) != {self.anchor, self.into}:
+        if self.into not in term.reads:
             raise UserError(
                 f"{where} attacks terms.{self.term}, which reads {', '.join(term.reads)}; "
-                f"expected the anchor and the new view, {self.anchor} and {self.into}"
+                f"expected a term that reads the new view, {self.into}"
             )
         channels = recipe.image_shape[-1]
         if len(self.epsilon) not in (1, channels):
@@ -104,9 +105,14 @@ class Adversary:
 
         # Each by itself, so that its batch statistics are its own.
         anchor, stats = embed(views[self.anchor].image, context.batch_stats)
+        fixed = {self.anchor: anchor}
+        for name in context.reads(self.term):
+            encoder, other = split_name(name)
+            if name not in (self.anchor, self.into):
+                fixed[name] = context.embed(encoder, views[other], "" if encoder else self.norm_set)
 
         def loss(image: Array) -> Array:
-            return context.loss(self.term, {self.anchor: anchor, self.into: embed(image, context.batch_stats)[0]})
+            return context.loss(self.term, {**fixed, self.into: embed(image, context.batch_stats)[0]})
 
         image = pgd(
             loss,

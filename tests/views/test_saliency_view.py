@@ -51,6 +51,8 @@ def context(d, *, bias=0.0, **changes):
         classifier=lambda memory, h: h + bias * jax.nn.one_hot(label, h.shape[-1]),
         augment=None,
         loss=None,
+        reads=None,
+        embed=None,
         keys=None,
     )._replace(**changes)
 
