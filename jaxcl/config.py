@@ -144,7 +144,7 @@ def view(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
-    """A stage by kind: saliency, adversary."""
+    """A stage by kind: saliency, adversary, patch_negatives, texture_negatives."""
     return _part(recipe.STAGES, "stage", kind, overrides)
 
 

@@ -33,6 +33,8 @@ from jaxcl.terms import (
     SupCon,
 )
 from jaxcl.views.adversary import Adversary
+from jaxcl.views.patches import PatchNegatives
+from jaxcl.views.quilting import TextureNegatives
 from jaxcl.views.saliency import SaliencyMask
 
 
@@ -73,7 +75,12 @@ VIEWS: Mapping[str, Callable] = {
     "standard": augment.standard_view,
     "classifier": augment.classifier_view,
 }
-STAGES: Mapping[str, Callable] = {"saliency": SaliencyMask, "adversary": Adversary}
+STAGES: Mapping[str, Callable] = {
+    "saliency": SaliencyMask,
+    "adversary": Adversary,
+    "patch_negatives": PatchNegatives,
+    "texture_negatives": TextureNegatives,
+}
 TERMS: Mapping[str, Callable] = {
     "supcon": SupCon,
     "nt_xent": NTXent,
