@@ -11,7 +11,7 @@ import tiny
 from jax import lax
 
 from jaxcl.errors import UserError
-from jaxcl.memory import LinearProbe
+from jaxcl.memory import LinearProbe, Start
 from jaxcl.models import ModelOptions, ProjectionHead, make_model, resnet, tap_stage
 from jaxcl.models.norms import norm_groups
 from jaxcl.models.resnet import BasicBlock, Bottleneck, MatmulConv, ResNet, _conv
@@ -50,7 +50,9 @@ def test_published_parameter_counts(depth, features, encoder, head):
     [(512, 100, 51_300), (2048, 100, 204_900), (512, 200, 102_600), (2048, 200, 409_800)],
 )
 def test_published_classifier_counts(features, classes, parameters):
-    probe = jax.eval_shape(lambda: LinearProbe().init(jax.random.key(0), features, classes, optax.sgd(0.1)))
+    probe = jax.eval_shape(
+        lambda: LinearProbe().init(jax.random.key(0), Start(features, classes, None, None, optax.sgd(0.1)))
+    )
     assert count(probe["params"]) == parameters
 
 

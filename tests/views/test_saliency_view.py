@@ -12,6 +12,7 @@ import tiny
 
 from jaxcl import saliency
 from jaxcl.errors import UserError
+from jaxcl.memory import Start
 from jaxcl.recipe import Phase
 from jaxcl.train_state import TrainState
 from jaxcl.update import run_stages
@@ -302,7 +303,8 @@ def test_no_gradient_passes_the_stage():
     recipe = tiny.recipe(tiny.config())
     params, stats = tiny.model_variables(recipe.model)
     part, tx = recipe.memory["probe"], recipe.memory_tx["probe"]
-    probe = tiny.fill(jax.eval_shape(lambda: part.init(jax.random.key(0), recipe.model.features, tiny.CLASSES, tx)))
+    start = Start(recipe.model.features, tiny.CLASSES, None, None, tx)
+    probe = tiny.fill(jax.eval_shape(lambda: part.init(jax.random.key(0), start)))
     batch = {k: jnp.asarray(v) for k, v in tiny.batch().items()}
     image = jnp.asarray(tiny.normal(16, 16, 16, 3))
     drawn = {n: View(image + i, {}) for i, n in enumerate(("standard", "view1", "view2"))}
