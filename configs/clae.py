@@ -6,9 +6,9 @@ Presets, one word an axis, joined by commas: the method (simclr, plain, uel, sup
 and labelled or unlabelled as in the method's own file, and a control: adversarial (CLAE) or clean_pair (a third random
 view instead of the adversarial one, with the same weight: what the larger loss and the third view give by themselves).
 
-    configs/clae.py                            SimCLR and CLAE on garments on a CPU; not yet run
-    configs/clae.py:clean_pair                 its control; not yet run
-    configs/clae.py:plain                      likewise uel, supcon; not yet run
+    configs/clae.py                            SimCLR and CLAE on garments on a CPU: 5 minutes, linear probe 41.9 %
+    configs/clae.py:clean_pair                 its control: 4 minutes, linear probe 51.3 %
+    configs/clae.py:plain                      linear probe 62.9 %; uel 63.1 %, supcon 49.9 %
     configs/clae.py:cifar10                    SimCLR and CLAE at the authors' scale; not yet run
     configs/clae.py:plain,cifar10              likewise uel; not yet run
     configs/clae.py:tiny_imagenet              not yet run

@@ -4,7 +4,7 @@
 
 Presets as in simclr.py: a data set, a scale (paper, cpu), and labelled or unlabelled.
 
-    configs/plain.py                           garments on a CPU; not yet run
+    configs/plain.py                           garments on a CPU: 3 minutes, linear probe 63.3 %
     configs/plain.py:cifar10                   CIFAR-10, the baseline of CLAE; not yet run
     configs/plain.py:cifar100                  not yet run
     configs/plain.py:tiny_imagenet             not yet run

@@ -7,7 +7,7 @@ scale (paper: the authors' network and budget; cpu: the small network and minute
 other), and what labels are for: labelled (a classifier is trained beside the encoder, which it does not change, and
 needs a label on every training image) or unlabelled (no classifier; the evaluation uses what labels there are).
 
-    configs/simclr.py                          garments on a CPU; not yet run
+    configs/simclr.py                          garments on a CPU: 3 minutes, linear probe 43.2 %
     configs/simclr.py:cifar10                  CIFAR-10, the baseline of CLAE; not yet run
     configs/simclr.py:cifar100                 not yet run
     configs/simclr.py:tiny_imagenet            not yet run

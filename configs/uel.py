@@ -4,7 +4,7 @@
 
 Presets as in simclr.py: a data set, a scale (paper, cpu), and labelled or unlabelled.
 
-    configs/uel.py                             garments on a CPU; not yet run
+    configs/uel.py                             garments on a CPU: 3 minutes, linear probe 64.4 %
     configs/uel.py:cifar10                     CIFAR-10, the baseline of CLAE; not yet run
     configs/uel.py:cifar100                    not yet run
     configs/uel.py:tiny_imagenet               not yet run

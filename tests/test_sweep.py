@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -242,8 +243,9 @@ if what == "wait":  # as a run that is asked to end while it trains
 if what == "stubborn":
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))
     os.kill(os.getppid(), signal.SIGINT)
-    while True:
-        time.sleep(60)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:  # a sleep may be cut short by the signal
+        time.sleep(1)
 if what:
     print(f"jaxcl: it ends with {what}\\nand more", file=sys.stderr)
     sys.exit(what) if what > 0 else os.kill(os.getpid(), -what)
@@ -362,7 +364,12 @@ def test_a_sweep_that_is_asked_to_end(fake, here):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_second_interrupt_does_not_wait(fake):
-    code, _, err, started = fake(*TWO, what={"a/seed-0": "stubborn"})
+    # In the background of a shell, as CI may run, Ctrl-C is ignored from the start, and the sweep keeps to that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _, err, started = fake(*TWO, what={"a/seed-0": "stubborn"})
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 75 and started == ORDER[:1] and "0 of 4 runs done" in err
 
 
