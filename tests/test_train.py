@@ -125,7 +125,7 @@ def test_what_is_logged(undisturbed):
 def test_a_finished_run_returns_at_once(undisturbed, npz, monkeypatch, caplog):
     workdir, results = undisturbed
     before = (workdir / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(train, "_source", None)  # whatever would begin to work fails
+    monkeypatch.setattr(train, "source_of", None)  # whatever would begin to work fails
     with caplog.at_level("INFO", logger="jaxcl"):
         again = train.run(config(npz=npz), workdir)
     assert again == json.loads(json.dumps(results, default=float))
