@@ -16,7 +16,7 @@ from jaxcl.grad_cache import GradCache
 from jaxcl.memory import EMA, LinearProbe, Queue
 from jaxcl.models import Model, ModelOptions, ViTOptions, make_model
 from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
-from jaxcl.recipe_check import check, embedding_name, heads_of, split_name, suggestion
+from jaxcl.recipe_check import check, heads_of, suggestion
 from jaxcl.terms import (
     BYOL,
     Attract,
@@ -32,6 +32,7 @@ from jaxcl.terms import (
     Spread,
     SupCon,
 )
+from jaxcl.terms.base import embedding_name, split_name
 from jaxcl.views.adversary import Adversary
 from jaxcl.views.patches import PatchNegatives
 from jaxcl.views.quilting import TextureNegatives

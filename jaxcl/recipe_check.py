@@ -1,24 +1,14 @@
-"""What cannot work in a recipe, refused in one plain line before anything compiles; and the names its parts go by."""
+"""What cannot work in a recipe, refused in one plain line before anything compiles."""
 
 import difflib
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.errors import UserError
 from jaxcl.memory import LinearProbe
+from jaxcl.terms.base import embedding_name, split_name
 
 if TYPE_CHECKING:
     from jaxcl.recipe import Pass, Recipe
-
-
-def embedding_name(encoder: str, view: str) -> str:
-    """What terms call a view as encoded by an encoder ("": the main one)."""
-    return f"{encoder}/{view}" if encoder else view
-
-
-def split_name(embedding: str) -> tuple[str, str]:
-    """-> (encoder, view) of an embedding's name."""
-    encoder, _, view = embedding.rpartition("/")
-    return encoder, view
 
 
 def suggestion(word: str, known: Any) -> str:

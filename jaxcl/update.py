@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 from jaxcl import grad_cache
 from jaxcl.memory import Done, Start
 from jaxcl.recipe import Pass, Phase, Recipe
-from jaxcl.recipe_check import embedding_name, split_name
 from jaxcl.sharding import AXIS
 from jaxcl.terms import Embedding
+from jaxcl.terms.base import embedding_name, split_name
 from jaxcl.train_state import TrainState
 from jaxcl.views import Context, View, view_keys
 

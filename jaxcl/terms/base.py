@@ -26,6 +26,17 @@ class Embedding(NamedTuple):
     out: dict[str, Array] = {}  # noqa: RUF012 - never changed, only replaced
 
 
+def embedding_name(encoder: str, view: str) -> str:
+    """What terms call a view as encoded by an encoder ("": the main one)."""
+    return f"{encoder}/{view}" if encoder else view
+
+
+def split_name(embedding: str) -> tuple[str, str]:
+    """-> (encoder, view) of an embedding's name."""
+    encoder, _, view = embedding.rpartition("/")
+    return encoder, view
+
+
 def exist_in_all(e: dict[str, Embedding], views: tuple[str, ...]) -> Array | None:
     """The images [B] all of whose views exist; None where no view lacks any."""
     wheres = [e[name].where for name in views if e[name].where is not None]

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from jaxcl.adversarial import pgd
 from jaxcl.errors import UserError
-from jaxcl.recipe_check import split_name
 from jaxcl.terms import Embedding
+from jaxcl.terms.base import split_name
 from jaxcl.views import Context, StageOutput, View
 
 Array = jax.Array
