@@ -82,6 +82,7 @@ def default() -> ConfigDict:
     # Also known: logistic (the protocol of CLAE); pgd, and the attacks on the linear probe, linear_fgsm and linear_pgd
     # (PGD is slow); adversary (what the adversary of the training does to a batch); transfer (fine classes from an
     # encoder of coarse ones); worst_group (where groups are known); collapse (spread of the embeddings).
+    c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
     c.eval.knn_features = ""  # knn's own choice of the two; "": as above

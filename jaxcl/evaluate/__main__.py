@@ -20,6 +20,7 @@ _WORKDIR = flags.DEFINE_multi_string("workdir", [], "A run folder; several: thei
 _SUITE = flags.DEFINE_string("suite", "", "Evaluators, comma-separated; default: the config's eval.final.", **_own)
 _SOURCE = flags.DEFINE_string("source", "", "A data source as in a config; default: the run's own.", **_own)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", **_own)
+_SPLIT = flags.DEFINE_string("split", "", "test or validation; default: the first run's eval.split.", **_own)
 _OUT = flags.DEFINE_string("out", "", "A JSON file for the results.", **_own)
 
 
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> int:
 
     opened = [runs.load_run(w, source=_SOURCE.value, step=_STEP.value) for w in _WORKDIR.value]
     suite = tuple(s.strip() for s in _SUITE.value.split(",") if s.strip())
-    found = runs.summary(opened, runs.evaluate_runs(opened, suite))
+    found = runs.summary(opened, runs.evaluate_runs(opened, suite, split=_SPLIT.value))
     print(json.dumps(found["results"], indent=2, default=run_folder.number))
     if _OUT.value:
         run_folder.write_json(pathlib.Path(_OUT.value), found)

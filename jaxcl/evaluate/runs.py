@@ -19,7 +19,7 @@ from jaxcl.checkpoint import Checkpoints
 from jaxcl.data import Source, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Figures
-from jaxcl.evaluate.suite import Evaluation, Frozen
+from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
 from jaxcl.recipe import Recipe, build_recipe
 from jaxcl.train_state import TrainState
 from jaxcl.update import init_state
@@ -109,24 +109,27 @@ def _same_images(a: Source, b: Source) -> bool:
     return np.array_equal(a.batch(some)["image"], b.batch(some)["image"])
 
 
-def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = ()) -> dict[str, Figures]:
-    """Results by evaluator of one run, or of several joined, on the test split.
+def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = (), *, split: str = "") -> dict[str, Figures]:
+    """Results by evaluator of one run, or of several joined.
 
     Args:
       runs: from `load_run`; several are one encoder, their features side by side (Thanos as two runs).
       suite: names of evaluators; empty: those of the first run's eval.final, of several runs those among them that
         see features only.
+      split: "test" or "validation"; empty: the first run's eval.split.
 
     Raises:
       UserError: an evaluator nobody knows, or one that cannot take several runs.
     """
     evaluation = runs[0].evaluation
+    split = split or evaluation.options.split
+    check_split("the split", split, runs[0].config)
     if len(runs) == 1:
-        return evaluation.evaluate(tuple(suite or evaluation.options.final), runs[0].frozen())
+        return evaluation.evaluate(tuple(suite or evaluation.options.final), runs[0].frozen(split))
     if odd := [name for name in suite if name not in OF_FEATURES]:
         raise UserError(f"{odd[0]} cannot take several runs; expected some of {', '.join(OF_FEATURES)}")
     names = tuple(suite) or tuple(n for n in evaluation.options.final if n in OF_FEATURES)
-    return evaluation.evaluate(names, Joined(runs))
+    return evaluation.evaluate(names, Joined(runs, split))
 
 
 def summary(runs: Sequence[Run], results: dict[str, Figures]) -> dict[str, Any]:

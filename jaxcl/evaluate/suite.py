@@ -41,12 +41,21 @@ def check_names(where: str, names: Iterable[str]) -> None:
             raise UserError(f"{where} names {name!r}; expected one of {', '.join(EVALUATORS)}")
 
 
+def check_split(where: str, split: str, config: ConfigDict) -> None:
+    """UserError for a split that figures cannot be measured on."""
+    if split not in ("test", "validation"):
+        raise UserError(f"{where} is {split!r}; expected 'test' or 'validation'")
+    if split == "validation" and not config.data.validation:
+        raise UserError(f"{where} is 'validation', but nothing is held out; set data.validation, for example to 0.1")
+
+
 class Evaluation:
     """Runs the suites a config names; compiles once, however often it is called."""
 
     def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
         self.options, self.recipe, self._pictures = config.eval, recipe, config.report
         check_names("eval", (*config.eval.quick, *config.eval.final))
+        check_split("eval.split", config.eval.split, config)
         for key, words in (("features", tuple(FEATURES)), ("knn_features", ("", *FEATURES))):
             if config.eval[key] not in words:
                 expected = " or ".join(f"{k!r} ({v})" for k, v in FEATURES.items())
@@ -69,8 +78,8 @@ class Evaluation:
         }
 
     def final(self, state: TrainState, mesh: jax.sharding.Mesh) -> tuple[dict[str, Figures], dict[str, Any]]:
-        """-> (results by evaluator, on the test split; panels for the report)."""
-        frozen = Frozen(self, state, mesh, "test")
+        """-> (results by evaluator, on the split that the config says; panels for the report)."""
+        frozen = Frozen(self, state, mesh, self.options.split)
         results, panels = self._run(self.options.final, frozen)
         if not self._pictures:
             return results, {}
