@@ -81,7 +81,8 @@ def default() -> ConfigDict:
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
     # Also known: logistic (the protocol of CLAE); pgd, and the attacks on the linear probe, linear_fgsm and linear_pgd
     # (PGD is slow); adversary (what the adversary of the training does to a batch); transfer (fine classes from an
-    # encoder of coarse ones); worst_group (where groups are known); collapse (spread of the embeddings).
+    # encoder of coarse ones), transfer_augmented (the same by the protocol of its paper); worst_group (where groups are
+    # known); collapse (spread of the embeddings).
     c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
@@ -91,6 +92,7 @@ def default() -> ConfigDict:
     c.eval.logistic_epochs = 1000
     c.eval.logistic_batch_size = 256
     c.eval.logistic_lr = 3e-4  # of Adam, constant
+    c.eval.transfer_epochs = 100  # of transfer_augmented
     c.eval.fgsm = (1, 2, 4, 8)  # epsilon in 1/255
     c.eval.pgd = (1, 2, 4, 8)  # the same
     c.eval.pgd_steps = 20

@@ -19,7 +19,7 @@ from jaxcl.evaluate.explanation import drop_increase, mask_agreement
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.logistic import fit_logistic
-from jaxcl.evaluate.transfer import transfer
+from jaxcl.evaluate.transfer import transfer, transfer_augmented
 from jaxcl.evaluate.worst_group import worst_group
 from jaxcl.train_state import TrainState
 from jaxcl.update import represent, to_pixels
@@ -196,6 +196,7 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "adversary": attacked.adversary,
     "calibration": calibration,
     "transfer": transfer,
+    "transfer_augmented": transfer_augmented,
     "worst_group": worst_group,
     "collapse": collapse,
 }

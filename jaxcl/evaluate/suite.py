@@ -26,6 +26,7 @@ from jaxcl.memory import LinearProbe
 from jaxcl.recipe import Phase, Recipe
 from jaxcl.train_state import TrainState
 from jaxcl.update import make_views, represent, run_stages, to_pixels
+from jaxcl.views import view_keys
 
 say = logging.getLogger("jaxcl")
 
@@ -64,14 +65,14 @@ class Evaluation:
         self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
         self.classifier = next((n for n, part in recipe.memory.items() if isinstance(part, LinearProbe)), None)
         self._train, self._make_source = train, make_source
-        self._selects_on = "validation" if config.data.validation else "test"
+        self.selects_on = "validation" if config.data.validation else "test"
         self._sources: dict[str, Source | None] = {"train": train}
         self._compiled: dict[Any, Callable] = {}
         self._said: set[str] = set()
 
     def quick(self, state: TrainState, mesh: jax.sharding.Mesh, split: str | None = None) -> Figures:
         """{"eval/knn_accuracy": ...} on the validation split, or the test split where nothing is held out."""
-        frozen = Frozen(self, state, mesh, split or self._selects_on)
+        frozen = Frozen(self, state, mesh, split or self.selects_on)
         results, _ = self._run(self.options.quick, frozen)
         return {
             f"eval/{n}_{k}": v for n, figures in results.items() for k, v in figures.items() if isinstance(v, float)
@@ -148,6 +149,12 @@ class Frozen:
         self._features: dict[tuple[str, str], np.ndarray] = {}
         self._probe: LinearFit | None = None
 
+    @property
+    def held_out(self) -> str | None:
+        """The split to choose settings by, where there is one and it is not the one that is evaluated."""
+        split = self.evaluation.selects_on
+        return split if split == "validation" and self._split != split else None
+
     def source(self, split: str) -> Source | None:
         return self.test if split == "test" else self.evaluation.source(split)
 
@@ -219,6 +226,17 @@ class Frozen:
             out = self.collect(self.source(split), f"features {kinds}", encode)
             self._features |= {(split, k): v for k, v in out.items()}
         return self._features[split, kind]
+
+    def augmented_features(self, split: str, draw: int) -> np.ndarray:
+        """float32 [N,D]: features of one training view of each image (the recipe's first), another for each draw."""
+        name, kind = self.recipe.view_names(Phase("encoder"))[0], self.options.features
+
+        def encode(state: TrainState, batch: dict[str, Array], draw: Array) -> Array:
+            keys = view_keys(state.key, draw, batch["index"], f"{name} to evaluate")
+            image, _ = self.recipe.views[name](keys, to_pixels(batch["image"]))
+            return self._encode(state, image)[kind]()
+
+        return self.collect(self.source(split), f"augmented {kind}", encode, np.int32(draw))
 
     def probabilities(self, split: str) -> np.ndarray:
         """float32 [N,K] of the online classifier."""

@@ -14,7 +14,7 @@ from jaxcl.data import source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate import __main__ as command
 from jaxcl.evaluate import fit_linear_probe, probe_logits
-from jaxcl.evaluate.runs import evaluate_runs, load_run
+from jaxcl.evaluate.runs import Joined, evaluate_runs, load_run
 from jaxcl.recipe import build_recipe, data_facts
 from jaxcl.update import init_state
 
@@ -68,6 +68,25 @@ def test_a_run_and_several_joined(opened):
     probe = fit_linear_probe(features["train"], train, num_classes=tiny.CLASSES)
     right = np.argmax(probe_logits(probe, features["test"]), -1) == test
     assert joined["linear"]["accuracy"] == pytest.approx(right.mean())
+
+
+def test_augmented_features_are_another_view_for_each_draw(opened):
+    """Those of joined runs lie side by side; without a draw of its own, a run gives the same ones again."""
+    parts = [run.frozen().augmented_features("train", 0) for run in opened]
+    joined = Joined(opened).augmented_features("train", 0)
+    np.testing.assert_array_equal(joined, np.concatenate(parts, -1))
+    again, other = (opened[0].frozen().augmented_features("train", draw) for draw in (0, 1))
+    np.testing.assert_array_equal(parts[0], again)
+    plain = opened[0].frozen().features("train")
+    assert not np.allclose(again, other) and not np.allclose(again, plain) and again.shape == plain.shape
+
+
+def test_the_split(opened, runs):
+    with pytest.raises(UserError, match="nothing is held out; set data.validation"):
+        evaluate_runs(opened, split="validation")
+    with pytest.raises(UserError, match="the split is 'train'; expected 'test' or 'validation'"):
+        evaluate_runs(opened, split="train")
+    assert opened[0].frozen().held_out is None
 
 
 def test_the_command(runs, data, capsys, monkeypatch, tmp_path):

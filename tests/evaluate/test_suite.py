@@ -30,7 +30,7 @@ from jaxcl.update import init_state
 EVERYTHING = tuple(EVALUATORS)
 OF_LABELS = ("knn", "linear", "logistic", "raw_pixels", "linear_fgsm", "linear_pgd")
 OF_GROUPS = ("worst_group",)  # and of labels
-OF_TWO_LEVELS = ("transfer",)
+OF_TWO_LEVELS = ("transfer", "transfer_augmented")
 OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
 
 

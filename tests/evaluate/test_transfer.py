@@ -2,13 +2,16 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from jaxcl.data import Source
+from jaxcl.evaluate import transfer as module
 from jaxcl.evaluate.base import LeftOut
 from jaxcl.evaluate.evaluators import EVALUATORS
-from jaxcl.evaluate.transfer import balanced_accuracy, transfer
+from jaxcl.evaluate.linear_probe import LinearProbe
+from jaxcl.evaluate.transfer import balanced_accuracy, transfer, transfer_augmented
 
 FINE, COARSE = tuple("abcd"), ("A", "B")
 OF_CLASS = np.array([0, 1, 0, 1])
@@ -103,3 +106,76 @@ def test_balanced_accuracy():
     labels, predicted = np.array([0, 0, 0, 2, 2, -1]), np.array([0, 0, 1, 2, 0, 0])
     assert balanced_accuracy(predicted, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert np.isnan(balanced_accuracy(predicted, np.full(6, -1)))
+
+
+# ---- the protocol with augmented views
+
+
+def augmented(f, *, epochs, held_out=None, noise=0.0):
+    """`f` with what `transfer_augmented` asks for; a draw moves every feature a little."""
+    f.options, f.recipe, f.held_out = SimpleNamespace(transfer_epochs=epochs), SimpleNamespace(seed=3), held_out
+    f.drawn = []
+
+    def features(split, draw):
+        f.drawn.append((split, draw))
+        x = f.features(split)
+        return (x + noise * np.random.default_rng(draw).normal(size=x.shape)).astype(np.float32)
+
+    f.augmented_features = features
+    return f
+
+
+def test_augmented_probe_learns_what_was_kept():
+    def measured(collapsed):
+        train, fine, test, test_fine = data(collapsed)
+        # Often enough for the protocol's small steps: each moves a weight by a thousandth at most.
+        f = augmented(frozen(np.tile(train, (43, 1)), np.tile(fine, 43), test, test_fine), epochs=80, noise=0.01)
+        return transfer_augmented(f), f.drawn
+
+    (figures, panels), drawn = measured(collapsed=False)
+    assert figures == {"accuracy": 1, "last_accuracy": 1} and panels == {}
+    assert drawn == [("train", e) for e in range(80)]
+    assert 0.3 < measured(collapsed=True)[0][0]["accuracy"] < 0.7
+
+
+def test_the_epoch_is_chosen_on_the_validation_split(monkeypatch):
+    """Probes that get worse: the first epoch's is measured, though the last one's is what training ends with."""
+    train, fine, test, test_fine = data(collapsed=False)
+    f = augmented(frozen(train, fine, test, test_fine), epochs=3, held_out="validation")
+    held = source(fine[:20])
+    f.source, features = {"train": f.source("train"), "validation": held}.get, f.features
+    f.features = lambda split: train[:20] if split == "validation" else features(split)
+    good = module.fit_linear_probe(train, fine, num_classes=4)
+    bad = LinearProbe(-good.weights, -good.bias)
+    made = iter([(good, None), (bad, None), (bad, None)])
+    monkeypatch.setattr(module, "_epoch", lambda *_: next(made))
+    assert transfer_augmented(f)[0] == {"accuracy": 1, "last_accuracy": pytest.approx(0, abs=0.5), "best_epoch": 1}
+
+
+def test_an_epoch_is_adamw_written_out():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 5)).astype(np.float32), np.arange(300) % 4
+    y[7] = -1
+    probe, state = module._start(5, 4, 11)
+    w, b = (np.asarray(p, np.float64) for p in probe)
+    assert np.abs(w).max() <= 5**-0.5 and np.abs(w).max() > 0.3
+    m, v, count = [0, 0], [0, 0], 0
+    for epoch in range(2):
+        probe, state = module._epoch(probe, state, x, y, epoch, 3, 11)
+        rate = 1e-3 * (1 + np.cos(np.pi * epoch / 3)) / 2
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(jax.random.key(11), epoch), 300))
+        for rows in (order[:128], order[128:256]):  # the last 44 are dropped
+            logits = x[rows] @ w + b
+            p = np.exp(logits - logits.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
+            known = y[rows] >= 0
+            g = np.where(known[:, None], p - np.eye(4)[y[rows]], 0) / known.sum()
+            count += 1
+            for i, grad in enumerate((x[rows].T @ g, g.sum(0))):
+                m[i] = 0.9 * m[i] + 0.1 * grad
+                v[i] = 0.999 * v[i] + 0.001 * grad**2
+                step = m[i] / (1 - 0.9**count) / (np.sqrt(v[i] / (1 - 0.999**count)) + 1e-8)
+                value = (w, b)[i]
+                value -= rate * (step + 0.01 * value)
+    np.testing.assert_allclose(probe.weights, w, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(probe.bias, b, rtol=1e-4, atol=1e-6)
