@@ -14,6 +14,7 @@ from jax import lax
 from jaxcl.data import Source
 from jaxcl.data.label_levels import coarse_of_fine
 from jaxcl.evaluate.base import Figures, LeftOut, accuracy
+from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import LinearProbe, fit_linear_probe, probe_logits
 from jaxcl.losses import cross_entropy
 
@@ -31,17 +32,27 @@ def transfer(f: "Frozen") -> tuple[Figures, dict]:
     it is the ceiling that transfer can reach.
 
     Figures: "accuracy" on the fine labels; "coarse_accuracy" of the coarse class of the predicted fine one;
-    "balanced_accuracy", the mean over the fine classes of the test images.
+    "balanced_accuracy", the mean over the fine classes of the test images; "knn_accuracy" on the fine labels by
+    weighted nearest neighbours (`eval.knn_k`), which, unlike the probe, cannot amplify directions of little variance.
     """
     fine, coarse = _levels(f.source("train"), "training")
     test_fine, test_coarse = _levels(f.test, "test")
     names = f.test.fine_names or f.test.class_names
     probe = fit_linear_probe(f.features("train"), fine, num_classes=len(names))
     predicted = np.asarray(probe_logits(probe, f.features("test"))).argmax(-1)
+    neighbours = knn_predict(
+        f.features("train"),
+        fine,
+        f.features("test"),
+        k=f.options.knn_k,
+        temperature=f.options.knn_temperature,
+        num_classes=len(names),
+    )
     figures = {
         "accuracy": accuracy(predicted, test_fine),
         "coarse_accuracy": accuracy(coarse_of_fine(fine, coarse, len(names))[predicted], test_coarse),
         "balanced_accuracy": balanced_accuracy(predicted, test_fine),
+        "knn_accuracy": accuracy(np.asarray(neighbours).argmax(-1), test_fine),
     }
     panel: dict[str, Any] = {
         "features": f.features("test")[:SHOWN],

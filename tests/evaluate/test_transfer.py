@@ -37,7 +37,8 @@ def source(fine, *, labels="coarse", levels=True):
 def frozen(features, fine, test_features, test_fine, **options):
     sources = {"train": source(fine, **options), "test": source(test_fine, **options)}
     by_split = {"train": features, "test": test_features}
-    return SimpleNamespace(source=sources.get, test=sources["test"], features=by_split.get)
+    options = SimpleNamespace(knn_k=5, knn_temperature=0.1)
+    return SimpleNamespace(source=sources.get, test=sources["test"], features=by_split.get, options=options)
 
 
 def data(collapsed, seed=0):
@@ -54,10 +55,11 @@ def data(collapsed, seed=0):
 @pytest.mark.parametrize("labels", ["coarse", "fine"])
 def test_what_is_kept_and_what_is_lost(labels):
     figures, panels = transfer(frozen(*data(collapsed=False), labels=labels))
-    assert figures == {"accuracy": 1, "coarse_accuracy": 1, "balanced_accuracy": 1}
+    assert figures == {"accuracy": 1, "coarse_accuracy": 1, "balanced_accuracy": 1, "knn_accuracy": 1}
     figures, panels = transfer(frozen(*data(collapsed=True), labels=labels))
     assert figures["coarse_accuracy"] == 1  # within a coarse class the fine one is a guess
     assert 0.3 < figures["accuracy"] < 0.7 and figures["balanced_accuracy"] == pytest.approx(figures["accuracy"])
+    assert 0.3 < figures["knn_accuracy"] < 0.7
     panel = panels["transfer"]
     np.testing.assert_array_equal(panel["labels"], data(True)[3])
     np.testing.assert_array_equal(panel["coarse"], OF_CLASS[panel["labels"]])
