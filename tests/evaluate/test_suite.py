@@ -35,7 +35,7 @@ OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
 
 
 def source(split, labelled=True, side=tiny.SIDE):
-    part = tiny.batch({"train": 48, "test": 20}[split], seed=len(split), side=side)
+    part = tiny.batch({"train": 48, "test": 20, "validation": 20}[split], seed=len(split), side=side)
     return Source(
         images=part["image"],
         labels=part["label"] if labelled else np.full_like(part["label"], -1),
@@ -47,13 +47,22 @@ def source(split, labelled=True, side=tiny.SIDE):
 
 
 def evaluation(
-    *, probe=True, train_labels=True, test_labels=True, final=EVERYTHING, report=False, sources=source, **options
+    *,
+    probe=True,
+    train_labels=True,
+    test_labels=True,
+    final=EVERYTHING,
+    report=False,
+    sources=source,
+    validation=0.0,
+    **options,
 ):
     """-> (evaluation, state on two devices, mesh)."""
     c = tiny.config(stage=False)
     c.eval.final, c.eval.batch_size, c.eval.knn_k, c.eval.tap, c.report = final, 16, 5, "stage1", report
     c.eval.quick, c.eval.fgsm, c.eval.pgd, c.eval.logistic_epochs = (), (8,), (8,), 12
     c.eval.update(options)
+    c.data.validation = validation
     if not probe:
         del c.memory.probe
         c.terms.supcon.labels = False
@@ -62,9 +71,9 @@ def evaluation(
     state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), sharding.replicated(mesh))
 
     def make_source(split):
-        if split != "test":
+        if split not in ("test", "validation"):
             raise UserError(f"no split {split}")
-        return sources("test", test_labels)
+        return sources(split, test_labels)
 
     return Evaluation(c, recipe, train=sources("train", train_labels), make_source=make_source), state, mesh
 
@@ -223,6 +232,24 @@ def test_explanations_need_no_labels_but_their_pictures_do():
 def test_labels_without_a_classifier():
     e, state, mesh = evaluation(probe=False, final=("knn", "linear", "classifier", "pgd"))
     assert set(e.final(state, mesh)[0]) == {"knn", "linear"}
+
+
+def test_the_split_of_the_final_suite():
+    """The validation images may be what the last figures are of; which then are not those of the test images."""
+    figures = {}
+    for split in ("test", "validation"):
+        e, state, mesh = evaluation(final=("linear", "collapse"), validation=0.2, split=split)
+        figures[split] = e.final(state, mesh)[0]
+        fitted = fit_linear_probe(encoded(e, state, "train")[0], source("train").labels, num_classes=4)
+        right = np.argmax(probe_logits(fitted, encoded(e, state, split)[0]), 1) == source(split).labels
+        assert figures[split]["linear"]["accuracy"] == pytest.approx(right.mean())
+    assert figures["test"]["collapse"] != figures["validation"]["collapse"]
+    for options, message in (
+        (dict(split="validation"), "eval.split is 'validation', but nothing is held out; set data.validation"),
+        (dict(split="train"), "eval.split is 'train'; expected 'test' or 'validation'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation(**options)
 
 
 # ---- two levels of labels, groups, collapse
