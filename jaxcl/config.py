@@ -46,7 +46,8 @@ def default() -> ConfigDict:
     c.devices = 0  # 0: all there are
 
     c.data = ConfigDict()
-    c.data.source = "garments"  # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME
+    # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME, folder:PATH, csv:PATH, waterbirds:PATH, celeb_a:PATH
+    c.data.source = "garments"
     c.data.validation = 0.0  # share of the training set held out; evaluation then selects on it, not on the test set
     c.data.validation_split = "balanced"  # class by class; or "released", as Thanos's code splits
     c.data.limit = 0  # use only this many training images, class-balanced; 0: all
@@ -58,6 +59,14 @@ def default() -> ConfigDict:
     c.data.tfds = ConfigDict()
     c.data.tfds.data_dir = ""  # where the prepared folders are; "": TFDS's own default
     c.data.tfds.image_size = 0  # resize to this side when images differ in shape
+    c.data.tfds.label = ""  # the feature that labels an image, if not the usual one: an attribute such as Blond_Hair
+    c.data.tfds.group = ""  # a feature that divides every class into groups, such as Male
+    c.data.files = ConfigDict()  # of folder, csv, waterbirds and celeb_a
+    c.data.files.image_size = 0  # side after resizing; 0: as they are if all alike and at most 256, otherwise 64
+    c.data.on_bad_image = "raise"  # of files that cannot be read; "skip": train without them
+    c.data.celeb_a = ConfigDict()
+    c.data.celeb_a.target = "Blond_Hair"  # the attribute that is the class
+    c.data.celeb_a.group = "Male"  # the one that divides each class into groups
     c.data.prefetch = 2  # batches on the way to the devices
 
     c.model = model("resnet")  # the main encoder
@@ -221,7 +230,8 @@ def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """UserError for a key that no config has; a config file, unlike the command line, can set any."""
     known = default()
-    for part in ("", "data", "data.garments", "data.tfds", "grad_cache", "eval", "checkpoint"):
+    data = [f"data.{part}" for part in ("garments", "tfds", "files", "celeb_a")]
+    for part in ("", "data", *data, "grad_cache", "eval", "checkpoint"):
         node, names = config, known
         for name in part.split(".") if part else ():
             node, names = node[name], names[name]

@@ -2,6 +2,6 @@
 
 from jaxcl.data.from_config import source_of
 from jaxcl.data.loader import Loader, batches
-from jaxcl.data.sources import Source, make_source
+from jaxcl.data.sources import Source, has_own_validation, make_source
 
-__all__ = ["Loader", "Source", "batches", "make_source", "source_of"]
+__all__ = ["Loader", "Source", "batches", "has_own_validation", "make_source", "source_of"]

@@ -5,15 +5,21 @@ from ml_collections import ConfigDict
 from jaxcl.data.base import Source
 from jaxcl.data.sources import make_source
 
+FILES = ("folder", "csv", "waterbirds", "celeb_a")  # kinds that read image files
+
 
 def source_of(config: ConfigDict, split: str) -> Source:
     """A split of `config.data`. Errors: UserError, as `make_source`."""
     data = config.data
     # The options of the kind of source in use; those of the others lie idle in the config.
     kind = data.source.partition(":")[0]
-    options = dict(data[kind]) if kind in ("garments", "tfds") else {}
-    if kind == "tfds":
-        options = {k: v or None for k, v in options.items()}  # empty: TFDS's own default
+    options = dict(data[kind]) if kind in ("garments", "tfds", "celeb_a") else {}
+    if kind in FILES:
+        options |= data.files
+    if kind != "garments":
+        options = {k: v or None for k, v in options.items()}  # empty: the kind's own default
+    if kind in FILES:
+        options["on_bad_image"] = data.on_bad_image
     return make_source(
         data.source,
         split=split,

@@ -79,14 +79,15 @@ def at_level(source: Source, labels: str, *, spec: str) -> Source:
     """
     if labels not in ("fine", "coarse"):
         raise UserError(f"labels={labels!r} must be 'fine' or 'coarse'")
+    if labels == "coarse" and not source.coarse_names:
+        raise UserError(
+            f"{spec} has no second level of labels; use labels='fine', or an npz file with coarse_labels or a csv"
+            " file with a column coarse"
+        )
+    if not source.in_memory:
+        return source.coarse() if labels == "coarse" else source
     cue = source.extras.get("cue")
     if labels == "coarse":
-        if not source.coarse_names:
-            raise UserError(
-                f"{spec} has no second level of labels; use labels='fine', or an npz file with an array coarse_labels"
-            )
-        if not source.in_memory:
-            return source.coarse()
         cue = source.extras.get("coarse_cue")
         source = dataclasses.replace(
             source,

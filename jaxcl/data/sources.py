@@ -20,6 +20,10 @@ KINDS = {
     "npz": ("jaxcl.data.npz", True, "npz:PATH"),
     "cifar": ("jaxcl.data.cifar", True, "cifar:PATH"),
     "tfds": ("jaxcl.data.tfds", True, "tfds:NAME"),
+    "folder": ("jaxcl.data.folder", True, "folder:PATH"),
+    "csv": ("jaxcl.data.csv_file", True, "csv:PATH"),
+    "waterbirds": ("jaxcl.data.waterbirds", True, "waterbirds:PATH"),
+    "celeb_a": ("jaxcl.data.celeb_a", True, "celeb_a:PATH"),
 }
 
 
@@ -45,16 +49,21 @@ def make_source(
         2,000), "npz:PATH" (arrays `images` and optionally `labels`, or train_images / train_labels /
         test_images / test_labels; a file without a test part gives up a fixed tenth of every class as test,
         whatever the seed), "cifar:PATH" (the folder of CIFAR-10 or CIFAR-100, python or binary version),
-        "tfds:NAME" (a prepared TFDS folder; options `data_dir`, `image_size`).
+        "tfds:NAME" (a prepared TFDS folder; options `data_dir`, `image_size`, and `label` and `group`, which name
+        attributes). Of image files, with the options `image_size` and `on_bad_image`, local or remote ("gs://..."):
+        "folder:PATH" (one folder a class, or one without labels; in train/ and test/ or val/, or else tested on a fixed
+        tenth), "csv:PATH" (path,label[,coarse][,group][,split]), "waterbirds:PATH" and "celeb_a:PATH" (as published;
+        extras["group"]; options of celeb_a: `target`, `group`).
       split: "train", "test" or "validation"; garments has "test_shifted" and "cue_conflict" too.
       seed: of the hold-out and of the cut-down choice.
       validation: fraction of every class of the training part that is held out: split="train" is without it,
-        split="validation" is it. In [0, 1).
+        split="validation" is it. In [0, 1). At 0, split="validation" is the validation part that tfds, folder, csv,
+        waterbirds and celeb_a may have besides their test part; nothing of it is ever trained on.
       limit: at most so many examples, a seeded class-balanced choice.
       labels: "fine", or "coarse": the coarse classes become the labels and the fine ones extras["fine"], for
         garments and fashion_mnist (10 -> 4), CIFAR-10 (2), CIFAR-100 (20), tfds:mnist (2), a tfds:tiny_imagenet (67
-        ids, of which 52 occur) and npz files with coarse_labels. The images are the same ones: hold-out, limit and
-        imbalance always go by the fine classes.
+        ids, of which 52 occur), npz files with coarse_labels and csv files with a column coarse. The images are the
+        same ones: hold-out, limit and imbalance always go by the fine classes.
       validation_split: "balanced", or "released": the one seeded permutation (torch.randperm, seed 42) of which the
         released code of Thanos holds out the end, not balanced over classes and the same whatever `seed`.
       imbalance: "", or "cifar100u": of the five classes of each superclass of CIFAR-100, in the order of their
@@ -76,9 +85,6 @@ def make_source(
         raise UserError(f"validation={validation} must be a fraction from 0 up to, not including, 1")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} must be at least 1")
-    if split == "validation" and not validation:
-        raise UserError("split='validation' is held out of the training part: set validation, for example 0.2")
-
     if validation_split not in ("balanced", "released"):
         raise UserError(f"validation_split={validation_split!r} must be 'balanced' or 'released'")
     if imbalance not in ("", "cifar100u"):
@@ -89,6 +95,9 @@ def make_source(
     if split not in splits:
         raise UserError(f"unknown split {split!r} of {spec}; known: {', '.join(splits)}")
     _check_options(spec, reader.load, options)
+    own = has_own_validation(spec)
+    if split == "validation" and not (validation or own):
+        raise UserError("split='validation' is held out of the training part: set validation, for example 0.2")
     select = selector(
         split=split,
         validation=validation,
@@ -99,10 +108,18 @@ def make_source(
         counts=cifar100u() if imbalance else None,
     )
     arguments = (argument,) if wants_argument else ()
+    if own:  # which part of the set the split is taken from
+        options["part"] = "train" if split == "validation" and validation else split
     source = reader.load(*arguments, split=split, select=select, **options)
     if imbalance and (source.num_classes != 100 or not source.in_memory):
         raise UserError(f"{spec}: imbalance='cifar100u' is for CIFAR-100, and this has {source.num_classes} classes")
     return at_level(source, labels, spec=spec)
+
+
+def has_own_validation(spec: str) -> bool:
+    """Whether a set of this kind may have a validation part of its own; only reading it tells."""
+    module = KINDS.get(spec.partition(":")[0], ("",))[0]
+    return bool(module) and getattr(import_module(module), "OWN_VALIDATION", False)
 
 
 def cifar100u() -> np.ndarray:
@@ -116,7 +133,7 @@ def cifar100u() -> np.ndarray:
 
 def _check_options(spec: str, load: Callable, options: dict) -> None:
     parameters = inspect.signature(load).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("split", "select")]
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("split", "part", "select")]
     for option in options:
         if option not in names:
             raise UserError(f"unknown option {option!r} of data source {spec}; known: {', '.join(names) or 'none'}")

@@ -1,86 +1,50 @@
 """`tfds:NAME`: a prepared TensorFlow Datasets folder, read from ArrayRecord without TensorFlow."""
 
-import copy
 import io
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jaxcl.data import hashing
-from jaxcl.data.base import TEST_PART, Select, Source, hold_out, moments
+from jaxcl.data.base import TEST_PART, Select, Source, hold_out
 from jaxcl.data.cifar import MOMENTS
+from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, in_threads, source_in_memory
+from jaxcl.data.images import check_size, resize_and_crop
 from jaxcl.data.label_levels import known_level
 from jaxcl.errors import UserError
 
-IN_MEMORY_BYTES = 2**30  # sets that fit are decoded once
-SAMPLE = 2000  # training images from which mean and standard deviation of other sets are estimated
-_THREADS = 8  # Pillow decodes outside the interpreter lock
+OWN_VALIDATION = True  # split="validation" without a hold-out is the set's own
 
 
-class RecordSource:
-    """A set that stays on disk: every batch is read and decoded when it is asked for.
+class Records(Reader):
+    """The examples of one TFDS split."""
 
-    It has the attributes of `Source`, except that neither images nor labels nor extras are held.
-    """
-
-    in_memory = False
-    fine_names: tuple[str, ...] = ()
-    group_names: tuple[str, ...] = ()
-
-    def __init__(self, reader: "Reader", rows: np.ndarray, mean, std, *, name: str, split: str):
-        self._reader, self._rows, self._column = reader, rows, 1
-        self.image_shape = reader.image_shape
-        self.class_names, self.coarse_names = reader.class_names, reader.coarse_names
-        self.num_classes = len(reader.class_names)
-        self.labelled = reader.labelled
-        self.mean, self.std, self.name, self.split = mean, std, name, split
-        self.extras: dict[str, np.ndarray] = {}
-
-    def coarse(self) -> "RecordSource":
-        """The same set labelled with its coarse classes."""
-        other = copy.copy(self)
-        other._column = 2
-        other.class_names, other.num_classes = self.coarse_names, len(self.coarse_names)
-        other.fine_names = self.class_names
-        return other
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows `indices` [B] as {"image" uint8 [B,H,W,C], "label" int32 [B], "index" int32 [B]}."""
-        indices = np.asarray(indices)
-        read = [self._reader(row) for row in self._rows[indices]]
-        return {
-            "image": np.stack([row[0] for row in read]),
-            "label": np.array([row[self._column] for row in read], np.int32),
-            "index": indices.astype(np.int32),
-        }
-
-
-class Reader:
-    """Row of one TFDS split -> (image uint8 [H,W,3], label, coarse label), -1 where there is none."""
-
-    def __init__(self, builder: Any, split: str, image_size: int | None, spec: str):
+    def __init__(
+        self, builder: Any, split: str, image_size: int | None, spec: str, label: str | None, group: str | None
+    ):
         self._spec, self._size = spec, image_size
         features = builder.info.features
         if not hasattr(features, "keys"):
             raise UserError(f"{spec} has no named features; expected an image and, optionally, a label")
         kinds = {key: type(feature).__name__ for key, feature in features.items()}
         image = "image" if kinds.get("image") == "Image" else _first(kinds, "Image")
-        self._label = "label" if kinds.get("label") == "ClassLabel" else _first(kinds, "ClassLabel")
         if image is None:
             raise UserError(f"{spec} holds no images; its features are {', '.join(kinds)}")
         self._image = image
-        self._coarse = "coarse_label" if kinds.get("coarse_label") == "ClassLabel" else None
-        self.labelled = self._label is not None
-        self.class_names = tuple(features[self._label].names) if self.labelled else ()
-        level = None if self._coarse else known_level(builder.name, self.class_names)
+        usual = "label" if kinds.get("label") == "ClassLabel" else _first(kinds, "ClassLabel")
+        self._label, self.class_names = _attribute(features, label or usual, spec, "label")
+        self._group, values = _attribute(features, group, spec, "group")
+        self._values = len(values)
+        if group and not self._label:
+            raise UserError(f"{spec} has no classes to divide into groups; set label, for example label=Blond_Hair")
+        self.group_names = tuple(f"{name}, {value}" for name in self.class_names for value in values)
+        coarse = "coarse_label" if kinds.get("coarse_label") == "ClassLabel" else None
+        self._coarse, self.coarse_names = _attribute(features, coarse, spec, "coarse")
+        level = None if coarse or label else known_level(builder.name, self.class_names)
         self._coarse_of_class = level.of_class if level else None
-        self.coarse_names = tuple(features[self._coarse].names) if self._coarse else level.names if level else ()
+        self.coarse_names = level.names if level else self.coarse_names
 
         shape = features[image].shape
         if image_size is None and None in shape[:2]:
@@ -100,50 +64,62 @@ class Reader:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __call__(self, row: int) -> tuple[np.ndarray, int, int]:
+    def __call__(self, row: int) -> Row:
+        return self._read(row, self._decode)
+
+    def block(self, rows: np.ndarray) -> Sequence[Row]:
+        try:  # many records at once are read faster than one by one
+            return [self._decode(example) for example in self._records.__getitems__([int(row) for row in rows])]
+        except Exception:  # one of them; reading singly says which
+            return super().block(rows)
+
+    def columns(self, rows: np.ndarray) -> np.ndarray:
+        out = np.empty((len(COLUMNS), len(rows)), np.int32)
+
+        def read(begin: int, end: int) -> None:
+            for i in range(begin, end):
+                out[:, i] = self._read(rows[i], self._known)
+
+        in_threads(read, len(rows))
+        return out
+
+    def _read(self, row: int, what):
         try:
-            return self._decode(self._records[int(row)])
+            return what(self._records[int(row)])
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
                 f"{self._spec}: example {int(row)} cannot be read ({why}); prepare the set again"
             ) from error
 
-    def _decode(self, example: dict) -> tuple[np.ndarray, int, int]:
+    def _decode(self, example: dict) -> Row:
         with Image.open(io.BytesIO(example[self._image])) as encoded:
-            image = np.asarray(encoded.convert("RGB"))
-        if self._size:
-            image = resize_and_crop(image, self._size)
+            rgb = encoded.convert("RGB")
+        image = resize_and_crop(rgb, self._size) if self._size else np.asarray(rgb)
         if image.shape != self.image_shape:
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}")
-        label = int(example[self._label]) if self._label else -1
-        coarse = int(example[self._coarse]) if self._coarse else -1
+        return image, self._known(example)
+
+    def _known(self, example: dict) -> tuple[int, int, int]:
+        label = _value(example, self._label)
+        coarse = _value(example, self._coarse)
         if self._coarse_of_class is not None and label >= 0:
             coarse = int(self._coarse_of_class[label])
-        return image, label, coarse
-
-    def read_all(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Decodes `rows` in threads: images uint8 [N,H,W,3], labels int32 [N], coarse int32 [N]."""
-        images = np.empty((len(rows), *self.image_shape), np.uint8)
-        labels = np.empty((2, len(rows)), np.int32)
-
-        def read(begin: int) -> None:
-            part = range(begin, min(begin + 256, len(rows)))
-            try:  # many records at once are read faster than one by one
-                decoded = [self._decode(e) for e in self._records.__getitems__([int(rows[i]) for i in part])]
-            except Exception:  # one of them; reading singly says which
-                decoded = [self(rows[i]) for i in part]
-            for i, (image, label, coarse) in zip(part, decoded, strict=True):
-                images[i], labels[0, i], labels[1, i] = image, label, coarse
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(read, range(0, len(rows), 256)))
-        return images, labels[0], labels[1]
+        value = _value(example, self._group)
+        return label, coarse, self._values * label + value if label >= 0 and value >= 0 else -1
 
 
 def load(
-    name: str, *, split: str, select: Select, data_dir: str | None = None, image_size: int | None = None
-) -> Source | RecordSource:
+    name: str,
+    *,
+    split: str,
+    part: str,
+    select: Select,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    label: str | None = None,
+    group: str | None = None,
+) -> Source | DiskSource:
     """Reads a set that TFDS has prepared in ArrayRecord form.
 
     Sets of up to 1 GiB of pixels are decoded once into memory; larger ones stay on disk, and as their labels
@@ -151,62 +127,45 @@ def load(
 
     Args:
       name: as TFDS writes it, "cifar10" or "imagenet2012:5.1.0".
-      split: "test" is the validation part of a set whose test part is missing or unlabelled; a set with a
-        training part only gives up a fixed tenth of it.
+      part: "train", "test" or "validation": of the set, which `split` is taken from. "test" is the validation part of
+        a set whose test part is missing or unlabelled; a set with a training part only gives up a fixed tenth of it.
       data_dir: where it was prepared; default $TFDS_DATA_DIR, then TFDS's own default.
       image_size: side to which images are resized (bilinear with antialiasing, shorter side, then a centre
         crop); required for sets whose images differ in size.
+      label: the feature that labels an image, if not the usual one: classes, or a yes or no such as Blond_Hair among
+        the attributes of celeb_a.
+      group: a feature of the same kind that divides every class into groups: extras["group"] = values * label + value.
     """
     spec = f"tfds:{name}"
-    if image_size is not None and image_size < 1:
-        raise UserError(f"{spec}: image_size={image_size} must be at least 1")
+    check_size(spec, image_size)
     builder = _builder(name, data_dir)
-    reader_of = {part: Reader(builder, part, image_size, spec) for part in _parts(builder, spec)}
-    train, test = reader_of.get("train"), _test_part(reader_of)
-    wanted = test if split == "test" and test else train
-    in_memory = len(wanted) * int(np.prod(wanted.image_shape)) <= IN_MEMORY_BYTES
+    reader_of = {p: Records(builder, p, image_size, spec, label, group) for p in _parts(builder, spec)}
+    train, test = reader_of["train"], _test_part(reader_of)
+    own = reader_of.get("validation") if test is not reader_of.get("validation") else None
+    wanted = {"train": train, "test": test or train, "validation": own}[part]
+    if wanted is None:
+        raise UserError(f"{spec} has no validation part besides its test part; set validation, for example 0.2")
 
+    in_memory = wanted.fits(len(wanted))
     if in_memory:
-        images, labels, coarse = wanted.read_all(np.arange(len(wanted)))
+        images, columns = wanted.read_all(np.arange(len(wanted)))
+        labels = columns[0]
     else:
         labels = np.full(len(wanted), -1, np.int32)
     kept = np.arange(len(wanted))
     if test is None:
         held = hold_out(labels, 0.1, seed=0, stream=TEST_PART)
-        kept = np.flatnonzero(held if split == "test" else ~held)
+        kept = np.flatnonzero(held if part == "test" else ~held)
     rows = kept[select(labels[kept])]
 
     if builder.name in ("cifar10", "cifar100") and not image_size:
         mean, std = MOMENTS[10 if builder.name == "cifar10" else 100]
     else:
-        sample = np.sort(hashing.order(0, 0, len(train))[:SAMPLE])
-        mean, std = moments(images[sample] if in_memory and wanted is train else train.read_all(sample)[0])
+        mean, std = train.moments(np.arange(len(train)))
+    about = dict(mean=mean, std=std, name=spec, split=split)
     if not in_memory:
-        return RecordSource(wanted, rows, mean, std, name=spec, split=split)
-    return Source(
-        images=images[rows],
-        labels=labels[rows],
-        class_names=wanted.class_names,
-        mean=mean,
-        std=std,
-        extras={"coarse": coarse[rows]} if wanted.coarse_names else {},
-        coarse_names=wanted.coarse_names,
-        name=spec,
-        split=split,
-    )
-
-
-def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size` (bilinear, antialiased), then the centre: uint8 [H,W,3] -> [size,size,3]."""
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
-        return image
-    scale = size / min(height, width)
-    shape = max(size, round(width * scale)), max(size, round(height * scale))
-    # Pillow widens the bilinear filter when it shrinks an image: that is the antialiasing.
-    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR))
-    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
-    return resized[top : top + size, left : left + size]
+        return DiskSource(reader=wanted, rows=rows, **about)
+    return source_in_memory(wanted, images, columns, **about).take(rows)
 
 
 def _builder(name: str, data_dir: str | None):
@@ -249,13 +208,41 @@ def _parts(builder, spec: str) -> list[str]:
     return parts
 
 
-def _test_part(readers: dict[str, Reader]) -> Reader | None:
+def _test_part(readers: dict[str, Records]) -> Records | None:
     """The labelled test part, otherwise the validation part, otherwise the test part as it is."""
     test, validation = readers.get("test"), readers.get("validation")
-    if test and validation and test.labelled and len(test) and test(0)[1] < 0:
+    if test and validation and test.class_names and len(test) and test.columns(np.arange(1))[0, 0] < 0:
         return validation
     return test or validation
 
 
 def _first(kinds: dict[str, str], kind: str) -> str | None:
     return next((key for key, k in kinds.items() if k == kind), None)
+
+
+def _attribute(features, name: str | None, spec: str, option: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A feature by its name, or one level below (celeb_a's attributes): where it is, and what its values are called."""
+    if not name:
+        return (), ()
+    inner = {k: f for k, f in features.items() if hasattr(f, "keys")}
+    places = [(name,)] * (name in features) + [(k, name) for k, f in inner.items() if name in f]
+    if not places:
+        known = [k for k in features if k not in inner] + [k for f in inner.values() for k in f]
+        raise UserError(f"{spec} has no feature {name!r} for {option}; its features are {', '.join(known)}")
+    feature = features
+    for key in places[0]:
+        feature = feature[key]
+    if type(feature).__name__ == "ClassLabel":
+        return places[0], tuple(feature.names)
+    if feature.shape == () and np.dtype(feature.np_dtype) == bool:
+        return places[0], (f"not {name}", name)
+    raise UserError(f"{spec}: {option}={name!r} is {type(feature).__name__}; expected classes, or a yes or no")
+
+
+def _value(example: dict, place: tuple[str, ...]) -> int:
+    """The number at a place of an example, -1 where there is no such place."""
+    if not place:
+        return -1
+    for key in place:
+        example = example[key]
+    return int(example)

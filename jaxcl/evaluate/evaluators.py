@@ -78,7 +78,7 @@ def raw_pixels(f: "Frozen") -> tuple[Figures, dict]:
     """The same regression on the pixels themselves, with a penalty that suits them: what an encoder has to beat."""
     needs_labels(f, "train", "test")
     train = f.source("train")
-    if not train.in_memory:
+    if not (train.in_memory and f.test.in_memory):
         return {}, {}
     flat = [np.asarray(s.images, np.float32).reshape(len(s), -1) / 255 for s in (train, f.test)]
     probe = fit_linear_probe(flat[0], train.labels, num_classes=f.recipe.num_classes, l2=1.0, max_steps=60)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxcl import sharding
 from jaxcl.augment import standard_view
-from jaxcl.data import Source, batches
+from jaxcl.data import Source, batches, has_own_validation
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Figures, LeftOut
 from jaxcl.evaluate.evaluators import EVALUATORS
@@ -46,7 +46,7 @@ def check_split(where: str, split: str, config: ConfigDict) -> None:
     """UserError for a split that figures cannot be measured on."""
     if split not in ("test", "validation"):
         raise UserError(f"{where} is {split!r}; expected 'test' or 'validation'")
-    if split == "validation" and not config.data.validation:
+    if split == "validation" and not (config.data.validation or has_own_validation(config.data.source)):
         raise UserError(f"{where} is 'validation', but nothing is held out; set data.validation, for example to 0.1")
 
 
@@ -67,6 +67,8 @@ class Evaluation:
         self._train, self._make_source = train, make_source
         self.selects_on = "validation" if config.data.validation else "test"
         self._sources: dict[str, Source | None] = {"train": train}
+        if config.eval.split == "validation" and not config.data.validation:
+            self.source("validation")  # now, as only reading the data tells whether there is one
         self._compiled: dict[Any, Callable] = {}
         self._said: set[str] = set()
 

@@ -316,7 +316,7 @@ def worst_group(f: "Frozen") -> tuple[Figures, dict]:
     needs_labels(f, "train", "test")
     train = f.source("train")
     if not all((s.extras.get("group", np.array([-1])) >= 0).any() for s in (train, f.test)):
-        raise LeftOut("the data has no groups (garments with spurious above 0 has, and npz files with groups)")
+        raise LeftOut("the data has no groups (those with some: spurious garments, waterbirds, celeb_a, npz, csv)")
     features, test = f.features("train"), f.features("test")
     pseudo = find_groups(features, train.labels, seed=f.recipe.seed)
     robust = group_dro(features, train.labels, pseudo, num_classes=f.recipe.num_classes, seed=f.recipe.seed)

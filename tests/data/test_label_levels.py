@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from jaxcl.data import base, make_source
-from jaxcl.data import tfds as record_reader
 from jaxcl.data.garments import COARSE_OF_CLASS, TEXTURE_OF_CLASS
 from jaxcl.data.label_levels import LEVELS, coarse_of_fine, known_level
 from jaxcl.data.sources import cifar100u
@@ -145,7 +144,7 @@ def test_tfds(tmp_path, monkeypatch):
     assert memory.class_names == ("digits 0-4", "digits 5-9")
     assert (memory.labels == (memory.extras["fine"] >= 5)).all()
 
-    monkeypatch.setattr(record_reader, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", 0)
     disk = {w: make_source("tfds:mnist", split="test", labels=w, **options) for w in ("fine", "coarse")}
     assert not disk["coarse"].in_memory and disk["coarse"].num_classes == 2 and disk["fine"].num_classes == 10
     assert disk["coarse"].class_names == memory.class_names and disk["coarse"].fine_names == disk["fine"].class_names

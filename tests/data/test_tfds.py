@@ -103,7 +103,7 @@ def test_coarse_labels_of_cifar100(prepared):
 
 def test_a_set_too_large_for_memory_is_read_as_it_is_asked_for(prepared, monkeypatch):
     memory = make_source("tfds:cifar10", data_dir=prepared)
-    monkeypatch.setattr(reader, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", 0)
     disk = make_source("tfds:cifar10", data_dir=prepared)
     assert not disk.in_memory and len(disk) == 24 and disk.image_shape == memory.image_shape
     for name in ("class_names", "num_classes", "mean", "std", "labelled", "name", "split", "coarse_names"):
@@ -125,7 +125,7 @@ def test_a_set_too_large_for_memory_is_read_as_it_is_asked_for(prepared, monkeyp
 
 @pytest.mark.parametrize("memory", [2**30, 0])
 def test_images_of_many_sizes_are_resized_and_a_lone_training_part_is_divided(prepared, monkeypatch, memory):
-    monkeypatch.setattr(reader, "IN_MEMORY_BYTES", memory)
+    monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", memory)
     fails("differ in size; set image_size", "tfds:tf_flowers", data_dir=prepared)
     fails("image_size=0", "tfds:tf_flowers", data_dir=prepared, image_size=0)
     train = make_source("tfds:tf_flowers", data_dir=prepared, image_size=16)
@@ -141,18 +141,6 @@ def test_validation_stands_for_an_unlabelled_test_part(prepared):
     images, labels = sort_rows(source.images, source.labels)
     expected_images, expected_labels = sort_rows(IMAGES[20:26], LABELS[20:26])
     assert (images == expected_images).all() and (labels == expected_labels).all()
-
-
-def test_resize_takes_the_shorter_side_and_the_centre():
-    x = np.zeros((40, 80, 3), np.uint8)
-    x[:, 20:60] = 200  # exactly the central square
-    out = reader.resize_and_crop(x, 10)
-    assert out.shape == (10, 10, 3) and (out[:, 1:-1] == 200).all()
-    # Antialiased: a fine checkerboard becomes an even grey, not a coarse checkerboard.
-    board = np.repeat((np.indices((64, 64)).sum(0) % 2 * 255)[..., None], 3, -1).astype(np.uint8)
-    assert np.ptp(reader.resize_and_crop(board, 16)[2:-2, 2:-2].astype(int)) < 12
-    assert reader.resize_and_crop(x[:, :40], 40) is not None
-    assert reader.resize_and_crop(np.zeros((3, 500, 3), np.uint8), 8).shape == (8, 8, 3)
 
 
 def test_an_unprepared_set_fails_at_once_with_the_command(tmp_path):
@@ -187,13 +175,13 @@ def test_damaged_example_is_named(prepared, monkeypatch):
     intact = tfds.builder("cifar10", data_dir=prepared).as_data_source(
         split="train", decoders={"image": tfds.decode.SkipDecoding()}
     )
-    given = reader.Reader.__init__
+    given = reader.Records.__init__
 
     def broken(self, *args):
         given(self, *args)
         self._records = Broken()
 
-    monkeypatch.setattr(reader.Reader, "__init__", broken)
+    monkeypatch.setattr(reader.Records, "__init__", broken)
     fails(r"example 17 cannot be read .OSError: bad block", "tfds:cifar10", data_dir=prepared)
 
 

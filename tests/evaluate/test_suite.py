@@ -262,7 +262,7 @@ def test_transfer_worst_group_and_collapse_are_of_the_frozen_features(caplog):
         assert set(e.final(state, mesh)[0]) == {"collapse"}
     assert [line.partition(", so")[0] for line in said(caplog)] == [
         "evaluation: the data has one level of labels",
-        "evaluation: the data has no groups (garments with spurious above 0 has, and npz files with groups)",
+        "evaluation: the data has no groups (those with some: spurious garments, waterbirds, celeb_a, npz, csv)",
     ]
 
     def levels(split, labelled):

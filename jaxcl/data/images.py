@@ -1,0 +1,105 @@
+"""An encoded image of any kind -> RGB of one size: uint8 [H,W,3]."""
+
+from typing import IO
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from jaxcl.errors import UserError
+
+# Opened nothing else: Pillow also knows formats that run other programs (EPS) or stand for many pictures.
+_KNOWN = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 TGA QOI".split()
+# What files of these formats are called; a file called something else is no image to `folder:PATH`.
+_SUFFIXES = """
+    .jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .tga .qoi
+"""
+SUFFIXES = frozenset(_SUFFIXES.split())
+Image.init()  # now, as plugins would otherwise load in many threads at once
+FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def shape(stream: IO[bytes]) -> tuple[int, int]:
+    """(height, width) of an upright image, from its header. Errors: whatever Pillow raises."""
+    with _open(stream) as image:
+        width, height = image.size
+        # PNG and others keep their orientation behind the pixels; it is seldom there, and `decode` minds it.
+        turned = image.format in ("JPEG", "MPO") and _orientation(image) >= 5
+        return (width, height) if turned else (height, width)
+
+
+def decode(stream: IO[bytes], size: int | None = None) -> np.ndarray:
+    """The first frame as RGB, uint8 [H,W,3], or [size,size,3] by `resize_and_crop`.
+
+    It stands as its EXIF orientation says. Greyscale is repeated, 16 bits are scaled to 8, CMYK is converted without
+    colour profiles, and what is transparent shows white.
+
+    Errors: whatever Pillow raises; ValueError for pixels that are floating-point or beyond 16 bits.
+    """
+    with _open(stream) as image:
+        if size:  # a JPEG may be decoded at 1/2, 1/4 or 1/8: at least twice the size is left to resize from
+            image.draft(None, (2 * size, 2 * size))
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        rgb = _rgb(image if turn is None else image.transpose(turn))
+        return resize_and_crop(rgb, size) if size else np.asarray(rgb)
+
+
+def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Shorter side to `size` (bilinear, antialiased), then the centre: RGB -> uint8 [size,size,3]."""
+    width, height = image.size
+    if (width, height) == (size, size):
+        return np.asarray(image)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    # Only the centre is computed, or a strip of 1 x 20,000 pixels would fill the memory on its way. Pillow widens the
+    # bilinear filter when it shrinks an image: that is the antialiasing.
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def check_size(spec: str, image_size: int | None) -> None:
+    """UserError for an option image_size that is no size."""
+    if image_size is not None and image_size < 1:
+        raise UserError(f"{spec}: image_size={image_size} must be at least 1")
+
+
+def _open(stream: IO[bytes]) -> Image.Image:
+    return Image.open(stream, formats=FORMATS)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata of an image that is otherwise good
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits, which Pillow would clip at 255."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; expected 8 or 16 bits")
+    values = np.asarray(image)
+    if values.size and not 0 <= values.min() <= values.max() < 2**16:
+        raise ValueError(f"pixels from {values.min()} to {values.max()}; expected 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
