@@ -225,8 +225,6 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
             shapes[i] = images.shape(stream)
 
     _each(header, _good(count, bad), bad)
-    if not skip:
-        _refuse(listing, bad)
     good = _good(count, bad)
     if not good:
         _refuse(listing, bad)
@@ -235,7 +233,7 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
     if size is None and (len(seen) > 1 or seen.max() > LARGEST):
         size = DEFAULT_SIZE
         sizes = f"{seen[:, 1].min()}x{seen[:, 0].min()} to {seen[:, 1].max()}x{seen[:, 0].max()}"
-        why = f" (of {sizes}; image_size sets another)"
+        why = f" (of {sizes}; data.files.image_size sets another)"
     shape = (size, size, 3) if size else (int(seen[0, 0]), int(seen[0, 1]), 3)
 
     files = Files(listing, shape, size)

@@ -60,14 +60,12 @@ def listing_of(path: str) -> files.Listing:
 
     tops = {name[0] for name in found if len(name) > 1}
     parts = {top: files.PART_OF_WORD[top.lower()] for top in tops if top.lower() in files.PART_OF_WORD}
-    if "train" not in parts.values():
-        parts = {}
-    elif set(parts) != tops:
-        if len(parts) > 1:
+    if set(parts) != tops:
+        if "train" in parts.values() and len(parts) > 1:
             stray = files.shown(min(tops - set(parts)))
             names = " and ".join(sorted(map(files.shown, parts)))
             raise UserError(f"{spec} holds {names} beside {stray}, which is no part of a set; move one or the other")
-        parts = {}  # a class of trains
+        parts = {}  # a class of trains, or of tests
     depth = 1 if parts else 0
     if parts:
         beside = len(found)
@@ -116,9 +114,11 @@ def _walk(spec: str, root: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
             what = "is a file" if os.path.exists(root) else "is not there"
             raise UserError(f"{spec}: {root} {what}; expected a folder of images or of folders of them")
         walked = os.walk(root, followlinks=True, onerror=failed)
+    base = None  # the root as the walk writes it: buckets' libraries may drop the "gs://"
     above: dict[str, frozenset] = {}  # the real folders that lead to one: links may go round in a circle
     for folder, subfolders, names in walked:
-        inside = tuple(p for p in folder[len(root) :].split("/") if p)
+        base = folder.rstrip("/") if base is None else base
+        inside = tuple(p for p in folder[len(base) :].split("/") if p)
         if any(p.startswith(".") or p in _SYSTEM for p in inside):
             subfolders.clear()
             continue

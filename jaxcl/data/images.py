@@ -7,11 +7,11 @@ from PIL import ExifTags, Image
 
 from jaxcl.errors import UserError
 
-# Opened nothing else: Pillow also knows formats that run other programs (EPS) or stand for many pictures.
-_KNOWN = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 TGA QOI".split()
+# Nothing else is opened: Pillow also knows formats that run other programs (EPS) or that any bytes may pass for (TGA).
+_KNOWN = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 QOI".split()
 # What files of these formats are called; a file called something else is no image to `folder:PATH`.
 _SUFFIXES = """
-    .jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .tga .qoi
+    .jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .qoi
 """
 SUFFIXES = frozenset(_SUFFIXES.split())
 Image.init()  # now, as plugins would otherwise load in many threads at once
@@ -46,25 +46,30 @@ def decode(stream: IO[bytes], size: int | None = None) -> np.ndarray:
     Errors: whatever Pillow raises; ValueError for pixels that are floating-point or beyond 16 bits.
     """
     with _open(stream) as image:
-        if size:  # a JPEG may be decoded at 1/2, 1/4 or 1/8: at least twice the size is left to resize from
-            image.draft(None, (2 * size, 2 * size))
+        # A JPEG may be decoded at 1/2, 1/4 or 1/8: at least twice the size is left to resize from.
+        drafted = image.draft(None, (2 * size, 2 * size)) if size else None
         image.load()
+        rgb = _rgb(image)
+        if size:
+            rgb = resize_and_crop(rgb, size, extent=drafted[1][2:] if drafted else None)
         turn = _TURNS.get(_orientation(image))
-        rgb = _rgb(image if turn is None else image.transpose(turn))
-        return resize_and_crop(rgb, size) if size else np.asarray(rgb)
+        return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
-def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter side to `size` (bilinear, antialiased), then the centre: RGB -> uint8 [size,size,3]."""
-    width, height = image.size
-    if (width, height) == (size, size):
-        return np.asarray(image)
+def resize_and_crop(image: Image.Image, size: int, *, extent: tuple[float, float] | None = None) -> Image.Image:
+    """Shorter side to `size` (bilinear, antialiased), then the centre: RGB -> size x size.
+
+    extent: width and height of the picture, where the image has a part of a pixel too many (a JPEG decoded at 1/8).
+    """
+    if image.size == (size, size):
+        return image
+    width, height = extent or image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     # Only the centre is computed, or a strip of 1 x 20,000 pixels would fill the memory on its way. Pillow widens the
     # bilinear filter when it shrinks an image: that is the antialiasing.
     box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 def check_size(spec: str, image_size: int | None) -> None:

@@ -95,7 +95,7 @@ class Records(Reader):
     def _decode(self, example: dict) -> Row:
         with Image.open(io.BytesIO(example[self._image])) as encoded:
             rgb = encoded.convert("RGB")
-        image = resize_and_crop(rgb, self._size) if self._size else np.asarray(rgb)
+        image = np.asarray(resize_and_crop(rgb, self._size) if self._size else rgb)
         if image.shape != self.image_shape:
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}")
         return image, self._known(example)

@@ -143,6 +143,40 @@ def test_validation_stands_for_an_unlabelled_test_part(prepared):
     assert (images == expected_images).all() and (labels == expected_labels).all()
 
 
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_attributes_label_and_group(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", memory)
+    features = tfds.builder_cls("celeb_a")(data_dir=str(tmp_path)).info.features
+
+    def face(i):
+        flags = {name: False for name in features["attributes"]} | {"Blond_Hair": i % 2 == 1, "Male": i % 4 >= 2}
+        numbers = {key: {name: 0 for name in features[key]} for key in ("landmarks", "identity")}
+        return {"image": np.full((218, 178, 3), 10 * i, np.uint8), "attributes": flags, **numbers}
+
+    faces = [face(i) for i in range(20)]
+    write(str(tmp_path), "celeb_a", train=faces[:12], validation=faces[12:16], test=faces[16:])
+    options = dict(data_dir=str(tmp_path), image_size=8)
+    for split, part in (("train", range(12)), ("validation", range(12, 16)), ("test", range(16, 20))):
+        source = make_source("tfds:celeb_a", split=split, label="Blond_Hair", group="Male", **options)
+        assert source.in_memory == bool(memory) and source.labelled
+        assert source.class_names == ("not Blond_Hair", "Blond_Hair")
+        batch = source.batch(np.arange(len(source)))
+        i = batch["image"][:, 4, 4, 0].astype(int) // 10
+        assert sorted(i) == list(part) and (batch["label"] == i % 2).all() and (source.labels == i % 2).all()
+        assert (source.extras["group"] == 2 * (i % 2) + (i % 4 >= 2)).all()
+        assert source.group_names[3] == "Blond_Hair, Male"
+    assert not make_source("tfds:celeb_a", **options).labelled
+    fails("has no feature 'Blond' for label; its features are image, .*Bald", "tfds:celeb_a", label="Blond", **options)
+    fails("label='landmarks' is FeaturesDict; expected classes", "tfds:celeb_a", label="landmarks", **options)
+    fails("has no classes to divide into groups; set label", "tfds:celeb_a", group="Male", **options)
+
+
+def test_a_validation_part_of_its_own(prepared):
+    fails("has no validation part besides its test part", "tfds:cifar10", data_dir=prepared, split="validation")
+    options = dict(data_dir=prepared, split="validation", image_size=32)
+    fails("has no validation part besides its test part", "tfds:imagenet2012", **options)  # it stands for the test
+
+
 def test_an_unprepared_set_fails_at_once_with_the_command(tmp_path):
     begin = time.perf_counter()
     fails(

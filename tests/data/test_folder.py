@@ -1,0 +1,160 @@
+"""folder:PATH: which images there are, their classes and parts, whatever the folder looks like."""
+
+import logging
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcl.data import folder, make_source
+from jaxcl.errors import UserError
+
+
+def fill(root, *names):
+    """Files; those with the ending of an image are one."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"some text")
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif"):
+            Image.new("RGB", (8, 8)).save(path)
+    return root
+
+
+def listed(root):
+    """-> ({name: (part, class or "")}, notes)"""
+    listing = folder.listing_of(str(root))
+    names = [*listing.class_names, ""]
+    found = zip(listing.names, listing.parts, listing.columns[0], strict=True)
+    return {name: (str(part), names[label]) for name, part, label in found}, listing.notes
+
+
+def test_one_folder_a_class_in_the_order_of_names(tmp_path):
+    fill(tmp_path, "b/2.png", "b/1.JPG", "a/x.jpeg", "B/x.png", "a/deeper/still/y.png")
+    found, notes = listed(tmp_path)
+    assert found == {
+        "B/x.png": ("train", "B"),
+        "a/deeper/still/y.png": ("train", "a"),
+        "a/x.jpeg": ("train", "a"),
+        "b/1.JPG": ("train", "b"),
+        "b/2.png": ("train", "b"),
+    }
+    assert list(found) == sorted(found) and not notes
+    assert listed(f"{tmp_path}/") == listed(f"{tmp_path}//") == (found, notes)
+    assert folder.listing_of(str(tmp_path)).class_names == ("B", "a", "b")
+
+
+def test_all_in_one_folder_has_no_labels(tmp_path):
+    source = make_source(f"folder:{fill(tmp_path, *(f'{i}.png' for i in range(10)))}")
+    assert not source.labelled and source.num_classes == 0 and (source.labels == -1).all() and len(source) == 9
+    other = fill(tmp_path / "other", *(f"photos/{i}.png" for i in range(3)))
+    assert listed(other)[1] == ("one folder of images, photos, says nothing about them: no labels",)
+    assert set(listed(other)[0].values()) == {("train", "")}
+
+
+def test_images_beside_class_folders_have_no_label(tmp_path):
+    found, notes = listed(fill(tmp_path, "a/1.png", "b/1.png", "0.png"))
+    assert found["0.png"] == ("train", "") and "1 images lie in no class folder and have no label" in notes
+
+
+@pytest.mark.parametrize("test", ["test", "val", "Valid", "validation", "testing"])
+def test_parts(tmp_path, test):
+    fill(tmp_path, "train/a/1.png", "train/b/2.png", f"{test}/a/3.png", "preview.png", "devkit/readme.txt")
+    found, notes = listed(tmp_path)
+    part = "validation" if test.lower().startswith("val") else "test"
+    assert found == {
+        "train/a/1.png": ("train", "a"),
+        "train/b/2.png": ("train", "b"),
+        f"{test}/a/3.png": (part, "a"),
+    }
+    assert f"1 images beside {', '.join(sorted(('train', test)))} are left alone" in notes
+
+
+def test_parts_without_classes(tmp_path):
+    found, _ = listed(fill(tmp_path, "train/1.png", "train/2.png", "test/3.png"))
+    assert set(found.values()) == {("train", ""), ("test", "")}
+
+
+def test_train_may_be_a_class(tmp_path):
+    fill(tmp_path, "car/1.png", "plane/2.png", "train/3.png")
+    assert folder.listing_of(str(tmp_path)).class_names == ("car", "plane", "train")
+    fill(tmp_path, "test/4.png")
+    with pytest.raises(UserError, match="holds test and train beside car, which is no part of a set"):
+        folder.listing_of(str(tmp_path))
+
+
+def test_what_is_left_alone(tmp_path):
+    fill(tmp_path, "a/1.png", "b/2.png", "b/notes.txt", "a/raw.heic", "a/none", "a/.hidden.png", "a/._1.png")
+    fill(tmp_path, ".git/3.png", "__MACOSX/a/4.png", "b/@eaDir/5.png", "a/.ipynb_checkpoints/6.png", "c/only.txt")
+    (tmp_path / "d").mkdir()
+    found, notes = listed(tmp_path)
+    assert list(found) == ["a/1.png", "b/2.png"]
+    assert notes[0].startswith("4 other files are left alone (.txt, ") and ".heic" in notes[0]
+    assert notes[1] == "no image in c, d, which is left out as a class"
+    with pytest.raises(UserError, match="holds no images; 1 other files are left alone .*txt"):
+        make_source(f"folder:{tmp_path / 'c'}")
+
+
+def test_notes_are_said_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "jaxcl")
+    fill(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(5)), "a/x.txt")
+    for split in ("train", "test"):
+        make_source(f"folder:{tmp_path}", split=split)
+    line = f"folder:{tmp_path}: 10 images, 2 classes, each 8x8; 1 other files are left alone (.txt)"
+    assert caplog.messages == [line]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system takes UTF-8 only")
+def test_odd_names(tmp_path):
+    fill(tmp_path, "猫/ü ñ'\".png", "a:b, c/%20#.png", "-x/--y.png", "new\nline/x.png")
+    odd = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(odd)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    os.rename(tmp_path / "one.png", os.path.join(odd, b"\xff.png"))
+    source = make_source(f"folder:{tmp_path}")
+    assert set(source.class_names) == {"猫", "a:b, c", "-x", r"new\nline", r"caf\xe9"}
+    assert len(source) + len(make_source(f"folder:{tmp_path}", split="test")) == 5
+    "".join(source.class_names).encode()  # the report is written as UTF-8
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    fill(tmp_path, "elsewhere/1.png", "elsewhere/2.png", "set/b/3.png")
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "b" / "4.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "set" / "b" / "round").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    found, _ = listed(tmp_path / "set")
+    assert list(found) == ["a/1.png", "a/2.png", "b/3.png", "b/4.png"]
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert listed(tmp_path / "link")[0] == found
+
+
+def test_no_folder(tmp_path, monkeypatch):
+    fill(tmp_path, "a.png")
+    for path, match in (("nowhere", "is not there; expected a folder"), ("a.png", "is a file; expected a folder")):
+        with pytest.raises(UserError, match=match):
+            make_source(f"folder:{tmp_path / path}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(folder.listing_of("~").paths) == 1
+    monkeypatch.setattr(
+        os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", path))
+    )
+    with pytest.raises(UserError, match=r"cannot be read \(permission denied\)"):
+        make_source(f"folder:{tmp_path}")
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    fill(tmp_path, *(f"{c}/{i}.png" for c in "ba" for i in range(12)))
+    expected, walk = listed(tmp_path)[0], os.walk
+    shuffled = np.random.default_rng(0)
+
+    def disordered(*args, **options):
+        for where, folders, names in walk(*args, **options):
+            shuffled.shuffle(folders)
+            shuffled.shuffle(names)
+            yield where, folders, names
+
+    monkeypatch.setattr(os, "walk", disordered)
+    assert list(listed(tmp_path)[0].items()) == list(expected.items())

@@ -1,0 +1,135 @@
+"""Encoded images of every kind become upright RGB of one size."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcl.data import images
+
+QUARTERS = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], np.uint8).repeat(16, 0).repeat(24, 1)
+TURNS = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, 1),
+    7: lambda x: np.rot90(x.transpose(1, 0, 2), 2),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+def encoded(image, kind, **options):
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **options)
+    return io.BytesIO(stream.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF", "JPEG"])
+def test_kinds(kind):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(kind, {})
+    out = images.decode(encoded(QUARTERS, kind, **options))
+    assert out.dtype == np.uint8 and np.abs(out.astype(int) - QUARTERS).max() <= (6 if kind == "JPEG" else 0)
+    assert images.shape(encoded(QUARTERS, kind)) == (32, 48)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_stands_as_its_exif_says(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # A viewer undoes the turn with which the camera stored the image.
+    stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](QUARTERS)))
+    given = {"exif": exif.tobytes(), **({"quality": 95} if kind == "JPEG" else {})}
+    out = images.decode(encoded(stored, kind, **given))
+    assert out.shape == QUARTERS.shape
+    middles = (slice(8, None, 16), slice(12, None, 24))
+    assert np.abs(out[middles].astype(int) - QUARTERS[middles]).max() <= 6
+    if kind == "JPEG":
+        assert images.shape(encoded(stored, kind, **given)) == (32, 48)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("value", [b"\xff\xd8Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
+def test_damaged_exif_is_no_reason_to_lose_an_image(value):
+    assert images.decode(encoded(QUARTERS, "JPEG", exif=value)).shape == (32, 48, 3)
+
+
+def test_modes_become_rgb():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert (images.decode(encoded(grey, "PNG")) == grey[..., None]).all()
+    assert set(np.unique(images.decode(encoded(Image.fromarray(grey > 99), "PNG")))) == {0, 255}
+    deep = grey.astype(np.uint16) * 257
+    assert (images.decode(encoded(deep, "PNG")) == grey[..., None]).all()
+    assert (images.decode(encoded(Image.fromarray(deep.astype(np.int32)), "TIFF")) == grey[..., None]).all()
+    cmyk = Image.fromarray(QUARTERS).convert("CMYK")
+    assert np.abs(images.decode(encoded(cmyk, "TIFF")).astype(int) - QUARTERS).max() <= 1
+    assert np.abs(images.decode(encoded(cmyk, "JPEG", quality=95)).astype(int) - QUARTERS)[8, 12].max() <= 8
+    palette = Image.fromarray(QUARTERS).quantize(8)
+    assert (images.decode(encoded(palette, "PNG")) == np.asarray(palette.convert("RGB"))).all()
+    for pixels in (np.ones((4, 4), np.float32), np.full((4, 4), 70_000, np.int32)):
+        with pytest.raises(ValueError, match="expected 8 or 16 bits"):
+            images.decode(encoded(pixels, "TIFF"))
+
+
+def test_what_is_transparent_is_white():
+    rgba = np.dstack([QUARTERS, np.full(QUARTERS.shape[:2], 255, np.uint8)])
+    rgba[:16, :24, 3], rgba[16:, :24, 3] = 0, 128
+    expected = QUARTERS.astype(float)
+    expected[:16, :24] = 255
+    expected[16:, :24] = expected[16:, :24] * 128 / 255 + 255 * 127 / 255
+    for kind in ("PNG", "TIFF"):
+        assert np.abs(images.decode(encoded(rgba, kind)) - expected).max() <= 1
+    assert (images.decode(encoded(np.zeros((4, 4, 2), np.uint8), "PNG")) == 255).all()  # grey with alpha
+    palette = Image.fromarray(QUARTERS).quantize(8)
+    hole = palette.getpixel((0, 0))
+    out = images.decode(encoded(palette, "PNG", transparency=hole))
+    assert (out[:16, :24] == 255).all() and out[0, 40, 0] < 50
+    out = images.decode(encoded(QUARTERS, "PNG", transparency=(0, 0, 250)))  # one colour stands for none
+    assert (out[16:, :24] == 255).all() and (out[:16] == QUARTERS[:16]).all()
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (9, 7), color) for color in ("red", "lime", "blue")]
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("PNG", {})):
+        out = images.decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+        assert out.shape == (7, 9, 3) and (out == [255, 0, 0]).all(), kind
+
+
+def test_resize_takes_the_shorter_side_and_the_centre():
+    def resized(x, size):
+        return np.asarray(images.resize_and_crop(Image.fromarray(x), size))
+
+    x = np.zeros((40, 80, 3), np.uint8)
+    x[:, 20:60] = 200  # exactly the central square
+    assert resized(x, 10).shape == (10, 10, 3) and (resized(x, 10)[:, 1:-1] == 200).all()
+    assert (resized(x.transpose(1, 0, 2), 10)[1:-1] == 200).all()
+    # Antialiased: a fine checkerboard becomes an even grey, not a coarse checkerboard.
+    board = np.repeat((np.indices((64, 64)).sum(0) % 2 * 255)[..., None], 3, -1).astype(np.uint8)
+    assert np.ptp(resized(board, 16)[2:-2, 2:-2].astype(int)) < 12
+    assert (resized(board, 64) == board).all()
+    assert resized(np.zeros((3, 500, 3), np.uint8), 8).shape == (8, 8, 3)
+    assert resized(np.zeros((2, 60_000, 3), np.uint8), 512).shape == (512, 512, 3)  # 512 x 15 million on its way
+
+
+def test_a_large_jpeg_decoded_in_part_is_the_same_picture():
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)).resize(
+        (900, 700), Image.Resampling.BICUBIC
+    )
+    whole = np.asarray(images.resize_and_crop(smooth, 40), int)
+    mirrored = Image.Exif()
+    mirrored[0x0112] = 2
+    for turn, options in ((lambda x: x, {}), (np.fliplr, {"exif": mirrored.tobytes()})):
+        apart = np.abs(turn(images.decode(encoded(smooth, "JPEG", quality=95, **options), 40)) - whole)
+        assert apart.mean() < 2 and apart.max() < 12  # of 256; neighbours are up to 60 apart
+
+
+def test_only_images_are_opened():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    for bad in (eps, b"", b"GIF89a", b"\xff\xd8\xff", b"<svg/>"):
+        with pytest.raises(Exception):  # noqa: B017 - Pillow raises all kinds
+            images.decode(io.BytesIO(bad))
+    assert "EPS" not in images.FORMATS
