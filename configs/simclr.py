@@ -14,10 +14,10 @@ needs a label on every training image) or unlabelled (no classifier; the evaluat
 
 Without labels, on your own images:
 
-    python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=npz:images.npz
+    python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=folder:my_photos
 
-Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. Everything not
-said here is as in supcon.py.
+Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH, tfds:NAME or
+folder:PATH. Everything not said here is as in supcon.py.
 
 Source: Chen et al. 2020, arXiv 2002.05709; settings of the baseline in the released code of CLAE (Ho and Vasconcelos
 2020, arXiv 2010.12050), which normalises CIFAR to [-1, 1], draws convolutions from torch's defaults and has no blur.

@@ -163,12 +163,7 @@ class DiskSource:
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The rows `indices` [B] as {"image" uint8 [B,H,W,C], "label" int32 [B], "index" int32 [B]}."""
         indices = np.asarray(indices)
-        rows = self.rows[indices]
-        if len(rows) == 1:  # the loader has threads of its own
-            image, columns = self.reader(rows[0])
-            images, columns = image[None], np.array(columns, np.int32)[:, None]
-        else:
-            images, columns = self.reader.read_all(rows)
+        images, columns = self.reader.read_all(self.rows[indices])
         return {"image": images, "label": columns[COLUMNS.index(self.level)], "index": indices.astype(np.int32)}
 
 

@@ -245,6 +245,8 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
         if fits:
             files.images[i] = image
 
+    if skip and not fits:
+        say.info("%s: every one of %s images is decoded once to find the bad ones", spec, f"{len(good):,}")
     if fits or skip:
         _each(decode, good, bad)
     if not skip or len(bad) == count:

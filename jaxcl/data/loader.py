@@ -158,13 +158,10 @@ def _local_batches(source: Source, ids: grain.MapDataset[int], size: int) -> gra
     spends them while the device works on an earlier batch, so training waits only if a step is shorter than that.
     """
     if source.in_memory:  # one fancy index a batch; more threads would only wait for the interpreter lock
-        return ids.batch(size).map(source.batch).to_iter_dataset(grain.ReadOptions(num_threads=0))
-
-    def read(example: int) -> Batch:
-        return {k: v[0] for k, v in source.batch(np.array([example])).items()}
-
-    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=max(64, 2 * size))
-    return ids.map(read).to_iter_dataset(options).batch(size)
+        options = grain.ReadOptions(num_threads=0)
+    else:  # a batch is decoded in threads; the next one begins while the slowest of its images are still under way
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    return ids.batch(size).map(source.batch).to_iter_dataset(options)
 
 
 def _placer(sharding: jax.sharding.Sharding | None) -> Callable[[Batch], Batch]:

@@ -23,7 +23,7 @@ from jaxcl.evaluate import (
     probe_logits,
 )
 from jaxcl.evaluate.evaluators import EVALUATORS
-from jaxcl.evaluate.suite import Evaluation
+from jaxcl.evaluate.suite import Evaluation, check_split
 from jaxcl.losses import cross_entropy
 from jaxcl.update import init_state
 
@@ -343,3 +343,21 @@ def test_evaluation_of_adversarial_training_is_clean():
         features.append(panels["embedding"]["features"])
     np.testing.assert_array_equal(*features)
     assert not np.array_equal(*shown)
+
+
+def test_a_validation_part_that_the_data_brings_along():
+    c = tiny.config(stage=False)
+    for name, own in (("garments", False), ("npz:a.npz", False), ("nothing", False), ("waterbirds:a", True)):
+        c.data.source = name
+        if own:
+            check_split("eval.split", "validation", c)
+        else:
+            with pytest.raises(UserError, match="nothing is held out; set data.validation"):
+                check_split("eval.split", "validation", c)
+    c.data.source, c.eval.split, c.eval.tap = "folder:a", "validation", "stage1"
+
+    def make_source(split):
+        raise UserError(f"no {split} part")
+
+    with pytest.raises(UserError, match="no validation part"):  # before anything is compiled
+        Evaluation(c, tiny.recipe(c), train=source("train"), make_source=make_source)
