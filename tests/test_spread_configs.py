@@ -30,7 +30,9 @@ def test_what_each_preset_learns(method):
     assert recipe.term_names(Phase("encoder")) == tuple(c.terms)
     if "contrast" in c.terms:
         contrast = recipe.terms["contrast"]
-        assert contrast.temperature == 0.5 and contrast.clip_positive == (1.0 if method == "clamped" else 0.0)
+        at_scale = config("l_spread", f"{method},cifar10").terms.contrast
+        assert (contrast.temperature, at_scale.temperature) == (0.1, 0.5)
+        assert at_scale.clip_positive == contrast.clip_positive == (1.0 if method == "clamped" else 0.0)
         assert (contrast.kind, getattr(contrast, "a_spread", 0)) == (
             ("spread", 1.0) if method == "l_spread" else ("attract", 0)
         )
