@@ -91,7 +91,8 @@ def default() -> ConfigDict:
     # Also known: logistic (the protocol of CLAE); pgd, and the attacks on the linear probe, linear_fgsm and linear_pgd
     # (PGD is slow); adversary (what the adversary of the training does to a batch); transfer (fine classes from an
     # encoder of coarse ones), transfer_augmented (the same by the protocol of its paper); worst_group (where groups are
-    # known); collapse (spread of the embeddings).
+    # known); collapse (spread of the embeddings); ood (shifted, corrupted, shuffled and other images); shape_bias
+    # (of images whose texture speaks for another class).
     c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
@@ -105,6 +106,14 @@ def default() -> ConfigDict:
     c.eval.fgsm = (1, 2, 4, 8)  # epsilon in 1/255
     c.eval.pgd = (1, 2, 4, 8)  # the same
     c.eval.pgd_steps = 20
+    # Of ood, on the linear probe; what is made of test images is made at the end, the same for all runs.
+    c.eval.corruptions = ()  # names as of ImageNet-C; (): all there are (computed here: all but frost)
+    c.eval.severities = (1, 2, 3, 4, 5)  # (): no corruptions
+    c.eval.corrupted = ""  # read instead of computed: a folder of CIFAR-10-C's NumPy files, or any source by its name,
+    # such as "tfds:imagenet2012_corrupted/{corruption}_{severity}" or "folder:PATH/{corruption}/{severity}"
+    c.eval.ood = ()  # other sets, classes matched by name: "sketch=folder:PATH"; "sketch@test=..." for one split of it
+    c.eval.shuffle_grids = (2, 4, 8)  # tiles a side of the test images with their patches shuffled
+    c.eval.cue_conflict = ""  # shape_bias: a folder of stimuli named like airplane/airplane1-bicycle2.png
     c.eval.explanation_fraction = 0.15  # share of pixels kept for drop and increase in confidence
     c.eval.tap = "stage2"  # the layer GradCAM explains
     c.checkpoint = ConfigDict()

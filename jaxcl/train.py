@@ -50,6 +50,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     facts = data_facts(source)
     recipe = build_recipe(config, **facts, num_devices=devices)
     evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: source_of(config, split))
+    evaluation.check_options()
     every = _intervals(config, recipe)
     writes = jax.process_index() == 0
     run_folder.claim(workdir, plain, facts, writes)

@@ -7,6 +7,7 @@ from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import LinearProbe, fit_linear_probe, probe_logits
 from jaxcl.evaluate.logistic import LogisticFit, fit_logistic
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
+from jaxcl.evaluate.shape_bias import shape_bias
 from jaxcl.evaluate.transfer import balanced_accuracy
 from jaxcl.evaluate.worst_group import cluster_quality, find_groups, group_accuracies, group_dro
 
@@ -29,4 +30,5 @@ __all__ = [
     "mask_agreement",
     "probe_logits",
     "reliability",
+    "shape_bias",
 ]

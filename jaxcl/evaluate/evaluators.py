@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import saliency
-from jaxcl.evaluate import attacked
+from jaxcl.evaluate import attacked, ood
 from jaxcl.evaluate.base import Figures, accuracy, bins, needs_classifier, needs_labels
 from jaxcl.evaluate.calibration import expected_calibration_error
 from jaxcl.evaluate.collapse import collapse
@@ -19,13 +19,14 @@ from jaxcl.evaluate.explanation import drop_increase, mask_agreement
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.logistic import fit_logistic
+from jaxcl.evaluate.shape_bias import check_stimuli, cue_conflict
 from jaxcl.evaluate.transfer import transfer, transfer_augmented
 from jaxcl.evaluate.worst_group import worst_group
 from jaxcl.train_state import TrainState
 from jaxcl.update import represent, to_pixels
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import Evaluation, Frozen
 
 Array = jax.Array
 PICTURED = 200  # test images from which the shown explanations are taken
@@ -199,4 +200,9 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "transfer_augmented": transfer_augmented,
     "worst_group": worst_group,
     "collapse": collapse,
+    "ood": ood.ood,
+    "shape_bias": cue_conflict,
 }
+
+# What an evaluator's options say of files and names, known to be right before training begins.
+CHECKS: dict[str, Callable[["Evaluation"], None]] = {"ood": ood.check, "shape_bias": check_stimuli}

@@ -25,7 +25,18 @@ from jaxcl.train_state import TrainState
 from jaxcl.update import init_state
 
 # Evaluators that see nothing but features: only they can take several encoders of different runs together.
-OF_FEATURES = ("knn", "linear", "logistic", "raw_pixels", "transfer", "transfer_augmented", "worst_group", "collapse")
+OF_FEATURES = (
+    "knn",
+    "linear",
+    "logistic",
+    "raw_pixels",
+    "transfer",
+    "transfer_augmented",
+    "worst_group",
+    "collapse",
+    "ood",
+    "shape_bias",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +111,10 @@ class Joined(Frozen):
     def features(self, split: str, kind: str = "") -> np.ndarray:
         """float32 [N,D], D the sum over the runs."""
         return np.concatenate([part.features(split, kind) for part in self._parts], axis=-1)
+
+    def features_of(self, source: Source) -> np.ndarray:
+        """float32 [N,D], as of `features`."""
+        return np.concatenate([part.features_of(source) for part in self._parts], axis=-1)
 
     def augmented_features(self, split: str, draw: int) -> np.ndarray:
         """float32 [N,D]; runs of one seed and the same views see the same ones."""

@@ -18,7 +18,7 @@ from jaxcl.augment import standard_view
 from jaxcl.data import Source, batches, has_own_validation
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Figures, LeftOut
-from jaxcl.evaluate.evaluators import EVALUATORS
+from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe as LinearFit
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.losses.common import unit
@@ -54,7 +54,7 @@ class Evaluation:
     """Runs the suites a config names; compiles once, however often it is called."""
 
     def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
-        self.options, self.recipe, self._pictures = config.eval, recipe, config.report
+        self.config, self.options, self.recipe, self._pictures = config, config.eval, recipe, config.report
         check_names("eval", (*config.eval.quick, *config.eval.final))
         check_split("eval.split", config.eval.split, config)
         for key, words in (("features", tuple(FEATURES)), ("knn_features", ("", *FEATURES))):
@@ -96,9 +96,16 @@ class Evaluation:
             }
         return results, panels
 
+    def check_options(self, names: Iterable[str] | None = None) -> None:
+        """UserError for options (and files they name) that these evaluators, or those of the config, cannot use."""
+        for name in (*self.options.quick, *self.options.final) if names is None else names:
+            if name in CHECKS:
+                CHECKS[name](self)
+
     def evaluate(self, names: tuple[str, ...], frozen: "Frozen") -> dict[str, Figures]:
-        """Results of some evaluators by name. Errors: UserError for one that nobody knows."""
+        """Results of some evaluators by name. Errors: UserError for one that nobody knows, or its options."""
         check_names("the suite", names)
+        self.check_options(names)
         return self._run(names, frozen)[0]
 
     def _run(self, names: tuple[str, ...], frozen: "Frozen") -> tuple[dict[str, Figures], dict[str, Any]]:
@@ -220,14 +227,21 @@ class Frozen:
         if (split, kind) not in self._features:
             # In one pass over the images; h, which the classifier reads, comes along with z.
             kinds = ("h", "z") if "z" in (kind, self.options.features, self.options.knn_features) else ("h",)
-
-            def encode(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-                made = self._encode(state, self.normalize(to_pixels(batch["image"])))
-                return {k: made[k]() for k in kinds}
-
-            out = self.collect(self.source(split), f"features {kinds}", encode)
+            out = self._encoded(self.source(split), kinds)
             self._features |= {(split, k): v for k, v in out.items()}
         return self._features[split, kind]
+
+    def features_of(self, source: Source) -> np.ndarray:
+        """float32 [N,D] of a source that is no split of the data, such as images made anew; of the config's kind."""
+        kind = self.options.features
+        return self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
+
+    def _encoded(self, source: Source, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
+        def encode(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+            made = self._encode(state, self.normalize(to_pixels(batch["image"])))
+            return {k: made[k]() for k in kinds}
+
+        return self.collect(source, f"features {kinds}", encode)
 
     def augmented_features(self, split: str, draw: int) -> np.ndarray:
         """float32 [N,D]: features of one training view of each image (the recipe's first), another for each draw."""
