@@ -1,4 +1,5 @@
-"""Runs side by side: what each encoder kept of the fine classes, and how far classes spread over a sweep.
+"""Runs side by side: what each encoder kept of the fine classes, and over a sweep how far classes spread, or what
+negatives do.
 
     python -m jaxcl.compare --workdir=RUN --workdir=RUN1+RUN2 --name=L_spread --name=Thanos --out=DIR
     python -m jaxcl.compare --sweep=SWEEP --out=DIR
@@ -6,7 +7,9 @@
 RUN1+RUN2 are runs joined to one encoder, their features side by side. Of runs DIR gets fine_embedding.png, with the
 accuracy of a linear probe on the fine classes, measured here, and table.md, which adds what their results.json says. Of
 a sweep over a_lc or a_spread of a term (`python -m jaxcl.sweep --grid=terms.contrast.a_spread=...`, "collapse" in
-eval.final) it gets collapse_curve.png: the within-class cosine against its prediction by theory.
+eval.final) it gets collapse_curve.png: the within-class cosine against its prediction by theory. Of one over the alpha
+of non-semantic negatives, or of configs with and without them ("linear" or "ood" in eval.final), it gets
+alpha_curves.png: accuracy in and out of domain.
 """
 
 import collections
@@ -30,12 +33,20 @@ _own = dict(flag_values=_FLAGS)
 _WORKDIR = flags.DEFINE_multi_string("workdir", [], "A run folder, or several with + between them: joined.", **_own)
 _NAME = flags.DEFINE_multi_string("name", [], "Of each --workdir, in order; default: the name of its config.", **_own)
 _SOURCE = flags.DEFINE_string("source", "", "A data source as in a config; default: each run's own.", **_own)
-_SWEEP = flags.DEFINE_string("sweep", "", "The --out of a jaxcl.sweep over a_lc or a_spread.", **_own)
+_SWEEP = flags.DEFINE_string("sweep", "", "The --out of a jaxcl.sweep over a_lc, a_spread or alpha.", **_own)
 _OUT = flags.DEFINE_string("out", "", "A folder for the figures and the table.", **_own)
 
 MEASURES = ("transfer.accuracy", "linear.accuracy", "knn.accuracy")
 # Of the embeddings that the loss sees, if there is a choice.
 COSINES = tuple(f"collapse.{p}within_class_cosine" for p in ("z_", "", "h_"))
+# Of a sweep over alpha: title -> the measures, of which the first that a run has is drawn.
+DOMAINS = {
+    "In domain": ("ood.accuracy", "linear.accuracy", "knn.accuracy"),
+    "Shifted test": ("ood.shifted.accuracy", "calibration.test_shifted.accuracy"),
+    "Corrupted test": ("ood.corruption.accuracy",),
+    "Texture only": ("ood.texture.accuracy",),
+    "Shape bias": ("shape_bias.shape_bias", "shape_bias.stimuli.shape_bias"),
+}
 
 
 def run(argv: list[str]) -> int:
@@ -51,15 +62,17 @@ def run(argv: list[str]) -> int:
         raise UserError(f"{len(names)} --name for {len(groups)} --workdir; give one for each, or none")
     if twice := [n for n, count in collections.Counter(names).items() if count > 1]:
         raise UserError(f"--name={twice[0]} is given twice; names tell the runs apart")
-    lines = read_sweep(_SWEEP.value) if _SWEEP.value else None
+    lines, alphas = _sweep(_SWEEP.value) if _SWEEP.value else (None, None)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make --out {out}: {error.strerror}; choose a folder you may write to") from None
-    from jaxcl.report import figures, transfer  # after the flags are known to be right
+    from jaxcl.report import figures, negatives, transfer  # after the flags are known to be right
 
     if lines is not None:
         _told(figures.save(transfer.collapse_curve(*lines), out / "collapse_curve.png"))
+    if alphas is not None:
+        _told(figures.save(negatives.alpha_curves(alphas), out / "alpha_curves.png"))
     if groups:
         panels, results = {}, {}
         for default, group in zip(_default_names(groups), groups, strict=True):
@@ -139,6 +152,24 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 # ---- a sweep
 
 
+def _sweep(folder: str) -> tuple[Any, Any]:
+    """(what `read_sweep` finds, what `read_alphas` finds), None for one of them. UserError if there is neither."""
+    found, reasons = [], []
+    for read in (read_sweep, read_alphas):
+        try:
+            found.append(read(folder))
+        except NothingToDraw as reason:
+            found.append(None)
+            reasons.append(str(reason))
+    if len(reasons) == len(found):
+        raise UserError("; ".join(reasons))
+    return tuple(found)
+
+
+class NothingToDraw(UserError):
+    """A sweep of something else."""
+
+
 def read_sweep(folder: str | os.PathLike) -> tuple[dict[str, dict[float, list[float]]], dict[str, Any]]:
     """What `report.transfer.collapse_curve` draws of a sweep; a line for each setting of what is not alpha.
 
@@ -148,15 +179,11 @@ def read_sweep(folder: str | os.PathLike) -> tuple[dict[str, dict[float, list[fl
     from jaxcl.report.transfer import Setting
 
     folder = pathlib.Path(folder)
-    path = folder / "table.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not the folder of a sweep: it has no table.json; give the --out of jaxcl.sweep")
     points: dict[str, dict[float, list[float]]] = {}
     settings: dict[str, Setting | None] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        others = [f"{k}={v}" for k, v in row["grid"].items() if k.split(".")[-1] not in ("a_lc", "a_spread")]
-        name = " ".join([row["config"], *others])
-        for run_folder, cosine in _cosines(folder, row).items():
+    for row in _rows(folder):
+        name = _line(row, ("a_lc", "a_spread"))
+        for run_folder, cosine in _values(folder, row, COSINES).items():
             config = _config(run_folder)
             if (weights := _weights(config)) is None:
                 say.info("%s has no single term that attracts or spreads, so it is left out", run_folder)
@@ -165,25 +192,73 @@ def read_sweep(folder: str | os.PathLike) -> tuple[dict[str, dict[float, list[fl
             points.setdefault(name, {}).setdefault(round(alpha, 9), []).append(cosine)
             settings[name] = _setting(run_folder, config, term, Setting)
     if not points:
-        raise UserError(
+        raise NothingToDraw(
             f"no run in {folder} has both a term of spread and collapse.z_within_class_cosine in its results; sweep "
             "configs/l_spread.py with \"eval.final=('collapse',)\""
         )
     return points, settings
 
 
-def _cosines(folder: pathlib.Path, row: Mapping[str, Any]) -> dict[pathlib.Path, float]:
-    """Within-class cosine by run folder: from the table, else, if the table has other measures, from the results."""
-    for measure in COSINES:
+def read_alphas(folder: str | os.PathLike) -> dict[str, dict[str, dict[float | None, list[float]]]]:
+    """What `report.negatives.alpha_curves` draws of a sweep; a line for each setting of what is not alpha.
+
+    Raises:
+      UserError: no sweep there, or no run of it has negatives, or all have them with one alpha, or none an accuracy.
+    """
+    folder = pathlib.Path(folder)
+    panels: dict[str, dict[str, dict[float | None, list[float]]]] = {}
+    seen, alphas = set(), set()
+    for row in _rows(folder):
+        name = _line(row, ("alpha",))
+        for title, measures in DOMAINS.items():
+            for run_folder, value in _values(folder, row, measures).items():
+                config = _config(run_folder)
+                alpha = _alpha(config)
+                # Without negatives alpha does nothing: such runs under a grid of alpha are one run several times.
+                if alpha is None and (once := (title, name, config["seed"])) in seen:
+                    continue
+                elif alpha is None:
+                    seen.add(once)
+                alphas.add(alpha)
+                panels.setdefault(title, {}).setdefault(name, {}).setdefault(alpha, []).append(value)
+    if len(alphas) < 2:
+        raise NothingToDraw(
+            f"no two runs in {folder} have negatives of different alpha (or one of them none) and an accuracy in their "
+            "results; sweep a config with negatives over the alpha of its term, with \"eval.final=('linear','ood')\""
+        )
+    return panels
+
+
+def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+    path = folder / "table.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a sweep: it has no table.json; give the --out of jaxcl.sweep")
+    return json.loads(path.read_text())["rows"]
+
+
+def _line(row: Mapping[str, Any], swept: tuple[str, ...]) -> str:
+    """The row's config and what of its grid is not swept along a line."""
+    return " ".join([row["config"], *(f"{k}={v}" for k, v in row["grid"].items() if k.split(".")[-1] not in swept)])
+
+
+def _values(folder: pathlib.Path, row: Mapping[str, Any], measures: Sequence[str]) -> dict[pathlib.Path, float]:
+    """The first of some measures by run folder: from the table, else, if it has others, from the runs' results."""
+    for measure in measures:
         if values := row["measures"].get(measure, {}).get("values"):
             return {folder / v["run"]: v["value"] for v in values}
     found = {}
     for run_folder in dict.fromkeys(folder / v["run"] for m in row["measures"].values() for v in m["values"]):
         path = run_folder / "results.json"
         results = json.loads(path.read_text()) if path.is_file() else {}
-        if (cosine := next((v for m in COSINES if (v := sweep_table.value(results, m)) is not None), None)) is not None:
-            found[run_folder] = cosine
+        if (value := next((v for m in measures if (v := sweep_table.value(results, m)) is not None), None)) is not None:
+            found[run_folder] = value
     return found
+
+
+def _alpha(config: Mapping[str, Any]) -> float | None:
+    """Weight of the negatives in the first term that has some, None where there are none."""
+    terms = config["terms"].values()
+    return next((float(t["alpha"]) for t in terms if t.get("negatives") and t["weight"] and "alpha" in t), None)
 
 
 def _weights(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]] | None:

@@ -14,7 +14,7 @@ from typing import Any
 from jaxcl.report.progress import duration
 from jaxcl.report.verdict import flatten
 
-FRACTIONS = ("accuracy", "ece", "drop", "increase", "iou", "hit", "inside", "changed")
+FRACTIONS = ("accuracy", "ece", "drop", "increase", "iou", "hit", "inside", "changed", "bias", "share")
 DEFAULT = ("knn.accuracy", "linear.accuracy", "classifier.accuracy")
 ABSENT = "–"
 

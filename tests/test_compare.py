@@ -109,7 +109,8 @@ def sweep(tmp_path):
                 usual = {"weight": 1.0, "temperature": 0.5, "norm": "unit"}
                 terms = {"ce": {"kind": "cross_entropy", "weight": 1.0}}
                 terms |= {"contrast": usual | term} if term else {}
-                run_folder.write_json(folder / "config.json", {"terms": terms, "batch_size": batch_size})
+                own = {"terms": terms, "batch_size": batch_size, "seed": seed}
+                run_folder.write_json(folder / "config.json", own)
                 run_folder.write_json(folder / "results.json", {"collapse": {"h_within_class_cosine": cosine}})
                 if facts:
                     run_folder.write_json(folder / "data.json", {"num_classes": 2})
@@ -162,6 +163,50 @@ def test_other_keys_of_the_grid_are_lines_and_other_losses_have_no_theory(sweep)
 @pytest.mark.parametrize("how", [dict(facts=False), dict(batch_size=2)])
 def test_theory_needs_the_number_of_classes_and_two_images_of_each(sweep, how):
     assert compare.read_sweep(sweep([("c", {}, spread(1, 1), {0: 0.5})], **how))[1] == {"c": None}
+
+
+def negatives(alpha, **options):
+    return {"kind": "moco", "negatives": "target/negatives", "alpha": alpha} | options
+
+
+def test_a_sweep_over_the_weight_of_negatives(sweep, caplog):
+    """Fixture values are the cosine, which here stands for the accuracy in domain; the others are read from results."""
+    folder = sweep(
+        [
+            ("nonsemantic", {"alpha": "1", "lr": "0.1"}, negatives(1), {0: 0.5, 1: 0.6}),
+            ("nonsemantic", {"alpha": "2", "lr": "0.1"}, negatives(2), {0: 0.55}),
+            ("nonsemantic", {"alpha": "2", "lr": "0.2"}, negatives(2.0), {0: 0.45}),
+            ("nonsemantic:none", {"alpha": "1", "lr": "0.1"}, negatives(1, negatives=""), {0: 0.7, 1: 0.8}),
+            ("nonsemantic:none", {"alpha": "2", "lr": "0.1"}, negatives(2, negatives=""), {0: 0.7, 1: 0.8}),
+            ("ce", {"alpha": "1", "lr": "0.1"}, None, {0: 0.9}),
+        ],
+        measure="linear.accuracy",
+    )
+    ood = {"shifted": {"accuracy": 0.25}, "texture": {"accuracy": 0.125}}
+    run_folder.write_json(folder / "0" / "seed-1" / "results.json", {"ood": ood, "shape_bias": {"shape_bias": None}})
+    panels = compare.read_alphas(folder)
+    assert panels == {
+        "In domain": {
+            "nonsemantic lr=0.1": {1.0: [0.5, 0.6], 2.0: [0.55]},
+            "nonsemantic lr=0.2": {2.0: [0.45]},
+            "nonsemantic:none lr=0.1": {None: [0.7, 0.8]},  # once, though the grid ran it twice
+            "ce lr=0.1": {None: [0.9]},
+        },
+        "Shifted test": {"nonsemantic lr=0.1": {1.0: [0.25]}},
+        "Texture only": {"nonsemantic lr=0.1": {1.0: [0.125]}},
+    }
+    assert compare.run(["compare", f"--sweep={folder}", f"--out={folder}/out"]) == 0
+    assert [p.name for p in (folder / "out").iterdir()] == ["alpha_curves.png"]
+    assert imread(folder / "out" / "alpha_curves.png")[..., :3].std() > 0.02
+
+
+def test_one_alpha_is_no_curve(sweep):
+    folder = sweep(
+        [("a", {"lr": "1"}, negatives(2), {0: 0.5}), ("a", {"lr": "2"}, negatives(2), {0: 0.6})], "knn.accuracy"
+    )
+    with pytest.raises(UserError, match="no two runs in .* have negatives of different alpha") as error:
+        compare.run(["compare", f"--sweep={folder}", f"--out={folder}/out"])
+    assert "has both a term of spread" in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- mistakes

@@ -1,9 +1,12 @@
 """What evaluators share: what they need, how they say that it is missing, and the two commonest figures."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcl.errors import UserError
 from jaxcl.evaluate.calibration import reliability
 
 if TYPE_CHECKING:
@@ -14,6 +17,15 @@ Figures = dict[str, Any]
 
 class LeftOut(Exception):
     """An evaluator that cannot run on this data or recipe; its text says what is missing."""
+
+
+@contextlib.contextmanager
+def from_files() -> Iterator[None]:
+    """A UserError becomes LeftOut: files that have gone since training began must not cost the run its results."""
+    try:
+        yield
+    except UserError as error:
+        raise LeftOut(str(error)) from error
 
 
 def needs_labels(f: "Frozen", *splits: str) -> None:

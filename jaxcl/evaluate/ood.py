@@ -16,7 +16,7 @@ from jaxcl.augment import ops
 from jaxcl.data import Source, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate import corruptions
-from jaxcl.evaluate.base import Figures, LeftOut, accuracy, needs_labels
+from jaxcl.evaluate.base import Figures, accuracy, from_files, needs_labels
 from jaxcl.evaluate.categories import plain
 from jaxcl.evaluate.linear_probe import probe_logits
 from jaxcl.views import quilt_texture, tile_patches
@@ -52,9 +52,10 @@ def ood(f: "Frozen") -> tuple[Figures, dict]:
     if options.severities:
         figures["corruption"] = _corruptions(f)
         panel["Corrupted, mean"] = {"value": figures["corruption"]["accuracy"]}
-    for name, source in _sets(f.evaluation):
-        figures.setdefault("sets", {})[name] = by_class_name(f, source)
-        panel[name] = {"value": figures["sets"][name]["accuracy"]}
+    with from_files():
+        for name, source in _sets(f.evaluation):
+            figures.setdefault("sets", {})[name] = by_class_name(f, source)
+            panel[name] = {"value": figures["sets"][name]["accuracy"]}
     for grid in options.shuffle_grids:
         shuffled = Changed(f.test, side, functools.partial(shuffle_patches, grid=grid), f.batch_size)
         value = accuracy(_predicted(f, f.features_of(shuffled)), labels)
@@ -81,7 +82,7 @@ def check(evaluation: "Evaluation") -> None:
         for name, severity in list(_asked(options))[:: 1 if _is_folder(options.corrupted) else len(options.severities)]:
             _stored(evaluation, name, severity)
     for name, source in _sets(evaluation):
-        _shared(name, source, evaluation.source("train").class_names)
+        _shared(f"eval.ood: {name}", source, evaluation.source("train").class_names)
 
 
 def _predicted(f: "Frozen", features: np.ndarray) -> np.ndarray:
@@ -96,10 +97,8 @@ def _corruptions(f: "Frozen") -> Figures:
     by_name: dict[str, dict[str, Any]] = {}
     for name, severity in _asked(f.options):
         if f.options.corrupted:
-            try:
+            with from_files():
                 value = by_class_name(f, _stored(f.evaluation, name, severity))["accuracy"]
-            except UserError as error:  # gone since training began, which must not cost the run its results
-                raise LeftOut(str(error)) from error
         else:
             change = functools.partial(_corrupted, name=name, severity=severity)
             changed = Changed(f.test, f.recipe.image_shape[0], change, f.batch_size)

@@ -14,7 +14,7 @@ from PIL import Image
 from jaxcl.data import Source
 from jaxcl.data.label_levels import coarse_of_fine
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Figures, LeftOut, needs_labels
+from jaxcl.evaluate.base import Figures, LeftOut, from_files, needs_labels
 from jaxcl.evaluate.categories import CATEGORIES, category_of
 from jaxcl.evaluate.linear_probe import probe_logits
 
@@ -104,7 +104,8 @@ def cue_conflict(f: "Frozen") -> tuple[Figures, dict]:
         said = "Shape bias" if figures["texture_taught"] else "Shape bias (textures not taught)"
         panel[said] = {"value": figures["shape_bias"], "chance": 0.5}
     if f.options.cue_conflict:
-        stimuli = read_stimuli(f.options.cue_conflict, f.recipe.image_shape[0])
+        with from_files():
+            stimuli = read_stimuli(f.options.cue_conflict, f.recipe.image_shape[0])
         to_category = category_of(f.source("train").class_names)
         covered = np.unique(to_category[to_category >= 0])
         labels = (stimuli.extras[cue] for cue in ("shape", "texture"))

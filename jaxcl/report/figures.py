@@ -17,6 +17,8 @@ from jaxcl.report.style import (
     INK,
     LINES,
     MUTED,
+    ORANGE,
+    SKY,
     VERMILLION,
     message,
     new_figure,
@@ -31,6 +33,7 @@ __all__ = [
     "confusion",
     "curves",
     "embedding",
+    "out_of_domain",
     "reliability",
     "robustness",
     "saliency_grid",
@@ -321,4 +324,33 @@ def robustness(lines: Mapping[str, Mapping[Any, Any]]) -> matplotlib.figure.Figu
         ax.set_title(title)
     if len(series) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+@styled
+def out_of_domain(rows: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
+    """Bars of accuracy in domain and out of it; where less is better, they are hatched.
+
+    Args:
+      rows: name -> {"value": in [0,1]; "chance": drawn as a line across the bar, where there is one; "lower": True
+        where less is better}, from top to bottom.
+    """
+    rows = {name: row for name, row in rows.items() if np.isfinite(row["value"])}
+    if not rows:
+        return message("Nothing was measured out of domain.")
+    figure = new_figure(0.75 + 0.31 * len(rows), width=7.2)
+    ax = figure.add_subplot()
+    for y, row in enumerate(rows.values()):
+        value, lower = float(row["value"]), row.get("lower", False)
+        color = ORANGE if lower else BLUE if y == 0 else SKY
+        ax.barh(y, value, 0.66, color=color, hatch="///" if lower else None, edgecolor="white", linewidth=0)
+        ax.annotate(f"{100 * value:.1f}%", (value, y), xytext=(5, 0), textcoords="offset points", va="center",
+                    weight="bold", fontsize=8.5)  # fmt: skip
+        if row.get("chance") is not None:
+            ax.plot([row["chance"]] * 2, [y - 0.4, y + 0.4], color=INK, linewidth=1.4)
+    ax.set_yticks(range(len(rows)), [short(name, 34) for name in rows], color=INK)
+    ax.set(xlim=(0, 1.12), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 0.25, 0.5, 0.75, 1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.grid(axis="x")
+    ax.grid(visible=False, axis="y")
     return figure

@@ -77,6 +77,15 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
         "The strip below shows where the predictions are.",
         lambda panel: figures.reliability(panel),
     ),
+    "ood": (
+        "Out of domain",
+        "A linear probe on images unlike those of its training. Shifted and corrupted images still show their "
+        "objects, so the nearer these bars are to the first one, the better. Shuffled patches and texture keep the "
+        "surface and lose the shape: there (hatched) a low bar means that the encoder looks at shapes. The shape "
+        "bias is the share of decisions for the shape where shape and texture speak for different classes. A dark "
+        "line is what chance would give.",
+        lambda panel: figures.out_of_domain(panel),
+    ),
     "robustness": (
         "Under attack",
         "Every pixel of each test image is moved, by at most the given amount, in the direction that hurts "
@@ -116,8 +125,8 @@ def write_report(
       panels: name -> what its figure is drawn from; each may be missing:
         "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
         "adversary" those of `adversary_grid`, "embedding" those of `embedding`, "transfer" a run's of
-        `fine_embedding`, "confusion" those of `confusion`, "reliability", "reliability_fgsm" (on attacked images)
-        and "robustness" the dicts of the functions of that name.
+        `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`, "reliability",
+        "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name.
 
     Returns:
       The path of the page.

@@ -58,9 +58,27 @@ _PERCENT = (
     ),
     (
         "Accuracy, shifted test",
-        ("calibration.test_shifted.accuracy", "test_shifted.accuracy"),
+        ("calibration.test_shifted.accuracy", "test_shifted.accuracy", "ood.shifted.accuracy"),
         HIGHER,
         "on test images from another distribution than the training images",
+    ),
+    (
+        "Accuracy, corrupted test",
+        ("ood.corruption.accuracy",),
+        HIGHER,
+        "a linear probe on test images with noise, blur, weather and compression, the mean over all of them",
+    ),
+    (
+        "Texture only",
+        ("ood.texture.accuracy",),
+        LOWER,
+        "a linear probe on texture made of each test image, its object gone: how much the texture alone gives away",
+    ),
+    (
+        "Shape bias",
+        ("shape_bias.shape_bias", "shape_bias.stimuli.shape_bias"),
+        HIGHER,
+        "where shape and texture speak for different classes, the share of decisions for the shape",
     ),
     (
         "ECE, clean",
@@ -130,6 +148,8 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
         value = number(results, *places)
         if value is None:
             continue
+        if name == "Shape bias" and _untaught(results):
+            meaning += "; here no texture was tied to a class in training, so it says little"
         if name == "Linear probe" and pixels is not None:
             meaning += f"; {_points(value - pixels)} raw pixels"
         found.append(Row(name, percent(value), better, meaning))
@@ -237,6 +257,11 @@ def _attacks(results: Mapping[str, Any], key: str) -> dict[float, float]:
         if accuracy is not None and epsilon > 0:
             attacks[epsilon] = accuracy
     return attacks
+
+
+def _untaught(results: Mapping[str, Any]) -> bool:
+    found = results.get("shape_bias")
+    return isinstance(found, Mapping) and found.get("texture_taught") is False
 
 
 def _worst_group(results: Mapping[str, Any]) -> list[Row]:

@@ -1,6 +1,7 @@
 """The suites on a small frozen network: which features, which attacks, and what data without labels leaves out."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -23,13 +24,15 @@ from jaxcl.evaluate import (
     probe_logits,
 )
 from jaxcl.evaluate.evaluators import EVALUATORS
-from jaxcl.evaluate.suite import Evaluation, check_split
+from jaxcl.evaluate.ood import shuffle_patches
+from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
 from jaxcl.losses import cross_entropy
 from jaxcl.update import init_state
 
 EVERYTHING = tuple(EVALUATORS)
 OF_LABELS = ("knn", "linear", "logistic", "raw_pixels", "linear_fgsm", "linear_pgd")
 OF_GROUPS = ("worst_group",)  # and of labels
+OUT_OF_DOMAIN = ("ood", "shape_bias")  # the same
 OF_TWO_LEVELS = ("transfer", "transfer_augmented")
 OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
 
@@ -78,7 +81,7 @@ def evaluation(
     return Evaluation(c, recipe, train=sources("train", train_labels), make_source=make_source), state, mesh
 
 
-def encoded(e, state, split):
+def encoded(e, state, split, change=np.asarray):
     """-> (h, z) of a split by the model itself, in one batch, on one device."""
     state = jax.device_get(state)
 
@@ -88,7 +91,7 @@ def encoded(e, state, split):
         h, _ = e.recipe.model.encode(state.params, state.batch_stats, image, train=False)
         return h, e.recipe.model.project(state.params, state.batch_stats, h)
 
-    h, z = encode(state, source(split).images / np.float32(255))
+    h, z = encode(state, change(source(split).images) / np.float32(255))
     return np.asarray(h), np.asarray(z)
 
 
@@ -202,7 +205,8 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
     assert panels["embedding"]["features"].shape == (20, e.recipe.model.features)
     assert said(caplog) == [
         "evaluation: no training image has a label, so there is no knn",  # said once
-        f"evaluation: no training image has a label, so there is no {', '.join((*OF_LABELS, *OF_GROUPS))}",
+        "evaluation: no training image has a label, so there is no "
+        + ", ".join((*OF_LABELS, *OF_GROUPS, *OUT_OF_DOMAIN)),
         "evaluation: the config trains no classifier (no linear_probe in memory), so there is no "
         + ", ".join(OF_THE_CLASSIFIER),
         "evaluation: the config has no adversary stage, so there is no adversary",
@@ -288,6 +292,34 @@ def test_transfer_worst_group_and_collapse_are_of_the_frozen_features(caplog):
         g: pytest.approx(v) for g, v in zip("xyz", by_group, strict=True)
     }
     assert json.loads(json.dumps(results)) == results  # as they go to results.json
+
+
+# ---- out of domain
+
+
+def test_images_made_anew_go_through_the_same_network(caplog):
+    """Shuffled by hand, encoded by the model itself, classified by a probe of its own; what is not there is said."""
+    names = ("ood", "shape_bias")
+    e, state, mesh = evaluation(final=names, report=True, severities=(), shuffle_grids=(2,))
+    e.check_options()
+    with caplog.at_level("INFO", logger="jaxcl"):
+        results, panels = e.final(state, mesh)
+    assert [line.partition(" (")[0] for line in said(caplog)] == ["evaluation: the data has no cue-conflict images"]
+    fitted = fit_linear_probe(encoded(e, state, "train")[0], source("train").labels, num_classes=4)
+    shuffled = functools.partial(shuffle_patches, index=np.arange(20), grid=2)
+    for figures, change in ((results["ood"], np.asarray), (results["ood"]["shuffled"]["2"], shuffled)):
+        predicted = np.argmax(probe_logits(fitted, encoded(e, state, "test", change)[0]), 1)
+        assert figures["accuracy"] == pytest.approx(np.mean(predicted == source("test").labels))
+    assert set(results["ood"]) == {"accuracy", "shuffled", "texture"} and "ood" in panels
+    assert e.evaluate(("ood",), Frozen(e, state, mesh, "test")) == {"ood": results["ood"]}
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_options_are_checked_of_the_evaluators_that_run():
+    e, state, mesh = evaluation(final=("linear",), corruptions=("rain",))
+    e.check_options()
+    with pytest.raises(UserError, match="corruption 'rain'"):
+        e.evaluate(("ood",), Frozen(e, state, mesh, "test"))
 
 
 # ---- adversarial views

@@ -53,6 +53,12 @@ def _panels(n=12, classes=4):
         },
         "confusion": {"matrix": rng.integers(0, 9, (classes, classes)), "class_names": names},
         "reliability": {"clean": bins, EVIL: bins},
+        "ood": {
+            "In domain": {"value": 0.7},
+            EVIL: {"value": 0.3},
+            "Texture only": {"value": 0.2, "chance": 0.1, "lower": True},
+            "Shape bias": {"value": float("nan"), "chance": 0.5},  # nothing was decided for either
+        },
         "robustness": {
             "classifier, FGSM": {"1": {"accuracy": 0.5, "ece": 0.1}, "4": {"accuracy": 0.2, "ece": 0.3}},
             "linear probe, PGD-20": {"4": {"accuracy": 0.1, "ece": 0.4}},

@@ -1,0 +1,284 @@
+"""Out of domain: sets matched by name against a written-out loop, files, images made anew, the whole evaluator."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+
+from jaxcl import config as base
+from jaxcl.data import Source, batches
+from jaxcl.errors import UserError
+from jaxcl.evaluate import corruptions
+from jaxcl.evaluate.base import LeftOut
+from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
+from jaxcl.evaluate.linear_probe import LinearProbe
+from jaxcl.evaluate.ood import Changed, check, ood, shuffle_patches, texture_only
+
+S, NAMES = tiny.SIDE, ("red", "green", "blue", "yellow")
+
+
+def source(n, *, seed=0, names=NAMES, side=S, **options):
+    part = tiny.batch(n, seed=seed, side=side)
+    fields = dict(images=part["image"], labels=part["label"], class_names=names, mean=tiny.MEAN, std=tiny.STD)
+    return Source(**fields | options)
+
+
+def pixels(of):
+    """Features of a source without a network: the colour of the middle, and a corner."""
+    image = np.concatenate([b["image"][b["where"]] for b in batches(of, 7)]).astype(np.float32) / 255
+    quarter = image.shape[1] // 4
+    return np.concatenate([image[:, quarter:-quarter, quarter:-quarter].mean((1, 2)), image[:, 0, 0]], -1)
+
+
+PROBE = LinearProbe(np.random.default_rng(5).normal(size=(6, 4)).astype(np.float32), np.zeros(4, np.float32))
+GOOD = LinearProbe(
+    np.concatenate([9 * np.array([[2, -1, -1], [-1, 2, -1], [-1, -1, 2], [1, 1, -2]]).T, np.zeros((3, 4))]).astype(
+        np.float32
+    ),
+    np.zeros(4, np.float32),
+)
+
+
+@pytest.fixture
+def frozen():
+    def make(probe=PROBE, shifted=None, **options):
+        c = tiny.config(stage=False)
+        c.eval.update(dict(severities=(), shuffle_grids=()) | options)
+        sources = {"train": source(40, seed=1), "test": source(30, seed=2), "test_shifted": shifted}
+        evaluation = SimpleNamespace(
+            config=c, options=c.eval, recipe=SimpleNamespace(image_shape=(S, S, 3), num_classes=4), source=sources.get
+        )
+        return SimpleNamespace(
+            evaluation=evaluation,
+            options=c.eval,
+            recipe=evaluation.recipe,
+            source=sources.get,
+            test=sources["test"],
+            batch_size=8,
+            features=lambda split: pixels(sources[split]),
+            features_of=pixels,
+            fitted_probe=lambda: probe,
+        )
+
+    return make
+
+
+def right(probe, of, labels=None):
+    logits = pixels(of) @ probe.weights + probe.bias
+    return float(np.mean(logits.argmax(-1) == (of.labels if labels is None else labels)))
+
+
+def npz(path, part, names):
+    np.savez(path, images=part["image"], labels=part["label"], class_names=list(names))
+    return f"npz:{path}"
+
+
+# ---- sets of their own
+
+
+def test_masked_and_unmasked_logits(frozen, tmp_path):
+    """Of a set's classes two are the probe's, by other numbers; a loop over its images says what is right."""
+    part = tiny.batch(50, seed=3)
+    names = ("Blue", "cyan", "RED ", "pink")
+    f = frozen(ood=(f"sketch={npz(tmp_path / 'a.npz', part, names)}",))
+    to_own = {0: 2, 2: 0}
+    unmasked, masked, count = 0, 0, 0
+    for image, label in zip(part["image"], part["label"], strict=True):
+        if label not in to_own:
+            continue
+        logits = (pixels(dataclasses.replace(f.test, images=image[None], labels=label[None])) @ PROBE.weights)[0]
+        own = to_own[label]
+        unmasked += max(range(4), key=lambda k: logits[k]) == own
+        masked += max((0, 2), key=lambda k: logits[k]) == own
+        count += 1
+    check(f.evaluation)
+    figures, panels = ood(f)
+    found = figures["sets"]["sketch"]
+    assert found["images"] == count and found["classes"] == 2  # all images, also those the set would train on
+    assert found["accuracy"] == pytest.approx(unmasked / count)
+    assert found["masked_accuracy"] == pytest.approx(masked / count)
+    assert found["masked_accuracy"] > found["accuracy"]  # otherwise the numbers above say little
+    assert panels["ood"]["sketch"] == {"value": found["accuracy"]}
+
+
+def test_one_split_of_a_set(frozen, tmp_path):
+    tiny.colours(tmp_path / "b.npz")
+    with np.load(tmp_path / "b.npz") as arrays:
+        np.savez(tmp_path / "b.npz", **arrays, class_names=list(NAMES))
+    f = frozen(ood=(f"one@test=npz:{tmp_path}/b.npz", f"all=npz:{tmp_path}/b.npz"))
+    figures, _ = ood(f)
+    assert [figures["sets"][k]["images"] for k in ("one", "all")] == [16, 80]
+
+
+def test_names_that_two_classes_share_mean_neither(frozen, tmp_path):
+    f = frozen(ood=(f"set={npz(tmp_path / 'a.npz', tiny.batch(50), NAMES)}",))
+    train = source(40, names=("red", "Red", "blue", "yellow"))
+    f.evaluation.source = f.source = {"train": train, "test": f.test}.get
+    assert ood(f)[0]["sets"]["set"]["classes"] == 2
+
+
+# ---- corrupted sets
+
+
+def test_corruptions_are_computed(frozen):
+    f = frozen(corruptions=("contrast", "pixelate"), severities=(2, 5))
+    figures, panels = ood(f)
+    everything = []
+    for name in ("contrast", "pixelate"):
+        of_name = []
+        for severity in (2, 5):
+            images = corruptions.corrupt(f.test.images, name, severity, np.arange(30))
+            of_name.append(right(PROBE, dataclasses.replace(f.test, images=images)))
+            assert figures["corruption"][name][str(severity)] == {"accuracy": pytest.approx(of_name[-1])}
+        assert figures["corruption"][name]["accuracy"] == pytest.approx(np.mean(of_name))
+        everything += of_name
+    assert figures["corruption"]["accuracy"] == pytest.approx(np.mean(everything)) and len(set(everything)) > 1
+    assert panels["ood"]["Corrupted, mean"] == {"value": figures["corruption"]["accuracy"]}
+    assert ood(f)[0] == figures
+
+
+def test_corrupted_sets_from_numpy_files(frozen, tmp_path):
+    parts = [tiny.batch(12, seed=i) for i in range(5)]
+    np.save(tmp_path / "frost.npy", np.concatenate([p["image"] for p in parts]))
+    np.save(tmp_path / "labels.npy", np.concatenate([p["label"] for p in parts]).astype(np.uint8))
+    f = frozen(corruptions=("frost",), severities=(1, 4), corrupted=str(tmp_path))
+    check(f.evaluation)
+    found = ood(f)[0]["corruption"]["frost"]
+    for severity in (1, 4):
+        part = parts[severity - 1]
+        expected = right(PROBE, dataclasses.replace(f.test, images=part["image"], labels=part["label"]))
+        assert found[str(severity)] == {"accuracy": pytest.approx(expected)}
+    (tmp_path / "frost.npy").unlink()
+    with pytest.raises(UserError, match="no file at .*frost.npy"):
+        check(f.evaluation)
+    with pytest.raises(LeftOut, match="no file at .*frost.npy"):  # after training: not the end of the run
+        ood(f)
+    np.save(tmp_path / "frost.npy", np.zeros((7, S, S, 3), np.uint8))
+    with pytest.raises(UserError, match=r"expected uint8 \[5N,H,W,3\]"):
+        check(f.evaluation)
+
+
+def test_corrupted_sets_by_the_name_of_a_source(frozen, tmp_path):
+    part = tiny.batch(20, seed=8)
+    for severity in (1, 3):
+        npz(tmp_path / f"fog-{severity}.npz", part | {"image": part["image"] // severity}, NAMES)
+    f = frozen(corruptions=("fog",), severities=(1, 3), corrupted=f"npz:{tmp_path}/{{corruption}}-{{severity}}.npz")
+    check(f.evaluation)
+    found = ood(f)[0]["corruption"]["fog"]
+    for severity in (1, 3):
+        images = part["image"] // severity
+        # An npz file without a test part holds back a tenth: all images are counted, in another order.
+        expected = right(PROBE, dataclasses.replace(f.test, images=images, labels=part["label"]))
+        assert found[str(severity)] == {"accuracy": pytest.approx(expected)}
+
+
+# ---- images made anew
+
+
+def test_shuffled_patches_are_the_tiles_of_the_image():
+    images = np.random.default_rng(6).integers(0, 256, (5, S, S, 3)).astype(np.uint8)
+    index = np.array([3, 1, 4, 1, 5])
+    out = np.asarray(shuffle_patches(images, index, grid=4))
+    size = S // 4
+    for before, after in zip(images, out, strict=True):
+        cut = lambda x: [x[a : a + size, b : b + size].tobytes() for a in range(0, S, size) for b in range(0, S, size)]  # noqa: E731
+        assert sorted(cut(before)) == sorted(cut(after)) and cut(before) != cut(after)
+    order = np.array([4, 2, 0, 3, 1])
+    np.testing.assert_array_equal(shuffle_patches(images[order], index[order], grid=4), out[order])
+    # The order is the index's: the same for two images of one index, another for another.
+    same = np.asarray(shuffle_patches(images[[0] * 5], index, grid=4))
+    assert (same[1] == same[3]).all() and (same[0] != same[1]).any()
+    odd = np.asarray(shuffle_patches(images, index, grid=3))  # tiles of 6 pixels, the last ones overlapping
+    windows = {images[0, a : a + 6, b : b + 6].tobytes() for a in (0, 6, 10) for b in (0, 6, 10)}
+    assert odd[0, :6, :6].tobytes() in windows and odd[0, 6:12, :6].tobytes() in windows
+
+
+def test_texture_is_copied_from_the_image():
+    images = np.random.default_rng(7).integers(0, 256, (3, S, S, 3)).astype(np.uint8)
+    out = np.asarray(texture_only(images, np.array([0, 1, 2])))
+    np.testing.assert_array_equal(texture_only(images[::-1], np.array([2, 1, 0]))[::-1], out)
+    for before, after in zip(images, out, strict=True):
+        assert {tuple(p) for p in after.reshape(-1, 3)} <= {tuple(p) for p in before.reshape(-1, 3)}
+        assert (before != after).any()
+
+
+def test_changed_images_come_in_one_shape_and_at_the_side_of_the_encoder():
+    seen = []
+
+    def change(images, index):
+        seen.append((images.shape, index.shape))
+        return 255 - images
+
+    large = source(10, side=2 * S)
+    changed = Changed(large, S, change, 4)
+    out = np.concatenate([b["image"][b["where"]] for b in batches(changed, 4)])
+    assert set(seen) == {((4, S, S, 3), (4,))} and len(changed) == 10 and out.shape == (10, S, S, 3)
+    halved = large.images.reshape(10, S, 2, S, 2, 3).mean((2, 4))
+    assert np.abs(halved[:, 1:-1, 1:-1] - (255.0 - out)[:, 1:-1, 1:-1]).mean() < 12  # antialiased, so a little smoother
+    np.testing.assert_array_equal(Changed(source(3), S, change, 4).batch(np.arange(3))["image"], 255 - source(3).images)
+
+
+# ---- the whole
+
+
+def test_all_figures(frozen):
+    shifted = source(24, seed=4)
+    shifted = dataclasses.replace(shifted, images=255 - shifted.images)
+    f = frozen(GOOD, shifted, shuffle_grids=(2, 4))
+    figures, panels = ood(f)
+    assert figures["accuracy"] == right(GOOD, f.test) > 0.9
+    assert figures["shifted"]["accuracy"] == right(GOOD, shifted) < 0.5
+    for grid in (2, 4):
+        images = np.asarray(shuffle_patches(f.test.images, np.arange(30), grid=grid))
+        expected = right(GOOD, dataclasses.replace(f.test, images=images))
+        assert figures["shuffled"][str(grid)]["accuracy"] == pytest.approx(expected)
+    texture = np.asarray(texture_only(f.test.images, np.arange(30)))
+    assert figures["texture"]["accuracy"] == pytest.approx(right(GOOD, dataclasses.replace(f.test, images=texture)))
+    assert set(figures) == {"accuracy", "shifted", "shuffled", "texture"}
+    assert list(panels["ood"]) == ["In domain", "Shifted", "Shuffled, 2 x 2", "Shuffled, 4 x 4", "Texture only"]
+    assert panels["ood"]["Texture only"] == {"value": figures["texture"]["accuracy"], "chance": 0.25, "lower": True}
+    assert EVALUATORS["ood"] is ood and CHECKS["ood"] is check
+
+
+def test_unlabelled_data_is_left_out(frozen):
+    f = frozen()
+    unlabelled = dataclasses.replace(f.test, labels=np.full(30, -1, np.int32))
+    f.source = {"train": unlabelled, "test": f.test}.get
+    with pytest.raises(LeftOut, match="no training image has a label"):
+        ood(f)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(corruptions=("rain",)), "eval: corruption 'rain'; expected some of"),
+        (dict(corruptions=("frost",), severities=(1,)), "'frost' is not computed here"),
+        (dict(severities=(0,)), "eval: severity 0; expected whole numbers from 1 to 5"),
+        (dict(shuffle_grids=(1,)), "eval.shuffle_grids has 1; expected tiles a side, from 2 to the 16"),
+        (dict(shuffle_grids=(2.5,)), "eval.shuffle_grids has 2.5"),
+        (dict(ood=("npz:a",)), "eval.ood has 'npz:a'; expected NAME=SOURCE"),
+        (dict(ood=("a b=npz:a",)), "eval.ood has 'a b=npz:a'"),
+        (dict(ood=("a=npz:{good}", "a=npz:{good}")), "each with a name of its own"),
+        (dict(ood=("a=npz:{tmp}/none.npz",)), "no file at"),
+        (dict(ood=("a=sketches:x",)), "unknown data source"),
+        (dict(ood=("a=npz:{bad}",)), "eval.ood: a has no class of the training data by name: it has 1, 2, 3, ..."),
+        (dict(severities=(1,), corrupted="{tmp}"), "no file at {tmp}/gaussian_noise.npy"),
+    ],
+)
+def test_mistakes_are_known_before_training(frozen, tmp_path, options, words):
+    paths = dict(tmp=str(tmp_path), good=str(tmp_path / "good.npz"), bad=str(tmp_path / "bad.npz"))
+    npz(paths["good"], tiny.batch(20), NAMES)
+    npz(paths["bad"], tiny.batch(20), "1234")
+    fill = lambda v: v.format(**paths) if isinstance(v, str) else v  # noqa: E731
+    options = {k: tuple(map(fill, v)) if isinstance(v, tuple) else fill(v) for k, v in options.items()}
+    with pytest.raises(UserError) as error:
+        check(frozen(**options).evaluation)
+    assert words.format(**paths) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_defaults():
+    options = base.default().eval
+    assert not {"ood", "shape_bias"} & set(options.final)  # a minute on a laptop: for the asking
+    assert options.severities == (1, 2, 3, 4, 5) and not options.corruptions
