@@ -128,7 +128,8 @@ def load(
     Args:
       name: as TFDS writes it, "cifar10" or "imagenet2012:5.1.0".
       part: "train", "test" or "validation": of the set, which `split` is taken from. "test" is the validation part of
-        a set whose test part is missing or unlabelled; a set with a training part only gives up a fixed tenth of it.
+        a set whose test part is missing or unlabelled; a set with a training part only gives up a fixed tenth of it. A
+        set without a training part (ImageNet-R) has "test" only.
       data_dir: where it was prepared; default $TFDS_DATA_DIR, then TFDS's own default.
       image_size: side to which images are resized (bilinear with antialiasing, shorter side, then a centre
         crop); required for sets whose images differ in size.
@@ -139,8 +140,8 @@ def load(
     spec = f"tfds:{name}"
     check_size(spec, image_size)
     builder = _builder(name, data_dir)
-    reader_of = {p: Records(builder, p, image_size, spec, label, group) for p in _parts(builder, spec)}
-    train, test = reader_of["train"], _test_part(reader_of)
+    reader_of = {p: Records(builder, p, image_size, spec, label, group) for p in _parts(builder, spec, part)}
+    train, test = reader_of.get("train"), _test_part(reader_of)
     own = reader_of.get("validation") if test is not reader_of.get("validation") else None
     wanted = {"train": train, "test": test or train, "validation": own}[part]
     if wanted is None:
@@ -161,7 +162,8 @@ def load(
     if builder.name in ("cifar10", "cifar100") and not image_size:
         mean, std = MOMENTS[10 if builder.name == "cifar10" else 100]
     else:
-        mean, std = train.moments(np.arange(len(train)))
+        of = test if train is None else train
+        mean, std = of.moments(np.arange(len(of)))
     about = dict(mean=mean, std=std, name=spec, split=split)
     if not in_memory:
         return DiskSource(reader=wanted, rows=rows, **about)
@@ -201,9 +203,9 @@ def _prepare_command(name: str, data_dir: str | None) -> str:
     return f"python -m jaxcl.data.prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
 
 
-def _parts(builder, spec: str) -> list[str]:
+def _parts(builder, spec: str, part: str) -> list[str]:
     parts = [p for p in ("train", "test", "validation") if p in builder.info.splits]
-    if "train" not in parts:
+    if not parts or ("train" not in parts and part != "test"):
         raise UserError(f"{spec} has no train part; it has {', '.join(builder.info.splits) or 'none'}")
     return parts
 

@@ -225,13 +225,11 @@ def _sets(evaluation: "Evaluation") -> Iterator[tuple[str, Source]]:
 
 
 def _open(evaluation: "Evaluation", spec: str, split: str) -> Source:
-    """A source by its name; without a split, all its images, whichever part they are in."""
+    """A source by its name, at the size of the training images; no split: all its images, in whichever part."""
     config = evaluation.config.copy_and_resolve_references()
     config.data.source, config.data.validation, config.data.labels, config.data.imbalance = spec, 0.0, "fine", ""
     config.data.limit = 0
-    options = config.data.get(spec.partition(":")[0])
-    if options is not None and "image_size" in options:  # otherwise of images that differ in size there is none
-        options.image_size = evaluation.source("train").image_shape[0]
+    config.data.files.image_size = config.data.tfds.image_size = evaluation.source("train").image_shape[0]
     if split:
         return source_of(config, split)
     parts, errors = [], []

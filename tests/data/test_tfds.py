@@ -64,6 +64,7 @@ def prepared(tmp_path_factory):
     birds = [{"image": x, "label": int(y)} for x, y in zip(IMAGES, LABELS, strict=True)]
     hidden = [row | {"label": -1} for row in birds]
     write(data_dir, "imagenet2012", train=birds[:20], validation=birds[20:26], test=hidden[26:])
+    write(data_dir, "imagenet_r", test=birds[:20])  # to be tested on
     return str(data_dir)
 
 
@@ -87,6 +88,12 @@ def test_cifar10_is_decoded_into_memory(prepared, split, part):
     expected_images, expected_labels = sort_rows(IMAGES[part], LABELS[part])
     assert (images == expected_images).all() and (labels == expected_labels).all()
     assert source.mean == (0.4914, 0.4822, 0.4465) and source.std == (0.2023, 0.1994, 0.2010)
+
+
+def test_a_set_to_be_tested_on(prepared):
+    source = make_source("tfds:imagenet_r", split="test", data_dir=prepared, image_size=32)
+    assert len(source) == 20 and source.class_names[0] == "n01440764"
+    fails("imagenet_r has no train part; it has test", "tfds:imagenet_r", data_dir=prepared, image_size=32)
 
 
 def test_data_dir_from_the_environment(prepared, monkeypatch):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from jaxcl import config as base
 from jaxcl.data import Source, batches
@@ -110,6 +111,20 @@ def test_one_split_of_a_set(frozen, tmp_path):
     f = frozen(ood=(f"one@test=npz:{tmp_path}/b.npz", f"all=npz:{tmp_path}/b.npz"))
     figures, _ = ood(f)
     assert [figures["sets"][k]["images"] for k in ("one", "all")] == [16, 80]
+
+
+def test_image_files_in_class_folders(frozen, tmp_path):
+    """Files of another size and form than the training images; a class that the probe lacks does not count."""
+    colours = {"red": (220, 40, 40), "yellow": (200, 200, 40), "violet": (90, 0, 90)}
+    for name, colour in colours.items():
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (20 + i, 31), colour).save(tmp_path / name / f"{i}.png")
+    f = frozen(GOOD, ood=(f"rendition=folder:{tmp_path}",))
+    check(f.evaluation)
+    found = ood(f)[0]["sets"]["rendition"]
+    assert (found["images"], found["classes"]) == (6, 2)
+    assert found["accuracy"] == found["masked_accuracy"] == 1
 
 
 def test_names_that_two_classes_share_mean_neither(frozen, tmp_path):

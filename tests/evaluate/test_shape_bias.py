@@ -16,7 +16,6 @@ from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe
 from jaxcl.evaluate.shape_bias import check_stimuli, coarse_probabilities, cue_conflict, read_stimuli
 
-
 SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data_sample"
 
 
