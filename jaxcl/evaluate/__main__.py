@@ -1,6 +1,7 @@
 """Evaluate runs again.
 
     python -m jaxcl.evaluate --workdir=RUN [--workdir=RUN ...] [--suite=knn,linear] [--source=...]
+    python -m jaxcl.evaluate --workdir=RUN --suite=ood --set="ood=('sketch=folder:PATH',)" --set="severities=(3,)"
 
 Several run folders are one encoder, their features side by side. Results are printed as JSON, and written to --out.
 """
@@ -21,6 +22,7 @@ _SUITE = flags.DEFINE_string("suite", "", "Evaluators, comma-separated; default:
 _SOURCE = flags.DEFINE_string("source", "", "A data source as in a config; default: the run's own.", **_own)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", **_own)
 _SPLIT = flags.DEFINE_string("split", "", "test or validation; default: the first run's eval.split.", **_own)
+_SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: a key of config.eval, for this evaluation.", **_own)
 _OUT = flags.DEFINE_string("out", "", "A JSON file for the results.", **_own)
 
 
@@ -32,7 +34,7 @@ def run(argv: list[str]) -> int:
         raise UserError("no --workdir; give the folder of a run")
     from jaxcl.evaluate import runs  # after the flags are known to be right
 
-    opened = [runs.load_run(w, source=_SOURCE.value, step=_STEP.value) for w in _WORKDIR.value]
+    opened = [runs.load_run(w, source=_SOURCE.value, step=_STEP.value, options=_SET.value) for w in _WORKDIR.value]
     suite = tuple(s.strip() for s in _SUITE.value.split(",") if s.strip())
     found = runs.summary(opened, runs.evaluate_runs(opened, suite, split=_SPLIT.value))
     print(json.dumps(found["results"], indent=2, default=run_folder.number))

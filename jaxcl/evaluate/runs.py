@@ -3,6 +3,7 @@
 N images, D features.
 """
 
+import ast
 import dataclasses
 import json
 import pathlib
@@ -20,7 +21,7 @@ from jaxcl.data import Source, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Figures
 from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
-from jaxcl.recipe import Recipe, build_recipe
+from jaxcl.recipe import Recipe, build_recipe, suggestion
 from jaxcl.train_state import TrainState
 from jaxcl.update import init_state
 
@@ -55,16 +56,19 @@ class Run:
         return Frozen(self.evaluation, self.state, self.mesh, split)
 
 
-def load_run(workdir: str | pathlib.Path, *, source: str = "", step: int | None = None) -> Run:
+def load_run(
+    workdir: str | pathlib.Path, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
+) -> Run:
     """Open a run folder.
 
     Args:
       workdir: what `jaxcl.main --workdir` was given.
       source: evaluate on this data source instead of the run's own; images are normalised as in training.
       step: of the checkpoint; None: the newest.
+      options: "KEY=VALUE" of config.eval to set otherwise, such as "ood=('sketch=folder:PATH',)".
 
     Raises:
-      UserError: no run there, no such checkpoint, or one that does not fit its config.
+      UserError: no run there, no such checkpoint, or one that does not fit its config; an unknown option.
     """
     workdir = pathlib.Path(workdir)
     files = {name: workdir / f"{name}.json" for name in ("config", "data")}
@@ -76,6 +80,8 @@ def load_run(workdir: str | pathlib.Path, *, source: str = "", step: int | None 
     config.report = False
     if source:
         config.data.source = source
+    for option in options:
+        _set(config.eval, option)
     recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
     mesh = sharding.make_mesh()
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
@@ -92,6 +98,21 @@ def load_run(workdir: str | pathlib.Path, *, source: str = "", step: int | None 
     train = source_of(config, "train")
     evaluation = Evaluation(config, recipe, train=train, make_source=lambda split: source_of(config, split))
     return Run(workdir, config, recipe, evaluation, state, step, mesh)
+
+
+def _set(options: ConfigDict, text: str) -> None:
+    key, equals, value = text.partition("=")
+    key = key.removeprefix("eval.")
+    if not equals or key not in options:
+        raise UserError(f"--set={text}: expected KEY=VALUE with a key of config.eval{suggestion(key, options)}")
+    try:
+        value = ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a word
+        pass
+    wanted = type(options[key])
+    if not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
+        raise UserError(f"--set={text}: {value!r} is no {wanted.__name__}; expected one like {options[key]!r}")
+    options[key] = wanted(value)
 
 
 class Joined(Frozen):

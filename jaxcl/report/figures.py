@@ -344,7 +344,8 @@ def out_of_domain(rows: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Fi
         value, lower = float(row["value"]), row.get("lower", False)
         color = ORANGE if lower else BLUE if y == 0 else SKY
         ax.barh(y, value, 0.66, color=color, hatch="///" if lower else None, edgecolor="white", linewidth=0)
-        ax.annotate(f"{100 * value:.1f}%", (value, y), xytext=(5, 0), textcoords="offset points", va="center",
+        end = max(value, row.get("chance") or 0)  # clear of both
+        ax.annotate(f"{100 * value:.1f}%", (end, y), xytext=(5, 0), textcoords="offset points", va="center",
                     weight="bold", fontsize=8.5)  # fmt: skip
         if row.get("chance") is not None:
             ax.plot([row["chance"]] * 2, [y - 0.4, y + 0.4], color=INK, linewidth=1.4)

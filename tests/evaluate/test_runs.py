@@ -81,6 +81,31 @@ def test_augmented_features_are_another_view_for_each_draw(opened):
     assert not np.allclose(again, other) and not np.allclose(again, plain) and again.shape == plain.shape
 
 
+def test_images_made_anew_of_joined_runs(opened):
+    """Features of a source of its own lie side by side, too: in domain the figure is that of the linear probe."""
+    f = Joined(opened)
+    np.testing.assert_array_equal(f.features_of(f.test), f.features("test"))
+    for run in opened:
+        run.evaluation.options.severities = ()
+    found = evaluate_runs(opened, ("linear", "ood"))
+    assert found["ood"]["accuracy"] == found["linear"]["accuracy"] and len(found["ood"]["shuffled"]) == 3
+
+
+def test_options_of_an_evaluation(runs):
+    run = load_run(runs[0], options=("knn_k=3", "eval.severities=(2, 4)", "corrupted=some/folder", "knn_temperature=1"))
+    options = run.config.eval
+    assert options.knn_k == 3 and options.severities == (2, 4) and options.corrupted == "some/folder"
+    assert isinstance(options.knn_temperature, float)
+    for text, words in (
+        ("knn_kk=3", "with a key of config.eval; did you mean 'knn_k'"),
+        ("knn_k", "expected KEY=VALUE"),
+        ("knn_k=many", "'many' is no int; expected one like 5"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_run(runs[0], options=(text,))
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_split(opened, runs):
     with pytest.raises(UserError, match="nothing is held out; set data.validation"):
         evaluate_runs(opened, split="validation")
