@@ -84,8 +84,8 @@ def add_terms(c, method, *, encoder="", prefix=""):
     if method in ("infonce", "supcon_infonce"):
         c.terms[f"{prefix}infonce"] = base.term("attract", labels=False, **contrast)
     if method == "autoencoder":
-        # On a CPU a narrow decoder: the full one would cost many times the encoder.
-        narrow = dict(widths=(64, 32, 16, 16, 16), blocks=1) if small else {}
+        # On a CPU one as narrow and coarse as the encoder: the full one would cost many times the encoder.
+        narrow = dict(widths=(128, 64, 64), blocks=1, patch=4) if small else {}
         c.heads[f"{prefix}decoder"] = base.head("decoder", encoders=(encoder,), **narrow)
         c.terms[f"{prefix}reconstruction"] = base.term("reconstruction", views=views, head=f"{prefix}decoder")
 

@@ -82,6 +82,7 @@ class Decoder(Network):
     together: bool = True  # all views are one batch of its batch norms
     widths: Sequence[int] = (512, 256, 128, 64, 64)  # channels before, between and after the stages
     blocks: int = 2  # residual blocks a stage
+    patch: int = 1  # pixels a side that one place of the last map becomes; above 1 it costs far less
 
     reads: ClassVar[str] = "h"
 
@@ -94,7 +95,8 @@ class Decoder(Network):
 
     def network(self, facts: Facts) -> DecoderNetwork:
         side, _, channels = facts.image_shape
-        return DecoderNetwork(size=side, channels=channels, widths=tuple(self.widths), blocks=self.blocks)
+        options = dict(widths=tuple(self.widths), blocks=self.blocks, patch=self.patch)
+        return DecoderNetwork(size=side, channels=channels, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A decoder from features to images: a ResNet-18 mirrored, or a narrower and shorter one.
 
-N batch, D features, S side of the images, C their channels, g side of the first feature map, M its channels.
+N batch, D features, S side of the images, C their channels, g side of the first feature map, H of any, M its channels.
 
 Source: the autoencoder of Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596, in the form of its released code.
 papers/thanos.md 3.
@@ -33,6 +33,13 @@ def _nearest(x: Array, side: int) -> Array:
         return x
     rows = jnp.arange(side) * x.shape[1] // side
     return x[:, rows][:, :, rows]
+
+
+def _pixels(x: Array, patch: int) -> Array:
+    """[N,H,H,patch patch C] -> [N,patch H,patch H,C]: each place becomes its square of pixels, row by row."""
+    N, H, _, M = x.shape
+    x = x.reshape(N, H, H, patch, patch, M // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(N, H * patch, H * patch, -1)
 
 
 class DecoderBlock(nn.Module):
@@ -78,9 +85,11 @@ def _conv(features: int, kernel: int, dtype: Any, convolution: Callable | None, 
 class Decoder(nn.Module):
     """Features [N,D] -> images [N,S,S,C], float32 at least, of any range (no activation at the end).
 
-    Each stage but the last doubles the side, from g = floor(S / 2**(stages - 1)). A side S that is no multiple of
-    2**(stages - 1) is reached by a bilinear resize of what comes out below it, as for the 28 pixels of MNIST (3, then
-    24 with four stages). One-channel images are the mean of three channels, as there.
+    Each stage but the last doubles the side, from g = floor(S / growth), growth = patch * 2**(stages - 1). A side S
+    that is no multiple of that is reached by a bilinear resize of what comes out below it, as for the 28 pixels of
+    MNIST (3, then 24 with four stages). One-channel images are the mean of three channels, as there. With a patch above
+    1 the last map is that many times smaller, and a linear layer makes a square of pixels of each of its places, as a
+    patch stem reads them: most of the cost of a decoder is in its largest maps.
 
     Errors: UserError for widths, blocks or sizes that cannot be; when the module is made.
     """
@@ -89,6 +98,7 @@ class Decoder(nn.Module):
     channels: int = 3  # C
     widths: Sequence[int] = (512, 256, 128, 64, 64)  # channels of the first map, then after each stage
     blocks: int = 2  # residual blocks of a stage; the first one upsamples
+    patch: int = 1  # side of the square of pixels that one place of the last map becomes
     dtype: Any = jnp.float32
     momentum: float = MOMENTUM
     convolution: Callable | None = None  # as of a ResNet
@@ -97,20 +107,21 @@ class Decoder(nn.Module):
         widths = tuple(self.widths)
         if len(widths) < 2 or not all(isinstance(w, int) and w >= 1 for w in widths):
             raise UserError(f"decoder: widths is {widths}; expected the channels before, between and after the stages")
-        for name in ("channels", "blocks"):
+        for name in ("channels", "blocks", "patch"):
             if not getattr(self, name) >= 1:
                 raise UserError(f"decoder: {name} is {getattr(self, name)}; expected at least 1")
         if self.size < self.growth:
+            patches = f" of patches of {self.patch}" if self.patch > 1 else ""
             raise UserError(
-                f"decoder: {len(widths) - 1} stages make images of at least {self.growth} pixels, and these have "
-                f"{self.size}; give fewer widths"
+                f"decoder: {len(widths) - 1} stages{patches} make images of at least {self.growth} pixels, and these "
+                f"have {self.size}; give fewer widths"
             )
         super().__post_init__()
 
     @property
     def growth(self) -> int:
-        """By how much all stages together enlarge the first map."""
-        return 2 ** (len(tuple(self.widths)) - 2)
+        """By how much all stages together, and the patches, enlarge the first map."""
+        return self.patch * 2 ** (len(tuple(self.widths)) - 2)
 
     @nn.compact
     def __call__(self, latent: Array, train: bool = False, where: Array | None = None) -> Array:
@@ -125,7 +136,11 @@ class Decoder(nn.Module):
             for j in range(self.blocks):
                 grows = j == 0 and i < len(widths) - 1
                 x = DecoderBlock(planes, 2 if grows else 1, **same, name=f"stage{i + 1}_block{j + 1}")(x, mode)
-        x = _conv(3 if self.channels == 1 else self.channels, 3, self.dtype, self.convolution, "out_conv")(x)
+        channels = 3 if self.channels == 1 else self.channels
+        if self.patch == 1:
+            x = _conv(channels, 3, self.dtype, self.convolution, "out_conv")(x)
+        else:
+            x = _pixels(Dense(self.patch**2 * channels, self.dtype, name="out_patch")(x), self.patch)
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.channels == 1:
             x = x.mean(-1, keepdims=True)

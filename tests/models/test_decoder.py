@@ -120,6 +120,8 @@ def test_published_parameter_count():
         (16, 3, NARROW, 8),
         (9, 2, NARROW, 4),
         (7, 3, dict(widths=(4, 4)), 7),
+        (32, 3, dict(widths=(6, 4, 4), patch=4), 4),
+        (14, 1, dict(widths=(4, 4), patch=3), 4),
     ],
 )
 def test_sizes(size, channels, options, grid):
@@ -240,6 +242,19 @@ def test_other_convolutions_and_dtypes():
     assert 0 < np.abs(outs["plain"][0] - outs["bfloat16"][0]).max() < 0.3
 
 
+def test_patches_are_laid_out_as_a_patch_stem_reads_them():
+    """Cutting the images into squares, in (row, column, channel) order, gives back what the last layer said of each."""
+    decoder = Decoder(size=8, widths=(4, 3), blocks=1, patch=2)
+    variables, latent = variables_of(decoder), tiny.normal(3, 6)
+    images, made = decoder.apply(variables, latent, capture_intermediates=True, mutable=["intermediates"])
+    said = made["intermediates"]["out_patch"]["__call__"][0]
+    assert said.shape == (3, 4, 4, 12)
+    for row in range(4):
+        for column in range(4):
+            square = images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            np.testing.assert_array_equal(square.reshape(3, 12), said[:, row, column])
+
+
 # ---- mistakes
 
 
@@ -248,6 +263,8 @@ def test_other_convolutions_and_dtypes():
     [
         (dict(size=7), "4 stages make images of at least 8 pixels, and these have 7; give fewer widths"),
         (dict(size=0, widths=(4, 4)), "at least 1 pixels"),
+        (dict(size=7, widths=(4, 4), patch=8), "1 stages of patches of 8 make images of at least 8 pixels"),
+        (dict(size=32, patch=0), "decoder: patch is 0; expected at least 1"),
         (dict(size=32, widths=(64,)), "decoder: widths is (64,); expected the channels before, between and after"),
         (dict(size=32, widths=(64, 0)), "decoder: widths is (64, 0)"),
         (dict(size=32, blocks=0), "decoder: blocks is 0; expected at least 1"),
