@@ -179,6 +179,7 @@ def run_stages(
             reads=lambda term: recipe.terms[term].reads,
             embed=lambda encoder, view, norm_set, s=stats: _embed(recipe, state, s, encoder, view, norm_set),
             keys=lambda name: view_keys(state.key, state.step, batch["index"], name),
+            textures=to_pixels(batch["texture"]) if "texture" in batch else None,
         )
         out = jax.lax.stop_gradient(stage(context, views))
         views = {**views, **out.views}

@@ -70,7 +70,8 @@ class BYOL(PairTerm):
 
     target: str = "target"  # the moving average
     head: str = "predictor"
-    negatives: tuple[str, ...] = ()  # the target's embeddings of each view's non-semantic negatives, or one for both
+    # The target's embeddings of each view's non-semantic negatives, or one for both; "" for a view without.
+    negatives: tuple[str, ...] = ()
     alpha: float = 0.2  # weight of the negatives
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class BYOL(PairTerm):
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return self.negatives
+        return tuple(n for n in self.negatives if n)
 
     def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
         self.pair(e)  # refuses padded rows

@@ -34,7 +34,7 @@ class NTXent(PairTerm):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.negatives) > 2:
+        if len(self.negatives) > 2 or "" in self.negatives:
             raise UserError(f"term nt_xent: negatives is {self.negatives}; expected none, one for both views, or two")
 
     @property

@@ -42,6 +42,7 @@ class Context(NamedTuple):
     reads: Callable[[str], tuple[str, ...]]  # term -> names of the embeddings it cannot do without
     embed: Callable[[str, View, str], Any]  # (encoder, view, set of batch norms) -> its embedding, in training mode
     keys: Callable[[str], Array]  # name -> one key an image [B]
+    textures: Array | None = None  # [B,H,W,C] float32 in [0,1], made beforehand of the images, where the data has them
 
 
 class StageOutput(NamedTuple):
