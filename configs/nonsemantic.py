@@ -22,8 +22,8 @@ How strongly they repel: --config.terms.moco.alpha=3 (terms.nt_xent, terms.byol)
 proportion at other sizes: --config.stages[0].min_patch, max_patch. SimCLR's negatives receive gradient unless
 --config.terms.nt_xent.negatives_gradient=False. Texture is quilted in the update, or read from a set that
 jaxcl.data.textures has built: --config.data.textures=FOLDER. Of STL-10, TFDS's training part is the 5,000 labelled
-images; all 105,000 fit one --config.data.source=npz:PATH with labels of -1, and unlabelled. Everything not said here is as in moco.py, simclr.py,
-byol.py.
+images; all 105,000 fit one npz, labels -1 for the others: --config.data.source=npz:PATH and unlabelled. Everything not
+said here is as in moco.py, simclr.py, byol.py.
 
 Source: Ge et al. 2021, arXiv 2110.14189. Their code is of MoCo only: for SimCLR and BYOL the form of the loss and its
 alpha are this library's reading.

@@ -175,7 +175,8 @@ def choose(source: Array, picks_RxG: Array, top: Array, left: Array, table: list
     """The deterministic core: the map with the points (top + s i, left + s j) of it chosen anew, all at once.
 
     source: int32 [rows, columns], linear indices into the exemplars [2, E, E], which `table` holds packed. picks:
-    random candidates of the points in raster order. Of equals the first wins: the present one, coherent ones, random ones.
+    random candidates of the points in raster order. Of equals the first wins: the present one, then coherent ones, then
+    random ones.
     """
     (rows, columns), E, s = source.shape, search.exemplar, search.step
     row_G, column_G = jnp.divmod(jnp.arange(-(-rows // s) * -(-columns // s), dtype=jnp.int32), -(-columns // s))
