@@ -284,6 +284,7 @@ class Frozen:
             if where is not None and len(out[name]) == count:
                 # A padded row does not exist: show it as empty, not as an image the encoder saw.
                 out[name] = np.where(where[:, None, None, None], out[name], 1.0)
-            images[name] = out[name][:SHOWN]
+            of_each = max(1, len(out[name]) // count)  # of several an image, the first
+            images[name] = out[name][::of_each][:SHOWN]
         labels = [source.class_names[i] if i >= 0 else "" for i in source.batch(np.arange(min(SHOWN, count)))["label"]]
         return {"images": {k: v[: len(labels)] for k, v in images.items()}, "labels": labels}

@@ -129,12 +129,26 @@ def _sampled(key: Array, image_HxWxC: Array, search: Search) -> tuple[Array, Arr
     for level, h in enumerate(search.spacings):
         rows, columns = -(-H // h), -(-W // h)
         if source is None:
-            source = jax.random.randint(of_start, (rows, columns), 0, 2 * E * E, jnp.int32)
+            source = _tiled(of_start, rows, columns, h, E)
         else:
             source = _finer(source, h, E)[:rows, :columns]
         table = pack(_blurred(exemplars, h).reshape(2 * E, E, C))
         source = _level(jax.random.fold_in(of_search, level), source, table, h, search)
     return exemplars.reshape(-1, C).at[source].get(mode="promise_in_bounds"), source, exemplars
+
+
+def _tiled(key: Array, rows: int, columns: int, h: int, E: int) -> Array:
+    """A first map [rows, columns]: random squares of the exemplars, half as wide as those, side by side."""
+    # Of single random pixels little would be left but the plainest parts of the exemplars: they fit everywhere.
+    side = max(1, E // (2 * h))
+    tiles = -(-rows // side), -(-columns // side)
+    of_which, of_corner = jax.random.split(key)
+    which = jax.random.randint(of_which, tiles, 0, 2, jnp.int32)
+    corner = jax.random.randint(of_corner, (2, *tiles), 0, E - h * (side - 1), jnp.int32)
+    y, x = np.arange(rows)[:, None], np.arange(columns)
+    tile = y // side, x // side
+    row, column = (corner[i][tile] + h * (p % side) for i, p in enumerate((y, x)))
+    return which[tile] * E**2 + row * E + column
 
 
 def _blurred(exemplars: Array, h: int) -> Array:
