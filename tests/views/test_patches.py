@@ -169,6 +169,21 @@ def test_an_image_depends_on_its_own_key_only():
         np.testing.assert_array_equal(patch_negatives(keys, images, **options), out[:, :1])
 
 
+def test_a_step_later_they_are_others():
+    """An image keeps its own stream of patches, which goes on from step to step."""
+    _, _, images = some()
+    made = [
+        patch_negatives(
+            view_keys(jax.random.key(0), step, np.array(index), "ns"), images, min_patch=LOW, max_patch=HIGH
+        )
+        for step, index in ((0, [5, 6, 7, 8]), (1, [5, 6, 7, 8]), (0, [6, 5, 7, 8]))
+    ]
+    first, later, swapped = (np.asarray(m) for m in made)
+    assert all((a != b).any() for a, b in zip(first, later, strict=True))
+    np.testing.assert_array_equal(swapped[2:], first[2:])
+    assert (swapped[0] != first[0]).any()
+
+
 def test_sharded_over_devices():
     """On one and on eight devices the same, and no image leaves its device."""
     images, keys = tiny.normal(8, S, S, 3), jax.random.split(jax.random.key(1), 8)
