@@ -12,7 +12,7 @@ import tiny
 from jaxcl import sharding
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
-from jaxcl.views import View, patch_negatives, patches, tile_patches
+from jaxcl.views import View, patch_negatives, patches, tile_patches, view_keys
 from jaxcl.views.patches import PatchNegatives, scaled_range
 
 PAPER = "non_semantic_negatives"
