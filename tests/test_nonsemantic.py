@@ -1,6 +1,7 @@
 """Non-semantic negatives on MoCo, SimCLR and BYOL: what the config adds, the authors' settings, and real updates."""
 
 import functools
+import io
 import itertools
 
 import jax
@@ -11,10 +12,13 @@ from test_configs import config, shrink
 from test_momentum_update import assert_trees_close
 
 from jaxcl import config as base
-from jaxcl import losses, sharding
+from jaxcl import losses, sharding, train
+from jaxcl.data import make_source, textures
 from jaxcl.errors import UserError
+from jaxcl.evaluate import runs
 from jaxcl.losses.common import unit
 from jaxcl.recipe import Phase
+from jaxcl.report import read_metrics
 from jaxcl.terms import BYOL, Embedding
 from jaxcl.terms.similarity import similarity_figures
 from jaxcl.update import compile_update, init_state
@@ -193,3 +197,25 @@ def test_byol_one_sided():
     cosine = (unit(rows[0]) * unit(own[:, 0])).sum(-1).mean()
     figures = similarity_figures({"byol": term}, e, 4, {})
     assert float(figures["similarity/own negative"]) == pytest.approx(float(cosine), abs=1e-6)
+
+
+def test_a_run_with_a_texture_set(tmp_path):
+    """Textures made beforehand come with training batches only; the record of the run has the similarities."""
+    source = f"npz:{tiny.colours(tmp_path / 'images.npz')}"
+    search = dict(exemplar=7, radius=2, randoms=2, passes=1)
+    textures.build(make_source(source), tmp_path / "set", batch_size=64, search=search, stream=io.StringIO())
+    c = small("simclr,texture,shared")
+    c.data.source, c.data.textures = source, str(tmp_path / "set")
+    c.log_every, c.devices, c.eval.final = "1 step", 1, ("knn",)
+    results = train.run(c, tmp_path / "run")
+    assert results["steps"] == 2 and "knn" in results
+    rows = [row for row in read_metrics(tmp_path / "run") if "similarity/own negative" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert len(rows[0]["similarity_histogram/another image"]) == 40
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert 'id="similarities"' in page and "could not be drawn" not in page
+    # A run is evaluated again without them, and trains no further than where they fit.
+    (tmp_path / "set" / "part-00000.npy").unlink()
+    assert "knn" in runs.evaluate_runs([runs.load_run(tmp_path / "run")], ("knn",))
+    with pytest.raises(UserError, match="holds 0 of 1 parts"):
+        train.run(c, tmp_path / "again")
