@@ -6,7 +6,7 @@ Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny
 (paper, or cpu for the small network and minutes of the embedded set, which has no other), and what labels are for:
 labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
 
-    configs/byol.py                            garments on a CPU; not yet run
+    configs/byol.py                            garments on a CPU: linear probe 45.5 % (seed 0, on images held out of training)
     configs/byol.py:cifar10                    32 pixels; not yet run
     configs/byol.py:tiny_imagenet              64 pixels; not yet run
     configs/byol.py:stl10                      96 pixels; not yet run
@@ -56,7 +56,11 @@ def get_config(preset: str = ""):
 def _cpu(c):
     c.model.head_hidden = 512
     c.model.head_features = 128
-    c.memory.target.decay = 0.98  # a short run has few updates for the average to follow
+    c.memory.target.decay = 0.95  # a short run has few updates for the average to follow
+    c.optimizer.lr = 3e-3
+    # As strong as those of SimCLR here: with those of SupCon (and a decay of 0.98) the linear probe had 35 to 37 %.
+    for name in ("view1", "view2"):
+        c.views[name] = base.view("random", crop_area=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), grayscale=0.2)
 
 
 def _paper(c):

@@ -63,8 +63,18 @@ def view_keys(key: Array, step: Array, index: Array, view: str) -> Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-# Below the definitions, which these two import from here.
+# Below the definitions, which these import from here.
 from jaxcl.views.patches import patch_negatives, tile_patches  # noqa: E402
 from jaxcl.views.quilting import quilt_texture  # noqa: E402
+from jaxcl.views.sampling import sample_texture  # noqa: E402
 
-__all__ = ["Context", "StageOutput", "View", "patch_negatives", "quilt_texture", "tile_patches", "view_keys"]
+__all__ = [
+    "Context",
+    "StageOutput",
+    "View",
+    "patch_negatives",
+    "quilt_texture",
+    "sample_texture",
+    "tile_patches",
+    "view_keys",
+]
