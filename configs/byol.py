@@ -6,7 +6,7 @@ Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny
 (paper, or cpu for the small network and minutes of the embedded set, which has no other), and what labels are for:
 labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
 
-    configs/byol.py                            garments on a CPU: linear probe 45.5 % (seed 0, on images held out of training)
+    configs/byol.py                            garments on a CPU: linear probe 45.5 % (seed 0, validation images)
     configs/byol.py:cifar10                    32 pixels; not yet run
     configs/byol.py:tiny_imagenet              64 pixels; not yet run
     configs/byol.py:stl10                      96 pixels; not yet run

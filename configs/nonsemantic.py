@@ -30,7 +30,6 @@ alpha are this library's reading.
 """
 
 from jaxcl import config as base
-from jaxcl.errors import UserError
 
 METHODS = ("moco", "simclr", "byol")
 NEGATIVES = ("patch", "texture", "none")
@@ -47,9 +46,7 @@ def get_config(preset: str = ""):
     """The config of a preset such as "byol,texture,cifar10"."""
     axes = (METHODS, NEGATIVES, OF, DATASETS, SCALES, SETTINGS, LABELS)
     method, negatives, of, dataset, scale, setting, labels = chosen = base.choose(preset, *axes)
-    if setting != "published" and method != "moco":
-        raise UserError(f"preset {preset!r}: {setting} is a setting of moco; leave it out")
-    words = [dataset, scale, labels, *([setting] if method == "moco" else [])]
+    words = [dataset, scale, labels, *([setting] if method == "moco" else [])]  # a setting of MoCo's only
     c = base.extend(__file__, f"{method}.py", ",".join(words))
     usual = ("", "", "own", "", "paper", "published", "labelled")
     c.name = base.title("nonsemantic", chosen, usual)

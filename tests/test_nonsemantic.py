@@ -82,7 +82,6 @@ def test_it_is_the_method_and_negatives(method, words):
 
 def test_mistakes():
     for words, text in (
-        ("byol,ifm", "ifm is a setting of moco"),
         ("moco,simclr", "names both 'moco' and 'simclr'"),
         ("patches", "did you mean 'patch'"),
     ):
