@@ -12,8 +12,8 @@ labelled (a classifier is trained beside the encoder, which it does not change) 
     configs/byol.py:stl10                      96 pixels; not yet run
     configs/byol.py:imagenet100                ResNet-50, BYOL's own settings in 200 epochs; not yet run
 
-Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. Everything not
-said here is as in supcon.py.
+Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH, folder:PATH or tfds:NAME.
+Everything not said here is as in supcon.py.
 
 Source: Grill et al. 2020, arXiv 2006.07733, appendix.
 """

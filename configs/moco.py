@@ -16,7 +16,7 @@ labelled (a classifier is trained beside the encoder, which it does not change) 
 
 Keys are encoded in four groups with batch norms of their own, to which the batch is dealt at random, whatever the
 number of devices (shuffle-BN): --config.passes[0].bn_groups and passes[1].bn_groups. Data of a preset other than the
-embedded one: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
+embedded one: --config.data.source=cifar:PATH, npz:PATH, folder:PATH or tfds:NAME.
 
 Source: Chen et al. 2020, arXiv 2003.04297; settings of its use by Ge et al. 2021, arXiv 2110.14189.
 """

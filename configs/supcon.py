@@ -27,7 +27,7 @@ SOURCES = {
     "cifar100": "tfds:cifar100",
     "tiny_imagenet": "npz:tiny_imagenet.npz",
     "stl10": "tfds:stl10",
-    "imagenet100": "npz:imagenet100.npz",
+    "imagenet100": "folder:imagenet100",
 }
 SIDES = {"tiny_imagenet": 64, "stl10": 96, "imagenet100": 224}  # of the views; the others': the images' own
 
@@ -47,6 +47,8 @@ def get_config(preset: str = ""):
     c.collapse_every = "10%"
     c.data.source = SOURCES.get(dataset, dataset)
     c.size = SIDES.get(dataset, 0)
+    if dataset == "imagenet100":
+        c.data.files.image_size = 256  # of the photos, which views of 224 are cut from
     if dataset in SOURCES and scale == "paper":
         _paper(c, dataset)
     else:
