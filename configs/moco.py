@@ -2,26 +2,28 @@
 
     python -m jaxcl.main --config=configs/moco.py
 
-Presets, one word an axis, joined by commas: a data set (garments, cifar10, imagenet100), a scale (paper, or cpu for the
-small network and minutes of the embedded set, which has no other), a setting at paper scale: published (batches of 128,
-a queue of 16,384, moving average 0.999) or ifm (512, 65,536, 0.99), and what labels are for: labelled (a classifier is
-trained beside the encoder, which it does not change) or unlabelled.
+Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny_imagenet, stl10, imagenet100), a scale
+(paper, or cpu for the small network and minutes of the embedded set, which has no other), a setting at paper scale:
+published (batches of 128, a queue of 16,384, moving average 0.999) or ifm (512, 65,536, 0.99), and what labels are for:
+labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
 
     configs/moco.py                            garments on a CPU; not yet run
-    configs/moco.py:cifar10                    not yet run
+    configs/moco.py:cifar10                    32 pixels; not yet run
+    configs/moco.py:tiny_imagenet              64 pixels; not yet run
+    configs/moco.py:stl10                      96 pixels; not yet run
     configs/moco.py:imagenet100                ResNet-50, 200 epochs, as in Ge et al. 2021; not yet run
     configs/moco.py:imagenet100,ifm            likewise; not yet run
 
 Keys are encoded in four groups with batch norms of their own, to which the batch is dealt at random, whatever the
 number of devices (shuffle-BN): --config.passes[0].bn_groups and passes[1].bn_groups. Data of a preset other than the
-embedded one: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
+embedded one: --config.data.source=cifar:PATH, npz:PATH, folder:PATH or tfds:NAME.
 
 Source: Chen et al. 2020, arXiv 2003.04297; settings of its use by Ge et al. 2021, arXiv 2110.14189.
 """
 
 from jaxcl import config as base
 
-DATASETS = ("garments", "cifar10", "imagenet100")
+DATASETS = ("garments", "cifar10", "tiny_imagenet", "stl10", "imagenet100")
 SCALES = ("paper", "cpu")
 SETTINGS = ("published", "ifm")
 LABELS = ("labelled", "unlabelled")
@@ -32,11 +34,8 @@ def get_config(preset: str = ""):
     """The config of a preset such as "imagenet100,ifm"."""
     dataset, scale, setting, labels = base.choose(preset, DATASETS, SCALES, SETTINGS, LABELS)
     small = dataset == "garments" or scale == "cpu"
-    name = "tiny_imagenet" if dataset == "imagenet100" else dataset
-    c = base.extend(__file__, "supcon.py", f"{name},{scale}")
+    c = base.extend(__file__, "supcon.py", f"{dataset},{scale}")
     c.name = base.title("moco", (dataset, scale, setting, labels), ("", "paper", "published", "labelled"))
-    if dataset == "imagenet100":
-        c.data.source, c.size = "npz:imagenet100.npz", 224
 
     c.passes = (
         base.encode("view1", bn_groups=GROUPS),
@@ -49,21 +48,22 @@ def get_config(preset: str = ""):
     c.memory.queue = base.memory("queue", length=4096 if small else 16384 if setting == "published" else 65536)
     c.memory.probe.views = ("view1",)  # the queries: the others are the target's
     if not small:
-        _paper(c, dataset, setting)
+        _paper(c, setting)
     if labels == "unlabelled":
         del c.memory.probe
     return c
 
 
-def _paper(c, dataset, setting):
+def _paper(c, setting):
     """The authors' hyper-parameters: SGD, decay 1e-4 on every parameter, one cosine by epoch, no warm-up."""
     c.duration = "200 epochs"
     c.batch_size = 128 if setting == "published" else 512
-    c.model = base.model("resnet", depth=50, stem="cifar" if dataset == "cifar10" else "imagenet")
+    c.model = base.model("resnet", depth=50, stem=c.model.stem)
     c.model.head_hidden_layers = 1  # as wide as the features
     c.model.head_features = 128
     for view in c.views.values():
-        view.blur = 0.5 if dataset == "imagenet100" else 0.0  # at 32 pixels it would leave little
+        view.blur = 0.5 if c.size > 64 else 0.0  # at 32 pixels it would leave little
+        view.blur_sigma = (0.1, 2.0 if c.size == 224 else 1.0)
     # "released" is the cosine by epoch that ends at 0.
     sgd = dict(kind="sgd", momentum=0.9, schedule="released")
     c.optimizer = base.options(

@@ -2,15 +2,17 @@
 
     python -m jaxcl.main --config=configs/simclr.py
 
-Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet), a
-scale (paper: the authors' network and budget; cpu: the small network and minutes of the embedded sets, which have no
-other), and what labels are for: labelled (a classifier is trained beside the encoder, which it does not change, and
-needs a label on every training image) or unlabelled (no classifier; the evaluation uses what labels there are).
+Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
+stl10, imagenet100), a scale (paper: the authors' network and budget; cpu: the small network and minutes of the embedded
+sets, which have no other), and what labels are for: labelled (a classifier is trained beside the encoder, which it does
+not change, and needs a label on every training image) or unlabelled (no classifier; the evaluation uses what labels
+there are).
 
     configs/simclr.py                          garments on a CPU: 3 minutes, linear probe 43.2 %
     configs/simclr.py:cifar10                  CIFAR-10, the baseline of CLAE; not yet run
     configs/simclr.py:cifar100                 not yet run
     configs/simclr.py:tiny_imagenet            not yet run
+    configs/simclr.py:stl10, :imagenet100      ResNet-50, SimCLR's own settings in 200 epochs; not yet run
 
 Without labels, on your own images:
 
@@ -25,10 +27,11 @@ Source: Chen et al. 2020, arXiv 2002.05709; settings of the baseline in the rele
 
 from jaxcl import config as base
 
-DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100")
 SCALES = ("paper", "cpu")
 LABELS = ("labelled", "unlabelled")
-AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # the others have the CPU's scale only
+AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # as the baseline of CLAE
+STANDARD = ("stl10", "imagenet100")  # as SimCLR itself; the others have the CPU's scale only
 
 
 def get_config(preset: str = ""):
@@ -46,6 +49,8 @@ def get_config(preset: str = ""):
     c.eval.pgd = (4,)  # each strength costs as much as a third of the training
     if dataset in AT_SCALE and scale == "paper":
         _paper(c, dataset)
+    if dataset in STANDARD and scale == "paper":
+        _standard(c)
     if labels == "unlabelled":
         del c.memory.probe
     return c
@@ -69,3 +74,22 @@ def _paper(c, dataset):
     c.eval.final += ("logistic",)  # the authors' protocol; linear is the same model at its optimum
     c.eval.knn_temperature = 0.5
     c.eval.knn_features = "z"  # its linear evaluation reads h
+
+
+def _standard(c):
+    """SimCLR's own: LARS, a learning rate in proportion to the batch, ten epochs of warm-up, one cosine, blur."""
+    c.duration = "200 epochs"
+    c.batch_size = 512
+    c.model.depth = 50
+    c.model.head_hidden_layers = 1  # as wide as the features
+    c.model.head_features = 128
+    c.terms.nt_xent.temperature = 0.1
+    for view in (c.views.view1, c.views.view2):
+        view.blur = 0.5
+        view.blur_sigma = (0.1, 2.0 if c.size == 224 else 1.0)
+    c.optimizer = base.options(
+        base.OptimizerOptions, kind="lars", lr=0.3 * 512 / 256, weight_decay=1e-6, schedule="cosine", warmup="10 epochs"
+    )
+    c.memory.probe.optimizer = base.options(
+        base.OptimizerOptions, kind="sgd", lr=0.1, weight_decay=0.0, schedule="cosine"
+    )

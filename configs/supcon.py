@@ -2,15 +2,16 @@
 
     python -m jaxcl.main --config=configs/supcon.py
 
-Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet),
-a schedule of the classifier (online, alternating, sequential), and a scale (paper: the authors' network and budget;
-cpu: the small network and minutes of the embedded sets, which have no other).
+Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
+stl10, imagenet100), a schedule of the classifier (online, alternating, sequential), and a scale (paper: the authors'
+network and budget; cpu: the small network and minutes of the embedded sets, which have no other).
 
     configs/supcon.py                          garments on a CPU: 3 minutes, linear probe 64.2 %
     configs/supcon.py:cifar10                  CIFAR-10, the SupCon repository's hyper-parameters; not yet run
     configs/supcon.py:cifar100,alternating     the baseline of the ExCon paper; not yet run
     configs/supcon.py:cifar100,sequential      SupCon-original, the classifier afterwards; not yet run
     configs/supcon.py:tiny_imagenet            not yet run
+    configs/supcon.py:stl10, :imagenet100      no paper's settings; the ground of other configs; not yet run
 
 Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
 Source: Khosla et al. 2020, arXiv 2004.11362; papers' settings as in the released ExCon code.
@@ -18,10 +19,17 @@ Source: Khosla et al. 2020, arXiv 2004.11362; papers' settings as in the release
 
 from jaxcl import config as base
 
-DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100")
 SCHEDULES = ("online", "alternating", "sequential")
 SCALES = ("paper", "cpu")
-SOURCES = {"cifar10": "tfds:cifar10", "cifar100": "tfds:cifar100", "tiny_imagenet": "npz:tiny_imagenet.npz"}
+SOURCES = {
+    "cifar10": "tfds:cifar10",
+    "cifar100": "tfds:cifar100",
+    "tiny_imagenet": "npz:tiny_imagenet.npz",
+    "stl10": "tfds:stl10",
+    "imagenet100": "folder:imagenet100",
+}
+SIDES = {"tiny_imagenet": 64, "stl10": 96, "imagenet100": 224}  # of the views; the others': the images' own
 
 
 def get_config(preset: str = ""):
@@ -38,8 +46,9 @@ def get_config(preset: str = ""):
 
     c.collapse_every = "10%"
     c.data.source = SOURCES.get(dataset, dataset)
-    if dataset == "tiny_imagenet":
-        c.size = 64
+    c.size = SIDES.get(dataset, 0)
+    if dataset == "imagenet100":
+        c.data.files.image_size = 256  # of the photos, which views of 224 are cut from
     if dataset in SOURCES and scale == "paper":
         _paper(c, dataset)
     else:
@@ -82,9 +91,9 @@ def _paper(c, dataset):
         c.optimizer.warmup = "10 epochs"
         c.optimizer.warmup_from = 0.01
     c.model.depth = 50
-    c.model.stem = "cifar"
+    c.model.stem = "imagenet" if SIDES.get(dataset, 0) > 64 else "cifar"
     # Stage 4 of a CIFAR network is 4 x 4: the authors explain stage 2 there, stage 4 at 64 pixels.
-    c.eval.tap = "stage4" if dataset == "tiny_imagenet" else "stage2"
+    c.eval.tap = "stage4" if dataset in SIDES else "stage2"
     c.terms.supcon.temperature = 0.1
     c.terms.supcon.base_temperature = 0.07  # scales the loss by 1.43, as the released code does
     c.optimizer.kind = "sgd"

@@ -95,7 +95,7 @@ def _default_workdir(argument: str) -> pathlib.Path:
     return pathlib.Path("runs") / "-".join([pathlib.Path(path).stem, *words])
 
 
-def _join(spec: str) -> None:
+def join(spec: str) -> None:
     """Join the other processes of this run through JAX's own runtime; before anything touches a device."""
     if spec == "off":
         return
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     parse(argv)
     if _CONFIG.value is None:
         raise UserError("no --config; for example --config=configs/excon.py")
-    _join(_DISTRIBUTED.value)
+    join(_DISTRIBUTED.value)
     from jaxcl import train  # after the flags are known to be right: a typo need not wait for the imports
 
     workdir = _WORKDIR.value or _default_workdir(_config_argument(argv))

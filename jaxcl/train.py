@@ -195,14 +195,15 @@ class _Log:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take in the metrics of update `step` (counted from 1). Errors: Diverged."""
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        metrics = jax.device_get(metrics)
+        values = {k: float(v) for k, v in metrics.items() if not np.ndim(v)}
         # What a batch cannot tell, such as how near two of a class are where it has no two of any.
         values = {k: v for k, v in values.items() if not (k.startswith("collapse/") and math.isnan(v))}
         # The loss first; but a gradient may be lost before it, or the probe by itself.
         for k in sorted(values, key=lambda k: k != "loss"):
             if not math.isfinite(values[k]):
                 raise Diverged(f"{k} is {values[k]} at step {step}")
-        for k, v in values.items():
+        for k, v in (values | {k: v for k, v in metrics.items() if np.ndim(v)}).items():
             self._sums.setdefault(k, []).append(v)
         self._step = step
         if self._first is None:
@@ -228,7 +229,9 @@ class _Log:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         if self._writer:
-            self._writer.write(step, figures)
+            # Numbers as they are, and rows of them (histograms) with the digits that a figure shows.
+            rows = {k: np.round(np.asarray(v, np.float64), 5).tolist() for k, v in figures.items() if np.ndim(v)}
+            self._writer.write(step, {k: v for k, v in figures.items() if k not in rows}, **rows)
 
 
 class _Best:

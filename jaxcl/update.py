@@ -24,6 +24,7 @@ from jaxcl.recipe import Pass, Phase, Recipe
 from jaxcl.sharding import AXIS
 from jaxcl.terms import Embedding
 from jaxcl.terms.base import embedding_name, split_name
+from jaxcl.terms.similarity import similarity_figures
 from jaxcl.train_state import TrainState
 from jaxcl.views import Context, View, view_keys
 
@@ -179,6 +180,7 @@ def run_stages(
             reads=lambda term: recipe.terms[term].reads,
             embed=lambda encoder, view, norm_set, s=stats: _embed(recipe, state, s, encoder, view, norm_set),
             keys=lambda name: view_keys(state.key, state.step, batch["index"], name),
+            textures=to_pixels(batch["texture"]) if "texture" in batch else None,
         )
         out = jax.lax.stop_gradient(stage(context, views))
         views = {**views, **out.views}
@@ -364,6 +366,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
         (loss, (terms, embeddings, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
 
+        metrics |= similarity_figures({n: recipe.terms[n] for n in active}, embeddings, len(batch["label"]), memory)
         params = optax.apply_updates(state.params, updates)
         for name, own in stats.pop("targets", {}).items():
             memory[name] = {**memory[name], "batch_stats": own}

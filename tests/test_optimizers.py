@@ -212,6 +212,32 @@ def test_decay_of_matrices_only(kind):
         np.testing.assert_array_equal(with_decay[k], without[k])
 
 
+def test_lars_has_no_trust_ratio_for_vectors():
+    """The first step: lr (g + decay w) 0.001 |w| / |g + decay w| of matrices, lr g of biases and norms."""
+    got, g = run(OptimizerOptions(kind="lars", lr=0.4, weight_decay=0.1), steps=1), gradients(0)
+    for k, p in PARAMS.items():
+        step = g[k]
+        if p.ndim > 1:
+            step = g[k] + 0.1 * p
+            step = step * 0.001 * np.linalg.norm(p) / np.linalg.norm(step)
+        np.testing.assert_allclose(got[k], p - 0.4 * step, rtol=1e-5, atol=1e-7, err_msg=k)
+
+
+def test_golden_schedules_of_moco(golden):
+    d = golden("non_semantic_negatives", "schedules")
+    step = dict(decay_epochs=(120, 160), decay_factors=(0.1, 0.01))
+    linear = dict(decay_epochs=(30, 40, 50), decay_factors=(0.1, 0.01, 0.001))
+    assert tuple(d["step_milestones"]) == step["decay_epochs"] and tuple(d["linear_milestones"]) == (30, 40, 50)
+    for name, options in (
+        ("cosine_lr", OptimizerOptions(lr=0.03, schedule="released")),
+        ("step_lr", OptimizerOptions(lr=0.03, schedule="epoch_factors", **step)),
+        ("linear_lr", OptimizerOptions(lr=10.0, schedule="epoch_factors", **linear)),
+    ):
+        epochs = len(d[name])
+        schedule = make_schedule(options, name="optimizer", steps=3 * epochs, steps_per_epoch=3, batch_size=4)
+        np.testing.assert_allclose(values(schedule, 3 * epochs), np.repeat(d[name], 3), rtol=1e-5, atol=1e-8)
+
+
 def test_clipping_is_of_the_global_norm():
     options = OptimizerOptions(kind="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
     got = run(options, steps=1)

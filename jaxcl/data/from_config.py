@@ -4,12 +4,13 @@ from ml_collections import ConfigDict
 
 from jaxcl.data.base import Source
 from jaxcl.data.sources import make_source
+from jaxcl.data.texture_set import Textured, TextureSet
 
 FILES = ("folder", "csv", "waterbirds", "celeb_a")  # kinds that read image files
 
 
 def source_of(config: ConfigDict, split: str) -> Source:
-    """A split of `config.data`. Errors: UserError, as `make_source`."""
+    """A split of `config.data`; training batches have textures too, where the config names some. Errors: UserError."""
     data = config.data
     # The options of the kind of source in use; those of the others lie idle in the config.
     kind = data.source.partition(":")[0]
@@ -20,7 +21,7 @@ def source_of(config: ConfigDict, split: str) -> Source:
         options = {k: v or None for k, v in options.items()}  # empty: the kind's own default
     if kind in FILES:
         options["on_bad_image"] = data.on_bad_image
-    return make_source(
+    source = make_source(
         data.source,
         split=split,
         seed=config.seed,
@@ -31,3 +32,4 @@ def source_of(config: ConfigDict, split: str) -> Source:
         imbalance=data.imbalance,
         **options,
     )
+    return Textured(source, TextureSet(data.textures)) if data.textures and split == "train" else source

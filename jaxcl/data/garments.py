@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import ndimage
 
-from jaxcl.data import hashing, textures
+from jaxcl.data import hashing, patterns
 from jaxcl.data.base import Select, Source
 from jaxcl.data.fashion_mnist import CLASSES, COARSE, COARSE_OF_CLASS, photos
 from jaxcl.errors import UserError
@@ -28,9 +28,9 @@ HUES = ("red", "orange", "yellow", "green", "cyan", "blue", "violet", "pink")
 HUE_CENTRES = np.array([0.0, 0.075, 0.15, 0.34, 0.5, 0.61, 0.76, 0.9], np.float32)
 # The shifted split draws its tints between the familiar hue families.
 TINTS = (*HUES, *(f"{a}-{b}" for a, b in zip(HUES, (*HUES[1:], HUES[0]), strict=True)))
-BACKGROUNDS = textures.NAMES
+BACKGROUNDS = patterns.NAMES
 TEXTURE_OF_CLASS = np.arange(10)  # the texture that `spurious` ties to each fine class
-CLASS_OF_TEXTURE = np.full(len(textures.ALL), -1, np.int32)  # and the other way round, -1 for the others
+CLASS_OF_TEXTURE = np.full(len(patterns.ALL), -1, np.int32)  # and the other way round, -1 for the others
 CLASS_OF_TEXTURE[TEXTURE_OF_CLASS] = np.arange(10)
 EXTRA_SPLITS = ("test_shifted", "cue_conflict")
 
@@ -132,23 +132,23 @@ def _cut_out(part: str) -> tuple[np.ndarray, np.ndarray]:
 def _choose(ids, labels, split: str, spurious: float, spurious_on: str) -> dict[str, np.ndarray]:
     """Which textures and which tint each image gets, int [N] each."""
     u = hashing.uniforms(_GENERATOR, _CHOICE, ids, 8)
-    familiar = len(textures.FAMILIAR)
+    familiar = len(patterns.FAMILIAR)
     free = (u[:, 0] * familiar).astype(np.int64)
     pattern = (u[:, 1] * familiar).astype(np.int64)
-    fill = np.where(u[:, 2] < 0.5, textures.PLAIN, pattern)
+    fill = np.where(u[:, 2] < 0.5, patterns.PLAIN, pattern)
     tint = (u[:, 3] * len(HUES)).astype(np.int64)
     draws = {"background": free, "fill": fill, "tint": tint}
     if split in ("train", "validation"):
         tied = u[:, 4] < spurious
         draws[spurious_on] = np.where(tied, TEXTURE_OF_CLASS[labels], draws[spurious_on])
     elif split == "test_shifted":
-        draws["background"] = familiar + (u[:, 0] * len(textures.UNSEEN)).astype(np.int64)
+        draws["background"] = familiar + (u[:, 0] * len(patterns.UNSEEN)).astype(np.int64)
         draws["tint"] = tint + len(HUES)
     elif split == "cue_conflict":
         other = (labels + 1 + (u[:, 5] * (len(CLASSES) - 1)).astype(np.int64)) % len(CLASSES)
         draws["texture"] = other
         draws["fill"] = TEXTURE_OF_CLASS[other]
-        draws["background"] = draws["fill"] if spurious_on == "background" else np.full_like(other, textures.PLAIN)
+        draws["background"] = draws["fill"] if spurious_on == "background" else np.full_like(other, patterns.PLAIN)
     return draws
 
 
@@ -159,7 +159,7 @@ def _compose(photo, cover, ids, draws, split: str) -> tuple[np.ndarray, np.ndarr
     light_object = u[:, 0] < 0.5
 
     # Background: two colours of any hue on one side of the brightness scale, the object's on the other.
-    back = textures.draw(draws["background"], hashing.uniforms(_GENERATOR, _BACKGROUND, ids, textures.NUMBERS), SIZE)
+    back = patterns.draw(draws["background"], hashing.uniforms(_GENERATOR, _BACKGROUND, ids, patterns.NUMBERS), SIZE)
     near = np.where(light_object, 0.06 + 0.12 * u[:, 1], 0.94 - 0.12 * u[:, 1])
     far = np.where(light_object, 0.26 + 0.12 * u[:, 2], 0.70 - 0.12 * u[:, 2])
     a = _colour(u[:, 3], 0.15 + 0.65 * u[:, 4], near)
@@ -171,9 +171,9 @@ def _compose(photo, cover, ids, draws, split: str) -> tuple[np.ndarray, np.ndarr
     saturation = 0.6 + 0.35 * u[:, 8]
     dark = _colour(hue, saturation, np.where(light_object, 0.44, 0.06))
     light = _colour(hue, saturation, np.where(light_object, 0.90, 0.44))
-    pattern = textures.draw(draws["fill"], hashing.uniforms(_GENERATOR, _FILL, ids, textures.NUMBERS), SIZE)
+    pattern = patterns.draw(draws["fill"], hashing.uniforms(_GENERATOR, _FILL, ids, patterns.NUMBERS), SIZE)
     # A patterned garment varies along the same ramp, so that its tint stays one; shading goes on top.
-    strength = (0.9 if split == "cue_conflict" else 0.55) * (draws["fill"] != textures.PLAIN)
+    strength = (0.9 if split == "cue_conflict" else 0.55) * (draws["fill"] != patterns.PLAIN)
     strength = strength.astype(np.float32)[:, None, None]
     level = np.clip(shade * (1 - strength) + strength * pattern, 0, 1)[..., None]
     garment = dark[:, None, None] + level * (light - dark)[:, None, None]

@@ -1,168 +1,182 @@
-"""Procedural textures: scalar fields in [0, 1] on the pixel grid, one function a texture.
+"""Builds a set of textures, one for each image of a source, from which texture negatives are then read.
 
-Shapes: N images, S pixels a side. Every function takes `u` [N, NUMBERS] uniforms in [0, 1) and gives float32
-[N, S, S]; 0 and 1 stand for the two colours of the texture. Lengths are pixels; edges are about a pixel soft,
-so nothing aliases.
+    python -m jaxcl.data.textures --source=garments --out=textures
+    python -m jaxcl.main --config=configs/nonsemantic.py:texture --config.data.textures=textures
+
+Every pixel is copied from one of two squares of its image (`jaxcl.views.sampling`). The images need no labels. The same
+command goes on where it stopped; on several hosts that share the folder, each makes its share of the parts: start it
+with --process_index=I --process_count=N on each, or with --distributed=auto. What an image becomes depends on its
+place in the source and --seed only.
 """
 
-import numpy as np
+import ast
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from jaxcl.data import hashing
+from absl import flags
 
-NUMBERS = 8  # uniforms a texture may use
-TAU = np.float32(2 * np.pi)
+from jaxcl import main
+from jaxcl.errors import UserError
 
+say = logging.getLogger("jaxcl")
 
-def _span(u: np.ndarray, low: float, high: float) -> np.ndarray:
-    return (low + (high - low) * u).astype(np.float32)[:, None, None]
-
-
-def _grid(u: np.ndarray, size: int, angle: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates [N,S,S] turned by `angle` [N,1,1] (default: any) about a random origin."""
-    angle = _span(u[:, 0], 0.0, 2 * np.pi) if angle is None else angle
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    x, y = x + _span(u[:, 1], 0, 64), y + _span(u[:, 2], 0, 64)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return x * cos + y * sin, y * cos - x * sin
-
-
-def _soft(signed_distance: np.ndarray) -> np.ndarray:
-    """Signed distance to an edge, in pixels -> coverage."""
-    return np.clip(signed_distance + 0.5, 0.0, 1.0)
-
-
-def _fold(x: np.ndarray, period: np.ndarray) -> np.ndarray:
-    """Distance to the nearest multiple of `period`, from 0 to period / 2."""
-    return np.abs(x - period * np.rint(x / period))
-
-
-def _lattice(u: np.ndarray, size: int, cells: int) -> np.ndarray:
-    """Smooth value noise [N,S,S] in [0,1]: random values on a lattice, smoothstep between."""
-    seeds = (u[:, 7].astype(np.float64) * 2**24).astype(np.int64)
-    values = hashing.uniforms(0, 17, seeds, (cells + 1) ** 2).reshape(-1, cells + 1, cells + 1)
-    t = np.arange(size) * (cells / size)
-    low = t.astype(np.int64)
-    fraction = (t - low).astype(np.float32)
-    weight = fraction * fraction * (3 - 2 * fraction)
-    spread = np.zeros((size, cells + 1), np.float32)
-    spread[np.arange(size), low] = 1 - weight
-    spread[np.arange(size), low + 1] = weight
-    return spread @ values @ spread.T
+# Flags of its own: jaxcl.main, which is imported for its parser, has others of the same names.
+_FLAGS = flags.FlagValues()
+_own = dict(flag_values=_FLAGS)
+_SOURCE = flags.DEFINE_string("source", "", "A data source as in a config, such as npz:PATH.", **_own)
+_OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE of the source, such as image_size=96.", **_own)
+_SPLIT = flags.DEFINE_string("split", "train", "train or test; hold-outs and limits need no set of their own.", **_own)
+_OUT = flags.DEFINE_string("out", "", "The folder of the textures.", **_own)
+_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn at random.", **_own)
+_BATCH = flags.DEFINE_integer("batch_size", 32, "Images at once, on all devices of this host.", **_own)
+_PART = flags.DEFINE_integer("part_size", 1024, "Images a part; a stop loses one part at most.", **_own)
+_EXEMPLAR = flags.DEFINE_integer("exemplar", 0, "Side of the squares; 0: 96/224 of the image's shorter side.", **_own)
+_RADIUS = flags.DEFINE_integer("radius", 0, "Of a pixel's neighbourhood; 0: 3, or 2 for small exemplars.", **_own)
+_RANDOMS = flags.DEFINE_integer("randoms", 16, "Random places tried for a pixel.", **_own)
+_PASSES = flags.DEFINE_integer("passes", 2, "How often a level chooses every pixel.", **_own)
+_INDEX = flags.DEFINE_integer("process_index", 0, "Which of the processes this is.", **_own)
+_COUNT = flags.DEFINE_integer("process_count", 1, "Processes that share the work.", **_own)
+_DISTRIBUTED = flags.DEFINE_string("distributed", "off", "off, auto or HOST:PORT,COUNT,ID; as jaxcl.main.", **_own)
 
 
-def stripes(u, size):
-    x, _ = _grid(u, size)
-    period = _span(u[:, 3], 4.5, 10)
-    return _soft(period * 0.25 - _fold(x, period))
+def build(
+    source: Any,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    part_size: int = 1024,
+    search: dict[str, int | None] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    stream: Any = None,
+) -> None:
+    """Makes the parts of this process that are not there yet.
+
+    Args:
+      source: a `Source` or `RecordSource`; labels are not read.
+      out: the folder.
+      batch_size: images at once, rounded up to a multiple of this host's devices.
+      search: options of `jaxcl.views.sampling.sample_texture`.
+      process_index, process_count: parts process_index, process_index + process_count, ... are made.
+      stream: of the progress bar or lines; None: stderr.
+
+    Raises:
+      UserError: options out of range, or a folder of textures made otherwise.
+    """
+    import jax
+    import numpy as np
+
+    from jaxcl.data import texture_set
+    from jaxcl.report.progress import Progress
+    from jaxcl.sharding import AXIS
+    from jaxcl.views.sampling import make_search, sample_texture
+
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1}, of {process_count}")
+    if min(batch_size, part_size) < 1:
+        raise UserError(f"batch_size is {batch_size} and part_size {part_size}; expected at least 1")
+    search = search or {}
+    made = make_search("textures", source.image_shape, **search)
+    out, count = Path(out).expanduser(), len(source)
+    parts = range(-(-count // part_size))
+    about = {
+        "source": source.name,
+        "split": source.split,
+        "images": count,
+        "shape": list(source.image_shape),
+        "seed": seed,
+        "parts": len(parts),
+        "part_size": part_size,
+        **made._asdict(),
+    }
+    texture_set.begin(out, about)
+
+    devices = jax.local_devices()
+    batch_size = -(-batch_size // len(devices)) * len(devices)
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+
+    def sample(index_B, images):
+        key = jax.random.key(seed, impl="threefry2x32")
+        return sample_texture(jax.vmap(lambda i: jax.random.fold_in(key, i))(index_B), images, **search)
+
+    jitted = jax.jit(sample, in_shardings=(rows, rows), out_shardings=rows)
+    own = parts[process_index::process_count]
+    batches = {p: range(p * part_size, min((p + 1) * part_size, count), batch_size) for p in own}
+    left = [p for p in own if not texture_set.is_done(out, p)]
+    done = sum(len(batches[p]) for p in own if p not in left)
+    with Progress(
+        done + sum(len(batches[p]) for p in left), initial=done, unit_images=batch_size, stream=stream
+    ) as bar:
+        for p in left:
+            images, textures, end = [], [], min((p + 1) * part_size, count)
+            for first in batches[p]:
+                index = np.arange(first, min(first + batch_size, end))
+                image = source.batch(index)["image"]
+                padding = batch_size - len(index)  # constant shapes: one program
+                given = np.pad(index, (0, padding)), np.pad(image, ((0, padding), (0, 0), (0, 0), (0, 0)))
+                textures.append(np.asarray(jitted(*jax.device_put(given, rows)))[: len(index)])
+                images.append(image)
+                done += 1
+                bar.update(done)
+            texture_set.write_part(out, p, np.concatenate(images), np.concatenate(textures))
 
 
-def checks(u, size):
-    x, y = _grid(u, size, _span(u[:, 0], -0.25, 0.25))
-    period = _span(u[:, 3], 7, 13)
-    column, row = _soft(period * 0.25 - _fold(x, period)), _soft(period * 0.25 - _fold(y, period))
-    return column + row - 2 * column * row
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--option is {text!r}; expected KEY=VALUE, such as image_size=96")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            options[key] = value
+    return options
 
 
-def dots(u, size):
-    x, y = _grid(u, size)
-    period = _span(u[:, 3], 5.5, 10)
-    radius = period * _span(u[:, 4], 0.26, 0.34)
-    # A square lattice and its centres, half as dense each: a quincunx.
-    near = np.minimum(
-        np.hypot(_fold(x, period), _fold(y, period)),
-        np.hypot(_fold(x + period / 2, period), _fold(y + period / 2, period)) + period * 0.12,
+def run(argv: list[str]) -> int:
+    """Build what the flags say; -> exit code."""
+    _FLAGS.unparse_flags()
+    main.parse(argv, _FLAGS)
+    if not _SOURCE.value or not _OUT.value:
+        raise UserError("give --source, such as --source=garments, and --out, the folder of the textures")
+    index, count = _INDEX.value, _COUNT.value
+    main.join(_DISTRIBUTED.value)
+    import jax  # after the flags are known to be right
+
+    from jaxcl.data import make_source
+
+    if _DISTRIBUTED.value != "off":
+        index, count = jax.process_index(), jax.process_count()
+    source = make_source(_SOURCE.value, split=_SPLIT.value, **_options(_OPTION.value))
+    search = dict(
+        exemplar=_EXEMPLAR.value or None,
+        radius=_RADIUS.value or None,
+        randoms=_RANDOMS.value,
+        passes=_PASSES.value,
     )
-    return _soft(radius - near)
+    build(
+        source,
+        _OUT.value,
+        seed=_SEED.value,
+        batch_size=_BATCH.value,
+        part_size=_PART.value,
+        search=search,
+        process_index=index,
+        process_count=count,
+    )
+    say.info("textures of %d images: --config.data.textures=%s", len(source), _OUT.value)
+    return 0
 
 
-def camouflage(u, size):
-    return np.clip((_lattice(u, size, 6) - 0.5) * 6 + 0.5, 0, 1)
+def cli() -> None:
+    """Exit codes as those of jaxcl.main."""
+    main.leave(run)
 
 
-def gradient(u, size):
-    angle = _span(u[:, 0], 0.0, 2 * np.pi)
-    y, x = np.mgrid[:size, :size].astype(np.float32) / (size - 1) - 0.5
-    along = x * np.cos(angle) + y * np.sin(angle)
-    return np.clip(0.5 + along * _span(u[:, 3], 0.9, 1.2), 0, 1)
-
-
-def plaid(u, size):
-    x, y = _grid(u, size, _span(u[:, 0], -0.3, 0.3) + TAU / 8 * (u[:, 5] > 0.5)[:, None, None])
-    period = _span(u[:, 3], 6.5, 12)
-    bands = _soft(period * 0.22 - _fold(x, period)) + _soft(period * 0.22 - _fold(y, period))
-    thin = np.maximum(_soft(0.5 - _fold(x + period / 2, period)), _soft(0.5 - _fold(y + period / 2, period)))
-    return np.maximum(bands * 0.5, thin * 0.85)
-
-
-def zigzag(u, size):
-    x, y = _grid(u, size)
-    period = _span(u[:, 3], 5.5, 9.5)
-    wave = _fold(y, _span(u[:, 4], 7, 12))
-    return _soft((period * 0.25 - _fold(x + wave, period)) * 0.8)
-
-
-def rings(u, size):
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    radius = np.hypot(x - _span(u[:, 1], 0, size - 1), y - _span(u[:, 2], 0, size - 1))
-    period = _span(u[:, 3], 4.5, 9)
-    return _soft(period * 0.25 - _fold(radius + _span(u[:, 4], 0, 9), period))
-
-
-def bricks(u, size):
-    x, y = _grid(u, size, _span(u[:, 0], -0.2, 0.2) + TAU / 4 * (u[:, 5] > 0.5)[:, None, None])
-    height = _span(u[:, 3], 4.5, 7.5)
-    length = height * _span(u[:, 4], 1.8, 2.3)
-    shifted = x + length / 2 * np.mod(np.floor(y / height), 2)
-    return np.maximum(_soft(0.6 - _fold(y, height)), _soft(0.6 - _fold(shifted, length)))
-
-
-def speckle(u, size):
-    return np.clip((_lattice(u, size, 16) - 0.5) * 3.2 + 0.45, 0, 1)
-
-
-def waves(u, size):
-    x, y = _grid(u, size)
-    period = _span(u[:, 3], 6, 11)
-    bent = x + _span(u[:, 4], 1.5, 3.0) * np.sin(y * TAU / _span(u[:, 5], 10, 18))
-    return 0.5 + 0.5 * np.sin(bent * TAU / period)
-
-
-def rays(u, size):
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    dx, dy = x - _span(u[:, 1], 0, size - 1), y - _span(u[:, 2], 0, size - 1)
-    count = 4 + np.floor(_span(u[:, 3], 0, 5))
-    turn = np.arctan2(dy, dx) * count + _span(u[:, 0], 0, 6.28)
-    return _soft(np.sin(turn) * (np.hypot(dx, dy) + 1) / count)
-
-
-def triangles(u, size):
-    x, y = _grid(u, size)
-    period = _span(u[:, 3], 7, 12)
-    up = np.mod(y, period)
-    return _soft((up / 2 - _fold(x, period)) * 0.9)
-
-
-def marble(u, size):
-    x, _ = _grid(u, size)
-    return 0.5 + 0.5 * np.sin((x + 11 * _lattice(u, size, 5)) * TAU / _span(u[:, 3], 7, 12))
-
-
-def plain(u, size):
-    return np.zeros((len(u), size, size), np.float32)
-
-
-# Ten, so that every fine class can have one of its own; the next four are met in the shifted test split only.
-FAMILIAR = (stripes, checks, dots, camouflage, gradient, plaid, zigzag, rings, bricks, speckle)
-UNSEEN = (waves, rays, triangles, marble)
-ALL = (*FAMILIAR, *UNSEEN, plain)
-NAMES = tuple(f.__name__ for f in ALL)
-PLAIN = NAMES.index("plain")
-
-
-def draw(texture: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
-    """Each image its own texture: `texture` int [N] into ALL, `u` [N, NUMBERS] -> float32 [N, S, S]."""
-    field = np.empty((len(texture), size, size), np.float32)
-    for t in np.unique(texture):
-        rows = np.flatnonzero(texture == t)
-        field[rows] = ALL[t](u[rows], size)
-    return field
+if __name__ == "__main__":
+    cli()

@@ -134,7 +134,7 @@ def adversary(f: "Frozen") -> tuple[Figures, dict]:
             "after": inner(moved_BxD, anchor_BxD),
         }
 
-    train = f.evaluation.source("train")
+    train = f.evaluation.training
     count = min(len(train), recipe.batch_size) // f.mesh.size * f.mesh.size
     batch = train.batch(np.arange(count))
     # Replicated outputs: what is shown is read by the host.

@@ -78,6 +78,7 @@ def load_run(
     plain, facts = (json.loads(path.read_text()) for path in files.values())
     config = configs.from_dict(plain)
     config.report = False
+    config.data.textures = ""  # of the training only
     if source:
         config.data.source = source
     for option in options:

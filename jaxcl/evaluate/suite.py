@@ -64,9 +64,9 @@ class Evaluation:
         recipe.model.check_tap(config.eval.tap)
         self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
         self.classifier = next((n for n, part in recipe.memory.items() if isinstance(part, LinearProbe)), None)
-        self._train, self._make_source = train, make_source
+        self.training, self._make_source = train, make_source  # batches of `training` are those of the update
         self.selects_on = "validation" if config.data.validation else "test"
-        self._sources: dict[str, Source | None] = {"train": train}
+        self._sources: dict[str, Source | None] = {"train": getattr(train, "plain", train)}
         if config.eval.split == "validation" and not config.data.validation:
             self.source("validation")  # now, as only reading the data tells whether there is one
         self._compiled: dict[Any, Callable] = {}
@@ -86,7 +86,7 @@ class Evaluation:
         results, panels = self._run(self.options.final, frozen)
         if not self._pictures:
             return results, {}
-        panels["views"] = frozen.training_views(self._train)
+        panels["views"] = frozen.training_views(self.training)
         if len(frozen.test):
             n = min(len(frozen.test), 1500)
             panels["embedding"] = {
@@ -284,6 +284,7 @@ class Frozen:
             if where is not None and len(out[name]) == count:
                 # A padded row does not exist: show it as empty, not as an image the encoder saw.
                 out[name] = np.where(where[:, None, None, None], out[name], 1.0)
-            images[name] = out[name][:SHOWN]
+            of_each = max(1, len(out[name]) // count)  # of several an image, the first
+            images[name] = out[name][::of_each][:SHOWN]
         labels = [source.class_names[i] if i >= 0 else "" for i in source.batch(np.arange(min(SHOWN, count)))["label"]]
         return {"images": {k: v[: len(labels)] for k, v in images.items()}, "labels": labels}

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from jaxcl.report import figures, transfer, verdict
+from jaxcl.report import figures, similarities, transfer, verdict
 from jaxcl.report.style import DPI
 
 _log = logging.getLogger(__name__)
@@ -30,8 +30,16 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
         "What the encoder saw",
         "Each row is one view of the same images. You should still recognise the class in every row: "
         "where you cannot, the augmentation is too strong; where two rows look the same, there is "
-        "little to learn from the pair.",
+        "little to learn from the pair. Only negatives are to have lost what they show, and kept its texture.",
         lambda panel: figures.view_grid(panel["images"], panel.get("labels")),
+    ),
+    "similarities": (
+        "Near and far",
+        "How similar the embedding of a view is to its positive, to the negatives made of the same image, and to other "
+        "images; darker means more pairs, the line is the mean. An image's own negatives begin nearer than other "
+        "images, or there is nothing to learn from them; the further they fall below the positives, the less the "
+        "encoder goes by texture.",
+        lambda panel: similarities.similarities(panel),
     ),
     "saliency": (
         "Saliency masks",
@@ -135,7 +143,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for name in _SECTIONS:  # pictures of an earlier report must not outlive their section
         (folder / f"{name}.png").unlink(missing_ok=True)
-    panels = {"curves": metrics, **panels}
+    panels = {"curves": metrics, "similarities": similarities.rows(metrics), **panels}
     for name in panels.keys() - _SECTIONS.keys():
         _log.warning("the report has no section for the panel %r", name)
     sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]

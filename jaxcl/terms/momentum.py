@@ -12,6 +12,7 @@ from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.losses.common import check_above_zero
 from jaxcl.terms.base import Embedding, PairTerm, own_negatives
+from jaxcl.terms.similarity import Similarity, of_views
 
 Array = jax.Array
 
@@ -61,6 +62,17 @@ class MoCo:
             axis_name=axis_name,
         )
 
+    def similarities(self, e: dict[str, Embedding], count: int, memory: dict[str, Any]) -> dict[str, list[Similarity]]:
+        """Of queries with their keys, their own negatives and the queue; nothing without negatives."""
+        own, q = own_negatives(e, self.negatives, count), e[self.query].z
+        if own is None or e[self.query].where is not None:
+            return {}
+        return {
+            "positive": [Similarity(q, e[self.key].z[:, None])],
+            "own negative": [Similarity(q, own)],
+            "queue": [Similarity(q, memory[self.queue]["columns"].T)],
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class BYOL(PairTerm):
@@ -70,7 +82,8 @@ class BYOL(PairTerm):
 
     target: str = "target"  # the moving average
     head: str = "predictor"
-    negatives: tuple[str, ...] = ()  # the target's embeddings of each view's non-semantic negatives, or one for both
+    # The target's embeddings of each view's non-semantic negatives, or one for both; "" for a view without.
+    negatives: tuple[str, ...] = ()
     alpha: float = 0.2  # weight of the negatives
 
     def __post_init__(self):
@@ -88,7 +101,7 @@ class BYOL(PairTerm):
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return self.negatives
+        return tuple(n for n in self.negatives if n)
 
     def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
         self.pair(e)  # refuses padded rows
@@ -97,6 +110,13 @@ class BYOL(PairTerm):
         own = [own_negatives(e, name, len(label)) for name in self.negatives]
         negatives = None if all(n is None for n in own) else tuple(own) if len(own) == 2 else own[0]
         return losses.byol(p1, p2, z1, z2, negatives=negatives, alpha=self.alpha, axis_name=axis_name)
+
+    def similarities(self, e: dict[str, Embedding], count: int, memory: dict[str, Any]) -> dict[str, list[Similarity]]:
+        """Of predictions with the targets of the other view, their own negatives and another image."""
+        predicted = [e[v].out[self.head] for v in self.views]
+        targets = [e[f"{self.target}/{v}"].z for v in reversed(self.views)]
+        own = [own_negatives(e, name, count) for name in self.negatives]
+        return of_views(predicted, targets, own * 2 if len(own) == 1 else own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ B batch (of this device), E embedding.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.losses.common import unit, widened
 from jaxcl.terms.base import Embedding, PairTerm, own_negatives
+from jaxcl.terms.similarity import Similarity, of_views
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ class NTXent(PairTerm):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.negatives) > 2:
+        if len(self.negatives) > 2 or "" in self.negatives:
             raise UserError(f"term nt_xent: negatives is {self.negatives}; expected none, one for both views, or two")
 
     @property
@@ -48,6 +49,11 @@ class NTXent(PairTerm):
         negatives = None if not own or own[0] is None else tuple(own) if len(own) == 2 else own[0]
         options = dict(negatives=negatives, alpha=self.alpha, temperature=self.temperature)
         return losses.nt_xent(*self.pair(e), axis_name=axis_name, **options)
+
+    def similarities(self, e: dict[str, Embedding], count: int, memory: dict[str, Any]) -> dict[str, list[Similarity]]:
+        """Of views with the other view, their own negatives and another image; nothing without negatives."""
+        views, own = self.pair(e), [own_negatives(e, name, count) for name in self.negatives]
+        return of_views(views, views[::-1], own * 2 if len(own) == 1 else own)
 
 
 @dataclasses.dataclass(frozen=True)

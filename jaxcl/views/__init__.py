@@ -42,6 +42,7 @@ class Context(NamedTuple):
     reads: Callable[[str], tuple[str, ...]]  # term -> names of the embeddings it cannot do without
     embed: Callable[[str, View, str], Any]  # (encoder, view, set of batch norms) -> its embedding, in training mode
     keys: Callable[[str], Array]  # name -> one key an image [B]
+    textures: Array | None = None  # [B,H,W,C] float32 in [0,1], made beforehand of the images, where the data has them
 
 
 class StageOutput(NamedTuple):
@@ -62,8 +63,18 @@ def view_keys(key: Array, step: Array, index: Array, view: str) -> Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-# Below the definitions, which these two import from here.
+# Below the definitions, which these import from here.
 from jaxcl.views.patches import patch_negatives, tile_patches  # noqa: E402
 from jaxcl.views.quilting import quilt_texture  # noqa: E402
+from jaxcl.views.sampling import sample_texture  # noqa: E402
 
-__all__ = ["Context", "StageOutput", "View", "patch_negatives", "quilt_texture", "tile_patches", "view_keys"]
+__all__ = [
+    "Context",
+    "StageOutput",
+    "View",
+    "patch_negatives",
+    "quilt_texture",
+    "sample_texture",
+    "tile_patches",
+    "view_keys",
+]

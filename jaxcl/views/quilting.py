@@ -196,7 +196,7 @@ def quilt_sources(
     corner_2 = corners[:, 0] * W + corners[:, 1]
     base_NxK = (corner_2[which] + (place // places) * W + place % places).astype(jnp.int32)
 
-    table = _pack(image)  # [H*W] one or more words a pixel
+    table = pack(image)  # [H*W] one or more words a pixel
     offset_PxP = jnp.arange(P, dtype=jnp.int32)[:, None] * W + jnp.arange(P, dtype=jnp.int32)
 
     def strips(x_PxP: Array) -> Array:
@@ -210,16 +210,16 @@ def quilt_sources(
         source, taken = carry
         i, j = n // cols, n % cols
         old_PxP = jax.lax.dynamic_slice(source, (i * step, j * step), (P, P))
-        old_Q = _look_up(table, strips(old_PxP))
+        old_Q = look_up(table, strips(old_PxP))
         base_K = base_NxK[n]
-        error_KxQ = _squared_difference(_look_up(table, base_K[:, None] + offset_Q), old_Q)
+        error_KxQ = _squared_difference(look_up(table, base_K[:, None] + offset_Q), old_Q)
         counts_left = jnp.broadcast_to((j > 0) | (i > 0) & in_corner, (P, L)).reshape(-1)
         counts_Q = jnp.concatenate([counts_left, jnp.broadcast_to(i > 0, (L * (P - L),))])
         total_K = jnp.sum(jnp.where(counts_Q, error_KxQ, 0), -1).astype(jnp.float32)
         # Candidates come in random order: the first that is good enough is a random one of those.
         k = jnp.argmax(total_K <= total_K.min() * (1 + tolerance)).astype(jnp.int32)
 
-        error_Q = _squared_difference(_look_up(table, base_K[k] + offset_Q), old_Q)
+        error_Q = _squared_difference(look_up(table, base_K[k] + offset_Q), old_Q)
         left_PxL = error_Q[: P * L].reshape(P, L)
         top_LxP = jnp.concatenate([left_PxL[:L], error_Q[P * L :].reshape(L, P - L)], 1)
         left_P, top_P = minimum_error_path(jnp.stack([left_PxL, top_LxP.T]))
@@ -233,7 +233,7 @@ def quilt_sources(
     return source[:H, :W], taken
 
 
-def _pack(image_HxWxC: Array) -> list[tuple[Array, int]]:
+def pack(image_HxWxC: Array) -> list[tuple[Array, int]]:
     """8-bit values, up to four channels a word -> [(words uint32 [H*W], channels)]: a look-up reads a word a pixel."""
     if image_HxWxC.dtype != jnp.uint8:
         image_HxWxC = jnp.round(jnp.clip(image_HxWxC.astype(jnp.float32), 0, 1) * 255)
@@ -245,7 +245,7 @@ def _pack(image_HxWxC: Array) -> list[tuple[Array, int]]:
     return words
 
 
-def _look_up(table: list[tuple[Array, int]], index: Array) -> list[tuple[Array, int]]:
+def look_up(table: list[tuple[Array, int]], index: Array) -> list[tuple[Array, int]]:
     return [(words.at[index].get(mode="promise_in_bounds"), channels) for words, channels in table]
 
 
@@ -281,7 +281,11 @@ def _quilt_texture(keys_B: Array, images: Array, layout: Layout, candidates: int
 
 @dataclasses.dataclass(frozen=True)
 class TextureNegatives:
-    """Add a view of texture: of each image before augmentation, put through another view's augmentations as drawn."""
+    """Add a view of texture: of each image before augmentation, put through another view's augmentations as drawn.
+
+    Textures are quilted here, `count` an image: rows b * count to (b + 1) * count - 1 are those of image b. Where the
+    data brings textures made beforehand (data.textures in a config), one an image, they are taken instead.
+    """
 
     of: str = "view1"  # the view whose draws are repeated: same crop, flip and colours
     into: str = "negatives"  # the new view
@@ -291,12 +295,15 @@ class TextureNegatives:
     overlap: int = 0  # of neighbouring patches; 0: a quarter of the patch or a little more
     candidates: int = 32  # patches compared for a place
     tolerance: float = 0.1  # take a random candidate within this of the best; 0: the best
+    count: int = 1  # negatives an image
     start: str = "0"  # plain training before this (any duration)
 
     def __post_init__(self):
         if min(self.exemplar, self.patch, self.overlap) < 0:
             raise UserError("stage texture_negatives: exemplar, patch and overlap must be at least 0 (0: by the image)")
         _check_search("stage texture_negatives", self.candidates, self.tolerance)
+        if not whole(self.count) or self.count < 1:
+            raise UserError(f"stage texture_negatives: count is {self.count!r}; expected a whole number from 1")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -317,11 +324,33 @@ class TextureNegatives:
                 raise UserError(f"{where}.{name} is {value!r}, which has no pipeline; name one of views")
 
     def __call__(self, context: Context, views: dict[str, View]) -> StageOutput:
+        def augment(texture: Array) -> View:
+            return context.augment(self.pipeline or self.of, self.of, texture)
+
+        texture_BxM = self._textures(context)
+        if self.count == 1:
+            view = augment(texture_BxM[:, 0])
+        else:
+            view = jax.vmap(augment, in_axes=1, out_axes=1)(texture_BxM)
+            view = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), view)
+        where = views[self.of].where
+        where = None if where is None else jnp.repeat(where, self.count)
+        return StageOutput({self.into: view._replace(where=where)}, None, {})
+
+    def _textures(self, context: Context) -> Array:
+        """[B,M,H,W,C]: those that come with the images, or quilted of them."""
+        if context.textures is not None:
+            if self.count > 1:
+                raise UserError(
+                    f"stage texture_negatives: count is {self.count}, but data.textures holds one an image; use 1"
+                )
+            return context.textures[:, None]
         pixels = context.pixels
         # Here rather than in check: a recipe knows the size of its views, not of the images they are cut from.
         sizes = (value or None for value in (self.exemplar, self.patch, self.overlap))
         layout = make_layout("stage texture_negatives", pixels.shape[1:], *sizes)
         keys = image_keys("stage texture_negatives", context.keys(f"{self.into}/texture"), len(pixels))
-        texture = _quilt_texture(keys, pixels, layout, self.candidates, self.tolerance)
-        view = context.augment(self.pipeline or self.of, self.of, texture)
-        return StageOutput({self.into: view._replace(where=views[self.of].where)}, None, {})
+        # Folded: the first texture is the same however many there are.
+        keys_MxB = [jax.vmap(lambda k, m=m: jax.random.fold_in(k, m))(keys) if m else keys for m in range(self.count)]
+        quilts = [_quilt_texture(k, pixels, layout, self.candidates, self.tolerance) for k in keys_MxB]
+        return jnp.stack(quilts, axis=1)

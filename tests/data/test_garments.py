@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxcl.data import base, garments, make_source, textures
+from jaxcl.data import base, garments, make_source, patterns
 from jaxcl.data.fashion_mnist import photos
 
 
@@ -104,7 +104,7 @@ def test_draws_are_independent_of_the_class(train, test):
             table = np.histogram2d(source.labels, source.extras[key], (10, count))[0]
             expected = len(source) / table.size
             assert ((table - expected) ** 2 / expected).sum() < table.size + 5 * np.sqrt(2 * table.size), key
-    assert 0.45 < (train.extras["fill"] == textures.PLAIN).mean() < 0.55
+    assert 0.45 < (train.extras["fill"] == patterns.PLAIN).mean() < 0.55
 
 
 @pytest.mark.parametrize("where", ["background", "fill"])
@@ -146,18 +146,18 @@ def test_cue_conflict_pairs_a_shape_with_the_texture_of_another_class(test, wher
     assert (shape == test.labels).all() and (source.labels == shape).all() and (shape != texture).all()
     assert (np.bincount(texture, minlength=10) > 150).all()
     assert (source.extras["fill"] == garments.TEXTURE_OF_CLASS[texture]).all()
-    expected = garments.TEXTURE_OF_CLASS[texture] if where == "background" else textures.PLAIN
+    expected = garments.TEXTURE_OF_CLASS[texture] if where == "background" else patterns.PLAIN
     assert (source.extras["background"] == expected).all()
     assert len(set(garments.TEXTURE_OF_CLASS.tolist())) == 10  # else a texture could stand for two classes
 
 
-@pytest.mark.parametrize("number", range(len(textures.ALL)))
+@pytest.mark.parametrize("number", range(len(patterns.ALL)))
 def test_textures_fill_their_range_and_differ_by_draw(number):
-    u = np.random.default_rng(0).random((64, textures.NUMBERS), np.float32)
-    field = textures.draw(np.full(64, number), u, 32)
+    u = np.random.default_rng(0).random((64, patterns.NUMBERS), np.float32)
+    field = patterns.draw(np.full(64, number), u, 32)
     assert field.shape == (64, 32, 32) and field.dtype == np.float32
     assert field.min() >= 0 and field.max() <= 1
-    if number != textures.PLAIN:
+    if number != patterns.PLAIN:
         assert field.std((1, 2)).min() > 0.05 and 0.15 < field.mean() < 0.8
         assert np.abs(field[0] - field[1]).max() > 0.3
 

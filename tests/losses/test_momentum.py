@@ -162,6 +162,27 @@ def test_no_negatives_and_alpha_zero(wide):
     np.testing.assert_allclose(byol(*rows, negatives=(n1, n2), alpha=0.0), byol(*rows), rtol=1e-14)
 
 
+def test_descent_takes_a_query_away_from_its_own_negative(wide):
+    """Further with alpha than without negatives, and it comes nearer to its key all the same."""
+    q, k, queue, n = make(moco_all, m=1)
+    n[:, 0] = q + 0.3 * n[:, 0]  # hard ones
+
+    def cosine(a, b):
+        return float(((a / np.linalg.norm(a, axis=1)[:, None]) * b / np.linalg.norm(b, axis=1)[:, None]).sum(1).mean())
+
+    def learned(alpha):
+        loss = functools.partial(moco, negatives=n if alpha else None, alpha=alpha)
+        descend = jax.jit(lambda x: x - 0.5 * jax.grad(loss)(x, k, queue))
+        x = q
+        for _ in range(30):
+            x = np.asarray(descend(x))
+        return cosine(x, n[:, 0]), cosine(x, k)
+
+    plain, weak, strong = (learned(a) for a in (0.0, 1.0, 3.0))
+    assert cosine(q, n[:, 0]) > plain[0] > weak[0] > strong[0]
+    assert strong[1] > cosine(q, k)
+
+
 def test_byol_forms_of_negatives(wide):
     *rows, n1, n2 = make(byol_all, m=1)
     want = byol(*rows, negatives=(n1, n2))

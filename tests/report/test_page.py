@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from jaxcl.report import MetricsWriter, figures, read_metrics, style, verdict, write_report
 from jaxcl.report import curves as curves_module
+from jaxcl.report import similarities as similarities_module
 
 EVIL = '<script>alert("x")</script>'
 
@@ -302,3 +303,34 @@ def test_importing_the_writers_loads_no_plotting_and_no_pyplot_ever():
         "import jaxcl.report.page; assert 'matplotlib.pyplot' not in sys.modules and 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_similarities_over_training(tmp_path):
+    """From the lines of metrics alone, whatever else is on them; a run without any has no such section."""
+    rng = np.random.default_rng(0)
+
+    def shares(mean):
+        return np.histogram(rng.normal(mean, 0.1, 400).clip(-1, 1), 40, (-1, 1))[0] / 400
+
+    name = similarities_module.PREFIX
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(10, 60, 10):
+            rows = {f"{name}queue": shares(0.0).tolist(), f"{name}positive": shares(step / 80).tolist()}
+            writer.write(step, {"loss": 1.0, "similarity/queue": 0.0}, **rows)
+            writer.write(step + 1, {"eval/knn_accuracy": 0.5})
+    metrics = read_metrics(tmp_path)
+    assert len(similarities_module.rows(metrics)) == 5
+    figure = similarities_module.similarities(similarities_module.rows(metrics))
+    assert [ax.get_title(loc="left") for ax in figure.axes][:3] == ["positive", "queue", "at the end"]
+    line = figure.axes[0].lines[0]  # the mean, in the middle of the steps that each line sums up
+    np.testing.assert_allclose(line.get_xdata(), [5, 15, 25, 35, 45])
+    np.testing.assert_allclose(line.get_ydata(), np.arange(10, 60, 10) / 80, atol=0.03)
+    low, high = figure.axes[0].get_ylim()
+    assert -0.6 < low < -0.2 and 0.7 < high <= 1
+    page = write_report(tmp_path, config={}, environment={}, results={}, metrics=metrics, panels={}).read_text()
+    assert 'id="similarities"' in page and (tmp_path / "report" / "similarities.png").exists()
+    lines = curves_module._series(metrics)  # a row of numbers is no curve
+    assert set(lines) == {"loss", "similarity/queue", "eval/knn_accuracy"}
+    plain = [{"step": 1, "loss": 1.0}]
+    page = write_report(tmp_path / "b", config={}, environment={}, results={}, metrics=plain, panels={}).read_text()
+    assert 'id="similarities"' not in page

@@ -12,7 +12,7 @@ import tiny
 from jaxcl import sharding
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
-from jaxcl.views import View, patch_negatives, patches, tile_patches
+from jaxcl.views import View, patch_negatives, patches, tile_patches, view_keys
 from jaxcl.views.patches import PatchNegatives, scaled_range
 
 PAPER = "non_semantic_negatives"
@@ -167,6 +167,21 @@ def test_an_image_depends_on_its_own_key_only():
     assert len(np.unique(relative, axis=0)) == 8
     with jax.enable_x64(True):  # the draws are not those of the default integer
         np.testing.assert_array_equal(patch_negatives(keys, images, **options), out[:, :1])
+
+
+def test_a_step_later_they_are_others():
+    """An image keeps its own stream of patches, which goes on from step to step."""
+    _, _, images = some()
+    made = [
+        patch_negatives(
+            view_keys(jax.random.key(0), step, np.array(index), "ns"), images, min_patch=LOW, max_patch=HIGH
+        )
+        for step, index in ((0, [5, 6, 7, 8]), (1, [5, 6, 7, 8]), (0, [6, 5, 7, 8]))
+    ]
+    first, later, swapped = (np.asarray(m) for m in made)
+    assert all((a != b).any() for a, b in zip(first, later, strict=True))
+    np.testing.assert_array_equal(swapped[2:], first[2:])
+    assert (swapped[0] != first[0]).any()
 
 
 def test_sharded_over_devices():

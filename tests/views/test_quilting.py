@@ -287,8 +287,9 @@ def update_parts():
     return recipe, state, tiny.batch()
 
 
-def run(stage):
+def run(stage, **more):
     recipe, state, batch = update_parts()
+    batch = batch | more
     recipe = dataclasses.replace(recipe, stages=(stage,), stage_starts=(0,))
 
     def views(state, batch):
@@ -298,8 +299,13 @@ def run(stage):
     return jax.jit(views)(state, batch)
 
 
+@functools.cache
+def of_view2():
+    return run(TextureNegatives(of="view2", into="texture"))
+
+
 def test_stage_repeats_the_draws_of_its_view():
-    views = run(TextureNegatives(of="view2", into="texture"))
+    views = of_view2()
     query, texture = views["view2"], views["texture"]
     assert set(texture.params) == set(query.params) and "crop" in query.params
     for name, drawn in query.params.items():
@@ -319,6 +325,24 @@ def test_stage_is_the_query_where_the_texture_is_the_image(monkeypatch):
     np.testing.assert_allclose(other["negatives"].image, want, atol=1e-6)
 
 
+def test_stage_makes_several_an_image():
+    views, one = run(TextureNegatives(of="view2", into="texture", count=2)), of_view2()
+    images = np.asarray(views["texture"].image).reshape(16, 2, 16, 16, 3)
+    np.testing.assert_allclose(images[:, 0], one["texture"].image, atol=1e-6)  # the first whatever their number
+    assert (np.abs(images[:, 0] - images[:, 1]) > 0.1).any((1, 2, 3)).all()
+    crops = np.asarray(views["texture"].params["crop"])
+    np.testing.assert_array_equal(crops, np.repeat(views["view2"].params["crop"], 2, axis=0))
+
+
+def test_stage_takes_the_textures_that_come_with_the_images():
+    """Those of the batch itself, so that the view must be the query; in other rows, they must follow."""
+    _, _, batch = update_parts()
+    views = run(TextureNegatives(), texture=batch["image"])
+    np.testing.assert_array_equal(views["negatives"].image, views["view1"].image)
+    rolled = run(TextureNegatives(), texture=np.roll(batch["image"], 1, axis=0))
+    assert (np.abs(rolled["negatives"].image - views["view1"].image) > 0.1).any((1, 2, 3)).all()
+
+
 def test_stage_checks():
     recipe = types.SimpleNamespace(views={"view1": None})
     TextureNegatives().check("stages[0]", recipe, 1)
@@ -328,8 +352,13 @@ def test_stage_checks():
         TextureNegatives(pipeline="x").check("stages[0]", recipe, 1)
     with pytest.raises(UserError, match="candidates is 0"):
         TextureNegatives(candidates=0)
-    context = types.SimpleNamespace(pixels=np.zeros((2, 16, 16, 3)))
+    with pytest.raises(UserError, match="count is 0"):
+        TextureNegatives(count=0)
+    context = types.SimpleNamespace(pixels=np.zeros((2, 16, 16, 3)), textures=None)
     with pytest.raises(UserError, match="stage texture_negatives: exemplar is 20"):
         TextureNegatives(exemplar=20)(context, {})
+    context.textures = context.pixels
+    with pytest.raises(UserError, match=r"count is 2, but data\.textures holds one an image"):
+        TextureNegatives(count=2)(context, {})
     stage = TextureNegatives(of="view2", into="t")
     assert stage.reads == ("view2",) and stage.writes == stage.creates == ("t",)
