@@ -2,13 +2,11 @@
 
 A recipe fills the five slots; nothing else differs between methods. B batch, S side of a view, D features, E embedding.
 
-Batch norm is global under `jit` (a sharded batch gives the statistics of one device). Views are stacked image by image
-rather than one batch after the other, so that a pass over several views of a sharded batch moves no image. Terms run
-under `shard_map` on a mesh of several devices: what embeddings and sums they exchange is then theirs to say.
+Batch norm is global under `jit` (a sharded batch gives the statistics of one device). Terms run under `shard_map` on a
+mesh of several devices: what embeddings and sums they exchange is then theirs to say.
 """
 
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterable
 
@@ -18,9 +16,9 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxcl import grad_cache
+from jaxcl.forward import of_encoder, put, represent, run_heads, run_pass, with_targets
 from jaxcl.memory import Done, Start
-from jaxcl.recipe import Pass, Phase, Recipe
+from jaxcl.recipe import Phase, Recipe
 from jaxcl.sharding import AXIS
 from jaxcl.terms import Embedding
 from jaxcl.terms.base import embedding_name, split_name
@@ -68,16 +66,16 @@ def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
     for name, model in recipe.encoders.items():
         of = model.init(named(f"encoders/{name}"), recipe.image_shape)
         params, batch_stats = (
-            _put(tree, "encoders", name, x) for tree, x in zip((params, batch_stats), of, strict=True)
+            put(tree, "encoders", name, x) for tree, x in zip((params, batch_stats), of, strict=True)
         )
     for name, head in recipe.heads.items():
         of = head.init(named(f"heads/{name}"), recipe.head_facts(name))
-        params, batch_stats = (_put(tree, "heads", name, x) for tree, x in zip((params, batch_stats), of, strict=True))
+        params, batch_stats = (put(tree, "heads", name, x) for tree, x in zip((params, batch_stats), of, strict=True))
     start = Start(
         features=recipe.features_of(recipe.representation),
         num_classes=recipe.num_classes,
         embedding_features=lambda e: recipe.encoder(split_name(e)[0]).embedding_features,
-        encoder=lambda n: (_of_encoder(params, n), _of_encoder(batch_stats, n)),
+        encoder=lambda n: (of_encoder(params, n), of_encoder(batch_stats, n)),
         tx=None,
     )
     memory = {
@@ -92,49 +90,6 @@ def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
         opt_state=recipe.tx.init(params),
         memory=memory,
     )
-
-
-# Parameters and batch statistics: the main encoder's own at the top, those of the others and of heads by their names
-# in these places beside it. Those of moving averages are in memory; they join the others only within an update.
-_BESIDE = ("encoders", "heads", "targets")
-
-
-def _put(tree: dict, place: str, name: str, value: dict) -> dict:
-    return {**tree, place: {**tree.get(place, {}), name: value}}
-
-
-def _of_encoder(tree: dict, name: str) -> dict:
-    """The part of the parameters or statistics that belongs to one encoder."""
-    return tree[_place(tree, name)][name] if name else {k: v for k, v in tree.items() if k not in _BESIDE}
-
-
-def _with_encoder(tree: dict, name: str, value: dict) -> dict:
-    return _put(tree, _place(tree, name), name, value) if name else {**tree, **value}
-
-
-def _place(tree: dict, name: str) -> str:
-    return "targets" if name in tree.get("targets", {}) else "encoders"
-
-
-def _with_targets(recipe: Recipe, tree: dict, memory: dict, part: str) -> dict:
-    """Parameters or statistics of the trained encoders and, of the moving averages, what memory holds."""
-    return {**tree, "targets": {n: memory[n][part] for n in recipe.targets}} if recipe.targets else tree
-
-
-def represent(
-    recipe: Recipe, params: dict, stats: dict, images: Array, main: Array | None = None
-) -> tuple[Array, Array]:
-    """Normalised images [N,S,S,C] -> (h [N,D], z [N,E]) in inference mode: the encoders of the representation, joined.
-
-    main: the features of the main encoder, where they are known already.
-    """
-    h, z = [], []
-    for name in recipe.representation:
-        model, own = recipe.encoder(name), _of_encoder(params, name)
-        known = main is not None and not name
-        h.append(main if known else model.encode(own, _of_encoder(stats, name), images, train=False)[0])
-        z.append(model.project(own, _of_encoder(stats, name), h[-1]))
-    return (h[0], z[0]) if len(h) == 1 else (jnp.concatenate(h, -1), jnp.concatenate(z, -1))
 
 
 def to_pixels(image: Array) -> Array:
@@ -191,117 +146,11 @@ def run_stages(
 
 def _embed(recipe: Recipe, state: TrainState, stats: dict, encoder: str, view: View, norm_set: str) -> Embedding:
     """A view by one encoder, as a batch of its own (a moving average as it was before this update); for a stage."""
-    params = _of_encoder(_with_targets(recipe, state.params, state.memory, "params"), encoder)
-    stats = _of_encoder(_with_targets(recipe, stats, state.memory, "batch_stats"), encoder)
+    params = of_encoder(with_targets(recipe, state.params, state.memory, "params"), encoder)
+    stats = of_encoder(with_targets(recipe, stats, state.memory, "batch_stats"), encoder)
     model, mode = recipe.encoder(encoder), dict(train=True, where=view.where, norm_set=norm_set)
     h, _ = model.encode(params, stats, view.image, **mode)
     return Embedding(h, model.embed(params, stats, h, **mode)[0], view.where)
-
-
-def run_pass(
-    recipe: Recipe,
-    params,
-    stats,
-    views: dict[str, View],
-    spec: Pass,
-    mesh: Mesh | None = None,
-    key: Array | None = None,
-) -> tuple[dict[str, Embedding], dict]:
-    """Encode some views together, as one batch of the batch norm. -> (embeddings by name, new statistics).
-
-    key: of what is dropped at random, in encoders that do so; None: nothing is.
-    """
-    names = [n for n in spec.views if n in views]
-    if not names:  # a stage that makes them has not begun
-        return {}, stats
-    model, own = recipe.encoder(spec.encoder), _of_encoder(params, spec.encoder)
-    rows, where, sizes, groups = _together([views[n] for n in names], always=bool(recipe.grad_cache.micro_batch))
-    if chunks := recipe.grad_cache.chunks(recipe.batch_size):
-        encode = functools.partial(grad_cache.encode, model, chunks=chunks, groups=groups, mesh=mesh)
-    else:
-        encode = functools.partial(model.encode, train=True)
-    if spec.bn_groups > 1:
-        encode = functools.partial(_by_groups, encode, spec)
-    h, new = encode(own, _of_encoder(stats, spec.encoder), rows, where=where, norm_set=spec.norm_set, key=key)
-    z, new = model.embed(own, new, h, train=True, where=where, norm_set=spec.norm_set)
-    return {
-        embedding_name(spec.encoder, n): Embedding(hh, zz, views[n].where)
-        for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)
-    }, _with_encoder(stats, spec.encoder, new)
-
-
-def _by_groups(encode, spec: Pass, params, stats, rows, *, where, norm_set, key):
-    """`encode` on equal parts of the rows, each with batch norms of its own, as so many devices would; -> the same.
-
-    Running statistics move to the mean of what the parts make of them.
-    """
-    order = jax.random.permutation(jax.random.fold_in(key, 1), len(rows)) if spec.shuffle else None
-
-    def parts(x: Array) -> Array:
-        x = x if order is None else x[order]
-        return x.reshape(spec.bn_groups, -1, *x.shape[1:])
-
-    def one(x: Array, exists: Array | None) -> tuple[Array, dict]:
-        return encode(params, stats, x, where=exists, norm_set=norm_set, key=key)
-
-    h, new = jax.vmap(one)(parts(rows), None if where is None else parts(where))
-    h = h.reshape(-1, *h.shape[2:])
-    return h if order is None else h[jnp.argsort(order)], jax.tree.map(lambda x: x.mean(0), new)
-
-
-def _together(parts: list, *, always: bool = False) -> tuple[Array, Array | None, list[int], int]:
-    """Several batches, each with .image and .where, as one -> (rows, which exist, sizes, groups for `_split`)."""
-    images, wheres = [p.image for p in parts], [p.where for p in parts]
-    sizes = [len(x) for x in images]
-    # Equal views: row r of each side by side, so that rows stay on the device that holds them. Unequal views: one
-    # after the other, or each micro-batch would get rows of one view only; then in as many parts as all fall into.
-    groups = math.gcd(*sizes) if always or len(set(sizes)) == 1 else 1
-    where = None
-    if any(w is not None for w in wheres):
-        wheres = [jnp.ones(len(x), bool) if w is None else w for w, x in zip(wheres, images, strict=True)]
-        where = _merge(wheres, groups)
-    return _merge(images, groups), where, sizes, groups
-
-
-def run_heads(
-    recipe: Recipe, params, stats, embeddings: dict[str, Embedding], views: dict[str, tuple[str, ...]]
-) -> tuple[dict[str, Embedding], dict]:
-    """Apply heads, each to the views named for it. -> (embeddings with the outputs, new statistics).
-
-    An output goes with the embedding by the first of the head's encoders.
-    """
-    embeddings = dict(embeddings)
-    for name, of in views.items():
-        head, facts = recipe.heads[name], recipe.head_facts(name)
-        inputs = []
-        for view in of:
-            e = [embeddings[embedding_name(encoder, view)] for encoder in head.encoders]
-            inputs.append(View(jnp.concatenate([getattr(x, head.reads) for x in e], -1), {}, e[0].where))
-        for begin in range(0, len(of), len(of) if head.together else 1):
-            part = slice(begin, len(of) if head.together else begin + 1)
-            rows, where, sizes, groups = _together(inputs[part])
-            own = stats.get("heads", {}).get(name, {})
-            out, new = head.apply(facts, params["heads"][name], own, rows, train=True, where=where)
-            stats = _put(stats, "heads", name, new)
-            for view, y in zip(of[part], _split(out, sizes, groups), strict=True):
-                to = embedding_name(head.encoders[0], view)
-                embeddings[to] = embeddings[to]._replace(out={**embeddings[to].out, name: y})
-    return embeddings, stats
-
-
-def _merge(arrays: list[Array], groups: int) -> Array:
-    """Rows of all views, in groups that each hold an equal part of every view."""
-    parts = [a.reshape(groups, len(a) // groups, *a.shape[1:]) for a in arrays]
-    return jnp.concatenate(parts, axis=1).reshape(-1, *arrays[0].shape[1:])
-
-
-def _split(array: Array, sizes: list[int], groups: int) -> list[Array]:
-    """The rows of each view again, in their order."""
-    array = array.reshape(groups, len(array) // groups, *array.shape[1:])
-    if array.shape[1] == len(sizes):
-        return [array[:, i] for i in range(len(sizes))]
-    ends = [sum(sizes[: i + 1]) // groups for i in range(len(sizes) - 1)]
-    return [a.reshape(-1, *array.shape[2:]) for a in jnp.split(array, ends, axis=1)]
 
 
 def _terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[..., Metrics]:
@@ -345,13 +194,13 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
         views, stats_before, metrics = run_stages(recipe, phase, state, batch, views, mesh)
         progress = state.step / jnp.float32(recipe.total_steps)
         memory = {
-            n: part.before(state.memory[n], lambda e: _of_encoder(state.params, e), progress)
+            n: part.before(state.memory[n], lambda e: of_encoder(state.params, e), progress)
             for n, part in recipe.memory.items()
         }
 
         def objective(params):
-            embeddings, stats = {}, _with_targets(recipe, stats_before, memory, "batch_stats")
-            params = _with_targets(recipe, params, memory, "params")
+            embeddings, stats = {}, with_targets(recipe, stats_before, memory, "batch_stats")
+            params = with_targets(recipe, params, memory, "params")
             for i, spec in enumerate(recipe.passes):
                 key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), zlib.crc32(f"pass {i}".encode()))
                 encoded, stats = run_pass(recipe, params, stats, views, spec, mesh, key)
@@ -374,7 +223,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
             represented=lambda v: _represented(recipe, embeddings, v),
             embeddings=embeddings,
             label=batch["label"],
-            encoder=lambda n: _of_encoder(params, n),
+            encoder=lambda n: of_encoder(params, n),
             progress=progress,
             tx=None,
         )
