@@ -46,7 +46,8 @@ def default() -> ConfigDict:
     c.devices = 0  # 0: all there are
 
     c.data = ConfigDict()
-    # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME, folder:PATH, csv:PATH, waterbirds:PATH, celeb_a:PATH
+    # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME, folder:PATH, csv:PATH, waterbirds:PATH, celeb_a:PATH,
+    # voc:PATH
     c.data.source = "garments"
     c.data.validation = 0.0  # share of the training set held out; evaluation then selects on it, not on the test set
     c.data.validation_split = "balanced"  # class by class; or "released", as Thanos's code splits
@@ -62,7 +63,7 @@ def default() -> ConfigDict:
     c.data.tfds.image_size = 0  # resize to this side when images differ in shape
     c.data.tfds.label = ""  # the feature that labels an image, if not the usual one: an attribute such as Blond_Hair
     c.data.tfds.group = ""  # a feature that divides every class into groups, such as Male
-    c.data.files = ConfigDict()  # of folder, csv, waterbirds and celeb_a
+    c.data.files = ConfigDict()  # of folder, csv, waterbirds and celeb_a; and of voc, whose own size is 224
     c.data.files.image_size = 0  # side after resizing; 0: as they are if all alike and at most 256, otherwise 64
     c.data.on_bad_image = "raise"  # of files that cannot be read; "skip": train without them
     c.data.celeb_a = ConfigDict()
@@ -93,7 +94,9 @@ def default() -> ConfigDict:
     # (PGD is slow); adversary (what the adversary of the training does to a batch); transfer (fine classes from an
     # encoder of coarse ones), transfer_augmented (the same by the protocol of its paper); worst_group (where groups are
     # known); collapse (spread of the embeddings); ood (shifted, corrupted, shuffled and other images); shape_bias
-    # (of images whose texture speaks for another class).
+    # (of images whose texture speaks for another class); linear_sgd (a probe on augmented images, by the data set's
+    # usual schedule); invariance (of each stage, to what); color (what is kept of it); dense (labels of pixels from
+    # each stage's map).
     c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
@@ -104,6 +107,7 @@ def default() -> ConfigDict:
     c.eval.logistic_batch_size = 256
     c.eval.logistic_lr = 3e-4  # of Adam, constant
     c.eval.transfer_epochs = 100  # of transfer_augmented
+    c.eval.sgd_epochs = 0  # of linear_sgd; 0: as is customary for the data set
     c.eval.fgsm = (1, 2, 4, 8)  # epsilon in 1/255
     c.eval.pgd = (1, 2, 4, 8)  # the same
     c.eval.pgd_steps = 20
@@ -127,10 +131,13 @@ def default() -> ConfigDict:
 
 def options(part: Callable, **overrides: Any) -> ConfigDict:
     """All options of a part with their defaults, some overridden; a misspelt one is refused."""
-    known = recipe.fields(part)
+    return _options(getattr(part, "__name__", part), recipe.fields(part), overrides)
+
+
+def _options(name: str, known: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
     for key in overrides:
         if key not in known:
-            raise UserError(f"{getattr(part, '__name__', part)} has no option {key!r}{recipe.suggestion(key, known)}")
+            raise UserError(f"{name} has no option {key!r}{recipe.suggestion(key, known)}")
     return ConfigDict({**known, **overrides})
 
 
@@ -180,15 +187,15 @@ def head(kind: str, **overrides: Any) -> ConfigDict:
     return _part(recipe.HEADS, "head", kind, overrides)
 
 
-def encode(*views: str, norm_set: str = "", encoder: str = "", bn_groups: int = 1, shuffle: bool = False) -> ConfigDict:
+def encode(*views: str, **options: Any) -> ConfigDict:
     """A pass: these views are encoded together, by an encoder ("": the main one) and one of its sets of batch norms.
 
-    Terms know the embeddings by the views' names: "view1", or "auto/view1" from the encoder called auto. bn_groups and
-    shuffle: see `recipe.Pass`.
+    Terms know the embeddings by the views' names: "view1", or "auto/view1" from the encoder called auto. Options:
+    norm_set, encoder, bn_groups, shuffle, depth; see `recipe.Pass`.
     """
-    return ConfigDict(
-        dict(views=tuple(views), norm_set=norm_set, encoder=encoder, bn_groups=bn_groups, shuffle=shuffle)
-    )
+    c = _options("a pass", recipe.fields(recipe.Pass), options)
+    c.views = tuple(views)
+    return c
 
 
 def term(kind: str, **overrides: Any) -> ConfigDict:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxcl import grad_cache
+from jaxcl.models import Model
+from jaxcl.models.heads import drawn_numbers
 from jaxcl.recipe import Pass, Recipe
 from jaxcl.terms import Embedding
 from jaxcl.terms.base import embedding_name
@@ -81,19 +83,30 @@ def run_pass(
     if not names:  # a stage that makes them has not begun
         return {}, stats
     model, own = recipe.encoder(spec.encoder), of_encoder(params, spec.encoder)
-    rows, where, sizes, groups = _together([views[n] for n in names], always=bool(recipe.grad_cache.micro_batch))
+    parts = [views[n] for n in names]
+    rows, where, sizes, groups = _together(parts, always=bool(recipe.grad_cache.micro_batch))
     if chunks := recipe.grad_cache.chunks(recipe.batch_size):
         encode = functools.partial(grad_cache.encode, model, chunks=chunks, groups=groups, mesh=mesh)
     else:
-        encode = functools.partial(model.encode, train=True)
+        encode = functools.partial(model.encode, train=True, depth=spec.depth)
     if spec.bn_groups > 1:
         encode = functools.partial(_by_groups, encode, spec)
     h, new = encode(own, of_encoder(stats, spec.encoder), rows, where=where, norm_set=spec.norm_set, key=key)
-    z, new = model.embed(own, new, h, train=True, where=where, norm_set=spec.norm_set)
+    mode = dict(train=True, where=where, norm_set=spec.norm_set, depth=spec.depth)
+    z, new = model.embed(own, new, h, drawn=_drawn(model, parts, groups), **mode)
     return {
         embedding_name(spec.encoder, n): Embedding(hh, zz, views[n].where)
         for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)
     }, _with_encoder(stats, spec.encoder, new)
+
+
+def _drawn(model: Model, parts: list[View], groups: int) -> dict[str, Array]:
+    """What the heads are told of several views' rows, stacked as `_together` stacks the rows themselves."""
+    told = {}
+    for name in model.head.embeds:
+        each = [drawn_numbers(name, view.params, len(view.image)) for view in parts]
+        told[name] = _merge(each, groups)
+    return told
 
 
 def _by_groups(encode, spec: Pass, params, stats, rows, *, where, norm_set, key):

@@ -15,7 +15,7 @@ import optax
 from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.losses.common import unit
-from jaxcl.models.heads import Dense
+from jaxcl.models.heads import EMBED, Dense
 from jaxcl.terms import Embedding
 
 Array = jax.Array
@@ -126,6 +126,7 @@ class EMA(Part):
     of: str = ""  # the encoder it follows; "" is the main one
     decay: float = 0.999  # share of the old values that an update keeps
     decay_schedule: str = "constant"  # or "cosine": from decay to 1 at the end of the run (BYOL)
+    average_embeds: bool = True  # also what a head makes of drawn parameters; False: there it is the encoder's own
     order: str = "before"  # averaged before the views are encoded (MoCo), or "after" the optimiser's step (BYOL)
 
     def __post_init__(self):
@@ -147,7 +148,12 @@ class EMA(Part):
         keep = jnp.float32(self.decay)
         if self.decay_schedule == "cosine":
             keep = 1 - (1 - keep) * (1 + jnp.cos(jnp.pi * progress)) / 2
-        return {**memory, "params": jax.tree.map(lambda k, q: keep * k + (1 - keep) * q, memory["params"], params)}
+
+        def average(path: tuple, k: Array, q: Array) -> Array:
+            own = not self.average_embeds and any(str(p.key).startswith(EMBED) for p in path)
+            return q if own else keep * k + (1 - keep) * q
+
+        return {**memory, "params": jax.tree_util.tree_map_with_path(average, memory["params"], params)}
 
     def before(self, memory: Tree, encoder: Callable[[str], Tree], progress: Array) -> Tree:
         return self._averaged(memory, encoder(self.of), progress) if self.order == "before" else memory

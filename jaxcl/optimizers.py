@@ -41,6 +41,7 @@ class OptimizerOptions:
     decay_epochs: Sequence[int] = ()  # epoch_steps, epoch_factors: after each of these epochs
     decay_factors: Sequence[float] = ()  # epoch_factors: lr times this from then on, one for each of decay_epochs
     clip_norm: float = 0.0  # global gradient norm is clipped to this; 0: not clipped
+    constant_lr: Sequence[str] = ()  # parts that learn at lr throughout: "heads/predictor" (SimSiam), "encoder", ...
 
 
 def epoch_cosine(
@@ -186,7 +187,26 @@ def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) 
 
     Adam is torch's: both means corrected for their start at 0, then lr * m / (sqrt(v) + eps). "torch_adamw" is AdamW
     with the decay lr * weight_decay * p on all parameters, norms, biases and tokens too, as torch does unasked.
+    Parameters under a path of `constant_lr` have an optimiser of the same kind at the constant rate lr.
     """
+    tx = _one_optimizer(options, schedule, name=name)
+    if options.constant_lr:
+        constant = _one_optimizer(options, optax.constant_schedule(options.lr), name=name)
+        tx = optax.partition({"scheduled": tx, "constant": constant}, lambda p: rate_labels(p, options.constant_lr))
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), tx) if options.clip_norm else tx
+
+
+def rate_labels(params: Any, paths: Sequence[str]) -> Any:
+    """ "constant" for each parameter at or under one of the paths, such as "heads/predictor"; else "scheduled"."""
+
+    def label(path: tuple, _: Any) -> str:
+        at = "/".join(str(getattr(p, "key", p)) for p in path)
+        return "constant" if any(f"{at}/".startswith(f"{p}/") for p in paths) else "scheduled"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _one_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) -> optax.GradientTransformation:
     if options.kind not in OPTIMIZERS:
         raise UserError(f"{name}.kind is {options.kind!r}; expected one of {', '.join(OPTIMIZERS)}")
 
@@ -200,20 +220,18 @@ def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) 
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     if options.kind == "sgd":
-        tx = optax.chain(
+        return optax.chain(
             optax.add_decayed_weights(options.weight_decay), optax.sgd(schedule, momentum=options.momentum)
         )
-    elif options.kind == "adam":
-        tx = optax.chain(optax.add_decayed_weights(options.weight_decay), optax.adam(schedule, **adam))
-    elif options.kind in ("adamw", "torch_adamw"):
+    if options.kind == "adam":
+        return optax.chain(optax.add_decayed_weights(options.weight_decay), optax.adam(schedule, **adam))
+    if options.kind in ("adamw", "torch_adamw"):
         mask = matrices if options.kind == "adamw" else None
-        tx = optax.adamw(schedule, **adam, weight_decay=options.weight_decay, mask=mask)
-    else:
-        tx = optax.lars(
-            schedule,
-            weight_decay=options.weight_decay,
-            weight_decay_mask=matrices,
-            trust_ratio_mask=matrices,
-            momentum=options.momentum,
-        )
-    return optax.chain(optax.clip_by_global_norm(options.clip_norm), tx) if options.clip_norm else tx
+        return optax.adamw(schedule, **adam, weight_decay=options.weight_decay, mask=mask)
+    return optax.lars(
+        schedule,
+        weight_decay=options.weight_decay,
+        weight_decay_mask=matrices,
+        trust_ratio_mask=matrices,
+        momentum=options.momentum,
+    )

@@ -16,7 +16,7 @@ from jaxcl.grad_cache import GradCache
 from jaxcl.memory import EMA, LinearProbe, Queue
 from jaxcl.models import Model, ModelOptions, ViTOptions, make_model
 from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
-from jaxcl.recipe_check import check, heads_of, suggestion
+from jaxcl.recipe_check import check, check_paths, heads_of, suggestion
 from jaxcl.terms import (
     BYOL,
     Attract,
@@ -52,6 +52,7 @@ class Pass:
     encoder: str = ""  # the one of that name; "": the main encoder
     bn_groups: int = 1  # parts of the batch that batch norm takes each by itself, as so many devices would
     shuffle: bool = False  # the batch is dealt to the groups at random (MoCo's keys), and put back in order
+    depth: int = 0  # only so many stages of the network, then that stage's own adapter and head; 0: all of it
 
     def __post_init__(self):
         if self.bn_groups < 1:
@@ -298,6 +299,7 @@ def build_recipe(
     model = _make_model("model", config.model)
     encoders = {n: _make_model(f"encoders.{n}", node) for n, node in config.encoders.items()}
     options = construct("optimizer", OptimizerOptions, config.optimizer)
+    check_paths("optimizer.constant_lr", options.constant_lr, heads, encoders)
     schedule = make_schedule(options, name="optimizer", steps=steps, **unit)
     memory_schedule, memory_tx = {}, {}
     for n, node in config.memory.items():
@@ -305,6 +307,8 @@ def build_recipe(
         if not memory[n].trained:
             continue
         own = construct(name, OptimizerOptions, node.optimizer)
+        if own.constant_lr:
+            raise UserError(f"{name}.constant_lr is {own.constant_lr}; expected (): all of it has one rate")
         memory_schedule[n] = make_schedule(own, name=name, steps=steps, **unit)
         memory_tx[n] = make_optimizer(own, memory_schedule[n], name=name)
 
@@ -341,9 +345,14 @@ def build_recipe(
 
 
 def _make_pass(
-    views: tuple[str, ...] = (), norm_set: str = "", encoder: str = "", bn_groups: int = 1, shuffle: bool = False
+    views: tuple[str, ...] = (),
+    norm_set: str = "",
+    encoder: str = "",
+    bn_groups: int = 1,
+    shuffle: bool = False,
+    depth: int = 0,
 ) -> Pass:
-    return Pass(tuple(views), norm_set, encoder, bn_groups, shuffle)
+    return Pass(tuple(views), norm_set, encoder, bn_groups, shuffle, depth)
 
 
 def _make_model(name: str, node: ConfigDict) -> Model:

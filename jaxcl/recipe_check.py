@@ -1,6 +1,7 @@
 """What cannot work in a recipe, refused in one plain line before anything compiles."""
 
 import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.errors import UserError
@@ -20,6 +21,14 @@ def suggestion(word: str, known: Any) -> str:
 def heads_of(term: Any) -> tuple[tuple[str, str], ...]:
     """(embedding, head) pairs whose output a term reads."""
     return getattr(term, "heads", ())
+
+
+def check_paths(where: str, paths: Iterable[str], heads: Iterable[str], encoders: Iterable[str]) -> None:
+    """UserError for a path that no parameters of such a recipe have."""
+    known = ["encoder", "head", "branches", *(f"heads/{n}" for n in heads), *(f"encoders/{n}" for n in encoders)]
+    for path in paths:
+        if not any(f"{path}/".startswith(f"{k}/") for k in known):
+            raise UserError(f"{where} holds {path!r}, where no parameters are{suggestion(path, known)}")
 
 
 def check(recipe: "Recipe", *, num_devices: int) -> None:
@@ -55,15 +64,21 @@ def check(recipe: "Recipe", *, num_devices: int) -> None:
     if not recipe.passes or not recipe.terms:
         raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
     encoded: set[str] = set()
+    shallow: set[str] = set()  # of them, those of a part of the network
     for i, p in enumerate(recipe.passes):
         _known_encoder(recipe, f"passes[{i}].encoder", p.encoder)
         recipe.encoder(p.encoder).check_norm_set(f"passes[{i}].norm_set", p.norm_set)
+        recipe.encoder(p.encoder).check_depth(f"passes[{i}].depth", p.depth)
+        if p.depth and recipe.grad_cache.micro_batch:
+            raise UserError(f"passes[{i}].depth with grad_cache.micro_batch: it knows whole networks only; use one")
         _check_groups(recipe, f"passes[{i}]", p)
         for name, embedding in zip(p.views, p.embeddings, strict=True):
             exists(name, f"passes[{i}]", made)
             if embedding in encoded:
                 raise UserError(f"passes[{i}] encodes view {embedding!r} a second time; name it once")
             encoded.add(embedding)
+            if p.depth:
+                shallow.add(embedding)
     for name, part in recipe.heads.items():
         for encoder in part.encoders:
             _known_encoder(recipe, f"heads.{name}.encoders", encoder, trained=True)
@@ -91,6 +106,8 @@ def check(recipe: "Recipe", *, num_devices: int) -> None:
         for name in part.views if part.schedule == "online" else ():
             for encoder in recipe.representation:
                 exists(embedding_name(encoder, name), f"memory.{n}", encoded)
+                if embedding_name(encoder, name) in shallow:
+                    raise UserError(f"memory.{n} reads view {name!r}, which ends at a stage; name one that does not")
             exists(name, f"memory.{n}", set(recipe.views))
         if part.schedule != "online":
             exists(part.view, f"memory.{n}", set(recipe.views))

@@ -150,7 +150,7 @@ def _embed(recipe: Recipe, state: TrainState, stats: dict, encoder: str, view: V
     stats = of_encoder(with_targets(recipe, stats, state.memory, "batch_stats"), encoder)
     model, mode = recipe.encoder(encoder), dict(train=True, where=view.where, norm_set=norm_set)
     h, _ = model.encode(params, stats, view.image, **mode)
-    return Embedding(h, model.embed(params, stats, h, **mode)[0], view.where)
+    return Embedding(h, model.embed(params, stats, h, drawn=view.params, **mode)[0], view.where)
 
 
 def _terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[..., Metrics]:

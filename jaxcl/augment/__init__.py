@@ -1,6 +1,7 @@
 """Jitted, batched image augmentation that also returns the parameters it drew."""
 
 from jaxcl.augment.pipeline import (
+    IDENTITY,
     ColorJitter,
     GaussianBlur,
     Normalize,
@@ -8,7 +9,9 @@ from jaxcl.augment.pipeline import (
     RandomFlip,
     RandomGrayscale,
     RandomResizedCrop,
+    RandomRotation,
     RandomSolarize,
+    RandomTilt,
     Resize,
     classifier_view,
     random_view,
@@ -16,6 +19,7 @@ from jaxcl.augment.pipeline import (
 )
 
 __all__ = [
+    "IDENTITY",
     "ColorJitter",
     "GaussianBlur",
     "Normalize",
@@ -23,7 +27,9 @@ __all__ = [
     "RandomFlip",
     "RandomGrayscale",
     "RandomResizedCrop",
+    "RandomRotation",
     "RandomSolarize",
+    "RandomTilt",
     "Resize",
     "classifier_view",
     "random_view",

@@ -90,6 +90,13 @@ def draw_blur_sigma(keys: jax.Array, *, sigma: tuple[float, float] = (0.1, 2.0),
     return jnp.where(u_Nx2[:, 1] < p, sigma[0] + (sigma[1] - sigma[0]) * u_Nx2[:, 0], 0.0)
 
 
+def draw_quarter_turns(keys: jax.Array, *, p: float = 0.5) -> jax.Array:
+    """Quarter turns: [N] keys -> int32 [N], uniform in 0..3 with probability p (so a quarter of them 0), else 0."""
+    u_Nx2 = draw_uniform(keys, 2)
+    turns = jnp.minimum((4 * u_Nx2[:, 0]).astype(jnp.int32), 3)
+    return jnp.where(u_Nx2[:, 1] < p, turns, 0)
+
+
 # ------------------------------------------------------------------------------------ crop, resize, flip
 
 
@@ -167,6 +174,35 @@ def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array
 def flip(images: jax.Array, flipped: jax.Array) -> jax.Array:
     """Mirrors left and right the images [N,H,W,C] where flipped, bool [N]."""
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1, :], images)
+
+
+def quarter_turns(images: jax.Array, turns: jax.Array) -> jax.Array:
+    """Turns images [N,S,S,C] anticlockwise by 90 degrees as often as turns, int [N] in 0..3, says.
+
+    Raises:
+      UserError: images that are not square.
+    """
+    if images.shape[1] != images.shape[2]:
+        raise UserError(f"rotation needs square images, got {images.shape[1]}x{images.shape[2]}: crop or resize first")
+    turns = turns[:, None, None, None]
+    # By two: turn once if odd, then half way if 2 or 3. Selections, where a gather would be slow on any device.
+    images = jnp.where(turns % 2 == 1, jnp.swapaxes(images, 1, 2)[:, ::-1], images)
+    return jnp.where(turns >= 2, images[:, ::-1, ::-1], images)
+
+
+def tilt(images: jax.Array, radians: jax.Array) -> jax.Array:
+    """Turns images [N,H,W,C] anticlockwise about their middle by radians [N], bilinear; 0 where nothing was."""
+    _, height, width, _ = images.shape
+    middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
+    y, x = jnp.mgrid[:height, :width].astype(jnp.float32) - jnp.array([middle_y, middle_x])[:, None, None]
+
+    def one(image: jax.Array, angle: jax.Array) -> jax.Array:
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        at = (cos * y + sin * x + middle_y, cos * x - sin * y + middle_x)
+        sample = functools.partial(jax.scipy.ndimage.map_coordinates, coordinates=at, order=1)
+        return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
+
+    return jax.vmap(one)(images, radians)
 
 
 # ------------------------------------------------------------------------------------------------ blur

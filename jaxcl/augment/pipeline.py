@@ -20,6 +20,15 @@ from jaxcl.errors import UserError
 
 Params = dict[str, jax.Array]
 
+# What the parameters of a view would be that an operation left as it was; of those that are numbers of an image.
+IDENTITY: dict[str, tuple[float, ...]] = {
+    "jitter": color.IDENTITY,
+    "crop": (0.0, 0.0, 1.0, 1.0),
+    "blur_sigma": (0.0,),
+    "grayscale": (0.0,),
+    "flip": (0.0,),
+}
+
 
 class Op(Protocol):
     """An operation of a pipeline. `name` labels its keys and its parameters."""
@@ -68,6 +77,33 @@ class RandomFlip:
     def __call__(self, keys, images):
         flipped = ops.draw_mask(keys, p=self.p)
         return ops.flip(images, flipped), {"flip": flipped}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomRotation:
+    """Turn by 0, 90, 180 or 270 degrees, with probability p. `params["rotation"]` int32 [N], quarter turns."""
+
+    p: float = 0.5
+    name: str = "rotation"
+
+    def __post_init__(self):
+        _check_probability("rotation", self.p)
+
+    def __call__(self, keys, images):
+        turns = ops.draw_quarter_turns(keys, p=self.p)
+        return ops.quarter_turns(images, turns), {"rotation": turns}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomTilt:
+    """Turn by up to so many degrees either way, black where nothing was. `params["tilt"]` [N], degrees."""
+
+    degrees: float = 30.0
+    name: str = "tilt"
+
+    def __call__(self, keys, images):
+        tilts = self.degrees * (2 * ops.draw_uniform(keys, 1)[:, 0] - 1)
+        return ops.tilt(images, jnp.deg2rad(tilts)), {"tilt": tilts}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,10 +287,12 @@ def random_view(
     grayscale: float = 0.2,
     blur: float = 0.0,
     blur_sigma: tuple[float, float] = (0.1, 2.0),
+    blur_above: int = 0,
     solarize: float = 0.0,
+    rotation: float = 0.0,
 ) -> Pipeline:
-    """The random view of SimCLR and its heirs: crop, flip, jitter, grayscale, blur, solarize, normalize, in
-    this order.
+    """The random view of SimCLR and its heirs: crop, flip, rotation, jitter, grayscale, blur, solarize, normalize,
+    in this order.
 
     Args:
       size: side of the view in pixels.
@@ -262,18 +300,20 @@ def random_view(
       crop_area: range of the crop's share of the image's area.
       crop_ratio: range of the crop's width / height.
       jitter: strengths of brightness, contrast, saturation, hue (`ColorJitter`).
-      flip, jitter_p, grayscale, blur, solarize: probabilities. A part of probability 0 is not in the program
-        at all.
+      flip, jitter_p, grayscale, blur, solarize, rotation: probabilities. A part of probability 0 is not in the
+        program at all.
       blur_sigma: range of the blur's standard deviation in pixels.
+      blur_above: only views of more than so many pixels a side are blurred.
     """
     if len(jitter) != 4:
         raise UserError(f"jitter needs 4 strengths (brightness, contrast, saturation, hue), got {len(jitter)}")
     parts = [
         RandomResizedCrop(size=size, area=tuple(crop_area), ratio=tuple(crop_ratio)),
         RandomFlip(p=flip),
+        RandomRotation(p=rotation),
         ColorJitter(brightness=jitter[0], contrast=jitter[1], saturation=jitter[2], hue=jitter[3], p=jitter_p),
         RandomGrayscale(p=grayscale),
-        GaussianBlur(p=blur, sigma=tuple(blur_sigma)),
+        dataclasses.replace(GaussianBlur(p=blur, sigma=tuple(blur_sigma)), p=blur if size > blur_above else 0.0),
         RandomSolarize(p=solarize),
         Normalize(mean=mean, std=std),
     ]

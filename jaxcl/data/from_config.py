@@ -15,7 +15,7 @@ def source_of(config: ConfigDict, split: str) -> Source:
     # The options of the kind of source in use; those of the others lie idle in the config.
     kind = data.source.partition(":")[0]
     options = dict(data[kind]) if kind in ("garments", "tfds", "celeb_a") else {}
-    if kind in FILES:
+    if kind in (*FILES, "voc"):
         options |= data.files
     if kind != "garments":
         options = {k: v or None for k, v in options.items()}  # empty: the kind's own default

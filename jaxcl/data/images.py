@@ -56,10 +56,13 @@ def decode(stream: IO[bytes], size: int | None = None) -> np.ndarray:
         return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
-def resize_and_crop(image: Image.Image, size: int, *, extent: tuple[float, float] | None = None) -> Image.Image:
+def resize_and_crop(
+    image: Image.Image, size: int, *, extent: tuple[float, float] | None = None, nearest: bool = False
+) -> Image.Image:
     """Shorter side to `size` (bilinear, antialiased), then the centre: RGB -> size x size.
 
     extent: width and height of the picture, where the image has a part of a pixel too many (a JPEG decoded at 1/8).
+    nearest: values are numbers of classes, of which each pixel keeps one.
     """
     if image.size == (size, size):
         return image
@@ -69,7 +72,7 @@ def resize_and_crop(image: Image.Image, size: int, *, extent: tuple[float, float
     # Only the centre is computed, or a strip of 1 x 20,000 pixels would fill the memory on its way. Pillow widens the
     # bilinear filter when it shrinks an image: that is the antialiasing.
     box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR, box=box)
 
 
 def check_size(spec: str, image_size: int | None) -> None:

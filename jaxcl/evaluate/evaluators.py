@@ -15,9 +15,12 @@ from jaxcl.evaluate import attacked, ood
 from jaxcl.evaluate.base import Figures, accuracy, bins, needs_classifier, needs_labels
 from jaxcl.evaluate.calibration import expected_calibration_error
 from jaxcl.evaluate.collapse import collapse
+from jaxcl.evaluate.dense import dense
 from jaxcl.evaluate.explanation import drop_increase, mask_agreement
+from jaxcl.evaluate.invariance import color, invariance
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
+from jaxcl.evaluate.linear_sgd import linear_sgd
 from jaxcl.evaluate.logistic import fit_logistic
 from jaxcl.evaluate.shape_bias import check_stimuli, cue_conflict
 from jaxcl.evaluate.transfer import transfer, transfer_augmented
@@ -187,6 +190,7 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "knn": knn,
     "linear": linear,
     "logistic": logistic,
+    "linear_sgd": linear_sgd,
     "raw_pixels": raw_pixels,
     "classifier": classifier,
     "explanation": explanation,
@@ -202,6 +206,9 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "collapse": collapse,
     "ood": ood.ood,
     "shape_bias": cue_conflict,
+    "invariance": invariance,
+    "color": color,
+    "dense": dense,
 }
 
 # What an evaluator's options say of files and names, known to be right before training begins.

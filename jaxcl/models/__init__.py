@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from jaxcl.errors import UserError
 from jaxcl.models.convolution import loop_conv
-from jaxcl.models.heads import ProjectionHead, check_head
+from jaxcl.models.heads import ProjectionHead, check_embeds, check_head
 from jaxcl.models.norms import SET_MOMENTUM, replace, statistics_of
 from jaxcl.models.resnet import ResNet, resnet, tap_stage
+from jaxcl.models.stages import Adapter
 from jaxcl.models.vit import ViT, ViTOptions, tap_block, vit
 
 __all__ = [
@@ -54,6 +55,10 @@ class ModelOptions:
     head_hidden: int = 0  # width of its hidden layers; 0: as wide as the features
     head_norm: str = "none"  # after each hidden layer of the head: none, batch
     head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
+    head_embeds: Sequence[str] = ()  # what the head is told of how a view was drawn: jitter, crop, blur_sigma, ...
+    head_embed_features: int = 512  # numbers that each of these becomes
+    branches: Sequence[int] = ()  # stages with an adapter and a head of their own, where a pass of that depth ends
+    branch_embeds: Sequence[int] = ()  # those of them whose heads are told too; the main head is in any case
     dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
 
 
@@ -63,10 +68,27 @@ class Model:
 
     encoder: nn.Module
     head: nn.Module
+    branches: tuple[tuple[int, Adapter, ProjectionHead], ...] = ()  # stage (from 1), what leads off it, its own head
 
     @property
     def features(self) -> int:
         return self.encoder.features
+
+    @property
+    def num_stages(self) -> int:
+        """Stages whose maps can be seen; 0 for an encoder without."""
+        return len(self.encoder.stage_sizes) if isinstance(self.encoder, ResNet) else 0
+
+    def check_depth(self, where: str, depth: int) -> None:
+        """UserError unless the network can be left after that many stages; 0 is the whole of it."""
+        known = (0, *(stage for stage, _, _ in self.branches))
+        if depth not in known:
+            names = ", ".join(map(str, known))
+            raise UserError(f"{where} is {depth}; expected one of {names}; model.branches adds further ones")
+
+    def _branch(self, depth: int) -> tuple[Adapter, ProjectionHead]:
+        self.check_depth("depth", depth)
+        return next((adapter, head) for stage, adapter, head in self.branches if stage == depth)
 
     @property
     def batch_norm(self) -> bool:
@@ -95,12 +117,26 @@ class Model:
         variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
         head = self.head.init(head_key, jnp.zeros((1, self.features)))
         stats = {**variables.get("batch_stats", {}), **_head_stats(head.get("batch_stats", {}))}
-        return {"encoder": variables["params"], "head": head.get("params", {})}, stats
+        params = {"encoder": variables["params"], "head": head.get("params", {})}
+        if not self.branches:
+            return params, stats
+        image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        maps = jax.eval_shape(lambda x: self.encoder.apply(variables, x, method="maps"), image)
+        for stage, adapter, head in self.branches:
+            adapter_key, head_key = jax.random.split(jax.random.fold_in(key, stage))
+            parts = {
+                "adapter": adapter.init(adapter_key, jnp.zeros(maps[stage - 1].shape)),
+                HEAD: head.init(head_key, jnp.zeros((1, self.features))),
+            }
+            for tree, kind in ((params, "params"), (stats, "batch_stats")):
+                own = {k: v[kind] for k, v in parts.items() if v.get(kind)}
+                tree[BRANCHES] = {**tree.get(BRANCHES, {}), f"stage{stage}": own}
+        return params, stats
 
     def _encoder(self, params: Tree, stats: Tree, *args, train: bool, norm_set: str, **kwargs) -> tuple[Any, Tree]:
         self.check_norm_set("norm_set", norm_set)
         kwargs |= dict(train=train, norm_set=norm_set)
-        variables = {"params": params["encoder"], "batch_stats": {k: v for k, v in stats.items() if k != HEAD}}
+        variables = {"params": params["encoder"], "batch_stats": _of_encoder(stats)}
         if not train:
             return self.encoder.apply(variables, *args, **kwargs), stats
         out, new = self.encoder.apply(variables, *args, mutable=["batch_stats"], **kwargs)
@@ -116,21 +152,40 @@ class Model:
         where: Array | None = None,
         norm_set: str = "",
         key: Array | None = None,
+        depth: int = 0,
     ) -> tuple[Array, Tree]:
         """images [N,H,W,C] -> (features [N,D] float32, new batch statistics).
 
         train: normalise by this batch (rows with `where` False do not count) and move the running statistics.
         norm_set: the set of batch norms to use, "" the clean one; no statistics but its own move.
         key: with `train`, what an encoder with dropout drops; None: nothing is dropped. A ResNet has none.
-        Errors: UserError for a set that the model has not.
+        depth: run the first so many stages only, and what leads off there; 0: the whole network.
+        Errors: UserError for a set or a depth that the model has not.
         """
-        dropout = {"key": key} if isinstance(self.encoder, ViT) else {}
-        return self._encoder(params, stats, images, train=train, where=where, norm_set=norm_set, **dropout)
+        mode = dict(train=train, where=where, norm_set=norm_set)
+        if not depth:
+            dropout = {"key": key} if isinstance(self.encoder, ViT) else {}
+            return self._encoder(params, stats, images, **mode, **dropout)
+        adapter, _ = self._branch(depth)
+        maps, stats = self._encoder(params, stats, images, **mode, depth=depth, method="maps")
+        name = f"stage{depth}"
+        own = stats.get(BRANCHES, {}).get(name, {})
+        variables = {"params": params[BRANCHES][name]["adapter"], "batch_stats": own.get("adapter", {})}
+        if not train:
+            return adapter.apply(variables, maps[-1], **mode), stats
+        h, new = adapter.apply(variables, maps[-1], mutable=["batch_stats"], **mode)
+        return h, _with_branch(stats, name, "adapter", {**own.get("adapter", {}), **new.get("batch_stats", {})})
+
+    def maps(self, params: Tree, stats: Tree, images: Array) -> list[Array]:
+        """images [N,H,W,C] -> what each stage gives, [N,h,w,M], in inference mode. Errors: as `num_stages` 0."""
+        if not self.num_stages:
+            raise UserError("this encoder has no stages; expected a resnet")
+        return self._encoder(params, stats, images, train=False, where=None, norm_set="", method="maps")[0]
 
     def statistics_of(self, stats: Tree, norm_set: str = "") -> Tree:
         """The part of the batch statistics that belongs to one set; all, where there is one set."""
-        own = {k: v for k, v in stats.items() if k != HEAD}  # the head normalises whole batches
-        return statistics_of(own, norm_set, self.encoder.norm_sets)
+        # Heads normalise whole batches, and no micro-batch is sent down a branch.
+        return statistics_of(_of_encoder(stats), norm_set, self.encoder.norm_sets)
 
     def batch_statistics(
         self, params: Tree, stats: Tree, images: Array, *, where: Array | None = None, norm_set: str = ""
@@ -177,15 +232,23 @@ class Model:
         train: bool,
         where: Array | None = None,
         norm_set: str = "",
+        drawn: dict[str, Array] | None = None,
+        depth: int = 0,
     ) -> tuple[Array, Tree]:
-        """features [N,D] -> (embedding [N,E], not normalised, new batch statistics); options as for `encode`."""
-        variables = {"params": params["head"], "batch_stats": stats.get(HEAD, {})}
+        """features [N,D] -> (embedding [N,E], not normalised, new batch statistics); options as for `encode`.
+
+        drawn: what was drawn for each view, [N,...] by name, for a head that is told; None: as if nothing was done.
+        """
+        name = f"stage{depth}"
+        head = self._branch(depth)[1] if depth else self.head
+        params, own = (tree.get(BRANCHES, {}).get(name, {}) if depth else tree for tree in (params, stats))
+        variables = {"params": params.get(HEAD, {}), "batch_stats": own.get(HEAD, {})}
+        options = dict(norm_set=norm_set, drawn=drawn)
         if not train:
-            return self.head.apply(variables, h, norm_set=norm_set), stats
-        options = dict(train=True, where=where, norm_set=norm_set)
-        z, new = self.head.apply(variables, h, mutable=["batch_stats"], **options)
-        own = {**stats.get(HEAD, {}), **new.get("batch_stats", {})}
-        return z, {**stats, **_head_stats(own)}
+            return head.apply(variables, h, **options), stats
+        z, new = head.apply(variables, h, mutable=["batch_stats"], train=True, where=where, **options)
+        new = {**own.get(HEAD, {}), **new.get("batch_stats", {})}
+        return z, _with_branch(stats, name, HEAD, new) if depth else {**stats, **_head_stats(new)}
 
     def split_at(
         self, params: Tree, stats: Tree, images: Array, tap: str, *, train: bool, norm_set: str = ""
@@ -235,12 +298,46 @@ def make_model(options: ModelOptions | ViTOptions) -> Model:
     )
     check_head("model.head_", **head)
     sets = dict(norm_sets=encoder.norm_sets, norm_set_momentum=getattr(options, "norm_set_momentum", SET_MOMENTUM))
-    return Model(encoder, ProjectionHead(**head, **sets, dtype=dtype))
+    if isinstance(options, ViTOptions):
+        return Model(encoder, ProjectionHead(**head, **sets, dtype=dtype))
+    told = dict(embeds=tuple(options.head_embeds), embed_features=options.head_embed_features)
+    check_embeds("model.head_", **told)
+    if told["embeds"] and not options.head_features:
+        raise UserError("model.head_embeds with head_features 0: there is no head to be told; give it features")
+    stages = len(encoder.stage_sizes)
+    for key, given, known in (
+        ("branches", options.branches, range(1, stages)),
+        ("branch_embeds", options.branch_embeds, options.branches),
+    ):
+        if not set(given) <= set(known):
+            names = ", ".join(map(str, known)) or "none"
+            raise UserError(f"model.{key} is {tuple(given)}; expected some of {names}")
+    norms = dict(norm=encoder.norm, momentum=encoder.momentum, **sets, dtype=dtype)
+    branches = tuple(
+        (
+            i,
+            Adapter(encoder.widths[i - 1 :], encoder.strides[i:], encoder.features, **norms),
+            ProjectionHead(**head, **sets, **(told if i in options.branch_embeds else {}), dtype=dtype),
+        )
+        for i in sorted(set(options.branches))
+    )
+    return Model(encoder, ProjectionHead(**head, **sets, **told, dtype=dtype), branches)
 
 
-# Where the statistics of a head with batch norms lie among those of its encoder.
-HEAD = "head"
+# Where the parameters and statistics of heads and of what leads off the stages lie, beside those of the encoder.
+HEAD, BRANCHES = "head", "branches"
+
+
+def _of_encoder(stats: Tree) -> Tree:
+    return {k: v for k, v in stats.items() if k not in (HEAD, BRANCHES)}
 
 
 def _head_stats(stats: Tree) -> Tree:
     return {HEAD: stats} if stats else {}
+
+
+def _with_branch(stats: Tree, name: str, part: str, value: Tree) -> Tree:
+    if not value:
+        return stats
+    branches = stats.get(BRANCHES, {})
+    return {**stats, BRANCHES: {**branches, name: {**branches.get(name, {}), part: value}}}

@@ -7,12 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.augment import IDENTITY
 from jaxcl.errors import UserError
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, name_in_set
 
 Array = jax.Array
 NORMS = ("none", "batch")
 OUT_NORMS = ("none", "batch", "plain")
+EMBED = "embed_"  # what the modules that take drawn parameters are called, before the parameter's name
 
 
 def check_head(where: str, *, features: int, hidden_layers: int, hidden: int, norm: str, out_norm: str) -> None:
@@ -23,6 +25,17 @@ def check_head(where: str, *, features: int, hidden_layers: int, hidden: int, no
     for name, value, known in (("norm", norm, NORMS), ("out_norm", out_norm, OUT_NORMS)):
         if value not in known:
             raise UserError(f"{where}{name} is {value!r}; expected one of {', '.join(known)}")
+
+
+def check_embeds(where: str, embeds: Sequence[str], embed_features: int) -> None:
+    """UserError for parameters that no head can be told."""
+    for name in embeds:
+        if name not in IDENTITY:
+            raise UserError(f"{where}embeds holds {name!r}; expected some of {', '.join(IDENTITY)}")
+    if len(set(embeds)) < len(embeds):
+        raise UserError(f"{where}embeds is {tuple(embeds)}; expected each name once")
+    if embed_features < 1:
+        raise UserError(f"{where}embed_features is {embed_features}; expected at least 1")
 
 
 # Uniform +-1/sqrt(fan_in), the default of the authors' framework, for weights and biases alike.
@@ -60,6 +73,9 @@ class ProjectionHead(nn.Module):
     """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense - [norm] - ReLU, a Dense.
 
     With features 0 there is no head: the embedding is the features themselves.
+
+    The head may be told what was drawn for each view, by name (`embeds`), so that the encoder need not forget it: each
+    goes through Dense - BN - ReLU of its own and stands beside the features (Zhang and Ma 2022, arXiv 2206.00227).
     """
 
     features: int = 128
@@ -71,14 +87,32 @@ class ProjectionHead(nn.Module):
     momentum: float = MOMENTUM
     norm_sets: Sequence[str] = ()  # as of the encoder, where there are batch norms
     norm_set_momentum: float = SET_MOMENTUM
+    embeds: Sequence[str] = ()  # names of drawn parameters, in the order in which they stand beside the features
+    embed_features: int = 512  # of each
 
     @nn.compact
-    def __call__(self, h: Array, train: bool = False, where: Array | None = None, norm_set: str = "") -> Array:
-        """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use."""
+    def __call__(
+        self,
+        h: Array,
+        train: bool = False,
+        where: Array | None = None,
+        norm_set: str = "",
+        drawn: dict[str, Array] | None = None,
+    ) -> Array:
+        """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use.
+
+        drawn: by name, what was drawn for each view, [N] or [N,P], as it was drawn; what is not there was not done.
+        """
         if not self.features:
             return h
         mode = dict(use_running_average=not train, mask=None if where is None or not train else where[:, None])
         width = self.hidden or h.shape[-1]
+        told = []
+        for name in self.embeds:
+            # No bias: the batch norm has one. It also takes parameters of any scale.
+            a = Dense(self.embed_features, self.dtype, False, name=f"{EMBED}{name}")(drawn_numbers(name, drawn, len(h)))
+            told.append(nn.relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
+        h = jnp.concatenate([h, *told], -1) if told else h
         for i in range(self.hidden_layers):
             # A bias before a batch norm would do nothing.
             h = Dense(width, self.dtype, self.norm == "none", name=f"hidden{i}")(h)
@@ -105,3 +139,10 @@ class ProjectionHead(nn.Module):
             y = norm(x, **mode)
             out = y if one == norm_set else out
         return out
+
+
+def drawn_numbers(name: str, drawn: dict[str, Array] | None, count: int) -> Array:
+    """What was drawn for each view as numbers [N,P]; of a view that drew nothing of the kind, the identity."""
+    if drawn is None or name not in drawn:
+        return jnp.broadcast_to(jnp.array(IDENTITY[name], jnp.float32), (count, len(IDENTITY[name])))
+    return drawn[name].astype(jnp.float32).reshape(count, -1)

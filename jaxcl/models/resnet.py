@@ -173,8 +173,13 @@ class ResNet(nn.Module):
     convolution: Callable | None = None
 
     @property
+    def expansion(self) -> int:
+        """Channels of a stage's output over its planes."""
+        return BLOCKS[self.block].expansion
+
+    @property
     def features(self) -> int:
-        return self.widths[len(self.stage_sizes) - 1] * BLOCKS[self.block].expansion
+        return self.widths[len(self.stage_sizes) - 1] * self.expansion
 
     def setup(self):
         width, block = self.widths[0], BLOCKS[self.block]
@@ -219,12 +224,19 @@ class ResNet(nn.Module):
 
         norm_set: the batch norms to use, "" or one of `norm_sets`.
         """
-        mode = self._mode(train, where, norm_set)
+        return self._pool(self.maps(x, train, where, norm_set)[-1])
+
+    def maps(
+        self, x: Array, train: bool = False, where: Array | None = None, norm_set: str = "", depth: int = 0
+    ) -> list[Array]:
+        """x [N,H,W,C] -> what each stage gives, [N,h,w,M], of the first `depth` stages (0: all), and no further."""
+        mode, maps = self._mode(train, where, norm_set), []
         x = self._stem(x, mode)
-        for blocks in self.stages:
+        for blocks in self.stages[: depth or None]:
             for block in blocks:
                 x = block(x, mode)
-        return self._pool(x)
+            maps.append(x)
+        return maps
 
     def to_tap(
         self, x: Array, tap: str, train: bool = False, where: Array | None = None, norm_set: str = ""

@@ -12,6 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from jaxcl.report import figures, similarities, transfer, verdict
+from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,14 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
         "their embeddings before and after: these are the pairs the attack makes confusable. A good "
         "adversary changes nothing you can see and much of what the encoder sees.",
         lambda panel: figures.adversary_grid(**panel),
+    ),
+    "invariance": (
+        "What each stage is invariant to",
+        "The mean cosine between the features of an image and of its transformed copy, at each stage of the network. 1 "
+        "is invariant. Two different images are at the far right: above, their features are compared once what all "
+        "images share is taken away, so that 0 means no more alike than any two images; below, as they are. A ladder "
+        "of augmentations should show as steps: early stages invariant to few of them, the last to all.",
+        invariance,
     ),
     "embedding": (
         "The embeddings in two dimensions",
@@ -132,9 +141,9 @@ def write_report(
       metrics: what `read_metrics` returns.
       panels: name -> what its figure is drawn from; each may be missing:
         "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
-        "adversary" those of `adversary_grid`, "embedding" those of `embedding`, "transfer" a run's of
-        `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`, "reliability",
-        "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name.
+        "adversary" those of `adversary_grid`, "invariance" that function's own, "embedding" those of `embedding`,
+        "transfer" a run's of `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`,
+        "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name.
 
     Returns:
       The path of the page.

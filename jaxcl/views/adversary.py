@@ -97,14 +97,14 @@ class Adversary:
         epsilon_C = jnp.asarray(self.epsilon) / std_C
         bounds = ((0 - mean_C) / std_C, (1 - mean_C) / std_C) if self.clip else None
 
-        def embed(image: Array, stats) -> tuple[Embedding, dict]:
+        def embed(image: Array, stats, drawn: dict[str, Array]) -> tuple[Embedding, dict]:
             mode = dict(train=True, norm_set=self.norm_set)
             h, stats = context.model.encode(context.params, stats, image, **mode)
-            z, stats = context.model.embed(context.params, stats, h, **mode)
+            z, stats = context.model.embed(context.params, stats, h, drawn=drawn, **mode)
             return Embedding(h, z), stats
 
         # Each by itself, so that its batch statistics are its own.
-        anchor, stats = embed(views[self.anchor].image, context.batch_stats)
+        anchor, stats = embed(views[self.anchor].image, context.batch_stats, views[self.anchor].params)
         fixed = {self.anchor: anchor}
         for name in context.reads(self.term):
             encoder, other = split_name(name)
@@ -112,7 +112,7 @@ class Adversary:
                 fixed[name] = context.embed(encoder, views[other], "" if encoder else self.norm_set)
 
         def loss(image: Array) -> Array:
-            return context.loss(self.term, {**fixed, self.into: embed(image, context.batch_stats)[0]})
+            return context.loss(self.term, {**fixed, self.into: embed(image, context.batch_stats, view.params)[0]})
 
         image = pgd(
             loss,
@@ -124,7 +124,7 @@ class Adversary:
             key=context.keys(f"{self.into}/start") if self.random_start else None,
         )
         if self.commit_updates:
-            _, stats = embed(view.image, stats)
+            _, stats = embed(view.image, stats, view.params)
         return StageOutput(
             {self.into: View(image, view.params, view.where)}, stats if self.commit_updates else None, {}
         )

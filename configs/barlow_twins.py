@@ -1,0 +1,52 @@
+"""Barlow Twins: the features of two views agree, one by one, and do not repeat each other; no negatives, no labels.
+
+    python -m jaxcl.main --config=configs/barlow_twins.py
+
+Presets as in simsiam.py: a data set (garments, cifar10, imagenet100, imagenet), a scale (paper, cpu), and labelled or
+unlabelled.
+
+    configs/barlow_twins.py                    garments on a CPU; not yet run
+    configs/barlow_twins.py:cifar10            ResNet-18, our choice of settings; not yet run
+    configs/barlow_twins.py:imagenet100        ResNet-50, 300 epochs; not yet run
+    configs/barlow_twins.py:imagenet           ResNet-50, 300 epochs; not yet run
+
+The projector of 8,192 features is the authors'; --config.model.head_features=2048 and head_hidden=2048 for less memory.
+Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
+
+Source: Zbontar et al. 2021, arXiv 2103.03230; the constants of the loss and the budget are those of the first public
+code (the paper trains for 1,000 epochs in batches of 2,048). The authors have no run on CIFAR-10.
+"""
+
+from jaxcl import config as base
+
+DATASETS = ("garments", "cifar10", "imagenet100", "imagenet")
+SCALES = ("paper", "cpu")
+LABELS = ("labelled", "unlabelled")
+
+
+def get_config(preset: str = ""):
+    """The config of a preset such as "imagenet100,unlabelled"."""
+    dataset, scale, labels = base.choose(preset, DATASETS, SCALES, LABELS)
+    small = dataset == "garments" or scale == "cpu"
+    c = base.extend(__file__, "simsiam.py", f"{dataset},{scale},{labels}")
+    c.name = base.title("barlow_twins", (dataset, scale, labels), ("", "paper", "labelled"))
+    del c.terms.simsiam
+    del c.heads.predictor
+    c.terms.barlow_twins = base.term("barlow_twins", views=("view1", "view2"), off_diagonal_weight=3.9e-3, scale=1 / 32)
+    c.model.head_out_norm = "none"
+    c.optimizer.constant_lr = ()
+    if small:
+        c.optimizer.lr = 0.1
+        return c
+    c.model.head_hidden_layers = 2
+    c.model.head_features = c.model.head_hidden = 2048 if dataset == "cifar10" else 8192
+    for name, blur, solarize in (("view1", 1.0, 0.0), ("view2", 0.1, 0.2)):
+        view = c.views[name]
+        view.crop_area, view.jitter = (0.08, 1.0), (0.4, 0.4, 0.2, 0.1)
+        view.blur, view.solarize = blur, solarize
+    c.batch_size = 256 if dataset == "cifar10" else 2048
+    c.duration = "800 epochs" if dataset == "cifar10" else "300 epochs"
+    # 0.2 for each 256 images; optax's LARS leaves norms and biases to plain SGD at the same rate.
+    rate = dict(kind="lars", lr=0.2 * c.batch_size / 256, weight_decay=1e-6, schedule="cosine", warmup="10 epochs")
+    c.optimizer = base.options(base.OptimizerOptions, **rate)
+    return c

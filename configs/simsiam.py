@@ -1,0 +1,85 @@
+"""SimSiam: each view's prediction is drawn to the other view's projection, held fixed; no negatives, no labels.
+
+    python -m jaxcl.main --config=configs/simsiam.py
+
+Presets, one word an axis, joined by commas: a data set (garments, cifar10, imagenet100, imagenet), a scale (paper: the
+authors' network and budget; cpu: the small network and minutes of the embedded set, which has no other), and what
+labels are for: labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
+
+    configs/simsiam.py                         garments on a CPU; not yet run
+    configs/simsiam.py:cifar10                 ResNet-18, 800 epochs; not yet run
+    configs/simsiam.py:imagenet100             ResNet-50, 200 epochs; not yet run
+    configs/simsiam.py:imagenet                ResNet-50, 100 epochs; not yet run
+
+The predictor keeps its first learning rate throughout: --config.optimizer.constant_lr. Views of 32 pixels and less are
+not blurred: --config.views.view1.blur_above, and view2. Data of a preset other than the embedded one:
+--config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
+
+Source: Chen and He 2020, arXiv 2011.10566.
+"""
+
+from jaxcl import config as base
+
+DATASETS = ("garments", "cifar10", "imagenet100", "imagenet")
+SCALES = ("paper", "cpu")
+LABELS = ("labelled", "unlabelled")
+
+
+def get_config(preset: str = ""):
+    """The config of a preset such as "imagenet100,unlabelled"."""
+    dataset, scale, labels = base.choose(preset, DATASETS, SCALES, LABELS)
+    small = dataset == "garments" or scale == "cpu"
+    c = without_term(dataset, scale, labels)
+    c.name = base.title("simsiam", (dataset, scale, labels), ("", "paper", "labelled"))
+    c.terms.simsiam = base.term("simsiam", views=("view1", "view2"))
+    c.heads.predictor = base.head("mlp", features=c.model.head_features, hidden=64 if small else 512)
+    c.optimizer.constant_lr = ("heads/predictor",)
+    return c
+
+
+def without_term(dataset, scale, labels):
+    """Data, views, network, budget and projector; the loss and its predictor are to be added."""
+    small = dataset == "garments" or scale == "cpu"
+    name = "tiny_imagenet" if dataset.startswith("imagenet") else dataset
+    c = base.extend(__file__, "supcon.py", f"{name},{scale}")
+    if dataset.startswith("imagenet"):
+        c.data.source = "npz:imagenet100.npz" if dataset == "imagenet100" else "tfds:imagenet2012"
+        c.data.tfds.image_size = 256  # views are cropped from the middle square of an image, at this size
+        c.size = 0 if small else 224
+    for view in c.views.values():
+        view.blur, view.blur_above = 0.5, 32
+    c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
+    del c.terms.supcon
+    c.memory.probe.views = ("view1",)
+    c.model.head_norm, c.model.head_out_norm = "batch", "plain"
+    c.model.head_hidden_layers = 2
+    c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "collapse", "calibration")
+    if small:
+        c.model.head_features = c.model.head_hidden = 256
+        c.optimizer = base.options(
+            base.OptimizerOptions, kind="sgd", lr=0.2, weight_decay=1e-4, schedule="cosine", warmup="10%"
+        )
+        c.duration = "8 epochs"
+    else:
+        _paper(c, dataset)
+    if labels == "unlabelled":
+        del c.memory.probe
+    return c
+
+
+def _paper(c, dataset):
+    """The authors' hyper-parameters: SGD, lr in proportion to the batch, decay on every parameter, one cosine."""
+    c.model.head_features = c.model.head_hidden = 2048
+    if dataset == "cifar10":
+        c.duration, c.batch_size = "800 epochs", 512
+        c.model.depth = 18
+        c.model.head_hidden_layers = 1
+        lr, decay = 0.03 * 512 / 256, 5e-4
+    else:
+        c.duration, c.batch_size = "100 epochs" if dataset == "imagenet" else "200 epochs", 256
+        c.model.depth, c.model.stem = 50, "imagenet"
+        lr, decay = 0.05, 1e-4
+    # "released" is the cosine by epoch that ends at 0.
+    sgd = dict(kind="sgd", momentum=0.9, schedule="released")
+    c.optimizer = base.options(base.OptimizerOptions, lr=lr, weight_decay=decay, **sgd)
+    c.memory.probe.optimizer = base.options(base.OptimizerOptions, lr=0.1, weight_decay=0.0, **sgd)

@@ -1,0 +1,113 @@
+"""Stage adapters: what a ResNet's earlier stage gives, brought to the size and width of its last one.
+
+N batch, h w height and width of a map, M channels of a stage's output, c its planes, D features of the network.
+
+Source: Zhang and Ma 2022, arXiv 2206.00227 (papers/hierarchical_augmentation.md 3), by description: an attention gate
+and separable convolutions that go down as the network itself would.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, add_norms, apply_norm
+from jaxcl.models.resnet import MatmulConv, conv_init
+
+Array = jax.Array
+
+
+class DepthwiseConv(nn.Module):
+    """A 3x3 convolution of each channel by itself, padding 1, without bias.
+
+    As a sum of nine shifted products on a CPU, where XLA's grouped convolution is slow (its gradients most of all);
+    the same function and kernel [3,3,1,C] as `nn.Conv` with feature_group_count=C.
+    """
+
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        (_, H, W, C), s = x.shape, self.stride
+        kernel = self.param("kernel", conv_init, (3, 3, 1, C), jnp.float32).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if jax.default_backend() != "cpu":
+            return lax.conv_general_dilated(
+                x, kernel, (s, s), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=C
+            )
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        # Positions 0, s, 2s ... of the padded map, one less than its side over s, rounded down.
+        return sum(x[:, i : i + H : s, j : j + W : s] * kernel[i, j, 0] for i in range(3) for j in range(3))
+
+
+class SepConv(nn.Module):
+    """Depthwise 3x3 (stride) - 1x1 - BN - ReLU - depthwise 3x3 - 1x1 to `features` - BN - ReLU."""
+
+    in_features: int
+    features: int
+    stride: int
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    momentum: float = MOMENTUM
+    norm_sets: Sequence[str] = ()
+    norm_set_momentum: float = SET_MOMENTUM
+
+    def setup(self):
+        self.depthwise1 = DepthwiseConv(self.stride, self.dtype)
+        self.pointwise1 = MatmulConv(self.in_features, 1, 1, self.dtype)
+        add_norms(self, "bn1", self.in_features)
+        self.depthwise2 = DepthwiseConv(1, self.dtype)
+        self.pointwise2 = MatmulConv(self.features, 1, 1, self.dtype)
+        add_norms(self, "bn2", self.features)
+
+    def __call__(self, x: Array, mode: dict) -> Array:
+        x = nn.relu(apply_norm(self, "bn1", self.pointwise1(self.depthwise1(x)), mode))
+        return nn.relu(apply_norm(self, "bn2", self.pointwise2(self.depthwise2(x)), mode))
+
+
+class Adapter(nn.Module):
+    """A stage's map [N,h,w,M] -> features [N,D]: squeeze, gate, down to the last stage's planes, up to D, pool."""
+
+    planes: Sequence[int]  # c of this stage and of those after it
+    strides: Sequence[int]  # of those after it
+    features: int  # D
+    norm: str = "batch"
+    dtype: Any = jnp.float32
+    momentum: float = MOMENTUM
+    norm_sets: Sequence[str] = ()
+    norm_set_momentum: float = SET_MOMENTUM
+
+    def setup(self):
+        own = ("norm", "dtype", "momentum", "norm_sets", "norm_set_momentum")
+        block = partial(SepConv, **{k: getattr(self, k) for k in own})
+        c = self.planes[0]
+        self.squeeze = MatmulConv(c, 1, 1, self.dtype)
+        add_norms(self, "squeeze_bn", c)
+        self.gate = block(c, c, 2)
+        add_norms(self, "gate_bn", c)
+        self.down = [
+            block(a, b, stride) for a, b, stride in zip(self.planes[:-1], self.planes[1:], self.strides, strict=True)
+        ]
+        self.expand = MatmulConv(self.features, 1, 1, self.dtype)
+        add_norms(self, "expand_bn", self.features)
+
+    def __call__(self, x: Array, train: bool = False, where: Array | None = None, norm_set: str = "") -> Array:
+        """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use."""
+        mode = {}
+        if self.norm == "batch":
+            mask = None if where is None or not train else where[:, None, None, None]
+            mode = dict(use_running_average=not train, mask=mask, norm_set=norm_set)
+        x = nn.relu(apply_norm(self, "squeeze_bn", self.squeeze(x), mode))
+        # To the map's own size, where the authors double: a side may be odd.
+        mask = self.gate(x, mode)
+        mask = jax.image.resize(mask, x.shape, "bilinear")
+        x = nn.sigmoid(apply_norm(self, "gate_bn", mask, mode)) * x
+        for block in self.down:
+            x = block(x, mode)
+        x = nn.relu(apply_norm(self, "expand_bn", self.expand(x), mode))
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))

@@ -1,0 +1,60 @@
+"""The figure of what each stage of a network is invariant to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+
+from jaxcl.report.style import BLUE, FAINT, INK, MUTED, WIDTH, message, new_figure, short, styled
+
+_BLUES = LinearSegmentedColormap.from_list("page", ["#ffffff", "#cfe3f1", "#6fb0d8", BLUE, "#00395c"])
+_TITLES = {"centred": "Beyond what all images share", "cosine": "Features as they are"}
+
+
+@styled
+def invariance(panel: Mapping[str, Any]) -> matplotlib.figure.Figure:
+    """Heat maps, a row a stage (the last on top), a column a transformation, the mean cosine written in each cell.
+
+    Args:
+      panel: "stages" [K] and "transformations" [A], names; "centred" and "cosine" [K,A], either may be missing. A last
+        transformation that is none (another image) stands apart.
+    """
+    kinds = [k for k in _TITLES if k in panel and np.size(panel[k])]
+    if not kinds:
+        return message("No stage was measured.")
+    stages, names = [str(s) for s in panel["stages"]], [str(n) for n in panel["transformations"]]
+    figure = new_figure((0.5 * len(stages) + 1.05) * len(kinds), width=min(WIDTH, 1.6 + 0.95 * len(names)))
+    figure.get_layout_engine().set(h_pad=0.1)
+    for i, kind in enumerate(kinds):
+        ax = figure.add_subplot(len(kinds), 1, i + 1)
+        _heat_map(ax, np.asarray(panel[kind], float), stages, names)
+        ax.set_title(_TITLES[kind])
+    return figure
+
+
+def _heat_map(ax, table: np.ndarray, stages: list[str], names: list[str]) -> None:
+    apart = names[-1].startswith("another")
+    x = np.arange(len(names)) + np.where(apart & (np.arange(len(names)) == len(names) - 1), 0.25, 0.0)
+    for k, row in enumerate(table):
+        for a, value in enumerate(row):
+            share = float(np.clip(value, 0, 1)) if np.isfinite(value) else 0.0
+            ax.add_patch(_cell(x[a], k, _BLUES(share) if np.isfinite(value) else "#eceff2"))
+            text = f"{value:.2f}".replace("-0.00", "0.00") if np.isfinite(value) else "–"
+            color = "white" if share > 0.55 else INK
+            ax.text(x[a], k, text, ha="center", va="center", color=color, fontsize=10, weight="bold")
+    ax.set_xlim(-0.5, x[-1] + 0.5)
+    ax.set_ylim(-0.5, len(stages) - 0.5)  # the input is at the bottom, as networks are drawn
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(x, [short(n, 14) for n in names], color=INK)
+    ax.set_yticks(range(len(stages)), [short(s, 12) for s in stages], color=INK)
+    if apart:
+        ax.get_xticklabels()[-1].set_color(MUTED)
+
+
+def _cell(x: float, y: float, color):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=color, edgecolor=FAINT, linewidth=0.8)
