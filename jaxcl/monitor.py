@@ -24,7 +24,7 @@ def compile_monitor(
 
     What needs labels or a second view is left out where there is none. See `evaluate.collapse.collapse_metrics`.
     """
-    names = recipe.view_names(Phase("encoder"))[:VIEWS]
+    names = recipe.whole_view_names(Phase("encoder"))[:VIEWS]
 
     def monitor(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
         views = make_views(recipe, state, batch, names)

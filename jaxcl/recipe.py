@@ -245,6 +245,11 @@ class Recipe:
         wanted = {n for p in self.passes for n in p.views} | {n for i in phase.stages for n in self.stages[i].reads}
         return tuple(n for n in self.views if n in wanted)
 
+    def whole_view_names(self, phase: Phase) -> tuple[str, ...]:
+        """Those of them that the whole of the main encoder sees, not a part of it only."""
+        whole = {n for p in self.passes for n in p.views if not p.depth and not p.encoder}
+        return tuple(n for n in self.view_names(phase) if n in whole)
+
     def term_names(self, phase: Phase) -> tuple[str, ...]:
         """The terms of a phase: those whose views exist, whatever stages have not begun."""
         made = set(self.views) | {n for i in phase.stages for n in self.stages[i].writes}

@@ -54,8 +54,8 @@ def make_source(
         attributes). Of image files, with the options `image_size` and `on_bad_image`, local or remote ("gs://..."):
         "folder:PATH" (one folder a class, or one without labels; in train/ and test/ or val/, or else tested on a fixed
         tenth), "csv:PATH" (path,label[,coarse][,group][,split]), "waterbirds:PATH" and "celeb_a:PATH" (as published;
-        extras["group"]; options of celeb_a: `target`, `group`). "voc:PATH" is a folder like PASCAL VOC's, with a class for
-        each pixel (option `image_size`).
+        extras["group"]; options of celeb_a: `target`, `group`). "voc:PATH" is a folder like PASCAL VOC's, with a class
+        for each pixel (option `image_size`).
       split: "train", "test" or "validation"; garments has "test_shifted" and "cue_conflict" too.
       seed: of the hold-out and of the cut-down choice.
       validation: fraction of every class of the training part that is held out: split="train" is without it,

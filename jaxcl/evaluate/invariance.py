@@ -170,4 +170,5 @@ def _explained(x_NxD: np.ndarray, y_Nx4: np.ndarray, test_x: np.ndarray, test_y:
     offset = y_Nx4.mean(0)
     weights = np.linalg.solve(x.T @ x + RIDGE * len(x) * np.eye(x.shape[1]), x.T @ (y_Nx4 - offset))
     rest = test_y - offset - test_x @ weights
-    return 1 - (rest**2).mean(0) / np.maximum(test_y.var(0), 1e-12)
+    varies = test_y.var(0) > 1e-12
+    return np.where(varies, 1 - (rest**2).mean(0) / np.where(varies, test_y.var(0), 1), 0.0)

@@ -245,7 +245,7 @@ class Frozen:
 
     def augmented_features(self, split: str, draw: int) -> np.ndarray:
         """float32 [N,D]: features of one training view of each image (the recipe's first), another for each draw."""
-        name, kind = self.recipe.view_names(Phase("encoder"))[0], self.options.features
+        name, kind = self.recipe.whole_view_names(Phase("encoder"))[0], self.options.features
 
         def encode(state: TrainState, batch: dict[str, Array], draw: Array) -> Array:
             keys = view_keys(state.key, draw, batch["index"], f"{name} to evaluate")

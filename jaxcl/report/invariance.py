@@ -29,17 +29,22 @@ def invariance(panel: Mapping[str, Any]) -> matplotlib.figure.Figure:
     figure.get_layout_engine().set(h_pad=0.1)
     for i, kind in enumerate(kinds):
         ax = figure.add_subplot(len(kinds), 1, i + 1)
-        _heat_map(ax, np.asarray(panel[kind], float), stages, names)
+        table = np.asarray(panel[kind], float)
+        # From the lowest of the copies up, in tenths: the values of one network lie close together.
+        copies = table[:, :-1] if names[-1].startswith("another") and len(names) > 1 else table
+        low = float(np.clip(np.floor(10 * np.nanmin(copies, initial=0.9)) / 10, 0, 0.9))
+        _heat_map(ax, table, stages, names, low)
         ax.set_title(_TITLES[kind])
+        ax.set_title(f"white {low:.1f} or less, dark 1.0", loc="right", fontsize=8.5, weight="normal", color=MUTED)
     return figure
 
 
-def _heat_map(ax, table: np.ndarray, stages: list[str], names: list[str]) -> None:
+def _heat_map(ax, table: np.ndarray, stages: list[str], names: list[str], low: float) -> None:
     apart = names[-1].startswith("another")
     x = np.arange(len(names)) + np.where(apart & (np.arange(len(names)) == len(names) - 1), 0.25, 0.0)
     for k, row in enumerate(table):
         for a, value in enumerate(row):
-            share = float(np.clip(value, 0, 1)) if np.isfinite(value) else 0.0
+            share = float(np.clip((value - low) / (1 - low), 0, 1)) if np.isfinite(value) else 0.0
             ax.add_patch(_cell(x[a], k, _BLUES(share) if np.isfinite(value) else "#eceff2"))
             text = f"{value:.2f}".replace("-0.00", "0.00") if np.isfinite(value) else "–"
             color = "white" if share > 0.55 else INK
@@ -49,7 +54,7 @@ def _heat_map(ax, table: np.ndarray, stages: list[str], names: list[str]) -> Non
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.set_xticks(x, [short(n, 14) for n in names], color=INK)
-    ax.set_yticks(range(len(stages)), [short(s, 12) for s in stages], color=INK)
+    ax.set_yticks(range(len(stages)), [short(s.replace("stage", "stage "), 12) for s in stages], color=INK)
     if apart:
         ax.get_xticklabels()[-1].set_color(MUTED)
 

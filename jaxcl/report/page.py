@@ -63,7 +63,8 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
         "The mean cosine between the features of an image and of its transformed copy, at each stage of the network. 1 "
         "is invariant. Two different images are at the far right: above, their features are compared once what all "
         "images share is taken away, so that 0 means no more alike than any two images; below, as they are. A ladder "
-        "of augmentations should show as steps: early stages invariant to few of them, the last to all.",
+        "of augmentations should show as steps: early stages invariant to few of them, the last to all. Features are "
+        "means over the image, which alone makes an early stage nearly blind to flips and turns.",
         invariance,
     ),
     "embedding": (

@@ -29,8 +29,8 @@ from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
 from jaxcl.losses import cross_entropy
 from jaxcl.update import init_state
 
-EVERYTHING = tuple(EVALUATORS)
-OF_LABELS = ("knn", "linear", "logistic", "raw_pixels", "linear_fgsm", "linear_pgd")
+EVERYTHING = tuple(n for n in EVALUATORS if n not in ("invariance", "color"))  # which need nothing but images
+OF_LABELS = ("knn", "linear", "logistic", "linear_sgd", "raw_pixels", "linear_fgsm", "linear_pgd")
 OF_GROUPS = ("worst_group",)  # and of labels
 OUT_OF_DOMAIN = ("ood", "shape_bias")  # the same
 OF_TWO_LEVELS = ("transfer", "transfer_augmented")
@@ -211,6 +211,7 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
         + ", ".join(OF_THE_CLASSIFIER),
         "evaluation: the config has no adversary stage, so there is no adversary",
         f"evaluation: the data has one level of labels, so there is no {', '.join(OF_TWO_LEVELS)}",
+        "evaluation: the data has no labels of pixels (garments and voc:PATH have), so there is no dense",
     ]
 
 

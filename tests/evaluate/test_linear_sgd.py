@@ -1,0 +1,53 @@
+"""The probe by SGD: each data set's schedule, and that it learns from frozen features without moving anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_suite import evaluation
+
+from jaxcl.evaluate import linear_sgd as module
+from jaxcl.evaluate.linear_sgd import Protocol, protocol_of, schedule
+
+
+@pytest.mark.parametrize(
+    "name, epochs, stairs",
+    [
+        ("tfds:imagenet2012:5.1.0", 90, (54, 72)),
+        ("imagenet100.npz", 200, (120, 160)),
+        ("tfds:caltech_birds2011", 200, (120, 160)),
+        ("folder:iNaturalist-2019", 200, (120, 160)),
+    ],
+)
+def test_schedules(name, epochs, stairs):
+    """papers/hierarchical_augmentation.md 8.1"""
+    protocol = protocol_of(name)
+    assert (protocol.epochs, protocol.kind, protocol.lr, protocol.degrees) == (epochs, "sgd", 30.0, 0.0)
+    rate = schedule(protocol, batch_size=128, steps_per_epoch=7)
+    for epoch, factor in ((0, 1), (stairs[0] - 1, 1), (stairs[0], 0.1), (stairs[1] - 1, 0.1), (stairs[1], 0.01)):
+        assert float(rate(epoch * 7 + 6)) == pytest.approx(15 * factor)
+        assert float(rate(epoch * 7)) == pytest.approx(15 * factor)
+
+
+def test_flowers_are_turned_and_cars_are_adams():
+    assert protocol_of("tfds:oxford_flowers102").degrees == 30 and protocol_of("garments") == Protocol()
+    cars = protocol_of("tfds:cars196")
+    assert (cars.kind, cars.epochs) == ("adam", 200)
+    np.testing.assert_allclose(schedule(cars, batch_size=256, steps_per_epoch=3)(np.array([0, 599])), 0.03)
+
+
+def test_it_learns_and_moves_nothing(monkeypatch):
+    def represent(recipe, params, stats, images, main=None):
+        h = images.mean((1, 2))  # each class has a colour
+        return h, h
+
+    monkeypatch.setattr(module, "represent", represent)
+    monkeypatch.setattr("jaxcl.evaluate.suite.represent", represent)
+    monkeypatch.setattr(module, "protocol_of", lambda name: Protocol(degrees=10.0))
+    e, state, mesh = evaluation(final=("linear_sgd",), sgd_epochs=20)
+    before = jax.tree.map(np.array, jax.device_get((state.params, state.batch_stats)))
+    figures = e.final(state, mesh)[0]["linear_sgd"]
+    assert figures["epochs"] == 20 and 1 <= figures["best_epoch"] <= 20
+    assert figures["best_epoch_accuracy"] >= figures["accuracy"] > 0.9
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.batch_stats)))
+    assert jnp.isfinite(figures["accuracy"])
