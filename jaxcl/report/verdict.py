@@ -45,6 +45,18 @@ _PERCENT = (
         "a linear probe for the fine classes: what the encoder kept beyond the coarse ones it was trained on",
     ),
     (
+        "Tint of the object",
+        ("color.tint",),
+        "",
+        "a linear probe for it on the frozen features: how much of colour they have kept",
+    ),
+    (
+        "Object mask, frozen (IoU)",
+        ("dense.iou",),
+        HIGHER,
+        "overlap with the true object of what a linear classifier on the cells of the best stage's map marks",
+    ),
+    (
         "Raw-pixel baseline",
         (
             "raw_pixels.accuracy",
