@@ -8,14 +8,18 @@ up. Heads are also given what colour jitter was drawn for the view, so that the 
 
 Presets, one word an axis, joined by commas. The method: simsiam, byol, barlow_twins. A data set: garments, cifar10,
 imagenet100, imagenet. The ladder: addone, or its controls uniform (every rung has all types), strength (all types,
-weaker below) and two_view (the last stage alone: the plain method). What heads are told: told_as_usual (color for
-addone, else untold), untold, color, color_crop or everything (blur, grayscale and flip too; ours). upright or rotation
-(on the last rung). The order in which types are added, such as flip-blur-grayscale-jitter. Blur of small views:
-blur_as_usual (none at 32 pixels and less, as the authors', but on garments, where the third rung would equal the
-second), blurred, sharp. A scale (paper, cpu) and labelled or unlabelled as in simsiam.py.
+weaker below) and two_view (the last stage alone: the plain method). A scale (paper, cpu) and labelled or unlabelled as
+in simsiam.py. Options follow in the same way, as name=value:
+
+    told=color|color_crop|everything|nothing   what heads are told of a view: jitter; the crop too; blur, grayscale and
+                                               flip too (ours). If not given, color for addone, nothing for the controls
+    order=flip-blur-grayscale-jitter           in which types are added; the paper's: jitter-grayscale-blur-flip
+    rotation=0.5                               probability of a turn by 0, 90, 180 or 270 degrees on the last rung
+    blur=rule|always|never                     rule: images of 32 pixels and less are not blurred, as in the released
+                                               code. On garments always, or the third rung would equal the second
 
     configs/hierarchical.py                    garments on a CPU; not yet run
-    configs/hierarchical.py:two_view           likewise uniform, strength, untold; not yet run
+    configs/hierarchical.py:two_view           likewise uniform, strength, told=nothing; not yet run
     configs/hierarchical.py:byol               likewise barlow_twins; not yet run
     configs/hierarchical.py:cifar10            not yet run
     configs/hierarchical.py:imagenet100        ResNet-50, 200 epochs; not yet run
@@ -30,55 +34,53 @@ in a last batch norm with scale and bias. The paper does not say how BYOL and Ba
 SimSiam, and as barlow_twins.py. Biases before batch norms, which the released heads have, do nothing and are left out.
 """
 
-import itertools
-
 from jaxcl import config as base
+from jaxcl.errors import UserError
 from jaxcl.views.ladder import MODES, TYPES, rungs
 
 METHODS = ("simsiam", "byol", "barlow_twins")
 DATASETS = ("garments", "cifar10", "imagenet100", "imagenet")
-TOLD = ("told_as_usual", "untold", "color", "color_crop", "everything")
-ROTATIONS = ("upright", "rotation")
-ORDERS = tuple("-".join(order) for order in itertools.permutations(TYPES))
-BLURS = ("blur_as_usual", "blurred", "sharp")
 SCALES = ("paper", "cpu")
 LABELS = ("labelled", "unlabelled")
-AXES = (METHODS, DATASETS, MODES, TOLD, ROTATIONS, ORDERS, BLURS, SCALES, LABELS)
 
-EMBEDS = {
-    "untold": (),
+TOLD = {
+    "nothing": (),
     "color": ("jitter",),
     "color_crop": ("jitter", "crop"),
     "everything": ("jitter", "crop", "blur_sigma", "grayscale", "flip"),
 }
+BLURS = ("rule", "always", "never")
 VIEWS = ("view1", "view2")  # of the last rung
 
 
 def get_config(preset: str = ""):
-    """The config of a preset such as "byol,imagenet100,uniform"."""
-    chosen = base.choose(preset, *AXES)
-    method, dataset, mode, told, rotation, order, blur, scale, labels = chosen
+    """The config of a preset such as "byol,imagenet100,uniform" or "uniform,told=color"."""
+    words = [w.strip() for w in (preset or "").split(",")]
+    chosen = base.choose(",".join(w for w in words if "=" not in w), METHODS, DATASETS, MODES, SCALES, LABELS)
+    method, dataset, mode, scale, labels = chosen
+    given = [w for w in words if "=" in w]
     small = dataset == "garments" or scale == "cpu"
+    options = _options(given, told="color" if mode == "addone" else "nothing", order="-".join(TYPES), rotation="0",
+                       blur="always" if dataset == "garments" else "rule")  # fmt: skip
     # byol.py has no such data set; what differs is set below.
     known = "imagenet100" if (method, dataset) == ("byol", "imagenet") else dataset
     c = base.extend(__file__, f"{method}.py", f"{known},{scale},{labels}")
-    usual = (*(axis[0] for axis in AXES[2:7]), "paper", "labelled")
-    c.name = base.title(f"hierarchical {method}", chosen[1:], ("", *usual))
+    c.name = base.title(f"hierarchical {method}", chosen[1:], ("", "addone", "paper", "labelled"))
+    c.name = " ".join([c.name, *given])
     if small:
         _cpu(c)
     else:
         _paper(c, method, dataset, labels)
 
-    embeds = EMBEDS[{"told_as_usual": "color" if mode == "addone" else "untold"}.get(told, told)]
+    embeds = TOLD[options["told"]]
     stages = len(c.model.stage_sizes) or 4
     top = dict(crop_area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale=0.2, flip=0.5)
-    always = blur == "blurred" or (blur == "blur_as_usual" and dataset == "garments")
-    top |= dict(blur=0.0 if blur == "sharp" else 0.5, blur_above=0 if always else 32)
+    top |= dict(blur=0.0 if options["blur"] == "never" else 0.5, blur_above=32 if options["blur"] == "rule" else 0)
     if small:
         top |= dict(blur_sigma=(0.1, 1.0))  # the kernel has three taps
-    if rotation == "rotation":
-        top |= dict(rotation=0.5)
-    *below, last = rungs(top, mode=mode, count=stages, order=tuple(order.split("-")))
+    if options["rotation"]:
+        top |= dict(rotation=options["rotation"])
+    *below, last = rungs(top, mode=mode, count=stages, order=tuple(options["order"].split("-")))
     for name in VIEWS:
         c.views[name] = base.view("random", **last)
     _add_stages(c, below)
@@ -90,6 +92,23 @@ def get_config(preset: str = ""):
     if "target" in c.memory:
         c.memory.target.average_embeds = False
     return c
+
+
+def _options(given, **options):
+    """The options named in a preset, over those that hold otherwise."""
+    for word in given:
+        name, _, value = word.partition("=")
+        if name not in options:
+            raise UserError(f"unknown option {word!r}; expected one of {', '.join(options)}")
+        known = {"told": tuple(TOLD), "blur": BLURS}.get(name)
+        if known and value not in known:
+            raise UserError(f"option {word!r}: expected one of {', '.join(known)}")
+        options[name] = value
+    try:
+        options["rotation"] = float(options["rotation"])
+    except ValueError:
+        raise UserError(f"option rotation={options['rotation']}: expected a probability, such as 0.5") from None
+    return options
 
 
 def _add_stages(c, below):

@@ -10,6 +10,7 @@ from test_configs import config, shrink
 
 from jaxcl import config as base
 from jaxcl import sharding
+from jaxcl.errors import UserError
 from jaxcl.recipe import Phase
 from jaxcl.update import compile_update, init_state
 
@@ -109,23 +110,41 @@ def test_controls_and_options():
     changed = {line.split(":")[0] for line in base.differences(*map(base.to_dict, (plain, two)))}
     assert changed == {"name", "duration", "model.head_out_norm"}  # 200 epochs, a last batch norm with scale and bias
 
-    everywhere = tiny.recipe(config("hierarchical", "uniform,color_crop"), **GARMENTS)
+    everywhere = tiny.recipe(config("hierarchical", "uniform,told=color_crop"), **GARMENTS)
     assert {frozenset(op.name for op in v.ops) for v in everywhere.views.values()} == {
         frozenset(TYPES_OF_RUNG[3] | {"normalize"})
     }
     assert everywhere.model.head.embeds == ("jitter", "crop")
     strength = tiny.recipe(config("hierarchical", "strength"), **GARMENTS)
     assert strength.model.head.embeds == () and len(strength.terms) == 4
-    other = tiny.recipe(config("hierarchical", "flip-blur-grayscale-jitter,rotation,untold"), **GARMENTS)
+    other = tiny.recipe(
+        config("hierarchical", "order=flip-blur-grayscale-jitter,rotation=0.5,told=nothing"), **GARMENTS
+    )
     names = [{op.name for op in other.views[f"stage{i}_view1"].ops} - {"crop", "normalize"} for i in (1, 2, 3)]
     assert names == [{"flip"}, {"flip", "blur"}, {"flip", "blur", "grayscale"}]
     assert "rotation" in {op.name for op in other.views["view2"].ops} and not other.model.head.embeds
     # Small images are not blurred, as in the authors' code, unless asked; garments are.
-    for preset, blurred in (("cifar10", False), ("cifar10,blurred", True), ("", True), ("sharp", False)):
+    for preset, blurred in (("cifar10", False), ("cifar10,blur=always", True), ("", True), ("blur=never", False)):
         recipe = tiny.recipe(config("hierarchical", preset), **(CIFAR if "cifar" in preset else GARMENTS))
         assert ("blur" in {op.name for op in recipe.views["view1"].ops}) == blurred
-    named = config("hierarchical", "byol,cifar10,strength,cpu")
-    assert named.name == "hierarchical byol cifar10 strength cpu"
+    named = config("hierarchical", "byol,cifar10,strength,cpu,told=color")
+    assert named.name == "hierarchical byol cifar10 strength cpu told=color"
+
+
+@pytest.mark.parametrize(
+    "preset, text",
+    [
+        ("tell=color", "unknown option 'tell=color'; expected one of told, order, rotation, blur"),
+        ("told=colour", "option 'told=colour': expected one of nothing, color"),
+        ("rotation=often", "rotation=often: expected a probability"),
+        ("order=jitter-hue", "expected some of jitter, grayscale"),
+        ("unifrom", "unknown preset 'unifrom'; did you mean 'uniform'?"),
+    ],
+)
+def test_mistakes_in_a_preset(preset, text):
+    with pytest.raises(UserError) as error:
+        config("hierarchical", preset)
+    assert text in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, preset", [("simclr", ""), ("moco", ""), ("supcon", "")])
