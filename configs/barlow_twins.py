@@ -11,7 +11,7 @@ unlabelled.
     configs/barlow_twins.py:imagenet           ResNet-50, 300 epochs; not yet run
 
 The projector of 8,192 features is the authors'; --config.model.head_features=2048 and head_hidden=2048 for less memory.
-Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
+Data of a preset other than the embedded one: --config.data.source=cifar:PATH, folder:PATH, npz:PATH or tfds:NAME.
 
 Source: Zbontar et al. 2021, arXiv 2103.03230; the constants of the loss and the budget are those of the first public
 code (the paper trains for 1,000 epochs in batches of 2,048). The authors have no run on CIFAR-10.

@@ -13,7 +13,7 @@ labels are for: labelled (a classifier is trained beside the encoder, which it d
 
 The predictor keeps its first learning rate throughout: --config.optimizer.constant_lr. Views of 32 pixels and less are
 not blurred: --config.views.view1.blur_above, and view2. Data of a preset other than the embedded one:
---config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
+--config.data.source=cifar:PATH, folder:PATH, npz:PATH or tfds:NAME.
 
 Source: Chen and He 2020, arXiv 2011.10566.
 """
@@ -40,12 +40,11 @@ def get_config(preset: str = ""):
 def without_term(dataset, scale, labels):
     """Data, views, network, budget and projector; the loss and its predictor are to be added."""
     small = dataset == "garments" or scale == "cpu"
-    name = "tiny_imagenet" if dataset.startswith("imagenet") else dataset
+    name = "imagenet100" if dataset == "imagenet" else dataset
     c = base.extend(__file__, "supcon.py", f"{name},{scale}")
-    if dataset.startswith("imagenet"):
-        c.data.source = "npz:imagenet100.npz" if dataset == "imagenet100" else "tfds:imagenet2012"
+    if dataset == "imagenet":
+        c.data.source = "tfds:imagenet2012"
         c.data.tfds.image_size = 256  # views are cropped from the middle square of an image, at this size
-        c.size = 0 if small else 224
     for view in c.views.values():
         view.blur, view.blur_above = 0.5, 32
     c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
