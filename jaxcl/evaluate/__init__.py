@@ -9,7 +9,7 @@ from jaxcl.evaluate.logistic import LogisticFit, fit_logistic
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
 from jaxcl.evaluate.shape_bias import shape_bias
 from jaxcl.evaluate.transfer import balanced_accuracy
-from jaxcl.evaluate.worst_group import cluster_quality, find_groups, group_accuracies, group_dro
+from jaxcl.evaluate.worst_group import cluster_quality, find_groups, group_accuracies, group_dro, robust_probe
 
 __all__ = [
     "LinearProbe",
@@ -29,6 +29,7 @@ __all__ = [
     "pgd_examples",
     "mask_agreement",
     "probe_logits",
+    "robust_probe",
     "reliability",
     "shape_bias",
 ]

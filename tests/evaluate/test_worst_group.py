@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 
 from jaxcl.data import Source
+from jaxcl.data.base import hold_out
 from jaxcl.errors import UserError
-from jaxcl.evaluate import cluster_quality, find_groups, fit_linear_probe, group_accuracies, group_dro, probe_logits
+from jaxcl.evaluate import (
+    cluster_quality,
+    find_groups,
+    fit_linear_probe,
+    group_accuracies,
+    group_dro,
+    probe_logits,
+    robust_probe,
+)
 from jaxcl.evaluate.base import LeftOut
 from jaxcl.evaluate.worst_group import FITTED_ROWS, worst_group
 
@@ -103,19 +112,45 @@ def test_dro_resists_a_shortcut_that_the_mean_loss_takes():
     assert worst[2] < worst[1] - 0.2  # one group: the mean loss, however it is minimised
 
 
+def contradicting(count):
+    """One feature, which says the class in group 0 and mostly the other class in group 1."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, 1))
+    groups = np.arange(count) % 2
+    labels = (x[:, 0] > 0).astype(int)
+    flip = (groups == 1) & (rng.random(count) < 0.75)
+    return x, np.where(flip, 1 - labels, labels), groups
+
+
 def test_dro_gives_weight_to_the_group_that_loses():
     """Without balance in what is drawn to hide behind: the two groups contradict each other, one more noisily."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(400, 1))
-    groups = np.arange(400) % 2
-    labels = (x[:, 0] > 0).astype(int)
-    flip = (groups == 1) & (rng.random(400) < 0.75)
-    labels = np.where(flip, 1 - labels, labels)
+    x, labels, groups = contradicting(400)
     slope = []
     for eta in (0.0, 0.2):
         probe = group_dro(x, labels, groups, num_classes=2, eta=eta, steps=600, l2=1e-2)
         slope.append(float(probe.weights[0, 1] - probe.weights[0, 0]))
     assert slope[0] > 0.3 and slope[1] < slope[0] - 0.2
+
+
+def test_the_robust_probe_is_the_best_of_a_few_on_rows_held_out():
+    """Written out: held-out rows are a fifth of each group, and the choice is fitted to all rows again."""
+    x, labels, groups = contradicting(1000)
+    probe, chosen = robust_probe(x, labels, groups, num_classes=2, seed=3)
+    held = hold_out(groups, 0.2, seed=3)
+    assert [held[groups == g].mean() for g in range(2)] == [0.2, 0.2]
+    scores = {}
+    for eta in (0.0, 0.01):
+        for l2 in (1e-3, 1e-2, 1e-1):
+            fit = group_dro(x[~held], labels[~held], groups[~held], num_classes=2, eta=eta, l2=l2, seed=3)
+            right = np.asarray(probe_logits(fit, x[held])).argmax(1) == labels[held]
+            scores[eta, l2] = min(float(right[groups[held] == g].mean()) for g in range(2))
+    assert (chosen["eta"], chosen["l2"]) == max(scores, key=scores.get)
+    assert scores[0.0, 1e-3] < max(scores.values())  # not just the first
+    again = group_dro(x, labels, groups, num_classes=2, seed=3, **chosen)
+    np.testing.assert_array_equal(probe.weights, again.weights)
+    # Too few rows to hold any out: the first choice.
+    _, few = robust_probe(x[:4], np.array([0, 0, 1, 1]), np.arange(4), num_classes=2)
+    assert few == {"eta": 0.0, "l2": 1e-3}
 
 
 def test_dro_is_deterministic_and_ignores_what_is_unknown():
@@ -202,7 +237,9 @@ def test_worst_group_without_knowing_the_groups():
     figures, panels = worst_group(frozen(train, test))
     assert panels == {} and figures["dro_worst"] > figures["erm_worst"] + 0.15
     assert set(figures["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
-    for name in ("erm", "dro"):
+    assert figures["oracle_worst"] > figures["erm_worst"] + 0.15
+    assert {figures[f"{name}_eta"] for name in ("dro", "oracle")} <= {0.0, 0.01}
+    for name in ("erm", "dro", "oracle"):
         by_group = [g[name] for g in figures["by_group"].values()]
         assert figures[f"{name}_worst"] == min(by_group) < figures[f"{name}_average"] < max(by_group)
     assert figures["groups_found"] >= 4
