@@ -10,9 +10,9 @@ groups), cifar10 (2 groups), cifar100 (20), cifar100u (20, unbalanced), mnist (2
 or cpu for the small network and minutes of the embedded set, which has no other. At paper scale a network (vit, resnet)
 and a schedule: cosine over the whole run, or released, the authors' cosine of 100 epochs that rises again.
 
-    configs/l_spread.py                        garments on a CPU: 4 minutes, probe on the fine classes 69.5 %, kNN 64.7 %
-    configs/l_spread.py:supcon                 69.1 %, 62.0 %
-    configs/l_spread.py:autoencoder            6 minutes, 70.2 %, 64.3 %
+    configs/l_spread.py                        garments on a CPU: 4 minutes, fine classes 69.5 % (kNN 64.7)
+    configs/l_spread.py:supcon                 69.1 % (62.0)
+    configs/l_spread.py:autoencoder            6 minutes, 70.2 % (64.3)
     configs/l_spread.py:clamped                likewise infonce, supcon_infonce, ce; not yet run at these settings
     configs/l_spread.py:cifar10,cpu            the small network; in two epochs: docs/results.md
     configs/l_spread.py:cifar10                a ViT on CIFAR-10 in two classes, 600 epochs; not yet run

@@ -9,7 +9,7 @@ Presets, one word an axis, joined by commas. What the main encoder learns: l_spr
 autoencoder". The encoders: two, one (a single encoder with all terms) or joint (two, with one classifier on both). Data
 set, scale, network and schedule as in l_spread.py.
 
-    configs/thanos.py                          garments on a CPU: fine classes 71.1 %, kNN 66.0 % (seed 0, with a decoder of
+    configs/thanos.py                          garments on a CPU: fine classes 71.1 % (kNN 66.0; seed 0, a decoder of
                                                full resolution; not yet run with the one here)
     configs/thanos.py:supcon                   SupCon and autoencoder; not yet run
     configs/thanos.py:one                      likewise joint; not yet run
