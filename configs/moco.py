@@ -47,7 +47,9 @@ def get_config(preset: str = ""):
     c.memory.target = base.memory("ema", decay=0.99 if small or setting == "ifm" else 0.999)
     c.memory.queue = base.memory("queue", length=4096 if small else 16384 if setting == "published" else 65536)
     c.memory.probe.views = ("view1",)  # the queries: the others are the target's
-    if not small:
+    if small:
+        c.optimizer.lr = 3e-3  # the best of 1, 3 and 6e-3 on held-out training images of seed 0, 4 epochs
+    else:
         _paper(c, setting)
     if labels == "unlabelled":
         del c.memory.probe
