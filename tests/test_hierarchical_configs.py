@@ -165,6 +165,8 @@ def test_two_steps_of_it(method):
     shrink(c)
     c.model.stage_sizes, c.model.stage_widths, c.model.strides = (1, 1, 1, 1), (4, 4, 8, 8), (1, 1, 2, 1)
     c.model.head_hidden = 8
+    for head in c.heads.values():
+        head.features = c.model.head_features
     recipe = tiny.recipe(c, labelled=False)
     mesh = sharding.make_mesh(1)
     replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
