@@ -7,7 +7,11 @@ import jax
 import numpy as np
 
 from jaxcl import config as base
-from jaxcl.recipe import build_recipe
+from jaxcl import run_folder
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.data import source_of
+from jaxcl.recipe import build_recipe, data_facts
+from jaxcl.update import init_state
 
 SIDE, BATCH, CLASSES = 16, 16, 4
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
@@ -109,3 +113,15 @@ def colours(path, seed=0):
         test_labels=test_part["label"],
     )
     return path
+
+
+def saved_run(folder, c, seed=0, **facts):
+    """A run folder with a checkpoint, at step 3, of a network that was never trained -> its state."""
+    facts = data_facts(source_of(c, "train")) | facts
+    run_folder.claim(folder, base.to_dict(c), facts, True)
+    recipe = build_recipe(c, **{k: v for k, v in facts.items() if k != "class_names"})
+    state = fill(jax.eval_shape(lambda: init_state(recipe)), seed)
+    state = state.replace(key=jax.random.key(seed, impl="threefry2x32"))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(3, jax.device_put(state))
+    return state
