@@ -64,7 +64,8 @@ def export(saved: "Saved", out: str | os.PathLike, *, encoder: str = "", layout:
     trees = (saved.state.params, "params"), (saved.state.batch_stats, "batch_stats")
     params, stats = (of_encoder(with_targets(recipe, tree, saved.state.memory, part), encoder) for tree, part in trees)
     variables = weights.flat(params["encoder"], recipe.encoder(encoder).statistics_of(stats))
-    variables = {k: np.asarray(v) for k, v in variables.items() if k in weights.shapes(model, recipe.image_shape)}
+    wanted = weights.shapes(model, recipe.image_shape)  # without further sets of batch norms
+    variables = {k: np.asarray(v) for k, v in variables.items() if k in wanted}
     about = {
         "architecture": options,
         "features": model.features,

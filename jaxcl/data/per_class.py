@@ -50,7 +50,7 @@ class PerClass:
             raise UserError(
                 f"{where} needs a label on every training image, and {without:,} of {len(labels):,} have none; use 0"
             )
-        self._B, self._M, self._seed = batch_size, per_class, seed
+        self._B, self.per_class, self._seed = batch_size, per_class, seed
         self._P, self.steps_per_epoch = batch_size // per_class, len(labels) // batch_size
         counts = np.bincount(labels)
         classes = np.flatnonzero(counts >= per_class)
@@ -132,7 +132,7 @@ class PerClass:
 
     def _plan(self, epoch: int) -> np.ndarray:
         """Rows of every batch of an epoch, int64 [S,B]."""
-        S, P, M = self.steps_per_epoch, self._P, self._M
+        S, P, M = self.steps_per_epoch, self._P, self.per_class
         count = self._base + self._extra(np.array([epoch]))[0]
         classes_SxP = self._deal(epoch, count)
         # The draws of each class are numbered through the whole run, in the order of steps.
@@ -157,7 +157,7 @@ class PerClass:
         """All rows class by class, each `wanted` class [C] in the order of its pass of that number [C]."""
         chosen = np.flatnonzero(wanted[self._class])
         of = self._class[chosen]
-        n, left = self._n[of], (self._n % self._M)[of]
+        n, left = self._n[of], (self._n % self.per_class)[of]
         key = hashing.words(self._seed, PASS, number[of] * len(self._rows) + chosen, 1)[:, 0]
         last = (self._turn[chosen] - number[of] * left) % n < left
         # Sorted by class, then whether it is left out, then at random: in one number, as that is three times as fast.

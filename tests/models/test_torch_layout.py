@@ -180,7 +180,7 @@ SMALL = dict(stage_sizes=(2, 1, 1), stage_widths=(8, 12, 16))
     ],
 )
 def test_the_same_features_in_torch(options, side, tmp_path):
-    """Out: our file loaded by torch, strictly. In: a file that torch writes, with its own random weights, loaded here."""
+    """Out: our file loaded by torch, strictly. In: a file that torch writes, of its own random weights."""
     torch = pytest.importorskip("torch")
     load, save = (getattr(pytest.importorskip("safetensors.torch"), name) for name in ("load_file", "save_file"))
     model, ours = variables_of(side=side, seed=3, **options)
