@@ -1,7 +1,6 @@
 """Encoders taken out of runs and loaded again: the features of the run's own evaluation, and every way to be wrong."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
-from etils.epath import backend
 
 import jaxcl
 from jaxcl import config as configs
@@ -204,29 +202,8 @@ def test_losses_alone_stay_light():
         _ = jaxcl.load_backbones
 
 
-class Bucket:
-    """A bucket's file system in a local folder."""
-
-    def __init__(self, root):
-        self.root = str(root)
-
-    def _local(self, path):
-        return str(path).replace("gs://bucket", self.root)
-
-    def open(self, path, mode):
-        os.makedirs(os.path.dirname(self._local(path)), exist_ok=True)
-        return open(self._local(path), mode)
-
-    def exists(self, path):
-        return os.path.exists(self._local(path))
-
-    def makedirs(self, path, exist_ok=False):
-        pass  # buckets have no folders
-
-
 def test_a_bucket(saved, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: Bucket(tmp_path))
-    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
+    tiny.bucket(tmp_path, monkeypatch)
     export(saved, "gs://bucket/some/place")
     assert sorted(p.name for p in (tmp_path / "some" / "place").iterdir()) == ["backbone.json", "backbone.safetensors"]
     images = np.zeros((1, 12, 12, 3), np.uint8)

@@ -162,6 +162,19 @@ def test_nothing_half_written(opened, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["f.npz"] and out.read_bytes() == b"as it was"
 
 
+def test_a_bucket(opened, tmp_path, monkeypatch):
+    tiny.bucket(tmp_path, monkeypatch)
+    embed(opened[:1], "gs://bucket/some/f.npz", split="test")
+    with np.load(tmp_path / "some" / "f.npz") as file:
+        np.testing.assert_array_equal(file["features"], opened[0].frozen().features("test"))
+    frozen = opened[0].frozen()
+    monkeypatch.setattr(frozen, "stream", lambda source, kind: (1 / 0 for _ in range(2)), raising=False)
+    monkeypatch.setattr(type(opened[0]), "frozen", lambda self, split: frozen)
+    with pytest.raises(ZeroDivisionError):
+        embed(opened[:1], "gs://bucket/some/other.npz", split="test")
+    assert os.listdir(tmp_path / "some") == ["f.npz"]
+
+
 def test_mistakes(opened, folders, tmp_path, monkeypatch):
     says("--out is 'f.csv'; expected a name that ends in .npz or .parquet", embed, opened, "f.csv")
     says("--layer is 'y'; expected 'h' (pooled", embed, opened[:1], tmp_path / "f.npz", layer="y")

@@ -3,8 +3,11 @@
 Numbers come from NumPy and every model is filled rather than initialised: jax's generators compile slowly on a CPU.
 """
 
+import os
+
 import jax
 import numpy as np
+from etils.epath import backend
 
 from jaxcl import config as base
 from jaxcl import run_folder
@@ -125,3 +128,29 @@ def saved_run(folder, c, seed=0, **facts):
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(3, jax.device_put(state))
     return state
+
+
+class _Bucket:
+    """A bucket's file system in a local folder."""
+
+    def __init__(self, root):
+        self.root = str(root)
+
+    def _local(self, path):
+        return str(path).replace("gs://bucket", self.root)
+
+    def open(self, path, mode):
+        os.makedirs(os.path.dirname(self._local(path)), exist_ok=True)
+        return open(self._local(path), mode)
+
+    def exists(self, path):
+        return os.path.exists(self._local(path))
+
+    def makedirs(self, path, exist_ok=False):
+        pass  # buckets have no folders
+
+
+def bucket(folder, monkeypatch):
+    """From now on gs://bucket lies in a local folder."""
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: _Bucket(folder))
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)

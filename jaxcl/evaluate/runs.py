@@ -96,7 +96,7 @@ def open_run(
       UserError: no run there, no such checkpoint, or one that does not fit its config; an unknown option.
     """
     storage.need_library(workdir)
-    workdir = storage.folder(workdir)
+    workdir = epath.Path(workdir)
     files = {name: workdir / f"{name}.json" for name in ("config", "data")}
     for path in files.values():
         if not path.is_file():
