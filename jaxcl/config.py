@@ -54,6 +54,9 @@ def default() -> ConfigDict:
     c.data.limit = 0  # use only this many training images, class-balanced; 0: all
     c.data.labels = "fine"  # or "coarse": train on the coarse classes, where the source has both
     c.data.imbalance = ""  # or "cifar100u": CIFAR-100 with rare classes in each superclass, in training only
+    c.data.per_class = (
+        0  # images of each class in a batch, which then has batch_size / per_class classes; 0: as it comes
+    )
     c.data.textures = ""  # a folder by jaxcl.data.textures: texture negatives are read there, not made in the update
     c.data.garments = ConfigDict()
     c.data.garments.spurious = 0.0  # how often the texture follows the class in training, 0 to 1

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxcl import config as configs
 from jaxcl import report, run_folder, sharding
 from jaxcl.checkpoint import Checkpoints, Preemption
-from jaxcl.data import Loader, source_of
+from jaxcl.data import Loader, order_of, source_of
 from jaxcl.durations import to_steps
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.evaluate.suite import Evaluation
@@ -25,6 +25,7 @@ from jaxcl.recipe import Recipe, build_recipe, data_facts
 from jaxcl.report import MetricsWriter, Progress, read_metrics
 from jaxcl.train_state import TrainState
 from jaxcl.update import compile_update, init_state
+from jaxcl.weights import starting_weights
 
 say = logging.getLogger("jaxcl")
 
@@ -53,13 +54,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     evaluation.check_options()
     every = _intervals(config, recipe)
     writes = jax.process_index() == 0
-    run_folder.claim(workdir, plain, facts, writes)
+    order = order_of(config, source)
+    weights = {} if _has_checkpoint(workdir) else starting_weights(config, recipe)
+    run_folder.claim(workdir, plain, facts | {"class_names": source.class_names}, writes)
 
     # ---- state: the newest checkpoint of this workdir, else fresh
     mesh = sharding.make_mesh(devices)
     replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state, step = _initial_state(recipe, checkpoints, replicated)
+    state, step = _initial_state(recipe, checkpoints, replicated, weights)
     if step:
         say.info("resuming %s from step %d", workdir, step)
 
@@ -81,6 +84,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         process_count=jax.process_count(),
         sharding=rows,
         prefetch=config.data.prefetch,
+        order=order,
     )
     try:
         log.begin(loader)
@@ -166,15 +170,28 @@ def _intervals(config: ConfigDict, recipe: Recipe) -> dict[str, int]:
     }
 
 
-def _initial_state(recipe: Recipe, checkpoints: Checkpoints, replicated) -> tuple[TrainState, int]:
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether there is a state to go on from: weights to begin with are then of the past, and need not be there."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return False
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.latest is not None
+
+
+def _initial_state(
+    recipe: Recipe, checkpoints: Checkpoints, replicated, weights: dict[str, Any]
+) -> tuple[TrainState, int]:
     # Runs once: on a CPU, where drawing many weights compiles slowly, optimising that program is not worth it.
     quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    create = jax.jit(lambda seed: init_state(recipe, seed), out_shardings=replicated, compiler_options=quickly)
+    create = jax.jit(
+        lambda seed, weights: init_state(recipe, seed, weights), out_shardings=replicated, compiler_options=quickly
+    )
     seed = np.uint32(recipe.seed)
     if checkpoints.latest is None:
-        return create(seed), 0
+        return create(seed, weights), 0
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create, seed)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create, seed, weights)
     )
     state = checkpoints.restore(abstract)
     return state, checkpoints.latest

@@ -8,7 +8,7 @@ mesh of several devices: what embeddings and sums they exchange is then theirs t
 
 import functools
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -51,20 +51,29 @@ def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding)
     )
 
 
-def init_state(recipe: Recipe, seed: Array | int | None = None) -> TrainState:
-    """A fresh TrainState; a function of the seed alone (None: the recipe's).
+def init_state(
+    recipe: Recipe, seed: Array | int | None = None, weights: Mapping[str, tuple[dict, dict]] | None = None
+) -> TrainState:
+    """A fresh TrainState; a function of the seed (None: the recipe's) and of weights alone.
 
+    weights: (parameters, batch statistics) that encoders begin with, by name, "" the main one (`jaxcl.weights`).
     Under jit, pass the seed as an argument: from a constant the compiler draws every weight itself, slowly.
     """
     # Threefry, whatever the process's default: other generators draw an image's numbers together with its neighbours'.
     key = jax.random.key(recipe.seed if seed is None else seed, impl="threefry2x32")
-    params, batch_stats = recipe.model.init(jax.random.fold_in(key, 1), recipe.image_shape)
+    weights = weights or {}
+
+    def begun(name: str, params: dict, stats: dict) -> tuple[dict, dict]:
+        own_params, own_stats = weights.get(name, (params["encoder"], {}))
+        return {**params, "encoder": own_params}, {**stats, **own_stats}
+
+    params, batch_stats = begun("", *recipe.model.init(jax.random.fold_in(key, 1), recipe.image_shape))
 
     def named(name: str) -> Array:
         return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
     for name, model in recipe.encoders.items():
-        of = model.init(named(f"encoders/{name}"), recipe.image_shape)
+        of = begun(name, *model.init(named(f"encoders/{name}"), recipe.image_shape))
         params, batch_stats = (
             put(tree, "encoders", name, x) for tree, x in zip((params, batch_stats), of, strict=True)
         )

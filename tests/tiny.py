@@ -3,11 +3,18 @@
 Numbers come from NumPy and every model is filled rather than initialised: jax's generators compile slowly on a CPU.
 """
 
+import os
+
 import jax
 import numpy as np
+from etils.epath import backend
 
 from jaxcl import config as base
-from jaxcl.recipe import build_recipe
+from jaxcl import run_folder
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.data import source_of
+from jaxcl.recipe import build_recipe, data_facts
+from jaxcl.update import init_state
 
 SIDE, BATCH, CLASSES = 16, 16, 4
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
@@ -109,3 +116,41 @@ def colours(path, seed=0):
         test_labels=test_part["label"],
     )
     return path
+
+
+def saved_run(folder, c, seed=0, **facts):
+    """A run folder with a checkpoint, at step 3, of a network that was never trained -> its state."""
+    facts = data_facts(source_of(c, "train")) | facts
+    run_folder.claim(folder, base.to_dict(c), facts, True)
+    recipe = build_recipe(c, **{k: v for k, v in facts.items() if k != "class_names"})
+    state = fill(jax.eval_shape(lambda: init_state(recipe)), seed)
+    state = state.replace(key=jax.random.key(seed, impl="threefry2x32"))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(3, jax.device_put(state))
+    return state
+
+
+class _Bucket:
+    """A bucket's file system in a local folder."""
+
+    def __init__(self, root):
+        self.root = str(root)
+
+    def _local(self, path):
+        return str(path).replace("gs://bucket", self.root)
+
+    def open(self, path, mode):
+        os.makedirs(os.path.dirname(self._local(path)), exist_ok=True)
+        return open(self._local(path), mode)
+
+    def exists(self, path):
+        return os.path.exists(self._local(path))
+
+    def makedirs(self, path, exist_ok=False):
+        pass  # buckets have no folders
+
+
+def bucket(folder, monkeypatch):
+    """From now on gs://bucket lies in a local folder."""
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: _Bucket(folder))
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)

@@ -27,6 +27,7 @@ class Source:
       coarse_names: names of the values of extras["coarse"], empty without it.
       fine_names: names of the values of extras["fine"], which is there where the labels are the coarse ones.
       group_names: names of the values of extras["group"] (int32 [N], -1 where unknown), for worst-group accuracy.
+      paths: of sets of image files, which file each image is, local or remote; None for others.
       name, split: where it came from, for messages and reports.
     """
 
@@ -39,6 +40,7 @@ class Source:
     coarse_names: tuple[str, ...] = ()
     fine_names: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
+    paths: tuple[str, ...] | None = None
     name: str = "arrays"
     split: str = "train"
     in_memory: bool = True
@@ -83,7 +85,8 @@ class Source:
         if len(rows) == len(self) and (rows == np.arange(len(self))).all():
             return self
         extras = {k: v[rows] for k, v in self.extras.items()}
-        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], extras=extras)
+        paths = None if self.paths is None else tuple(self.paths[i] for i in rows)
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], extras=extras, paths=paths)
 
 
 def rank_within_class(labels: np.ndarray, *, seed: int, stream: int) -> np.ndarray:

@@ -58,6 +58,10 @@ class Reader:
         in_threads(read, len(rows))
         return images, columns
 
+    def paths(self, rows: np.ndarray) -> tuple[str, ...] | None:
+        """The files of these rows; None where rows are no files."""
+        return None
+
     def labelled(self, rows: np.ndarray) -> bool:
         """Whether each of these rows has a label."""
         return bool(self.class_names)
@@ -133,6 +137,11 @@ class DiskSource:
         return self.reader.group_names
 
     @property
+    def paths(self) -> tuple[str, ...] | None:
+        """As of `Source`."""
+        return self.reader.paths(self.rows)
+
+    @property
     def labelled(self) -> bool:
         return self.reader.labelled(self.rows)
 
@@ -168,7 +177,7 @@ class DiskSource:
 
 
 def source_in_memory(reader: Reader, images: np.ndarray, columns: np.ndarray, **about) -> Source:
-    """All rows of a reader, as `read_all` gives them, as a source; about: mean, std, name and split."""
+    """All rows of a reader, as `read_all` gives them, as a source; about: mean, std, paths, name and split."""
     names = {"coarse": reader.coarse_names, "group": reader.group_names}
     columns = dict(zip(COLUMNS, columns, strict=True))
     return Source(

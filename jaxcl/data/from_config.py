@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxcl.data.base import Source
+from jaxcl.data.per_class import PerClass
 from jaxcl.data.sources import make_source
 from jaxcl.data.texture_set import Textured, TextureSet
 
@@ -33,3 +34,11 @@ def source_of(config: ConfigDict, split: str) -> Source:
         **options,
     )
     return Textured(source, TextureSet(data.textures)) if data.textures and split == "train" else source
+
+
+def order_of(config: ConfigDict, source: Source) -> PerClass | None:
+    """The order of training batches, where it is not the loader's own. Errors: UserError."""
+    per_class = config.data.per_class
+    if not per_class:
+        return None
+    return PerClass(source.labels, batch_size=config.batch_size, per_class=per_class, seed=config.seed)

@@ -47,6 +47,7 @@ def load(path: str, *, split: str, select: Select, image_size: int | None = None
         mean=mean,
         std=std,
         extras={"segmentation": classes},
+        paths=tuple(str(folder / "JPEGImages" / f"{names[i]}.jpg") for i in rows),
         name=spec,
         split=split,
     )

@@ -6,18 +6,19 @@ N images, D features.
 import ast
 import dataclasses
 import json
-import pathlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
-from jaxcl import sharding
+from jaxcl import sharding, storage
 from jaxcl.checkpoint import Checkpoints
-from jaxcl.data import Source, source_of
+from jaxcl.data import FILES, Source, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Figures
 from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
@@ -40,47 +41,77 @@ OF_FEATURES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run folder, opened: its config, parts, newest checkpoint, and the evaluation of its encoder."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A run folder, opened: its config, parts and newest checkpoint. Its data need not be at hand.
 
-    workdir: pathlib.Path
+    class_names: of the training data; None where the run is of a version that did not write them down.
+    environment: packages, commit and so on of the training.
+    """
+
+    workdir: epath.Path
     config: ConfigDict
     recipe: Recipe
-    evaluation: Evaluation
     state: TrainState
     step: int
     mesh: jax.sharding.Mesh
+    class_names: tuple[str, ...] | None
+    environment: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Saved):
+    """A run folder, opened, and the evaluation of its encoder."""
+
+    evaluation: Evaluation
 
     def frozen(self, split: str = "test") -> Frozen:
         return Frozen(self.evaluation, self.state, self.mesh, split)
 
 
 def load_run(
-    workdir: str | pathlib.Path, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
+    workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
 ) -> Run:
+    """Open a run folder, to evaluate: arguments and errors as of `open_run`, and UserError for data that is missing."""
+    saved = open_run(workdir, source=source, step=step, options=options)
+    config = saved.config
+    train = source_of(config, "train")
+    evaluation = Evaluation(config, saved.recipe, train=train, make_source=lambda split: source_of(config, split))
+    return Run(**vars(saved), evaluation=evaluation)
+
+
+def open_run(
+    workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
+) -> Saved:
     """Open a run folder.
 
     Args:
-      workdir: what `jaxcl.main --workdir` was given.
-      source: evaluate on this data source instead of the run's own; images are normalised as in training.
+      workdir: what `jaxcl.main --workdir` was given; local or remote.
+      source: evaluate on this data source instead of the run's own; images are normalised as in training, and files
+        of images decoded at the size of the training's.
       step: of the checkpoint; None: the newest.
       options: "KEY=VALUE" of config.eval to set otherwise, such as "ood=('sketch=folder:PATH',)".
 
     Raises:
       UserError: no run there, no such checkpoint, or one that does not fit its config; an unknown option.
     """
-    workdir = pathlib.Path(workdir)
+    storage.need_library(workdir)
+    workdir = epath.Path(workdir)
     files = {name: workdir / f"{name}.json" for name in ("config", "data")}
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{workdir} is not a run folder: it has no {path.name}; give the --workdir of a run")
     plain, facts = (json.loads(path.read_text()) for path in files.values())
+    class_names = facts.pop("class_names", None)
+    environment = workdir / "environment.json"
     config = configs.from_dict(plain)
     config.report = False
     config.data.textures = ""  # of the training only
     if source:
         config.data.source = source
+        if source.partition(":")[0] in FILES:
+            # Not at a size of their own: small images enlarged, or large ones decoded for nothing.
+            config.data.files.image_size = config.data.files.image_size or facts["image_shape"][0]
     for option in options:
         _set(config.eval, option)
     recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
@@ -96,9 +127,16 @@ def load_run(
         abstract = jax.eval_shape(lambda: init_state(recipe))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
         state = checkpoints.restore(abstract, step)
-    train = source_of(config, "train")
-    evaluation = Evaluation(config, recipe, train=train, make_source=lambda split: source_of(config, split))
-    return Run(workdir, config, recipe, evaluation, state, step, mesh)
+    return Saved(
+        workdir=workdir,
+        config=config,
+        recipe=recipe,
+        state=state,
+        step=step,
+        mesh=mesh,
+        class_names=None if class_names is None else tuple(class_names),
+        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+    )
 
 
 def _set(options: ConfigDict, text: str) -> None:
@@ -124,6 +162,7 @@ class Joined(Frozen):
         super().__init__(first.evaluation, first.state, first.mesh, split)
         self._parts = [run.frozen(split) for run in runs]
         for run, part in zip(runs[1:], self._parts[1:], strict=True):
+            part.batch_size = self.batch_size  # batches of features are joined, too
             if not _same_images(self.test, part.test):
                 raise UserError(
                     f"{runs[0].workdir} and {run.workdir} were trained on different data, {self.test.name} and "
@@ -137,6 +176,11 @@ class Joined(Frozen):
     def features_of(self, source: Source) -> np.ndarray:
         """float32 [N,D], as of `features`."""
         return np.concatenate([part.features_of(source) for part in self._parts], axis=-1)
+
+    def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
+        """float32 [n,D], as of `Frozen.stream`."""
+        for parts in zip(*(part.stream(source, kind) for part in self._parts), strict=True):
+            yield np.concatenate(parts, axis=-1)
 
     def augmented_features(self, split: str, draw: int) -> np.ndarray:
         """float32 [N,D]; runs of one seed and the same views see the same ones."""

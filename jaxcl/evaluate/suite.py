@@ -236,12 +236,21 @@ class Frozen:
         kind = self.options.features
         return self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
 
+    def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
+        """The same of kind "h" or "z", float32 [n,D] batch by batch, for more images than memory holds."""
+        return (part[kind] for part in self._stream(source, (kind,)))
+
     def _encoded(self, source: Source, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
+        parts = list(self._stream(source, kinds))
+        return {k: np.concatenate([part[k] for part in parts]) for k in kinds}
+
+    def _stream(self, source: Source, kinds: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
         def encode(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
             made = self._encode(state, self.normalize(to_pixels(batch["image"])))
             return {k: made[k]() for k in kinds}
 
-        return self.collect(source, f"features {kinds}", encode)
+        for out, where in self.run(source, f"features {kinds}", encode):
+            yield {k: v[where] for k, v in out.items()}
 
     def augmented_features(self, split: str, draw: int) -> np.ndarray:
         """float32 [N,D]: features of one training view of each image (the recipe's first), another for each draw."""

@@ -60,6 +60,7 @@ class ModelOptions:
     branches: Sequence[int] = ()  # stages with an adapter and a head of their own, where a pass of that depth ends
     branch_embeds: Sequence[int] = ()  # those of them whose heads are told too; the main head is in any case
     dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
+    weights: str = ""  # begin with these, not at random: what jaxcl.export wrote, or a torchvision ResNet; safetensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,7 @@ class ViTOptions:
     head_norm: str = "none"  # after each hidden layer of the head: none, batch
     head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
     dtype: str = "float32"  # compute dtype; parameters and losses stay float32
+    weights: str = ""  # begin with these, not at random: a file by jaxcl.export
 
 
 def _kept(key: Array | None, N: int, parts: dict[str, tuple[float, tuple[int, ...]]]) -> dict[str, Array]:

@@ -2,21 +2,17 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import tiny
 
-from jaxcl import config as configs
 from jaxcl import run_folder
-from jaxcl.checkpoint import Checkpoints
 from jaxcl.data import source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate import __main__ as command
 from jaxcl.evaluate import fit_linear_probe, probe_logits
 from jaxcl.evaluate.runs import Joined, evaluate_runs, load_run
-from jaxcl.recipe import build_recipe, data_facts
-from jaxcl.update import init_state
+from jaxcl.recipe import data_facts
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +31,8 @@ def runs(tmp_path_factory, data):
             c.data.source = f"npz:{data[0]}"
         c.seed, c.eval.batch_size, c.eval.knn_k, c.eval.tap = seed, 16, 5, "stage1"
         c.eval.final = ("knn", "linear", "classifier")
-        facts = data_facts(source_of(c, "train"))
         folder = tmp_path_factory.mktemp("run")
-        run_folder.claim(folder, configs.to_dict(c), facts, True)
-        recipe = build_recipe(c, **facts)
-        state = tiny.fill(jax.eval_shape(lambda r=recipe: init_state(r)), seed)
-        state = state.replace(key=jax.random.key(seed, impl="threefry2x32"))
-        with Checkpoints(folder / "checkpoints") as checkpoints:
-            checkpoints.save(3, jax.device_put(state))
+        tiny.saved_run(folder, c, seed)
         folders.append(folder)
     return folders
 
