@@ -6,12 +6,13 @@ N images, D features.
 import ast
 import dataclasses
 import json
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
@@ -44,7 +45,7 @@ OF_FEATURES = (
 class Run:
     """A run folder, opened: its config, parts, newest checkpoint, and the evaluation of its encoder."""
 
-    workdir: pathlib.Path
+    workdir: epath.Path
     config: ConfigDict
     recipe: Recipe
     evaluation: Evaluation
@@ -57,7 +58,7 @@ class Run:
 
 
 def load_run(
-    workdir: str | pathlib.Path, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
+    workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
 ) -> Run:
     """Open a run folder.
 
@@ -70,7 +71,7 @@ def load_run(
     Raises:
       UserError: no run there, no such checkpoint, or one that does not fit its config; an unknown option.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     files = {name: workdir / f"{name}.json" for name in ("config", "data")}
     for path in files.values():
         if not path.is_file():
@@ -86,16 +87,16 @@ def load_run(
     recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
     mesh = sharding.make_mesh()
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.latest if step is None else step
-        if step is None:
+        if checkpoints.latest is None:
             raise UserError(f"{workdir} has no checkpoint yet; let the run save one first")
-        if step not in checkpoints.steps:
+        if step is not None and step not in checkpoints.steps:
             there = ", ".join(map(str, checkpoints.steps))
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {there}")
         place = sharding.replicated(mesh)
         abstract = jax.eval_shape(lambda: init_state(recipe))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
-        state = checkpoints.restore(abstract, step)
+        state = checkpoints.restore(abstract, step)  # the newest: or the one before, where that is damaged
+        step = int(state.step) if step is None else step
     train = source_of(config, "train")
     evaluation = Evaluation(config, recipe, train=train, make_source=lambda split: source_of(config, split))
     return Run(workdir, config, recipe, evaluation, state, step, mesh)

@@ -1,0 +1,91 @@
+"""Files of a run, on a local disk or in an object store such as gs://, where nothing can be appended to or renamed."""
+
+import errno
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from jaxcl.errors import UserError
+
+# What a disk says when it will not take more, and what libraries make of it.
+_REFUSED = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "it is read-only",
+}
+_TEXT = re.compile("no space left on device|disk quota exceeded|read-only file system", re.I)
+
+
+def folder(path: str | os.PathLike) -> epath.Path:
+    """The path, absolute where it is local: "gs://bucket/run" stays as it is, which pathlib would not let it."""
+    path = epath.Path(path)
+    return path if is_remote(path) else epath.Path(pathlib.Path(path).expanduser().resolve())
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it lies in an object store."""
+    return "://" in os.fspath(path)
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """The old file or the new one, never half of one, whenever the process is killed."""
+    path = epath.Path(path)
+    content = content.encode() if isinstance(content, str) else content
+    if is_remote(path):  # an object appears when all of it is there
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def files(root: epath.Path) -> Iterator[epath.Path]:
+    """All files below a folder, in no order."""
+    for path in root.iterdir():
+        if path.is_dir():
+            yield from files(path)
+        else:
+            yield path
+
+
+def refusal(error: BaseException | None) -> str:
+    """Why storage would not take a write, in plain words; "" where the error, and what caused it, is something else."""
+    seen: set[int] = set()
+    todo: list[Any] = [error]
+    while todo:
+        error = todo.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            return _REFUSED[error.errno]
+        if match := _TEXT.search(str(error)):
+            return match[0].lower()
+        todo += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+    return ""
+
+
+def need_library(path: str | os.PathLike) -> None:
+    """UserError where the library that reads such a path is missing."""
+    if not is_remote(path):
+        return
+    try:
+        epath.Path(path).exists()
+    except ImportError:
+        scheme = os.fspath(path).partition(":")[0]
+        raise UserError(
+            f"{os.fspath(path)} needs a library that is not installed; for gs:// pip install 'jaxcl[gcs]'"
+            if scheme == "gs"
+            else f"{os.fspath(path)} needs the fsspec library for {scheme}://, which is not installed"
+        ) from None
