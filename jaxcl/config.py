@@ -26,6 +26,7 @@ from jaxcl.optimizers import OptimizerOptions
 FREE_KEYS = (
     "log_every",
     "collapse_every",
+    "log_examples",
     "checkpoint",
     "report",
     "eval",
@@ -89,6 +90,7 @@ def default() -> ConfigDict:
 
     c.log_every = "10 steps"  # any duration, between lines of metrics.jsonl
     c.collapse_every = "0"  # spread and collapse of the embeddings, any duration; 0: never while training
+    c.log_examples = False  # the example ids of every update to examples.jsonl, to see that none is lost or repeated
     c.eval = ConfigDict()
     c.eval.every = "50%"  # the quick suite, any duration; 0: never before the end
     c.eval.quick = ("knn", "classifier")  # every `every`

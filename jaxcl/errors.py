@@ -11,3 +11,7 @@ class Diverged(RuntimeError):
 
 class Preempted(RuntimeError):
     """The run was asked to end and has saved itself. Exit code 75 (try again), so that a scheduler requeues it."""
+
+
+class LostHost(RuntimeError):
+    """Another process of the run is gone. Exit code 75 (try again), so that a scheduler requeues all of them."""

@@ -1,6 +1,7 @@
 """Flags only: `python -m jaxcl.main --config=configs/excon.py[:PRESET] [--workdir=DIR] [--config.KEY=VALUE ...]`."""
 
 import logging
+import os
 import pathlib
 import sys
 import traceback
@@ -11,7 +12,8 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxcl.errors import Diverged, Preempted, UserError
+from jaxcl import distributed
+from jaxcl.errors import Diverged, LostHost, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -23,6 +25,12 @@ _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "off",
     "off: this process alone. auto: let JAX find the cluster. HOST:PORT,COUNT,ID: that coordinator, COUNT processes.",
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", distributed.JOIN_SECONDS, "Seconds to wait for the other processes.", lower_bound=1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout", distributed.HEARTBEAT_SECONDS, "Seconds after which a silent process is dead.", lower_bound=1
 )
 
 
@@ -95,35 +103,19 @@ def _default_workdir(argument: str) -> pathlib.Path:
     return pathlib.Path("runs") / "-".join([pathlib.Path(path).stem, *words])
 
 
-def join(spec: str) -> None:
-    """Join the other processes of this run through JAX's own runtime; before anything touches a device."""
-    if spec == "off":
-        return
-    import jax
-
-    if spec == "auto":
-        jax.distributed.initialize()
-        return
-    try:
-        address, count, index = spec.split(",")
-        count, index = int(count), int(index)
-    except ValueError:
-        raise UserError(f"--distributed is {spec!r}; expected off, auto or HOST:PORT,COUNT,ID") from None
-    if ":" not in address or not 0 <= index < count:
-        raise UserError(f"--distributed is {spec!r}; expected HOST:PORT,COUNT,ID with ID from 0 to COUNT - 1")
-    jax.distributed.initialize(address, count, index)
-
-
 def main(argv: list[str]) -> int:
     """Run one config; -> exit code."""
     parse(argv)
     if _CONFIG.value is None:
         raise UserError("no --config; for example --config=configs/excon.py")
-    join(_DISTRIBUTED.value)
+    distributed.join(_DISTRIBUTED.value, timeout=_JOIN_TIMEOUT.value, heartbeat=_HEARTBEAT_TIMEOUT.value)
     from jaxcl import train  # after the flags are known to be right: a typo need not wait for the imports
 
     workdir = _WORKDIR.value or _default_workdir(_config_argument(argv))
-    train.run(_CONFIG.value, workdir)
+    try:
+        train.run(_CONFIG.value, workdir)
+    except Exception as error:
+        raise distributed.lost(error) or error from None
     return 0
 
 
@@ -132,17 +124,26 @@ def leave(main: Callable[[list[str]], int]) -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)  # libraries: warnings; ours: progress too
     logging.getLogger("jaxcl").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)
-    codes = {UserError: 2, Diverged: 3, Preempted: 75}
+    # Of a save that fails Orbax prints pages; what is to be known of it stands in our one line.
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    codes = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
     try:
         code = main(sys.argv)
     except tuple(codes) as error:
         print(f"jaxcl: {error}", file=sys.stderr)
         code = codes[type(error)]
+        if isinstance(error, LostHost):
+            sys.stderr.flush()
+            os._exit(code)  # an orderly end would wait for the one that is gone
     sys.exit(code)
 
 
 def cli() -> None:
-    """Exit codes: 0 done; 2 a mistake to mend; 3 the loss diverged; 75 stopped on request, run again to go on."""
+    """Exit codes: 0 done; 2 a mistake to mend; 3 the loss diverged; 75 stopped on request, or another host was lost:
+    run again to go on."""
+    if distributed.wants_guard(sys.argv):
+        sys.exit(distributed.guard())
+    distributed.end_with_guard()
     leave(main)
 
 

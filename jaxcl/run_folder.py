@@ -1,10 +1,12 @@
 """The run folder: one config, one run. Running the same command again goes on, or says that it is finished.
 
-config.json, data.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json, report/.
+config.json, data.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json, report/; lock.json
+while it runs. On a local disk or in an object store (gs://).
 """
 
 import json
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -15,15 +17,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from jaxcl import config as configs
+from jaxcl import distributed, storage
 from jaxcl.errors import UserError
+from jaxcl.lock import RunLock
 
 say = logging.getLogger("jaxcl")
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def finished(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def finished(workdir: epath.Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The results of a finished run, after saying so; None where there is something left to do."""
     if not (workdir / "results.json").exists():
         return None
@@ -32,7 +37,7 @@ def finished(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any] | 
     return json.loads((workdir / "results.json").read_text())
 
 
-def _same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def _same_config(workdir: epath.Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
@@ -45,8 +50,11 @@ def _same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         )
 
 
-def claim(workdir: pathlib.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool) -> None:
-    """Make the run folder, or check that it is this run's. facts: what the recipe was told of the data."""
+def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool) -> RunLock | None:
+    """Make the run folder, or check that it is this run's, and lock it; -> the lock, of the process that writes.
+
+    facts: what the recipe was told of the data. Errors: UserError, on all processes where one has it.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,17 +62,57 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], facts: dict[str, Any], 
             f"cannot make --workdir {workdir}: {error.strerror}; choose a folder you may write to"
         ) from None
     _same_config(workdir, config)
-    if writes:
-        write_json(workdir / "config.json", config)
-        write_json(workdir / "data.json", facts)
-        write_json(workdir / "environment.json", environment())
+    _same_data(workdir, facts)
+    held: list[RunLock] = []
+
+    def write() -> str:
+        try:
+            held.append(RunLock(workdir))
+            write_json(workdir / "config.json", config)
+            write_json(workdir / "data.json", facts)
+            write_json(workdir / "environment.json", environment())
+        except (OSError, UserError) as error:
+            for lock in held:
+                lock.close()
+            reason = storage.refusal(error) or str(error)
+            return str(error) if isinstance(error, UserError) else f"cannot write in --workdir {workdir}: {reason}"
+        return ""
+
+    if error := distributed.agreed(write if writes else str):
+        raise UserError(error)
+    return held[0] if held else None
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
-    # Through a temporary file: a kill leaves the old file or the new one, never half of one.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=number) + "\n")
-    os.replace(temporary, path)
+def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
+    """With an image more or less every batch to come would hold other examples."""
+    path = workdir / "data.json"
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text()), plain(facts)
+    for key in old.keys() & new.keys():
+        if not _close(old[key], new[key]):
+            raise UserError(
+                f"the data is not what {workdir} began with, {key}: {old[key]} -> {new[key]}; "
+                "put it back as it was, or use another --workdir"
+            )
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Equal but for the last digits of a mean, which may differ between machines."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_close, a, b))
+    if isinstance(a, float) or isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return a == b
+
+
+def write_json(path: epath.Path | pathlib.Path, content: Any) -> None:
+    storage.write_whole(path, json.dumps(content, indent=2, default=number) + "\n")
+
+
+def plain(content: Any) -> Any:
+    """What comes back when it is written to JSON and read."""
+    return json.loads(json.dumps(content, default=number))
 
 
 def number(value: Any) -> Any:

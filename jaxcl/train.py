@@ -1,20 +1,21 @@
 """The loop, read top to bottom: data -> update -> metrics -> evaluate -> checkpoint -> report."""
 
+import contextlib
 import json
 import logging
 import math
 import os
-import pathlib
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
-from jaxcl import report, run_folder, sharding
+from jaxcl import report, run_folder, sharding, storage
 from jaxcl.checkpoint import Checkpoints, Preemption
 from jaxcl.data import Loader, order_of, source_of
 from jaxcl.durations import to_steps
@@ -22,7 +23,7 @@ from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.evaluate.suite import Evaluation
 from jaxcl.monitor import compile_monitor
 from jaxcl.recipe import Recipe, build_recipe, data_facts
-from jaxcl.report import MetricsWriter, Progress, read_metrics
+from jaxcl.report import JsonLines, MetricsWriter, Progress, read_metrics
 from jaxcl.train_state import TrainState
 from jaxcl.update import compile_update, init_state
 from jaxcl.weights import starting_weights
@@ -33,11 +34,25 @@ say = logging.getLogger("jaxcl")
 def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Train what the config says in `workdir`, or go on where it stopped; -> the contents of results.json.
 
-    Errors: UserError before anything compiles; Diverged when the loss is no longer finite; Preempted after a SIGTERM,
-    with everything saved.
+    Errors: UserError before anything compiles, and where the disk of `workdir` takes no more; Diverged when the loss is
+    no longer finite; Preempted after a SIGTERM, with everything saved.
     """
+    preemption = Preemption(at_once=True)
+    with contextlib.ExitStack() as held:  # the lock of the folder
+        held.callback(preemption.close)
+        try:
+            return _run(config, workdir, preemption, held)
+        except OSError as error:
+            if reason := storage.refusal(error):
+                what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
+                raise UserError(f"{what}; make room, then the same command goes on") from None
+            raise
+
+
+def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption, held: contextlib.ExitStack) -> dict:
     started = time.monotonic()
-    workdir = pathlib.Path(workdir)
+    storage.need_library(workdir)
+    workdir = epath.Path(workdir)
     configs.check(config)
     plain = configs.to_dict(config)
     if (results := run_folder.finished(workdir, plain)) is not None:
@@ -56,12 +71,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     writes = jax.process_index() == 0
     order = order_of(config, source)
     weights = {} if _has_checkpoint(workdir) else starting_weights(config, recipe)
-    run_folder.claim(workdir, plain, facts | {"class_names": source.class_names}, writes)
+    if lock := run_folder.claim(workdir, plain, facts | {"class_names": source.class_names}, writes):
+        held.callback(lock.close)
 
     # ---- state: the newest checkpoint of this workdir, else fresh
     mesh = sharding.make_mesh(devices)
     replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    about = {"config": configs.fingerprint(plain), "data": run_folder.plain(facts), "batch_size": recipe.batch_size}
+    about |= {"devices": devices, "processes": jax.process_count()}
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, about=about)
     state, step = _initial_state(recipe, checkpoints, replicated, weights)
     if step:
         say.info("resuming %s from step %d", workdir, step)
@@ -69,11 +87,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     # ---- loop
     total = recipe.total_steps
     metrics_writer = MetricsWriter(workdir, first_step=step) if writes else None
+    examples = _examples(workdir, step) if config.log_examples else None
     stream = None if writes else open(os.devnull, "w")
     progress = Progress(total, initial=step, unit_images=recipe.batch_size, stream=stream)
     monitor = compile_monitor(recipe, replicated, rows)
     updates, pending, log = {}, None, _Log(recipe, metrics_writer, progress, every["log"])
-    preemption = Preemption()
     best = _Best(workdir, config, recipe)
     loader = Loader(
         source,
@@ -88,6 +106,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     )
     try:
         log.begin(loader)
+        preemption.loop_begins()
         while step < total:
             phase = recipe.phase(step)
             if phase not in updates:
@@ -101,10 +120,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             if pending is not None:
                 log.add(*pending)
             step, pending = step + 1, (step + 1, metrics)
+            if examples:
+                examples.write({"step": step, "index": _local_rows(batch["index"])})
 
             due = step == total or step % every["checkpoint"] == 0
             evaluate = step < total and every["eval"] and step % every["eval"] == 0
             preempted = preemption.reached(step)
+            if lock:
+                lock.check()
             if due or evaluate or preempted:
                 log.add(*pending)  # waits for this step: a state whose loss is not finite is never saved
                 pending = None
@@ -115,20 +138,22 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
                 best.offer(step, state, figures)
                 log.begin(loader)
             if due or preempted:
+                for record in filter(None, (metrics_writer, examples)):
+                    record.flush()
                 checkpoints.save(step, state)
-            if preempted and step < total:
+            if preempted:
                 checkpoints.wait()
                 raise Preempted(f"stopped at step {step} of {total} on request; the same command goes on from there")
+        preemption.loop_ended()
     except Diverged as error:
         raise Diverged(_diverged(error, checkpoints)) from None
     finally:
-        log.flush()
-        loader.close()
-        preemption.close()
-        progress.close()
-        checkpoints.close()
-        if metrics_writer:
-            metrics_writer.close()
+        # All of them, whatever one of them says: what was saved must be complete before this process ends.
+        with contextlib.ExitStack() as closing:
+            for record in filter(None, (metrics_writer, examples)):
+                closing.callback(record.close)
+            for close in (checkpoints.close, progress.close, loader.close, log.flush):  # from the last to the first
+                closing.callback(close)
 
     # ---- evaluation, results, report
     trained = time.monotonic()
@@ -170,7 +195,7 @@ def _intervals(config: ConfigDict, recipe: Recipe) -> dict[str, int]:
     }
 
 
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
+def _has_checkpoint(workdir: epath.Path) -> bool:
     """Whether there is a state to go on from: weights to begin with are then of the past, and need not be there."""
     folder = workdir / "checkpoints"
     if not folder.is_dir():
@@ -194,7 +219,26 @@ def _initial_state(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create, seed, weights)
     )
     state = checkpoints.restore(abstract)
-    return state, checkpoints.latest
+    return state, int(state.step)  # an older one's where the newest is damaged
+
+
+def _examples(workdir: epath.Path, step: int) -> JsonLines:
+    """Which examples this process fed to each update, step by step."""
+    part = f"-{jax.process_index()}" if jax.process_index() else ""
+    return JsonLines(workdir / f"examples{part}.jsonl", first_step=step)
+
+
+def _local_rows(index: jax.Array) -> list[int]:
+    parts = sorted(index.addressable_shards, key=lambda s: s.index[0].start or 0)
+    return [i for part in parts if part.replica_id == 0 for i in np.asarray(part.data).tolist()]
+
+
+def _last_good(workdir: str | os.PathLike) -> str:
+    folder = epath.Path(workdir) / "checkpoints"
+    if not folder.exists():
+        return "no checkpoint was saved yet"
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.last_good()
 
 
 class _Log:
@@ -254,7 +298,7 @@ class _Log:
 class _Best:
     """Keeps the state that is best on the validation split; without one there is no best, only a last."""
 
-    def __init__(self, workdir: pathlib.Path, config: ConfigDict, recipe: Recipe):
+    def __init__(self, workdir: epath.Path, config: ConfigDict, recipe: Recipe):
         self._on = bool(config.checkpoint.keep_best and config.data.validation)
         self._recipe, self._path, self._file = recipe, workdir / "best", workdir / "best.json"
         self._record = json.loads(self._file.read_text()) if self._on and self._file.exists() else None

@@ -1,9 +1,12 @@
 """Checkpoints: the same bits on another number of devices, and never half of one."""
 
+import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
+import subprocess
 
 import jax
 import numpy as np
@@ -12,7 +15,7 @@ import tiny
 
 from jaxcl import sharding
 from jaxcl.checkpoint import Checkpoints, Preemption
-from jaxcl.errors import UserError
+from jaxcl.errors import Preempted, UserError
 from jaxcl.update import init_state
 
 
@@ -159,3 +162,127 @@ def test_preemption_is_noticed_and_the_handler_given_back():
         preemption.close()
     assert signal.getsignal(signal.SIGTERM) is before
     preemption.close()
+
+
+# ---- damage
+
+
+def truncate(folder):
+    path = next(iter((folder / "state" / "d").iterdir()))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(folder):
+    path = next(iter((folder / "state" / "d").iterdir()))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose(folder):
+    (folder / "state" / "_METADATA").unlink()
+
+
+def lose_unsealed(folder):
+    """A kill came before the manifest, and then the disk lost a file."""
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "state" / "d")
+    shutil.rmtree(folder / "state" / "ocdbt.process_0")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lose, lose_unsealed])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, damage, caplog):
+    damage(copy / "7")
+    with Checkpoints(copy) as checkpoints, caplog.at_level("WARNING", logger="jaxcl"):
+        assert checkpoints.latest == 7
+        assert_same(checkpoints.restore(abstract()), state_of(seed=3, step=3))
+        (line,) = [r.getMessage() for r in caplog.records if r.name == "jaxcl"]
+        assert f"{copy}/7 is damaged" in line and line.endswith("trying the one before") and "\n" not in line
+        assert checkpoints.latest == 3 and (copy / "damaged-7").is_dir()
+        checkpoints.save(7, state_of(seed=9, step=7))  # its step comes again
+        checkpoints.wait()
+        assert_same(checkpoints.restore(abstract()), state_of(seed=9, step=7))
+
+
+def test_damage_with_nothing_before_it(copy):
+    flip(copy / "7")
+    with Checkpoints(copy, read_only=True) as checkpoints, pytest.raises(UserError, match="step 7: .* has changed"):
+        checkpoints.restore(abstract(), 7)
+    truncate(copy / "3")
+    with Checkpoints(copy) as checkpoints, pytest.raises(UserError) as error:
+        checkpoints.restore(abstract())
+    text = str(error.value)
+    assert text.startswith(f"no checkpoint in {copy} can be read: step 7: ") and "step 3: " in text and "\n" not in text
+    assert (copy / "7").is_dir()  # left as it was found
+
+
+def test_the_manifest_says_what_it_is_of(tmp_path):
+    with Checkpoints(tmp_path, about={"config": "abc", "batch_size": 16}) as checkpoints:
+        checkpoints.save(4, state_of(step=4))
+    manifest = json.loads((tmp_path / "4" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["config"], manifest["batch_size"]) == (4, "abc", 16)
+    on_disk = {os.path.relpath(p, tmp_path / "4"): p.stat().st_size for p in (tmp_path / "4").rglob("*") if p.is_file()}
+    del on_disk["manifest.json"]
+    assert {name: size for name, (size, _) in manifest["files"].items()} == on_disk
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, which only root may mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True)
+    except OSError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip("may not mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line(small_disk):
+    with pytest.raises(UserError) as error, Checkpoints(small_disk / "c") as checkpoints:
+        checkpoints.save(1, state_of(step=1))
+        checkpoints.wait()
+        with contextlib.suppress(OSError), open(small_disk / "more", "wb", buffering=0) as more:
+            while more.write(b"x" * 4096):
+                pass
+        checkpoints.save(2, state_of(step=2))
+        checkpoints.wait()
+    text = str(error.value)
+    assert text.startswith(f"cannot save a checkpoint in {small_disk}/c: no space left on the device; the last good")
+    assert "checkpoint is step 1; make room" in text and "\n" not in text
+    (small_disk / "more").unlink()
+    with Checkpoints(small_disk / "c") as checkpoints:
+        assert checkpoints.steps == (1,)
+        assert_same(checkpoints.restore(abstract()), state_of(step=1))
+        checkpoints.save(2, state_of(step=2))
+        checkpoints.wait()
+        assert checkpoints.latest == 2
+
+
+# ---- notices outside of the loop
+
+
+def test_preemption_before_and_after_the_loop():
+    preemption = Preemption(at_once=True)
+    try:
+        with pytest.raises(Preempted, match="outside of the training loop"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        preemption.close()
+    preemption = Preemption(at_once=True)
+    try:
+        preemption.loop_begins()
+        assert not preemption.reached(1)
+        preemption.loop_ended()
+        with pytest.raises(Preempted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # one is enough: what cleans up after it must not be torn
+    finally:
+        preemption.close()

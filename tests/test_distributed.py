@@ -3,11 +3,18 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
+import pytest
+
+from jaxcl import distributed
+from jaxcl.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -93,3 +100,149 @@ def test_losses_over_two_processes(tmp_path):
         for got, want in zip(two["grads"], one["grads"], strict=True):
             np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
             assert np.abs(want).max() > 1e-4
+
+
+# ---- start-up and loss
+
+
+def command(*own: str, devices: int = 1) -> subprocess.Popen:
+    return launch(devices, "-m", "jaxcl.main", *FLAGS, *own)
+
+
+def test_processes_that_never_come(tmp_path):
+    """A coordinator that is not there, and one whom nobody joins: a line each, and in time."""
+    specs = [f"--distributed={free_address()},2,{i}" for i in (1, 0)]
+    processes = [command(spec, "--join_timeout=2", f"--workdir={tmp_path / 'run'}") for spec in specs]
+    said = [p.communicate(timeout=300)[0] for p in processes]
+    assert [p.returncode for p in processes] == [2, 2], said
+    for spec, text in zip(specs, said, strict=True):
+        assert text.startswith(f"jaxcl: the processes of this run did not find each other in time ({spec} --join")
+        assert len(text.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_dead_host(tmp_path, dies):
+    """The one that is left says so in a line and ends with 75; then the same command goes on, on one process."""
+    address, workdir = free_address(), tmp_path / "run"
+    long = [f"--workdir={workdir}", "--heartbeat_timeout=10", "--config.duration=3000", "--config.checkpoint.every=5"]
+    processes = [command(f"--distributed={address},2,{i}", *long) for i in range(2)]
+    until(lambda: (workdir / "checkpoints" / "5" / "manifest.json").exists())
+    processes[dies].kill()
+    killed = time.monotonic()
+    text = processes[1 - dies].communicate(timeout=120)[0]
+    assert processes[1 - dies].returncode == 75 and time.monotonic() - killed < 60
+    (line,) = [x for x in text.splitlines() if x.startswith("jaxcl: ")]
+    assert line.startswith("jaxcl: another process of this run has ended or cannot be reached")
+    assert "Traceback" not in text and "Check failure" not in text
+    processes[dies].communicate()
+    again = command("--distributed=off", *long)
+    until(lambda: len(losses(workdir)) > 10)
+    again.terminate()
+    text = again.communicate(timeout=120)[0]
+    assert again.returncode == 75 and f"resuming {workdir} from step" in text
+
+
+def until(ready, seconds: float = 240.0) -> None:
+    for _ in range(int(seconds / 0.05)):
+        if ready():
+            return
+        time.sleep(0.05)
+    pytest.fail("it never came to that")
+
+
+def test_what_is_wrong_with_an_address():
+    for spec in (
+        "127.0.0.1,2,0",
+        "host:port,2,0",
+        ":80,2,0",
+        "host:80,2,2",
+        "host:80,2,-1",
+        "host:80,2",
+        "yes",
+        "h:0,1,0",
+    ):
+        with pytest.raises(UserError, match="--distributed is '.*'; expected off, auto or HOST:PORT,COUNT,ID"):
+            distributed.join(spec)
+    assert distributed._parse("[::1]:80,2,1") == ("[::1]:80", 2, 1)
+    distributed.join("off")
+
+
+@pytest.mark.parametrize(
+    "variable, words",
+    [
+        ("SLURM_JOB_ID", "must be started by srun, one task a GPU"),
+        ("OMPI_COMM_WORLD_SIZE", r"--distributed=HOST:PORT,\$OMPI_COMM_WORLD_SIZE,\$OMPI_COMM_WORLD_RANK"),
+        ("KUBERNETES_SERVICE_HOST", r"pip install 'jaxcl\[k8s\]' and an account that may list pods"),
+        ("NOTHING", "on one machine leave it out"),
+    ],
+)
+def test_half_a_cluster(variable, words, monkeypatch):
+    for name in ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "1")
+
+    def none_found(*args, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", none_found)
+    with pytest.raises(UserError, match=words):
+        distributed.join("auto")
+
+
+def test_timeouts_reach_jax(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: seen.append((a, k)))
+    distributed.join("auto", timeout=7, heartbeat=9)
+    distributed.join("h:80,3,2", timeout=7, heartbeat=9)
+    options = {"initialization_timeout": 7, "heartbeat_timeout_seconds": 9}
+    assert seen == [((), options), (("h:80", 3, 2), options)]
+
+
+ABORTS = r"""
+import os, sys
+print("step 1/9", file=sys.stderr, flush=True)
+os.write(2, b"E1128 17:26:59.237613 1 coordination_service.cc:1199] Stopping\n\n")
+os.write(2, b"F1128 17:25:11.3 1 client.h:80] Terminating process because the JAX distributed service detected fatal "
+            b"errors. UNAVAILABLE\n\nRPC: /xla.coordination.CoordinationService/@RPC@\n*** Check failure\n")
+os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    "program, code, said",
+    [
+        (ABORTS.replace("@RPC@", "PollForError"), 75, "step 1/9\njaxcl: another process of this run has ended"),
+        (
+            ABORTS.replace("@RPC@", "RegisterTask"),
+            2,
+            "step 1/9\njaxcl: the processes of this run did not find",
+        ),
+        ("import os; os.write(2, b'W1128 9 coordination_service.cc:1] late\\nok\\n')", 0, "ok\nW1128"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137, ""),
+        ("import sys; sys.exit('jaxcl: wrong')", 1, "jaxcl: wrong\n"),
+    ],
+)
+def test_the_parent_says_it_in_one_line(program, code, said, monkeypatch, capfdbinary):
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", program])
+    monkeypatch.setattr(sys, "argv", ["main", "--distributed=h:80,2,1"])
+    try:
+        assert distributed.guard() == code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    text = capfdbinary.readouterr().err.decode()
+    assert text.startswith(said) and "Check failure" not in text
+    assert not said.count("jaxcl: ") or len(text.splitlines()) == len(said.splitlines())
+
+
+def test_who_needs_a_parent(monkeypatch):
+    monkeypatch.delenv("JAXCL_GUARDED", raising=False)
+    assert distributed.wants_guard(["main", "--distributed=auto"])
+    assert distributed.wants_guard(["main", "--distributed", "h:80,2,0", "--workdir=x"])
+    assert not distributed.wants_guard(["main", "--workdir=x"])
+    assert not distributed.wants_guard(["main", "--distributed=auto", "--distributed=off"])
+    monkeypatch.setenv("JAXCL_GUARDED", "1")
+    assert not distributed.wants_guard(["main", "--distributed=auto"])

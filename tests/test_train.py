@@ -1,5 +1,6 @@
 """The loop end to end, on the project's own configs made small: run, stop, go on, finish, and every way to be wrong."""
 
+import errno
 import functools
 import importlib.util
 import json
@@ -13,10 +14,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 from jaxcl import run_folder, sharding, train
 from jaxcl.checkpoint import Checkpoints
+from jaxcl.data.loader import example_ids
 from jaxcl.errors import Diverged, Preempted, UserError
+from jaxcl.lock import RunLock
 from jaxcl.report import read_metrics
 from jaxcl.update import init_state
 
@@ -346,3 +350,47 @@ def test_json_is_whole_or_not_there(tmp_path):
     with pytest.raises(TypeError):
         run_folder.write_json(path, {"a": object()})
     assert json.loads(path.read_text())["a"] == 0.5
+
+
+# ---- the folder
+
+
+def test_data_that_changed_since(tmp_path):
+    facts = {"num_examples": 64, "mean": (0.1, 0.2), "labelled": True}
+    folder = epath.Path(tmp_path)
+    run_folder.claim(folder, {"seed": 0}, facts, True).close()
+    run_folder.claim(folder, {"seed": 0}, facts | {"mean": (0.1 + 1e-9, 0.2)}, True).close()  # another machine's sum
+    with pytest.raises(UserError) as error:
+        run_folder.claim(folder, {"seed": 0}, facts | {"num_examples": 65}, True)
+    assert str(error.value) == (
+        f"the data is not what {tmp_path} began with, num_examples: 64 -> 65; "
+        "put it back as it was, or use another --workdir"
+    )
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_a_full_disk_ends_the_run_in_one_line(undisturbed, npz, tmp_path, monkeypatch):
+    """While the metrics are written; with room again the same command comes to the same end."""
+    reference, _ = undisturbed
+    c = config(npz=npz)
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "MetricsWriter", writer_that(full, 7))
+        with pytest.raises(UserError) as error:
+            train.run(c, tmp_path)
+    assert str(error.value) == (
+        f"cannot write in {tmp_path}: no space left on the device; the last good checkpoint is step 4; "
+        "make room, then the same command goes on"
+    )
+    with pytest.raises(UserError, match=f"{tmp_path} is in use by process {os.getpid()}"), RunLock(tmp_path):
+        train.run(c, tmp_path)
+    c.log_examples = True
+    train.run(c, tmp_path)
+    same_run(tmp_path, reference, c)
+    rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(5, STEPS + 1))  # it was switched on at step 4
+    ids = example_ids(64, batch_size=16, seed=0, start_step=4)
+    assert [i for r in rows for i in r["index"]] == [ids[i] for i in range(16 * len(rows))]

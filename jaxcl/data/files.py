@@ -20,6 +20,7 @@ from jaxcl.data import hashing, images
 from jaxcl.data.base import TEST_PART, Select, Source, hold_out, moments
 from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, in_threads, source_in_memory
 from jaxcl.errors import UserError
+from jaxcl.storage import is_remote
 
 say = logging.getLogger("jaxcl")
 
@@ -305,11 +306,6 @@ def _refuse(listing: Listing, bad: dict[int, str]) -> None:
 
 
 # ---- paths
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is one of a bucket ("gs://...")."""
-    return "://" in path
 
 
 def join(folder: str, name: str) -> str:

@@ -1,13 +1,15 @@
 """`npz:PATH`: the reader's own arrays, in one NumPy file. Never unpickles."""
 
+import io
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from jaxcl.data.base import TEST_PART, Select, Source, as_rgb, hold_out, moments
 from jaxcl.errors import UserError
+from jaxcl.storage import is_remote
 
 # Integer columns beside the images, and the word for one of their values.
 COLUMNS = {"labels": "class", "coarse_labels": "coarse", "groups": "group"}
@@ -22,7 +24,7 @@ def load(path: str, *, split: str, select: Select) -> Source:
     and `groups` (names: `group_names`), for worst-group accuracy; `train_` and `test_` go before these too. A file
     without a test part gives up a fixed tenth of every class as test, the same whatever the seed of the run.
     """
-    arrays = _read(Path(path).expanduser())
+    arrays = _read(epath.Path(path).expanduser())
     parts = {}
     for part, prefix in (("train", "" if "images" in arrays else "train_"), ("test", "test_")):
         images = arrays.get(f"{prefix}images")
@@ -70,11 +72,12 @@ def load(path: str, *, split: str, select: Select) -> Source:
     )
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
+def _read(path: epath.Path) -> dict[str, np.ndarray]:
+    if not path.exists() or path.is_dir():
         raise UserError(f"no file at {path}; npz:PATH expects a file written with numpy.savez")
     try:
-        file = np.load(path, allow_pickle=False)
+        whole = io.BytesIO(path.read_bytes()) if is_remote(path) else path
+        file = np.load(whole, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise UserError(f"{path} is a single array; npz:PATH expects a file written with numpy.savez")
         with file:

@@ -117,16 +117,16 @@ def open_run(
     recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
     mesh = sharding.make_mesh()
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.latest if step is None else step
-        if step is None:
+        if checkpoints.latest is None:
             raise UserError(f"{workdir} has no checkpoint yet; let the run save one first")
-        if step not in checkpoints.steps:
+        if step is not None and step not in checkpoints.steps:
             there = ", ".join(map(str, checkpoints.steps))
             raise UserError(f"{workdir} has no checkpoint of step {step}; it has {there}")
         place = sharding.replicated(mesh)
         abstract = jax.eval_shape(lambda: init_state(recipe))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
-        state = checkpoints.restore(abstract, step)
+        state = checkpoints.restore(abstract, step)  # the newest: or the one before, where that is damaged
+        step = int(state.step) if step is None else step
     return Saved(
         workdir=workdir,
         config=config,

@@ -3,10 +3,10 @@
 Everything here takes NumPy arrays and plain dicts; nothing imports a model, a loss or jax.
 """
 
-from jaxcl.report.metrics import MetricsWriter, read_metrics
+from jaxcl.report.metrics import JsonLines, MetricsWriter, read_metrics
 from jaxcl.report.progress import Progress
 
-__all__ = ["MetricsWriter", "Progress", "read_metrics", "write_report"]
+__all__ = ["JsonLines", "MetricsWriter", "Progress", "read_metrics", "write_report"]
 
 
 def __getattr__(name: str):

@@ -1,28 +1,144 @@
-"""Metrics as they come: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard."""
+"""Metrics as they come: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard.
+
+On a local disk each line is there as soon as it is written. To an object store nothing can be appended: the files are
+kept in a temporary folder and put up whole, every half minute, before a checkpoint and at the end. What a kill takes
+are then lines after the last checkpoint, whose steps are done again anyway.
+"""
 
 import json
 import math
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
+
+from jaxcl import storage
 
 FILE_NAME = "metrics.jsonl"
+PUT_UP_SECONDS = 30.0
 # JSON has no word for these. As strings they stay valid JSON, stay apart from each other, and pandas reads
 # the column as numbers again.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
+class JsonLines:
+    """A file of JSON lines to append to, cut back to `first_step` first: what came later will be written again.
+
+    A last line cut short by a kill is dropped too. first_step 0 starts the file afresh.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, first_step: int = 0):
+        self._path = storage.folder(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _keep_until(self._path, first_step)
+        self._away = _Away(self._path.parent) if storage.is_remote(self._path) else None
+        local = self._away.fetch(self._path.name) if self._away else pathlib.Path(self._path)
+        self._file = open(local, "a", encoding="utf-8")
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """One object, which has a "step"."""
+        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._away:
+            self._away.put_up(PUT_UP_SECONDS)
+
+    def flush(self) -> None:
+        """Until all lines are where the file belongs."""
+        if self._away:
+            self._away.put_up()
+
+    def close(self) -> None:
+        """May be called twice."""
+        if not self._file.closed:
+            self._file.close()
+            self.flush()
+
+
+class _Away:
+    """A local folder whose files are put into an object store whole."""
+
+    def __init__(self, remote: epath.Path):
+        self._remote, self._sizes, self._last = remote, {}, time.monotonic()
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxcl-")
+        self.path = pathlib.Path(self._folder.name)
+
+    def fetch(self, name: str) -> pathlib.Path:
+        """The local copy of a file, empty where there is none."""
+        remote, local = self._remote / name, self.path / name
+        local.write_bytes(remote.read_bytes() if remote.exists() else b"")
+        self._sizes[local] = local.stat().st_size
+        return local
+
+    def put_up(self, seconds: float = 0.0) -> None:
+        """Put up what has grown, unless that was done within the last `seconds`."""
+        if time.monotonic() - self._last < seconds:
+            return
+        for local in sorted(self.path.iterdir()):
+            if (size := local.stat().st_size) != self._sizes.get(local):
+                storage.write_whole(self._remote / local.name, local.read_bytes())
+                self._sizes[local] = size
+        self._last = time.monotonic()
+
+
+class _Board:
+    """A TensorBoard event file. Written as it comes: the usual writer's thread dies unseen when a disk is full, and
+    whoever feeds it then waits for ever."""
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event, self._away = Event, None
+        if storage.is_remote(folder):
+            self._away = _Away(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+        local = self._away.path if self._away else folder
+        # Named as TensorBoard expects, in the order of time; two of one second are told apart by their processes.
+        self._writer = EventsWriter(os.path.join(local, "events"), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
+        if first_step:  # makes TensorBoard forget the replayed steps of the earlier event files
+            log = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=log))
+        self.flush()
+
+    def add(self, step: int, scalars: Mapping[str, float], now: float) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in scalars.items():
+            # TensorBoard plots nothing of the others, and tensorboardX prints a warning for each.
+            if math.isfinite(value):
+                self._writer.write_event(self._event(wall_time=now, step=step, summary=scalar(name, value)))
+        self._writer.flush()
+        if self._away:
+            self._away.put_up(PUT_UP_SECONDS)
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if self._away:
+            self._away.put_up()
+
+    def close(self) -> None:
+        self._writer.close()
+        if self._away:
+            self._away.put_up()
+
+
 class MetricsWriter:
-    """Appends metrics to `workdir/metrics.jsonl` (flushed line by line) and to `workdir/tensorboard`.
+    """Appends metrics to `workdir/metrics.jsonl` and to `workdir/tensorboard`.
 
     Only one process may write a workdir; in a run of several processes the caller makes it process 0.
 
     Args:
-      workdir: the run folder, created if missing.
+      workdir: the run folder, created if missing; local or in an object store.
       tensorboard: also write TensorBoard event files.
       first_step: the step the run continues from (that of its checkpoint). What an earlier, interrupted run
         wrote for later steps will be written again, so it is dropped here and no step appears twice; a last
@@ -30,19 +146,9 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True, first_step: int = 0):
-        workdir = pathlib.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / FILE_NAME
-        _keep_until(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            # purge_step makes TensorBoard forget the replayed steps of the earlier event files.
-            self._board = SummaryWriter(
-                logdir=str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else 0
-            )
+        workdir = storage.folder(workdir)
+        self._lines = JsonLines(workdir / FILE_NAME, first_step=first_step)
+        self._board = _Board(workdir / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any], **extra: Any) -> None:
         """Writes one line.
@@ -55,28 +161,31 @@ class MetricsWriter:
         Raises:
           ValueError: a name is "step" or "time", is given twice, or its value is not a scalar.
         """
-        if self._file.closed:
+        if self._lines.closed:
             raise ValueError("this MetricsWriter is closed")
         scalars = {name: _scalar(name, value) for name, value in metrics.items()}
         taken = ({"step", "time"} & (scalars.keys() | extra.keys())) | (scalars.keys() & extra.keys())
         if taken:
             raise ValueError(f"metric names already in use on this line: {sorted(taken)}")
         now = time.time()
-        line = {"step": int(step), "time": round(now, 3), **scalars, **extra}
-        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.write({"step": int(step), "time": round(now, 3), **scalars, **extra})
         if self._board is not None:
-            for name, value in scalars.items():
-                # tensorboardX prints a warning for each of these and plots nothing; the JSON line keeps them.
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, int(step), walltime=now)
+            self._board.add(int(step), scalars, now)
+
+    def flush(self) -> None:
+        """Until everything is where it belongs; before a checkpoint, which must not be ahead of its record."""
+        self._lines.flush()
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes both records; may be called twice."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        board, self._board = self._board, None
+        try:
+            self._lines.close()
+        finally:
+            if board is not None:
+                board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -87,7 +196,7 @@ class MetricsWriter:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads `workdir/metrics.jsonl` in the order written, "nan" and "inf" as floats; [] if there is none."""
-    path = pathlib.Path(workdir) / FILE_NAME
+    path = epath.Path(workdir) / FILE_NAME
     if not path.exists():
         return []
     rows = []
@@ -109,7 +218,7 @@ def _rows(text: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def _keep_until(path: pathlib.Path, first_step: int) -> None:
+def _keep_until(path: epath.Path, first_step: int) -> None:
     """Rewrites `path` with the steps 1..first_step of a run that is continued, in one atomic replacement."""
     if not path.exists():
         return
@@ -119,12 +228,7 @@ def _keep_until(path: pathlib.Path, first_step: int) -> None:
     after = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if after == before:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(after)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    storage.write_whole(path, after)
 
 
 def _scalar(name: str, value: Any) -> float:

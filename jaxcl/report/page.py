@@ -4,13 +4,14 @@ import html
 import json
 import logging
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
+from etils import epath
 
+from jaxcl import storage
 from jaxcl.report import figures, similarities, transfer, verdict
 from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI
@@ -128,7 +129,7 @@ def write_report(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     panels: Mapping[str, Any],
-) -> pathlib.Path:
+) -> epath.Path:
     """Writes `workdir/report/index.html` and its PNG files.
 
     A figure that cannot be drawn is named on the page and logged; it never costs the run its report.
@@ -149,7 +150,7 @@ def write_report(
     Returns:
       The path of the page.
     """
-    folder = pathlib.Path(workdir) / "report"
+    folder = storage.folder(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     for name in _SECTIONS:  # pictures of an earlier report must not outlive their section
         (folder / f"{name}.png").unlink(missing_ok=True)
@@ -158,7 +159,7 @@ def write_report(
         _log.warning("the report has no section for the panel %r", name)
     sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]
 
-    title = str(config.get("name") or pathlib.Path(workdir).resolve().name)
+    title = str(config.get("name") or storage.folder(workdir).name)
     command = results.get("command") or environment.get("command")
     body = [
         f"<header><h1>{_esc(title)}</h1><p class=lead>{_esc(verdict.sentence(config, results))}</p></header>",
@@ -172,9 +173,7 @@ def write_report(
         "</section>",
     ]
     page = folder / "index.html"
-    temporary = folder / "index.html.tmp"
-    temporary.write_text(_PAGE.format(title=_esc(title), style=_CSS, body="\n".join(body)), encoding="utf-8")
-    os.replace(temporary, page)
+    storage.write_whole(page, _PAGE.format(title=_esc(title), style=_CSS, body="\n".join(body)))
     return page
 
 
@@ -182,7 +181,7 @@ def _present(panel: Any) -> bool:
     return panel is not None and len(panel) > 0
 
 
-def _section(folder: pathlib.Path, name: str, panel: Any) -> str:
+def _section(folder: epath.Path, name: str, panel: Any) -> str:
     title, caption, draw = _SECTIONS[name]
     try:
         figure = draw(panel)

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-import pathlib
+import io
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
@@ -10,6 +11,7 @@ from typing import ParamSpec
 import matplotlib
 import matplotlib.figure
 import numpy as np
+from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # Inches and dots: a figure is 1620 dots wide and shown at 900, so 1 point of type is 1.4 pixels on screen.
@@ -97,11 +99,12 @@ def new_figure(height: float, *, width: float = WIDTH, layout: str | None = "con
     return figure
 
 
-def save(figure: matplotlib.figure.Figure, path: str | pathlib.Path) -> pathlib.Path:
+def save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> epath.Path:
     """Writes a PNG in the style."""
-    path = pathlib.Path(path)
+    path, png = epath.Path(path), io.BytesIO()
     with style():
-        figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
+        figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None})
+    path.write_bytes(png.getvalue())
     return path
 
 

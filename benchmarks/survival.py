@@ -1,0 +1,289 @@
+"""A run that is killed again and again equals one that is left alone.
+
+    python -m benchmarks.survival [--kills=50] [--devices=1,2,4] [--seed=0] [--out=FOLDER]
+
+Real processes of the real command on a tiny network, with fake CPU devices. TERM or KILL, drawn at random, comes while
+a process starts, between two steps, or in the middle of a save; then the same command goes on. One leg for each number
+of devices, and a last one whose every restart draws one of them. Whatever reaches its end is compared with a run that
+was left alone: the examples of each update, the loss curve, and the whole final state. On one number of devices they
+must be equal to the bit; across numbers, where sums are taken in another order, within the tolerances below.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LOSS_TOLERANCE = 1e-3  # relative, at every step
+STATE_TOLERANCE = 1e-3  # of a tensor's largest entry
+CLOCK = ("time", "images_per_second", "data_wait")
+SMALL = [
+    "--config=configs/supcon.py",
+    "--config.data.limit=64",
+    "--config.batch_size=16",
+    "--config.model.stage_sizes=(1,)",
+    "--config.model.stage_widths=(8,)",
+    "--config.model.strides=(1,)",
+    *(f"--config.views.{v}.{p}=0.0" for v in ("view1", "view2") for p in ("jitter_p", "grayscale")),
+    "--config.optimizer.kind=sgd",
+    "--config.optimizer.lr=0.02",
+    "--config.eval.final=('classifier',)",
+    "--config.eval.every=0",
+    "--config.report=False",
+    "--config.log_every=1",
+    "--config.log_examples",
+    "--config.checkpoint.every=4",
+]
+MOMENTS = ("start", "step", "step", "save", "save")
+
+
+class Unequal(AssertionError):
+    """A killed run ended as something else than the undisturbed one."""
+
+
+@dataclasses.dataclass
+class Leg:
+    """One run folder, killed until its kills are used up; a run that ends before is compared and begun anew."""
+
+    name: str
+    devices: Sequence[int]  # each start draws one
+    kills: int
+    folder: pathlib.Path
+    steps: int
+    rng: random.Random
+    moments: Sequence[str] = MOMENTS
+    ready: float = 5.0  # seconds from the start of a process to its first step
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    finished: int = 0
+
+    def run(self) -> Iterator[pathlib.Path]:
+        """Yields the folder of every run that came to its end."""
+        left, under_way = self.kills, False
+        while left or under_way:
+            moment = self.rng.choice(self.moments) if left else ""
+            killed = self._once(moment)
+            left, under_way = left - killed, killed
+            if not killed:
+                self.finished += 1
+                yield self.folder
+                shutil.rmtree(self.folder)
+
+    def _once(self, moment: str) -> bool:
+        """One process, killed at the moment or left to its end; -> whether it was killed."""
+        number = self.rng.choice([signal.SIGTERM, signal.SIGKILL])
+        process, log = start(self.folder, self.rng.choice(self.devices), self.steps)
+        try:
+            if moment:
+                self._wait(moment, process)
+                process.send_signal(number)
+            code = process.wait(timeout=600)
+        finally:
+            process.kill()
+        if code == 0:  # faster than the kill
+            return False
+        # Before Python runs, or while it imports, nothing catches a TERM.
+        expected = (75, -signal.SIGTERM) if number == signal.SIGTERM else (-signal.SIGKILL,)
+        if not moment or code not in expected:
+            raise Unequal(f"{self.name}: exit code {code} after {moment or 'no kill'}\n{log.read_text()[-3000:]}")
+        said = f"{signal.Signals(number).name[3:]} at {moment}"
+        self.counts[said] = self.counts.get(said, 0) + 1
+        return True
+
+    def _wait(self, moment: str, process: subprocess.Popen) -> None:
+        if moment == "start":
+            return _sleep(self.rng.uniform(0, self.ready), process)
+        # What earlier processes left counts for nothing: half of a save, lines after the checkpoint.
+        before, remains = last_step(self.folder), _half_saved(self.folder)
+        target = min(self.steps - 1, _newest(self.folder) + self.rng.randint(1, 8))
+        while process.poll() is None:
+            if moment == "save" and _half_saved(self.folder) - remains:
+                return _sleep(self.rng.uniform(0, 0.03), process)
+            now = last_step(self.folder)
+            if moment == "step" and now != before and now >= target:
+                return _sleep(self.rng.uniform(0, 0.03), process)
+            time.sleep(0.002)
+
+
+def start(workdir: pathlib.Path, devices: int, steps: int) -> tuple[subprocess.Popen, pathlib.Path]:
+    """The command, as anyone would give it; -> (process, its log)."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    log = workdir.with_name(workdir.name + ".log")
+    own = [f"--workdir={workdir}", f"--config.devices={devices}", f"--config.duration={steps}"]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxcl.main", *SMALL, *own], cwd=ROOT, env=environment(), stdout=out, stderr=out
+        )
+    return process, log
+
+
+def environment() -> dict[str, str]:
+    """Fake CPU devices, and a compilation cache, so that a restart need not compile."""
+    there = dict(os.environ)
+    flags = there.get("XLA_FLAGS", "")
+    if "device_count" not in flags:
+        flags = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {flags}"
+    there.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    there.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    return there | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+
+
+def undisturbed(folder: pathlib.Path, devices: int, steps: int) -> float:
+    """A run that is left alone, which also fills the compilation cache; -> seconds to its first step."""
+    begun, ready = time.monotonic(), 0.0
+    process, log = start(folder, devices, steps)
+    while process.poll() is None:
+        if not ready and last_step(folder):
+            ready = time.monotonic() - begun
+        time.sleep(0.01)
+    if process.returncode:
+        raise Unequal(f"the undisturbed run ended with code {process.returncode}\n{log.read_text()[-3000:]}")
+    return ready
+
+
+def compare(killed: pathlib.Path, alone: pathlib.Path, exact: bool) -> dict[str, float]:
+    """The largest deviations. Errors: Unequal."""
+    import numpy as np
+
+    a, b = (rows(f / "examples.jsonl") for f in (killed, alone))
+    if a != b:
+        raise Unequal(f"{killed}: other examples than {alone}")
+    a, b = (rows(f / "metrics.jsonl") for f in (killed, alone))
+    if [r["step"] for r in a] != [r["step"] for r in b]:
+        raise Unequal(f"{killed}: the metrics are of other steps than those of {alone}")
+    loss = max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a, b, strict=True))
+    if (exact and a != b) or loss > LOSS_TOLERANCE:
+        raise Unequal(f"{killed}: losses differ by {loss:.2g} from {alone}")
+    state = 0.0
+    for x, y in zip(final_state(killed), final_state(alone), strict=True):
+        if exact and not np.array_equal(x, y):
+            raise Unequal(f"{killed}: the final state is not that of {alone}")
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        state = max(state, np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-6))
+    if state > STATE_TOLERANCE:
+        raise Unequal(f"{killed}: the final state differs by {state:.2g} from {alone}")
+    return {"loss": loss, "state": state}
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    """What was recorded and does not depend on the clock."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def final_state(workdir: pathlib.Path) -> list:
+    import jax
+    import numpy as np
+
+    from jaxcl.evaluate.runs import load_run
+
+    state = load_run(workdir).state
+    return [np.asarray(x) for x in jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))]
+
+
+def last_step(folder: pathlib.Path) -> int:
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        return json.loads(lines[-1])["step"]
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _newest(folder: pathlib.Path) -> int:
+    """Step of the newest checkpoint."""
+    return max((int(p.name) for p in _listed(folder / "checkpoints") if p.name.isdigit()), default=0)
+
+
+def _half_saved(folder: pathlib.Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were when a process was killed."""
+    found = set()
+    for path in _listed(folder / "checkpoints"):
+        if not path.name.isdigit():
+            try:
+                found.add((path.name, path.stat().st_ino))
+            except OSError:  # complete, and so renamed
+                continue
+    return found
+
+
+def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _sleep(seconds: float, process: subprocess.Popen) -> None:
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        pass
+
+
+def survive(
+    kills: int,
+    devices: Sequence[int],
+    out: pathlib.Path,
+    *,
+    seed: int = 0,
+    steps: int = 96,
+    mixed: bool = True,
+    moments: Sequence[str] = MOMENTS,
+    say=print,
+) -> list[Leg]:
+    """Kill and compare, leg by leg. Errors: Unequal."""
+    ready = {n: undisturbed(out / f"alone-{n}", n, steps) for n in devices}
+    plans = [(f"{n} device{'s' * (n > 1)}", [n]) for n in devices]
+    if mixed and len(devices) > 1:
+        plans.append((f"{', '.join(map(str, devices))} devices in turn", list(devices)))
+    legs = []
+    for i, (name, numbers) in enumerate(plans):
+        share = kills * (i + 1) // len(plans) - kills * i // len(plans)
+        folder = out / f"killed-{'-'.join(map(str, numbers))}"
+        rng = random.Random(f"{seed} {name}")
+        leg = Leg(name, numbers, share, folder, steps, rng, moments, max(ready[n] for n in numbers))
+        far = {"loss": 0.0, "state": 0.0}
+        for done in leg.run():
+            found = compare(done, out / f"alone-{numbers[0]}", exact=len(numbers) == 1)
+            far = {k: max(far[k], found[k]) for k in far}
+        legs.append(leg)
+        how = "equal to the bit" if len(numbers) == 1 else f"loss within {far['loss']:.1e}, state {far['state']:.1e}"
+        what = ", ".join(f"{n} {k}" for k, n in sorted(leg.counts.items()))
+        say(f"{name}: {sum(leg.counts.values())} kills ({what}), {leg.finished} runs to the end: same examples, {how}")
+    return legs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--devices", default="1,2,4", help="fake CPU devices, at most 8")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; how far a process has come is its own")
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--out", default="", help="keep run folders and logs here")
+    arguments = parser.parse_args()
+    os.environ.update({k: v for k, v in environment().items() if k.startswith(("JAX", "XLA"))})
+    devices = [int(n) for n in arguments.devices.split(",")]
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = pathlib.Path(arguments.out or temporary)
+        try:
+            legs = survive(arguments.kills, devices, out, seed=arguments.seed, steps=arguments.steps)
+        except Unequal as error:
+            print(f"NOT EQUAL: {error}")
+            return 1
+    total = sum(sum(leg.counts.values()) for leg in legs)
+    print(f"{total} kills in {time.monotonic() - begun:.0f} s: nothing lost, nothing repeated, nothing changed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
