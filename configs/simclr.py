@@ -52,7 +52,7 @@ def get_config(preset: str = ""):
     if dataset in STANDARD and scale == "paper":
         _standard(c)
     if labels == "unlabelled":
-        del c.memory.probe
+        base.without_labels(c)
     return c
 
 

@@ -95,14 +95,17 @@ def default() -> ConfigDict:
     # encoder of coarse ones), transfer_augmented (the same by the protocol of its paper); worst_group (where groups are
     # known); collapse (spread of the embeddings); ood (shifted, corrupted, shuffled and other images); shape_bias
     # (of images whose texture speaks for another class); linear_sgd (a probe on augmented images, by the data set's
-    # usual schedule); invariance (of each stage, to what); color (what is kept of it); dense (labels of pixels from
-    # each stage's map).
+    # usual schedule); neighbours (the nearest images, and near-duplicates; needs no labels); invariance (of each stage,
+    # to what); color (what is kept of it); dense (labels of pixels from each stage's map).
     c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
     c.eval.knn_features = ""  # knn's own choice of the two; "": as above
     c.eval.knn_k = 200
     c.eval.knn_temperature = 0.1
+    c.eval.neighbours = 8  # of each image, in the evaluator of that name
+    c.eval.duplicate_cosine = 0.95  # near-duplicates: features at least so alike,
+    c.eval.duplicate_pixels = 0.08  # and pixels no further apart, root mean square, as a share of their range
     c.eval.logistic_epochs = 1000
     c.eval.logistic_batch_size = 256
     c.eval.logistic_lr = 3e-4  # of Adam, constant
@@ -156,6 +159,7 @@ __all__ = [
     "term",
     "title",
     "view",
+    "without_labels",
 ]
 
 
@@ -209,6 +213,14 @@ def memory(kind: str, *, optimizer: Mapping[str, Any] | None = None, **overrides
     if recipe.MEMORY[kind].trained:
         c.optimizer = options(OptimizerOptions, **(optimizer or {}))
     return c
+
+
+def without_labels(c: ConfigDict) -> None:
+    """No classifier beside the encoder, and an evaluation that needs none: what lies near what."""
+    if "probe" in c.memory:
+        del c.memory.probe
+    if "neighbours" not in c.eval.final:
+        c.eval.final += ("neighbours",)
 
 
 def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:

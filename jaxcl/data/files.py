@@ -93,7 +93,7 @@ def load(
     about = dict(mean=mean, std=std, name=listing.spec, split=split)
     if files.images is None and not files.fits(len(rows)):
         return DiskSource(reader=files, rows=rows, **about)
-    return source_in_memory(files, *files.read_all(rows), **about)
+    return source_in_memory(files, *files.read_all(rows), names_of_rows=files.names(rows), **about)
 
 
 class Files(Reader):
@@ -135,6 +135,9 @@ class Files(Reader):
 
     def columns(self, rows: np.ndarray) -> np.ndarray:
         return self.listing.columns[:, rows]
+
+    def names(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self.listing.names[i] for i in rows], object)
 
     def labelled(self, rows: np.ndarray) -> bool:
         return bool((self.listing.columns[0, rows] >= 0).all())
