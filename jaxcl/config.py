@@ -28,6 +28,7 @@ FREE_KEYS = (
     "collapse_every",
     "checkpoint",
     "report",
+    "wandb",
     "eval",
     "devices",
     "data.prefetch",
@@ -128,6 +129,7 @@ def default() -> ConfigDict:
     c.checkpoint.every = "25%"  # any duration; the last step is always saved; 0: only that one
     c.checkpoint.keep = 2
     c.checkpoint.keep_best = True  # also keep the best by the classifier on the validation split, where there is one
+    c.wandb = ""  # a project of Weights & Biases to log to as well, if the package is installed; "": $WANDB_PROJECT
     c.report = True  # write report/index.html at the end
     return c
 

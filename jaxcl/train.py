@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -65,7 +66,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
     # ---- loop
     total = recipe.total_steps
-    metrics_writer = MetricsWriter(workdir, first_step=step) if writes else None
+    wandb = report.open_wandb(config.wandb, workdir, plain) if writes else None
+    also = wandb.write if wandb else None
+    metrics_writer = MetricsWriter(workdir, first_step=step, also=also) if writes else None
     stream = None if writes else open(os.devnull, "w")
     progress = Progress(total, initial=step, unit_images=recipe.batch_size, stream=stream)
     monitor = compile_monitor(recipe, replicated, rows)
@@ -125,6 +128,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         checkpoints.close()
         if metrics_writer:
             metrics_writer.close()
+        if wandb and sys.exc_info()[0]:
+            wandb.finish()
 
     # ---- evaluation, results, report
     trained = time.monotonic()
@@ -152,6 +157,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             results["seconds"]["report"] = round(time.monotonic() - begun, 1)
             say.info("report: %s", page)
         run_folder.write_json(workdir / "results.json", results)  # last: its presence means the run is finished
+    if wandb:
+        wandb.finish(results)
     return results
 
 

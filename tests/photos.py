@@ -2,7 +2,6 @@
 
 import pathlib
 
-import numpy as np
 from PIL import Image
 
 from jaxcl.data import make_source
@@ -13,8 +12,7 @@ SIDES = ((96, 72), (120, 90), (200, 150), (320, 240), (500, 375))
 def write(folder: pathlib.Path, count: int, *, copies: int = 0, seed: int = 0) -> list[tuple[str, str]]:
     """`count` files, the last `copies` of them the first ones anew, in another size and quality -> pairs of names."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    originals = make_source("garments").take(rng.permutation(10_000)[: count - copies]).images
+    originals = make_source("garments", limit=count - copies, seed=seed).images
     pairs = []
     for i in range(count):
         original = i if i < count - copies else i - (count - copies)

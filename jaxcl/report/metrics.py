@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,18 @@ class MetricsWriter:
       first_step: the step the run continues from (that of its checkpoint). What an earlier, interrupted run
         wrote for later steps will be written again, so it is dropped here and no step appears twice; a last
         line cut short by a kill is dropped too. 0 starts the record afresh.
+      also: given every step's scalars too, those that are finite.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True, first_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        first_step: int = 0,
+        also: Callable[[int, Mapping[str, float]], None] | None = None,
+    ):
+        self._also = also
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / FILE_NAME
@@ -65,11 +74,13 @@ class MetricsWriter:
         line = {"step": int(step), "time": round(now, 3), **scalars, **extra}
         self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
         self._file.flush()
+        # tensorboardX prints a warning for each of the others and plots nothing; the JSON line keeps them.
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
         if self._board is not None:
-            for name, value in scalars.items():
-                # tensorboardX prints a warning for each of these and plots nothing; the JSON line keeps them.
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, int(step), walltime=now)
+            for name, value in finite.items():
+                self._board.add_scalar(name, value, int(step), walltime=now)
+        if self._also is not None:
+            self._also(int(step), finite)
 
     def close(self) -> None:
         """Flushes and closes both records; may be called twice."""
