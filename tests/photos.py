@@ -12,6 +12,8 @@ SIDES = ((96, 72), (120, 90), (200, 150), (320, 240), (500, 375))
 def write(folder: pathlib.Path, count: int, *, copies: int = 0, seed: int = 0) -> list[tuple[str, str]]:
     """`count` files, the last `copies` of them the first ones anew, in another size and quality -> pairs of names."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not count:
+        return []
     originals = make_source("garments", limit=count - copies, seed=seed).images
     pairs = []
     for i in range(count):

@@ -6,6 +6,7 @@ import time
 
 import photos
 import pytest
+from test_main import cli
 from test_train import ROOT, subprocess_run
 
 from jaxcl.report import read_metrics
@@ -81,6 +82,30 @@ def test_a_small_one(tmp_path, monkeypatch):
     assert lines[0] == "began photos" and [line.split()[:2] for line in lines[1:4]] == [["logged", s] for s in "246"]
     assert lines[4].startswith("finished 0") and json.loads(lines[4].split(" ", 2)[2])["neighbours.copies"] >= 3
     assert "W&B cannot be finished: OSError: offline" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "images, arguments, words",
+    [
+        ({}, [], "my_photos is not there; expected a folder of images"),
+        ({"empty/": 0}, [], "folder:my_photos holds no images"),
+        ({"": 3}, [], "batch_size 128 is larger than the training set (2 images); use a smaller one"),
+        ({"": 1}, ["--config.batch_size=1"], "has one image, which leaves nothing to test on"),
+        ({"a/": 9, "none/": 0}, ["supcon"], "needs a label on every training image, which the data lacks"),
+        ({"a/": 9, "b/": 9, "": 1}, ["supcon"], "needs a label on every training image, which the data lacks"),
+    ],
+)
+def test_folders_that_cannot_be_trained_on(images, arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place, count in images.items():
+        photos.write(tmp_path / "my_photos" / place, count)
+    command = [*COMMAND, "--config.devices=1"]
+    if "supcon" in arguments:
+        command[0], arguments = f"--config={ROOT}/configs/supcon.py", ["--config.batch_size=4"]
+    code, text = cli([*command, *arguments], monkeypatch, capsys)
+    lines = [line for line in text.splitlines() if line.startswith("jaxcl: ")]
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -68,11 +68,16 @@ class Reader:
 
     def fits(self, count: int) -> bool:
         """Whether so many rows may be held in memory, decoded."""
-        return count * int(np.prod(self.image_shape)) <= IN_MEMORY_BYTES
+        return fits_in_memory(count, self.image_shape)
 
     def moments(self, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, in [0, 1] units, of a sample of `rows`."""
         return moments(self.read_all(np.sort(rows[hashing.order(0, 0, len(rows))[:SAMPLE]]))[0])
+
+
+def fits_in_memory(count: int, image_shape: tuple[int, int, int]) -> bool:
+    """Whether so many decoded images may be held."""
+    return count * int(np.prod(image_shape)) <= IN_MEMORY_BYTES
 
 
 def in_threads(work, count: int) -> None:

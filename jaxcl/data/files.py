@@ -18,7 +18,7 @@ from PIL import UnidentifiedImageError
 
 from jaxcl.data import hashing, images
 from jaxcl.data.base import TEST_PART, Select, Source, hold_out, moments
-from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, in_threads, source_in_memory
+from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, fits_in_memory, in_threads, source_in_memory
 from jaxcl.errors import UserError
 
 say = logging.getLogger("jaxcl")
@@ -126,9 +126,10 @@ class Files(Reader):
 
     def decode(self, row: int) -> np.ndarray:
         """Errors: any."""
-        with open_file(self.listing.paths[row]) as stream:
-            encoded = stream.read()
-        image = images.decode(io.BytesIO(encoded), self._size)
+        path = self.listing.paths[row]
+        with open_file(path) as stream:
+            # A bucket is asked once for the whole; a local file that is no image may be larger than the memory.
+            image = images.decode(io.BytesIO(stream.read()) if is_remote(path) else stream, self._size)
         if image.shape != self.image_shape:
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}: set image_size")
         return image
@@ -227,13 +228,14 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
         with open_file(listing.paths[i]) as stream:
             shapes[i] = images.shape(stream)
 
-    _each(header, _good(count, bad), bad)
+    if not image_size or not (skip or fits_in_memory(count, (image_size, image_size, 3))):
+        _each(header, _good(count, bad), bad)  # otherwise decoding says all that there is to know
     good = _good(count, bad)
     if not good:
         _refuse(listing, bad)
     seen = np.unique(shapes[good], axis=0)
     size, why = image_size, ""
-    if size is None and (len(seen) > 1 or seen.max() > LARGEST):
+    if not size and (len(seen) > 1 or seen.max() > LARGEST):
         size = DEFAULT_SIZE
         sizes = f"{seen[:, 1].min()}x{seen[:, 0].min()} to {seen[:, 1].max()}x{seen[:, 0].max()}"
         why = f" (of {sizes}; data.files.image_size sets another)"

@@ -11,6 +11,7 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate import near_duplicates, nearest_neighbours
 from jaxcl.evaluate import neighbours as module
 from jaxcl.evaluate.neighbours import thumbnail
+from jaxcl.report.neighbours import neighbour_grid, thumbnail_map
 
 
 def unit(x):
@@ -149,6 +150,23 @@ def test_the_evaluator(labelled):
     assert shown["found_names"][0] == [f"train/<{i}>.jpg" for i in order[q]]
     assert panels["near_duplicates"]["names"] == [["train/<3>.jpg", "test/<0>.jpg"]]
     assert len(panels["map"]["names"]) == 68
+
+
+def test_two_training_images_and_one_to_test_on():
+    """As of a folder of three: fewer neighbours than asked for, pictures that say so, and no duplicates."""
+    e, state, mesh = evaluation(final=("neighbours",), report=True, probe=False, sources=few)
+    e._sources["train"] = e.training = few("train", False)
+    results, panels = e.final(state, mesh)
+    assert results["neighbours"]["k"] == 2 and results["neighbours"]["copies"] == 0
+    assert "near_duplicates" not in panels and panels["neighbours"]["found"].shape[:2] == (1, 2)
+    assert panels["neighbours"]["names"] == ["test image 0"]
+    neighbour_grid(**panels["neighbours"])
+    assert "too few" in thumbnail_map(**panels["map"]).texts[0].get_text()
+
+
+def few(split, labelled):
+    s = source(split, labelled)
+    return s.take(np.arange(2 if split == "train" else 1))
 
 
 def test_options_no_search_can_use():
