@@ -49,7 +49,7 @@ def get_config(preset: str = ""):
         _paper(c)
     c.heads.predictor = base.head("mlp", features=c.model.head_features, hidden=c.model.head_hidden)
     if labels == "unlabelled":
-        del c.memory.probe
+        base.without_labels(c)
     return c
 
 

@@ -68,8 +68,8 @@ def get_config(preset: str = ""):
         c.passes += (base.encode("adversarial", norm_set="adv"),)
         c.stages = (base.stage("adversary", **_attack(method, dataset, scale)),)
         c.eval.final += ("adversary",)
-    if labels == "unlabelled" and "probe" in c.memory:  # supcon.py has no such word
-        del c.memory.probe
+    if labels == "unlabelled":  # supcon.py has no such word
+        base.without_labels(c)
     return c
 
 

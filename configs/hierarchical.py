@@ -141,6 +141,8 @@ def _cpu(c):
     c.model.strides = (1, 1, 2, 1)  # 8, 8, 4 and 4 pixels
     c.eval.tap = "stage2"
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "color", "invariance", "dense", "collapse")
+    if "probe" not in c.memory:
+        base.without_labels(c)
 
 
 def _paper(c, method, dataset, labels):

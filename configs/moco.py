@@ -52,7 +52,7 @@ def get_config(preset: str = ""):
     else:
         _paper(c, setting)
     if labels == "unlabelled":
-        del c.memory.probe
+        base.without_labels(c)
     return c
 
 

@@ -44,7 +44,7 @@ def get_config(preset: str = ""):
     if dataset in AT_SCALE and scale == "paper":
         _paper(c, dataset)
     if labels == "unlabelled":
-        del c.memory.probe
+        base.without_labels(c)
     return c
 
 

@@ -14,9 +14,12 @@ there are).
     configs/simclr.py:tiny_imagenet            not yet run
     configs/simclr.py:stl10, :imagenet100      ResNet-50, SimCLR's own settings in 200 epochs; not yet run
 
-Without labels, on your own images:
+Without labels, on your own images, at least 143 of them (a batch is 128, and a tenth is the test part), of any size:
 
     python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=folder:my_photos
+
+300 steps of 64 pixels, however many images there are: TIME. More of either shows: --config.duration="50 epochs",
+--config.data.files.image_size=128. The report shows neighbours, a map and near-duplicates.
 
 Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH, tfds:NAME or
 folder:PATH. Everything not said here is as in supcon.py.
@@ -52,7 +55,9 @@ def get_config(preset: str = ""):
     if dataset in STANDARD and scale == "paper":
         _standard(c)
     if labels == "unlabelled":
-        del c.memory.probe
+        base.without_labels(c)
+        if c.data.source in ("garments", "fashion_mnist"):  # or what the user puts in their place
+            c.duration = "300 steps"
     return c
 
 

@@ -62,7 +62,7 @@ def without_term(dataset, scale, labels):
     else:
         _paper(c, dataset)
     if labels == "unlabelled":
-        del c.memory.probe
+        base.without_labels(c)
     return c
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxcl import recipe
+from jaxcl import config_check, recipe
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
 from jaxcl.optimizers import OptimizerOptions
@@ -29,6 +29,7 @@ FREE_KEYS = (
     "log_examples",
     "checkpoint",
     "report",
+    "wandb",
     "eval",
     "devices",
     "data.prefetch",
@@ -100,14 +101,17 @@ def default() -> ConfigDict:
     # encoder of coarse ones), transfer_augmented (the same by the protocol of its paper); worst_group (where groups are
     # known); collapse (spread of the embeddings); ood (shifted, corrupted, shuffled and other images); shape_bias
     # (of images whose texture speaks for another class); linear_sgd (a probe on augmented images, by the data set's
-    # usual schedule); invariance (of each stage, to what); color (what is kept of it); dense (labels of pixels from
-    # each stage's map).
+    # usual schedule); neighbours (the nearest images, and near-duplicates; needs no labels); invariance (of each stage,
+    # to what); color (what is kept of it); dense (labels of pixels from each stage's map).
     c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
     c.eval.knn_features = ""  # knn's own choice of the two; "": as above
     c.eval.knn_k = 200
     c.eval.knn_temperature = 0.1
+    c.eval.neighbours = 8  # of each image, in the evaluator of that name
+    c.eval.duplicate_cosine = 0.95  # near-duplicates: features at least so alike,
+    c.eval.duplicate_pixels = 0.06  # and pixels no further apart, root mean square, as a share of their range
     c.eval.logistic_epochs = 1000
     c.eval.logistic_batch_size = 256
     c.eval.logistic_lr = 3e-4  # of Adam, constant
@@ -130,6 +134,7 @@ def default() -> ConfigDict:
     c.checkpoint.every = "25%"  # any duration; the last step is always saved; 0: only that one
     c.checkpoint.keep = 2
     c.checkpoint.keep_best = True  # also keep the best by the classifier on the validation split, where there is one
+    c.wandb = ""  # a project of Weights & Biases to log to as well, if the package is installed; "": $WANDB_PROJECT
     c.report = True  # write report/index.html at the end
     return c
 
@@ -161,6 +166,7 @@ __all__ = [
     "term",
     "title",
     "view",
+    "without_labels",
 ]
 
 
@@ -216,6 +222,14 @@ def memory(kind: str, *, optimizer: Mapping[str, Any] | None = None, **overrides
     return c
 
 
+def without_labels(c: ConfigDict) -> None:
+    """No classifier beside the encoder, and an evaluation that needs none: what lies near what."""
+    if "probe" in c.memory:
+        del c.memory.probe
+    if "neighbours" not in c.eval.final:
+        c.eval.final += ("neighbours",)
+
+
 def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:
     """One word an axis from a config's suffix: choose("cifar100,excon", datasets, variants).
 
@@ -250,16 +264,8 @@ def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """UserError for a key that no config has; a config file, unlike the command line, can set any."""
-    known = default()
-    data = [f"data.{part}" for part in ("garments", "tfds", "files", "celeb_a")]
-    for part in ("", "data", *data, "grad_cache", "eval", "checkpoint"):
-        node, names = config, known
-        for name in part.split(".") if part else ():
-            node, names = node[name], names[name]
-        for key in node:
-            if key not in names:
-                raise UserError(f"unknown config key {part and part + '.'}{key}{recipe.suggestion(key, names)}")
+    """UserError for what no config has; a config file, unlike the command line, can set any key to anything."""
+    config_check.check(config, default())
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

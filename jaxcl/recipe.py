@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxcl.grad_cache import GradCache
 from jaxcl.memory import EMA, LinearProbe, Queue
 from jaxcl.models import Model, ModelOptions, ViTOptions, make_model
 from jaxcl.optimizers import OptimizerOptions, Schedule, make_optimizer, make_schedule
-from jaxcl.recipe_check import check, check_paths, heads_of, suggestion
+from jaxcl.recipe_check import check, check_paths, fits, heads_of, quoted, suggestion
 from jaxcl.terms import (
     BYOL,
     Attract,
@@ -118,30 +119,28 @@ def _tuples(value: Any) -> Any:
 def make_part(name: str, node: ConfigDict, registry: Mapping[str, Callable], **supplied: Any) -> Any:
     """The part a config node means: `kind` chooses it, the other keys are its options."""
     kind = node.get("kind")
-    if kind not in registry:
-        raise UserError(f"{name}.kind is {kind!r}; expected one of {', '.join(registry)}")
+    if not isinstance(kind, str) or kind not in registry:
+        raise UserError(f"{name}.kind is {quoted(kind)}; expected one of {', '.join(registry)}")
     extra = {k for k in node if k not in ("kind", "optimizer")}
     return construct(name, registry[kind], {k: node[k] for k in extra}, **supplied)
 
 
 def construct(name: str, part: Callable, options: Mapping[str, Any], **supplied: Any) -> Any:
     """Call `part` with checked options; UserError names the config key of an unknown one."""
-    known = fields(part)
+    known, signature = fields(part), inspect.signature(part).parameters
     for key in options:
         if key not in known:
             raise UserError(f"{name} has no option {key!r}{suggestion(key, known)}")
-        if not _fits(options[key], known[key]):
-            raise UserError(f"{name}.{key} is {options[key]!r}; expected a value like {known[key]!r}")
-    return part(**supplied, **{k: _tuples(v) for k, v in options.items()})
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of its default's kind; a string may be a number, since "0" and 0 steps are the same."""
-    kinds = ((bool, bool), ((int, float), (int, float)), (str, (str, int)), ((list, tuple), (list, tuple)))
-    for kind, accepted in kinds:
-        if isinstance(default, kind):
-            return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    return True
+        element = re.search(r"\[(str|int|float)\b", str(signature[key].annotation))
+        if not fits(options[key], known[key], element[1] if element else ""):
+            like = repr(known[key]) if known[key] != () else f"(), a tuple of {element[1] if element else 'them'}"
+            raise UserError(f"{name}.{key} is {quoted(options[key])}; expected a value like {like}")
+    try:
+        return part(**supplied, **{k: _tuples(v) for k, v in options.items()})
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot be made of these options: {quoted(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +310,7 @@ def build_recipe(
         name = f"memory.{n}.optimizer"
         if not memory[n].trained:
             continue
-        own = construct(name, OptimizerOptions, node.optimizer)
+        own = construct(name, OptimizerOptions, node.get("optimizer", {}))
         if own.constant_lr:
             raise UserError(f"{name}.constant_lr is {own.constant_lr}; expected (): all of it has one rate")
         memory_schedule[n] = make_schedule(own, name=name, steps=steps, **unit)

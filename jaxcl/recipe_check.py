@@ -1,6 +1,7 @@
 """What cannot work in a recipe, refused in one plain line before anything compiles."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,41 @@ if TYPE_CHECKING:
     from jaxcl.recipe import Pass, Recipe
 
 
-def suggestion(word: str, known: Any) -> str:
+def suggestion(word: Any, known: Any) -> str:
     """'; did you mean ...?' or the list of what there is."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def quoted(value: Any) -> str:
+    """A value as code, in one printable line: a config node has several, and any value may be long."""
+    text = " ".join(repr(value).split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def fits(value: Any, default: Any, element: str = "") -> bool:
+    """Whether a value is of its default's kind: finite, whole where that is whole.
+
+    A string may be a number, since "0" and 0 steps are the same. element: "str", "int" or "float", what a tuple holds;
+    "": what the first element of its default says, any number for a number.
+    """
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, (tuple, list)):
+        like = {"str": "", "int": 0, "float": 0.0}.get(element)
+        if like is None and default:
+            like = default[0] if isinstance(default[0], str) else 0.0
+        return isinstance(value, (tuple, list)) and (like is None or all(fits(v, like) for v in value))
+    if isinstance(value, bool):
+        return not isinstance(default, (int, float, str))
+    if isinstance(default, int):
+        return isinstance(value, int) and abs(value) < 2**63
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    if isinstance(default, str):
+        return isinstance(value, (str, int))
+    return True
 
 
 def heads_of(term: Any) -> tuple[tuple[str, str], ...]:

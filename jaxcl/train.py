@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -86,7 +87,9 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
 
     # ---- loop
     total = recipe.total_steps
-    metrics_writer = MetricsWriter(workdir, first_step=step) if writes else None
+    wandb = report.open_wandb(config.wandb, workdir, plain) if writes else None
+    also = wandb.write if wandb else None
+    metrics_writer = MetricsWriter(workdir, first_step=step, also=also) if writes else None
     examples = _examples(workdir, step) if config.log_examples else None
     stream = None if writes else open(os.devnull, "w")
     progress = Progress(total, initial=step, unit_images=recipe.batch_size, stream=stream)
@@ -154,6 +157,8 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
                 closing.callback(record.close)
             for close in (checkpoints.close, progress.close, loader.close, log.flush):  # from the last to the first
                 closing.callback(close)
+        if wandb and sys.exc_info()[0]:
+            wandb.finish()
 
     # ---- evaluation, results, report
     trained = time.monotonic()
@@ -181,6 +186,8 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
             results["seconds"]["report"] = round(time.monotonic() - begun, 1)
             say.info("report: %s", page)
         run_folder.write_json(workdir / "results.json", results)  # last: its presence means the run is finished
+    if wandb:
+        wandb.finish(results)
     return results
 
 

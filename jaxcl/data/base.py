@@ -23,7 +23,8 @@ class Source:
       labels: int32 [N], -1 where unlabelled.
       class_names: one name a class.
       mean, std: per channel, in [0, 1] units, of the training images.
-      extras: side information, each array with N rows ("mask" bool [N, H, W], "coarse" int32 [N], ...).
+      extras: side information, each array with N rows ("mask" bool [N, H, W], "coarse" int32 [N], ...; of image
+        files "name", how they are called below their folder, in one printable line).
       coarse_names: names of the values of extras["coarse"], empty without it.
       fine_names: names of the values of extras["fine"], which is there where the labels are the coarse ones.
       group_names: names of the values of extras["group"] (int32 [N], -1 where unknown), for worst-group accuracy.

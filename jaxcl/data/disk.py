@@ -62,17 +62,26 @@ class Reader:
         """The files of these rows; None where rows are no files."""
         return None
 
+    def names(self, rows: np.ndarray) -> np.ndarray | None:
+        """What people call these rows, text [n], such as the names of their files; None: nothing."""
+        return None
+
     def labelled(self, rows: np.ndarray) -> bool:
         """Whether each of these rows has a label."""
         return bool(self.class_names)
 
     def fits(self, count: int) -> bool:
         """Whether so many rows may be held in memory, decoded."""
-        return count * int(np.prod(self.image_shape)) <= IN_MEMORY_BYTES
+        return fits_in_memory(count, self.image_shape)
 
     def moments(self, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, in [0, 1] units, of a sample of `rows`."""
         return moments(self.read_all(np.sort(rows[hashing.order(0, 0, len(rows))[:SAMPLE]]))[0])
+
+
+def fits_in_memory(count: int, image_shape: tuple[int, int, int]) -> bool:
+    """Whether so many decoded images may be held."""
+    return count * int(np.prod(image_shape)) <= IN_MEMORY_BYTES
 
 
 def in_threads(work, count: int) -> None:
@@ -156,10 +165,11 @@ class DiskSource:
 
     @property
     def extras(self) -> dict[str, np.ndarray]:
-        """As of `Source`: "coarse", "fine" and "group", where the set has them."""
+        """As of `Source`: "coarse", "fine", "group" and "name", where the set has them."""
         columns = {"coarse": "coarse", "fine": "label", "group": "group"}
         names = {"coarse": self.coarse_names, "fine": self.fine_names, "group": self.group_names}
-        return {key: self._columns[column] for key, column in columns.items() if names[key]}
+        extras = {key: self._columns[column] for key, column in columns.items() if names[key]}
+        return extras | _named(self.reader.names(self.rows))
 
     def coarse(self) -> "DiskSource":
         """The same set labelled with its coarse classes."""
@@ -176,16 +186,22 @@ class DiskSource:
         return {"image": images, "label": columns[COLUMNS.index(self.level)], "index": indices.astype(np.int32)}
 
 
-def source_in_memory(reader: Reader, images: np.ndarray, columns: np.ndarray, **about) -> Source:
-    """All rows of a reader, as `read_all` gives them, as a source; about: mean, std, paths, name and split."""
+def source_in_memory(
+    reader: Reader, images: np.ndarray, columns: np.ndarray, *, names_of_rows: np.ndarray | None = None, **about
+) -> Source:
+    """Rows of a reader, as `read_all` gives them, as a source; about: mean, std, paths, name and split."""
     names = {"coarse": reader.coarse_names, "group": reader.group_names}
     columns = dict(zip(COLUMNS, columns, strict=True))
     return Source(
         images=images,
         labels=columns["label"],
         class_names=reader.class_names,
-        extras={key: columns[key] for key, value in names.items() if value},
+        extras={key: columns[key] for key, value in names.items() if value} | _named(names_of_rows),
         coarse_names=reader.coarse_names,
         group_names=reader.group_names,
         **about,
     )
+
+
+def _named(names: np.ndarray | None) -> dict[str, np.ndarray]:
+    return {} if names is None else {"name": names}

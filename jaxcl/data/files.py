@@ -18,7 +18,7 @@ from PIL import UnidentifiedImageError
 
 from jaxcl.data import hashing, images
 from jaxcl.data.base import TEST_PART, Select, Source, hold_out, moments
-from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, in_threads, source_in_memory
+from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, fits_in_memory, in_threads, source_in_memory
 from jaxcl.errors import UserError
 from jaxcl.storage import is_remote
 
@@ -94,7 +94,9 @@ def load(
     about = dict(mean=mean, std=std, name=listing.spec, split=split)
     if files.images is None and not files.fits(len(rows)):
         return DiskSource(reader=files, rows=rows, **about)
-    return source_in_memory(files, *files.read_all(rows), paths=files.paths(rows), **about)
+    return source_in_memory(
+        files, *files.read_all(rows), names_of_rows=files.names(rows), paths=files.paths(rows), **about
+    )
 
 
 class Files(Reader):
@@ -127,9 +129,10 @@ class Files(Reader):
 
     def decode(self, row: int) -> np.ndarray:
         """Errors: any."""
-        with open_file(self.listing.paths[row]) as stream:
-            encoded = stream.read()
-        image = images.decode(io.BytesIO(encoded), self._size)
+        path = self.listing.paths[row]
+        with open_file(path) as stream:
+            # A bucket is asked once for the whole; a local file that is no image may be larger than the memory.
+            image = images.decode(io.BytesIO(stream.read()) if is_remote(path) else stream, self._size)
         if image.shape != self.image_shape:
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}: set image_size")
         return image
@@ -139,6 +142,9 @@ class Files(Reader):
 
     def paths(self, rows: np.ndarray) -> tuple[str, ...]:
         return tuple(self.listing.paths[i] for i in rows)
+
+    def names(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self.listing.names[i] for i in rows], object)
 
     def labelled(self, rows: np.ndarray) -> bool:
         return bool((self.listing.columns[0, rows] >= 0).all())
@@ -228,13 +234,14 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
         with open_file(listing.paths[i]) as stream:
             shapes[i] = images.shape(stream)
 
-    _each(header, _good(count, bad), bad)
+    if not image_size or not (skip or fits_in_memory(count, (image_size, image_size, 3))):
+        _each(header, _good(count, bad), bad)  # otherwise decoding says all that there is to know
     good = _good(count, bad)
     if not good:
         _refuse(listing, bad)
     seen = np.unique(shapes[good], axis=0)
     size, why = image_size, ""
-    if size is None and (len(seen) > 1 or seen.max() > LARGEST):
+    if not size and (len(seen) > 1 or seen.max() > LARGEST):
         size = DEFAULT_SIZE
         sizes = f"{seen[:, 1].min()}x{seen[:, 0].min()} to {seen[:, 1].max()}x{seen[:, 0].max()}"
         why = f" (of {sizes}; data.files.image_size sets another)"

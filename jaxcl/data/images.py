@@ -33,7 +33,7 @@ def shape(stream: IO[bytes]) -> tuple[int, int]:
     with _open(stream) as image:
         width, height = image.size
         # PNG and others keep their orientation behind the pixels; it is seldom there, and `decode` minds it.
-        turned = image.format in ("JPEG", "MPO") and _orientation(image) >= 5
+        turned = image.format in ("JPEG", "MPO") and 5 <= _orientation(image) <= 8
         return (width, height) if turned else (height, width)
 
 

@@ -60,6 +60,9 @@ class Records(Reader):
                 f"{spec} in {builder.data_path} is not in ArrayRecord form; prepare it in another data_dir"
                 f" with `{_prepare_command(builder.name, '<data_dir>')}`"
             ) from error
+        self._order = np.arange(len(self._records))
+        if builder.name in ("cifar10", "cifar100") and kinds.get("id") == "Text":
+            self._order = self._published_order()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -69,7 +72,7 @@ class Records(Reader):
 
     def block(self, rows: np.ndarray) -> Sequence[Row]:
         try:  # many records at once are read faster than one by one
-            return [self._decode(example) for example in self._records.__getitems__([int(row) for row in rows])]
+            return [self._decode(example) for example in self._some(self._order[rows])]
         except Exception:  # one of them; reading singly says which
             return super().block(rows)
 
@@ -84,13 +87,32 @@ class Records(Reader):
         return out
 
     def _read(self, row: int, what):
+        place = int(self._order[row])
         try:
-            return what(self._records[int(row)])
+            return what(self._records[place])
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(
-                f"{self._spec}: example {int(row)} cannot be read ({why}); prepare the set again"
-            ) from error
+            raise UserError(f"{self._spec}: example {place} cannot be read ({why}); prepare the set again") from error
+
+    def _some(self, places: np.ndarray) -> Sequence[dict]:
+        return self._records.__getitems__([int(place) for place in places])
+
+    def _published_order(self) -> np.ndarray:
+        """The place of each row, in the order of its id, train_00000 to train_49999.
+
+        TFDS writes examples in the order of a hash. In their own order they are the rows that cifar:PATH reads, so
+        that a seed gives the same batches, whichever way the set came.
+        """
+        ids = np.empty(len(self._records), object)
+
+        def read(begin: int, end: int) -> None:
+            try:
+                ids[begin:end] = [_text(example["id"]) for example in self._some(np.arange(begin, end))]
+            except Exception:  # a damaged example is named when its turn comes
+                ids[begin:end] = ""
+
+        in_threads(read, len(ids))
+        return np.argsort(ids.astype(str), kind="stable")
 
     def _decode(self, example: dict) -> Row:
         with Image.open(io.BytesIO(example[self._image])) as encoded:
@@ -239,6 +261,10 @@ def _attribute(features, name: str | None, spec: str, option: str) -> tuple[tupl
     if feature.shape == () and np.dtype(feature.np_dtype) == bool:
         return places[0], (f"not {name}", name)
     raise UserError(f"{spec}: {option}={name!r} is {type(feature).__name__}; expected classes, or a yes or no")
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _value(example: dict, place: tuple[str, ...]) -> int:

@@ -3,9 +3,10 @@
 from jaxcl.evaluate.calibration import expected_calibration_error, reliability
 from jaxcl.evaluate.collapse import collapse_metrics
 from jaxcl.evaluate.explanation import drop_increase, mask_agreement
-from jaxcl.evaluate.knn import knn_predict
+from jaxcl.evaluate.knn import knn_predict, nearest_neighbours
 from jaxcl.evaluate.linear_probe import LinearProbe, fit_linear_probe, probe_logits
 from jaxcl.evaluate.logistic import LogisticFit, fit_logistic
+from jaxcl.evaluate.neighbours import near_duplicates
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
 from jaxcl.evaluate.shape_bias import shape_bias
 from jaxcl.evaluate.transfer import balanced_accuracy
@@ -26,6 +27,8 @@ __all__ = [
     "group_accuracies",
     "group_dro",
     "knn_predict",
+    "near_duplicates",
+    "nearest_neighbours",
     "pgd_examples",
     "mask_agreement",
     "probe_logits",

@@ -22,6 +22,7 @@ from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.linear_sgd import linear_sgd
 from jaxcl.evaluate.logistic import fit_logistic
+from jaxcl.evaluate.neighbours import check_neighbours, neighbours
 from jaxcl.evaluate.shape_bias import check_stimuli, cue_conflict
 from jaxcl.evaluate.transfer import transfer, transfer_augmented
 from jaxcl.evaluate.worst_group import worst_group
@@ -204,6 +205,7 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "transfer_augmented": transfer_augmented,
     "worst_group": worst_group,
     "collapse": collapse,
+    "neighbours": neighbours,
     "ood": ood.ood,
     "shape_bias": cue_conflict,
     "invariance": invariance,
@@ -212,4 +214,8 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
 }
 
 # What an evaluator's options say of files and names, known to be right before training begins.
-CHECKS: dict[str, Callable[["Evaluation"], None]] = {"ood": ood.check, "shape_bias": check_stimuli}
+CHECKS: dict[str, Callable[["Evaluation"], None]] = {
+    "ood": ood.check,
+    "shape_bias": check_stimuli,
+    "neighbours": check_neighbours,
+}

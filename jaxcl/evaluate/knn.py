@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features.
+"""Nearest neighbours on frozen features, and classification by their weighted vote.
 
 Letters: N bank rows, Q queries, D features, C classes, k neighbours.
 """
@@ -47,44 +47,79 @@ def knn_predict(
       section 3.4.
     """
     bank, bank_labels, queries = jnp.asarray(bank), jnp.asarray(bank_labels), jnp.asarray(queries)
+    _check(bank, queries, k)
+    if bank_labels.shape != (len(bank),):
+        raise UserError(f"knn: bank_labels of shape {bank_labels.shape}, expected ({len(bank)},)")
+    return _knn(bank, bank_labels, queries, temperature, k=min(k, len(bank)), num_classes=num_classes)
+
+
+def _check(bank: jax.Array, queries: jax.Array, k: int) -> None:
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1] or not len(bank):
         raise UserError(
             f"knn: bank of shape {bank.shape} and queries of shape {queries.shape}, expected [rows, "
             "features] with as many features and at least one bank row"
         )
-    if bank_labels.shape != (len(bank),):
-        raise UserError(f"knn: bank_labels of shape {bank_labels.shape}, expected ({len(bank)},)")
     if k < 1:
         raise UserError(f"knn: k={k}, expected at least 1")
-    return _knn(bank, bank_labels, queries, temperature, k=min(k, len(bank)), num_classes=num_classes)
+
+
+def nearest_neighbours(bank: ArrayLike, queries: ArrayLike, *, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k most similar bank rows of each query.
+
+    Args:
+      bank: [N, D] features; scaled to unit length here.
+      queries: [Q, D], on the same encoder.
+      k: more than the bank holds means the whole bank.
+
+    Returns:
+      (cosine [Q, k] float32 or wider, most similar first; rows of the bank int32 [Q, k]).
+
+    Raises:
+      UserError: as `knn_predict`.
+    """
+    bank, queries = jnp.asarray(bank), jnp.asarray(queries)
+    _check(bank, queries, k)
+    return _nearest(bank, queries, k=min(k, len(bank)))
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _nearest(bank, queries, *, k):
+    return _search(bank, queries, lambda s_qxN: tuple(lax.top_k(s_qxN, k)))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_classes"))
 def _knn(bank, labels_N, queries, temperature, *, k, num_classes):
-    dtype = jnp.promote_types(jnp.promote_types(bank.dtype, queries.dtype), jnp.float32)
-    bank_NxD, queries_QxD = _unit(bank.astype(dtype)), _unit(queries.astype(dtype))
-    excluded_N = jnp.where(labels_N >= 0, 0, -jnp.inf).astype(dtype)
-    num_queries = len(queries_QxD)
-    chunk = max(1, min(num_queries, CHUNK_QUERIES_MAX, CHUNK_ENTRIES // len(bank_NxD)))
-
-    def vote(chunk_qxD):
-        s_qxN = jnp.matmul(chunk_qxD, bank_NxD.T, precision=lax.Precision.HIGHEST) + excluded_N
-        s_qxk, index_qxk = lax.top_k(s_qxN, k)
+    def vote(s_qxN):
+        dtype = s_qxN.dtype
+        excluded_N = jnp.where(labels_N >= 0, 0, -jnp.inf).astype(dtype)
+        s_qxk, index_qxk = lax.top_k(s_qxN + excluded_N, k)
         # A maximum, not s_qxk[:, :1]: XLA would merge that slice with the top-k's own and sort whole rows,
         # at ten times the price.
         best_qx1 = jnp.max(s_qxk, axis=1, keepdims=True)
         best_qx1 = jnp.where(jnp.isfinite(best_qx1), best_qx1, 0)
         weight_qxk = jnp.exp((s_qxk - best_qx1) / jnp.asarray(temperature, dtype))
-        row_qx1 = jnp.arange(len(chunk_qxD))[:, None]
+        row_qx1 = jnp.arange(len(s_qxN))[:, None]
         # Unlabelled neighbours carry weight exp(-inf) = 0, whatever class they are added to.
-        votes_qxC = jnp.zeros((len(chunk_qxD), num_classes), dtype)
+        votes_qxC = jnp.zeros((len(s_qxN), num_classes), dtype)
         votes_qxC = votes_qxC.at[row_qx1, jnp.maximum(labels_N[index_qxk], 0)].add(weight_qxk)
         total_qx1 = jnp.sum(votes_qxC, axis=1, keepdims=True)
         return votes_qxC / jnp.where(total_qx1 > 0, total_qx1, 1)
 
+    return _search(bank, queries, vote)
+
+
+def _search(bank, queries, of_chunk):
+    """of_chunk(cosines [q,N]) for chunks of the queries, joined to [Q, ...]; never all [Q,N] at once."""
+    dtype = jnp.promote_types(jnp.promote_types(bank.dtype, queries.dtype), jnp.float32)
+    bank_NxD, queries_QxD = _unit(bank.astype(dtype)), _unit(queries.astype(dtype))
+    num_queries = len(queries_QxD)
+    chunk = max(1, min(num_queries, CHUNK_QUERIES_MAX, CHUNK_ENTRIES // len(bank_NxD)))
     padded = jnp.pad(queries_QxD, ((0, -num_queries % chunk), (0, 0)))
-    probs = lax.map(vote, padded.reshape(-1, chunk, padded.shape[1]))
-    return probs.reshape(-1, num_classes)[:num_queries]
+    out = lax.map(
+        lambda chunk_qxD: of_chunk(jnp.matmul(chunk_qxD, bank_NxD.T, precision=lax.Precision.HIGHEST)),
+        padded.reshape(-1, chunk, padded.shape[1]),
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], out)
 
 
 def _unit(x):

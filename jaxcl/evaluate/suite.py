@@ -21,6 +21,7 @@ from jaxcl.evaluate.base import Figures, LeftOut
 from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe as LinearFit
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
+from jaxcl.evaluate.neighbours import thumbnail
 from jaxcl.losses.common import unit
 from jaxcl.memory import LinearProbe
 from jaxcl.recipe import Phase, Recipe
@@ -87,7 +88,7 @@ class Evaluation:
         if not self._pictures:
             return results, {}
         panels["views"] = frozen.training_views(self.training)
-        if len(frozen.test):
+        if len(frozen.test) and ((frozen.test.labels >= 0).any() or "map" not in panels):
             n = min(len(frozen.test), 1500)
             panels["embedding"] = {
                 "features": frozen.features("test")[:n],
@@ -222,11 +223,13 @@ class Frozen:
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
     def features(self, split: str, kind: str = "") -> np.ndarray:
-        """float32 [N,D]: pooled features "h" or unit embeddings "z"; "": what the config says."""
+        """float32 [N,D]: pooled features "h", unit embeddings "z" or [N,P] "thumbnail"; "": what the config says."""
         kind = kind or self.options.features
         if (split, kind) not in self._features:
             # In one pass over the images; h, which the classifier reads, comes along with z.
             kinds = ("h", "z") if "z" in (kind, self.options.features, self.options.knn_features) else ("h",)
+            if kind == "thumbnail" or (split in ("train", "test") and "neighbours" in self.options.final):
+                kinds += ("thumbnail",)
             out = self._encoded(self.source(split), kinds)
             self._features |= {(split, k): v for k, v in out.items()}
         return self._features[split, kind]
@@ -246,7 +249,8 @@ class Frozen:
 
     def _stream(self, source: Source, kinds: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
         def encode(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-            made = self._encode(state, self.normalize(to_pixels(batch["image"])))
+            pixels = to_pixels(batch["image"])
+            made = self._encode(state, self.normalize(pixels)) | {"thumbnail": lambda: thumbnail(pixels)}
             return {k: made[k]() for k in kinds}
 
         for out, where in self.run(source, f"features {kinds}", encode):

@@ -5,8 +5,9 @@ Everything here takes NumPy arrays and plain dicts; nothing imports a model, a l
 
 from jaxcl.report.metrics import JsonLines, MetricsWriter, read_metrics
 from jaxcl.report.progress import Progress
+from jaxcl.report.wandb import open_wandb
 
-__all__ = ["JsonLines", "MetricsWriter", "Progress", "read_metrics", "write_report"]
+__all__ = ["JsonLines", "MetricsWriter", "Progress", "open_wandb", "read_metrics", "write_report"]
 
 
 def __getattr__(name: str):

@@ -11,7 +11,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -143,9 +143,18 @@ class MetricsWriter:
       first_step: the step the run continues from (that of its checkpoint). What an earlier, interrupted run
         wrote for later steps will be written again, so it is dropped here and no step appears twice; a last
         line cut short by a kill is dropped too. 0 starts the record afresh.
+      also: given every step's scalars too, those that are finite.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True, first_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        first_step: int = 0,
+        also: Callable[[int, Mapping[str, float]], None] | None = None,
+    ):
+        self._also = also
         workdir = storage.folder(workdir)
         self._lines = JsonLines(workdir / FILE_NAME, first_step=first_step)
         self._board = _Board(workdir / "tensorboard", first_step) if tensorboard else None
@@ -171,6 +180,8 @@ class MetricsWriter:
         self._lines.write({"step": int(step), "time": round(now, 3), **scalars, **extra})
         if self._board is not None:
             self._board.add(int(step), scalars, now)
+        if self._also is not None:
+            self._also(int(step), {name: value for name, value in scalars.items() if math.isfinite(value)})
 
     def flush(self) -> None:
         """Until everything is where it belongs; before a checkpoint, which must not be ahead of its record."""

@@ -12,14 +12,14 @@ import numpy as np
 from etils import epath
 
 from jaxcl import storage
-from jaxcl.report import figures, similarities, transfer, verdict
+from jaxcl.report import figures, neighbours, similarities, transfer, verdict
 from jaxcl.report.invariance import invariance
-from jaxcl.report.style import DPI
+from jaxcl.report.style import DPI, Titled
 
 _log = logging.getLogger(__name__)
 
 # Panel -> (title, what to look for, how its panel's dict is drawn), in the order of the page.
-_SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]] = {
+_SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | Titled]]] = {
     "curves": (
         "Training",
         "Light lines are single measurements, strong lines their running mean; the number is where each "
@@ -34,6 +34,26 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure]]]
         "where you cannot, the augmentation is too strong; where two rows look the same, there is "
         "little to learn from the pair. Only negatives are to have lost what they show, and kept its texture.",
         lambda panel: figures.view_grid(panel["images"], panel.get("labels")),
+    ),
+    "neighbours": (
+        "Nearest neighbours",
+        "Some test images, and the training images whose features are most similar. Do you see what they have in "
+        "common? That is what the encoder goes by: the thing itself, or only colour, light and background. Where "
+        "classes are known, a blue frame means the same class and a red one another. The mouse shows the names.",
+        lambda panel: neighbours.neighbour_grid(**panel),
+    ),
+    "map": (
+        "A map of the images",
+        "A t-SNE picture of the features, with the images themselves where there is room and dots where there is none. "
+        "What lies together is alike to the encoder; distances between islands mean little. The mouse shows the names.",
+        lambda panel: neighbours.thumbnail_map(**panel),
+    ),
+    "near_duplicates": (
+        "Near-duplicates",
+        "Images that are alike both to the encoder and pixel by pixel, a group a row: copies, other sizes or "
+        "compressions of one image, or frames of one scene. Copies on both sides of a split make figures too good; "
+        "many of one image pull the training towards it.",
+        lambda panel: neighbours.duplicate_grid(**panel),
     ),
     "similarities": (
         "Near and far",
@@ -143,7 +163,8 @@ def write_report(
       metrics: what `read_metrics` returns.
       panels: name -> what its figure is drawn from; each may be missing:
         "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
-        "adversary" those of `adversary_grid`, "invariance" that function's own, "embedding" those of `embedding`,
+        "adversary" those of `adversary_grid`, "neighbours", "map" and "near_duplicates" those of `neighbour_grid`,
+        `thumbnail_map` and `duplicate_grid`, "invariance" that function's own, "embedding" those of `embedding`,
         "transfer" a run's of `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`,
         "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name.
 
@@ -184,7 +205,8 @@ def _present(panel: Any) -> bool:
 def _section(folder: epath.Path, name: str, panel: Any) -> str:
     title, caption, draw = _SECTIONS[name]
     try:
-        figure = draw(panel)
+        drawn = draw(panel)
+        figure, titles = drawn if isinstance(drawn, Titled) else (drawn, ())
         figures.save(figure, folder / f"{name}.png")
     except Exception as error:  # the weeks of training behind the page are worth more than one of its pictures
         _log.warning("the figure %r of the report could not be drawn", name, exc_info=True)
@@ -192,11 +214,23 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
         return f'<section id="{name}"><h2>{_esc(title)}</h2><p class=missing>{_esc(said)}</p></section>'
     # Fewer pixels on the page than in the file keep it sharp on dense screens; CSS shrinks it on narrow ones.
     width, height = (round(inches * DPI / 1.8) for inches in figure.get_size_inches())
+    picture = f'<img src="{name}.png" width="{width}" height="{height}" alt="{_esc(title)}">'
+    if titles:  # shares of the picture's size, whatever that is on this screen
+        over = "".join(
+            f'<i title="{_esc(text)}" style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;'
+            f'height:{100 * h:.2f}%"></i>'
+            for x, y, w, h, text in titles
+        )
+        picture = f"<div class=titled>{picture}{over}</div>"
+    below = _file_names(panel["names"]) if name == "near_duplicates" else ""
     return (
-        f'<section id="{name}"><h2>{_esc(title)}</h2><p>{_esc(caption)}</p>'
-        f'<figure><img src="{name}.png" width="{width}" height="{height}" alt="{_esc(title)}"></figure>'
-        "</section>"
+        f'<section id="{name}"><h2>{_esc(title)}</h2><p>{_esc(caption)}</p><figure>{picture}</figure>{below}</section>'
     )
+
+
+def _file_names(groups: Sequence[Sequence[str]]) -> str:
+    rows = {str(i): ", ".join(group[:50]) for i, group in enumerate(groups, 1)}
+    return f"<details><summary>Their names</summary>{_table(rows)}</details>"
 
 
 def _verdict_table(results: Mapping[str, Any]) -> str:
@@ -280,6 +314,8 @@ section{margin-top:48px}
 section>p{max-width:72ch;margin:0 0 16px;color:var(--muted)}
 figure{margin:0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:16px;text-align:center}
 img{max-width:100%;height:auto;vertical-align:middle}
+.titled{position:relative;display:inline-block;max-width:100%}
+.titled i{position:absolute}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.94rem}
 th,td{text-align:left;vertical-align:top;padding:8px 16px 8px 0;border-bottom:1px solid var(--line)}

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import ParamSpec
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import matplotlib
 import matplotlib.figure
@@ -68,7 +68,14 @@ _RC = {
     "ytick.major.size": 0,
 }
 
-P = ParamSpec("P")
+P, F = ParamSpec("P"), TypeVar("F")
+
+
+class Titled(NamedTuple):
+    """A figure, parts of which say what they are under the mouse: (left, top, width, height, text), shares of it."""
+
+    figure: matplotlib.figure.Figure
+    titles: list[tuple[float, float, float, float, str]]
 
 
 @contextlib.contextmanager
@@ -81,11 +88,11 @@ def style() -> Iterator[None]:
         yield
 
 
-def styled(draw: Callable[P, matplotlib.figure.Figure]) -> Callable[P, matplotlib.figure.Figure]:
+def styled(draw: Callable[P, F]) -> Callable[P, F]:
     """Draws under `style`, so that a figure looks the same whatever the caller's own settings are."""
 
     @functools.wraps(draw)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> matplotlib.figure.Figure:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> F:
         with style():
             return draw(*args, **kwargs)
 
@@ -144,10 +151,18 @@ class Sheet:
         self.axes.set_xlim(0, width)
         self.axes.set_ylim(height, 0)
         self.axes.set_aspect("auto")
+        self._titles: list[tuple[float, float, float, float, str]] = []
 
-    def image(self, pixels: np.ndarray, x: int, y: int, size: tuple[int, int]) -> None:
-        """Draws [H,W,3] in [0,1] at (x, y), `size` = (width, height) in dots."""
+    def titled(self) -> Titled:
+        """The figure, with the titles of its images."""
+        return Titled(self.figure, self._titles)
+
+    def image(self, pixels: np.ndarray, x: int, y: int, size: tuple[int, int], *, title: str = "") -> None:
+        """Draws [H,W,3] in [0,1] at (x, y), `size` = (width, height) in dots; title: what it is, under the mouse."""
         w, h = size
+        if title:
+            width, height = self.figure.bbox.width, self.figure.bbox.height
+            self._titles.append((x / width, y / height, w / width, h / height, title))
         self.axes.imshow(pixels, extent=(x, x + w, y + h, y), interpolation="nearest", aspect="auto", vmin=0, vmax=1)
         self.axes.set_xlim(0, self.figure.bbox.width)
         self.axes.set_ylim(self.figure.bbox.height, 0)

@@ -33,6 +33,12 @@ _PERCENT = (
         "the class of the most similar training embeddings, with nothing trained on top",
     ),
     (
+        "Neighbours of the same class",
+        ("neighbours.agreement",),
+        HIGHER,
+        "of the training images nearest to each test image, the share that is of its class",
+    ),
+    (
         "Online classifier",
         ("classifier.accuracy", "probe.accuracy", "classifier", "probe"),
         HIGHER,
@@ -165,6 +171,7 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
         if name == "Linear probe" and pixels is not None:
             meaning += f"; {_points(value - pixels)} raw pixels"
         found.append(Row(name, percent(value), better, meaning))
+    found += _neighbours(results)
     found += _worst_group(results)
     for key, name, how in _ATTACKS:
         attacked = _attacks(results, key)
@@ -274,6 +281,22 @@ def _attacks(results: Mapping[str, Any], key: str) -> dict[float, float]:
 def _untaught(results: Mapping[str, Any]) -> bool:
     found = results.get("shape_bias")
     return isinstance(found, Mapping) and found.get("texture_taught") is False
+
+
+def _neighbours(results: Mapping[str, Any]) -> list[Row]:
+    """What can be said of images without labels."""
+    nearest, usual, copies = (number(results, f"neighbours.{k}") for k in ("cosine", "any_cosine", "copies"))
+    rows = []
+    if nearest is not None:
+        meaning = "the cosine of the features of a test image and the training image nearest to it"
+        meaning += "" if usual is None else f"; of any two images it is {usual:.2f} on average"
+        rows.append(Row("Nearest image", f"{nearest:.2f}", "", meaning))
+    if copies is not None:
+        meaning = "images that are nearly the same as another one, counted without the first of each kind"
+        if results["neighbours"].get("all_compared") is False:
+            meaning += "; there are more, as not all pairs were compared"
+        rows.append(Row("Near-duplicates", f"{copies:,.0f}", LOWER, meaning))
+    return rows
 
 
 def _worst_group(results: Mapping[str, Any]) -> list[Row]:

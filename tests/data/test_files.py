@@ -12,6 +12,7 @@ from PIL import Image
 
 from jaxcl import config as configs
 from jaxcl.data import Loader, files, make_source, source_of
+from jaxcl.data.folder import listing_of
 from jaxcl.errors import UserError
 
 
@@ -119,6 +120,22 @@ def test_few_images(tmp_path):
         save(tmp_path / f"class{i % 6}" / f"{i}.png", i)
         (tmp_path / f"{i}.png").unlink(missing_ok=True)
     assert len(make_source(f"folder:{tmp_path}", split="test")) == 1
+
+
+@pytest.mark.slow
+def test_two_hundred_thousand_files(tmp_path):
+    """Listed, looked at and drawn from in minutes, whatever the memory."""
+    for c in range(10):
+        save(tmp_path / f"class{c}" / "0.png", c, (8, 8))
+        for i in range(1, 20_000):
+            os.link(tmp_path / f"class{c}" / "0.png", tmp_path / f"class{c}" / f"{i}.png")
+    begun = time.perf_counter()
+    listing = listing_of(str(tmp_path))
+    assert len(listing.paths) == 200_000 and time.perf_counter() - begun < 60
+    source = make_source(f"folder:{tmp_path}")
+    assert len(source) == 180_000 and np.bincount(source.labels).tolist() == [18_000] * 10
+    assert (source.images[:, 5, 5, 0] == source.labels).all()
+    assert len(set(source.extras["name"])) == 180_000 and time.perf_counter() - begun < 600
 
 
 def test_parts_and_the_published_validation_part(tmp_path):

@@ -90,6 +90,39 @@ def test_cifar10_is_decoded_into_memory(prepared, split, part):
     assert source.mean == (0.4914, 0.4822, 0.4465) and source.std == (0.2023, 0.1994, 0.2010)
 
 
+def test_cifar10_is_the_same_from_tfds_and_as_published(tmp_path):
+    """Pixels, labels and their order, hence also hold-out, cut-down and the batches of a seed."""
+    rng = np.random.default_rng(5)
+    images, labels = rng.integers(0, 256, (300, 32, 32, 3)).astype(np.uint8), rng.integers(0, 10, 300)
+    (tmp_path / "published").mkdir()
+    for i, name in enumerate(
+        ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+    ):
+        part = slice(50 * i, 50 * i + 50)
+        flat = images[part].transpose(0, 3, 1, 2).reshape(50, -1)
+        record = np.concatenate([labels[part, None].astype(np.uint8), flat], 1)
+        (tmp_path / "published" / f"{name}.bin").write_bytes(record.tobytes())
+    rows = {
+        split: [
+            {"id": f"{split}_{i:05d}", "image": images[begin + i], "label": int(labels[begin + i])} for i in range(n)
+        ]
+        for split, begin, n in (("train", 0, 250), ("test", 250, 50))
+    }
+    write(tmp_path / "tfds", "cifar10", **rows)
+    for options in ({}, {"split": "test"}, {"validation": 0.2}, {"limit": 60, "seed": 4}):
+        a = make_source(f"cifar:{tmp_path / 'published'}", **options)
+        b = make_source("tfds:cifar10", data_dir=str(tmp_path / "tfds"), **options)
+        assert (a.images == b.images).all() and (a.labels == b.labels).all()
+        assert (a.mean, a.std, a.coarse_names) == (b.mean, b.std, b.coarse_names)
+        assert (a.extras["coarse"] == b.extras["coarse"]).all()
+        if not options:
+            assert (a.images == images[:250]).all()
+        with Loader(a, batch_size=32, seed=3) as x, Loader(b, batch_size=32, seed=3) as y:
+            for _ in range(10):
+                one, two = next(x), next(y)
+                assert all((one[k] == two[k]).all() for k in ("image", "label", "index"))
+
+
 def test_a_set_to_be_tested_on(prepared):
     source = make_source("tfds:imagenet_r", split="test", data_dir=prepared, image_size=32)
     assert len(source) == 20 and source.class_names[0] == "n01440764"

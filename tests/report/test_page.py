@@ -25,6 +25,16 @@ def _panels(n=12, classes=4):
     bins = {"count": [0, 5, 15], "accuracy": [np.nan, 0.4, 0.8], "confidence": [np.nan, 0.5, 0.9]}
     return {
         "views": {"images": {"view1": images, EVIL: (255 * images).astype(np.uint8)}, "labels": names * 3},
+        "neighbours": {
+            "queries": images[:2],
+            "found": images[2:8].reshape(2, 3, 16, 16, 3),
+            "cosine": heat[:2, 0, :3],
+            "agree": None,
+            "names": [EVIL, "$5 'note'"],
+            "found_names": [[EVIL, "a", 'b"c']] * 2,
+        },
+        "map": {"features": rng.normal(size=(n, 8)), "images": images, "names": [f"{EVIL}/{i}.jpg" for i in range(n)]},
+        "near_duplicates": {"images": [images[:2], images[:3]], "names": [["a", EVIL], ["b", "c", "d/猫.png"]]},
         "saliency": {
             "image": images,
             "map": heat,
@@ -88,7 +98,7 @@ class _Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.tags, self.text, self.open = [], [], "", []
+        self.links, self.tags, self.titles, self.text, self.open = [], [], [], "", []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -96,6 +106,7 @@ class _Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.titles += [value for name, value in attrs if name == "title"]
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
@@ -143,6 +154,9 @@ def test_page_escapes_everything_it_is_given(full):
     for place in (f"--config={EVIL}", f"strange.note{EVIL}", f"devices{EVIL}"):
         assert place in page.text
     assert page.text.count(EVIL) >= 4
+    assert "a, " + EVIL in page.text  # of the near-duplicates
+    titles = page.titles
+    assert f"{EVIL}/3.jpg" in titles and f'b"c, cosine {_panels()["neighbours"]["cosine"][0, 2]:.3f}' in titles
 
 
 def test_page_says_the_results(full):

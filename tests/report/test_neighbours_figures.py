@@ -1,0 +1,73 @@
+"""Pictures of neighbours: every image is where its title is, and odd sets have a picture too."""
+
+import numpy as np
+import pytest
+
+from jaxcl.report import neighbours
+
+RNG = np.random.default_rng(0)
+
+
+def pixels_at(drawn, title):
+    """The middle of the part of a figure that has this title, RGB."""
+    figure = drawn.figure
+    figure.canvas.draw()
+    page = np.asarray(figure.canvas.buffer_rgba())
+    ((x, y, w, h, _),) = [t for t in drawn.titles if t[4] == title]
+    assert 0 <= x and 0 <= y and x + w <= 1 and y + h <= 1
+    return page[round((y + h / 2) * page.shape[0]), round((x + w / 2) * page.shape[1]), :3].tolist()
+
+
+def flat(*shape):
+    """Images of one colour each."""
+    colours = RNG.integers(0, 256, (*shape, 3)).astype(np.uint8)
+    return np.broadcast_to(colours[..., None, None, :], (*shape, 8, 8, 3)), colours
+
+
+def test_neighbours_stand_beside_their_image():
+    (queries, query_colours), (found, colours) = flat(3), flat(3, 11)
+    names = [["q", "b"][i == 1] + f"/{i}.jpg" for i in range(3)]
+    found_names = [[f"{r}-{c}" for c in range(11)] for r in range(3)]
+    cosine = np.linspace(1, 0, 33).reshape(3, 11)
+    for agree in (None, RNG.choice([0, 1, np.nan], (3, 11))):
+        drawn = neighbours.neighbour_grid(queries, found, cosine, agree, names, found_names)
+        assert len(drawn.titles) == 3 * 9
+        for r in range(3):
+            assert pixels_at(drawn, names[r]) == query_colours[r].tolist()
+            for c in (0, 7):
+                title = f"{r}-{c}, cosine {cosine[r, c]:.3f}"
+                assert pixels_at(drawn, title) == colours[r, c].tolist()
+
+
+def test_the_map_shows_images_where_their_features_lie():
+    images, colours = flat(60)
+    features = np.repeat(np.eye(3), 20, 0) * 5 + RNG.normal(size=(60, 3)) * 0.1  # three heaps
+    drawn = neighbours.thumbnail_map(features, images, [f"{i}" for i in range(60)])
+    place = {int(t[4]): np.array(t[:2]) for t in drawn.titles}
+    assert 3 <= len(place) <= 60 and {i // 20 for i in place} == {0, 1, 2}
+    for i in place:
+        assert pixels_at(drawn, str(i)) == colours[i].tolist()
+        for j in place:  # none covers another
+            assert i == j or (np.abs(place[i] - place[j]) >= np.array([t[2:4] for t in drawn.titles][0]) - 1e-3).any()
+    middles = [np.mean([p for i, p in place.items() if i // 20 == heap], 0) for heap in range(3)]
+    for i, p in place.items():
+        assert np.argmin([np.abs(p - m).sum() for m in middles]) == i // 20
+
+
+@pytest.mark.parametrize("features", [np.zeros((20, 4)), np.ones((2, 4)), np.full((20, 4), np.nan)])
+def test_a_map_of_nothing_says_why(features):
+    figure = neighbours.thumbnail_map(features, flat(len(features))[0], ["x"] * len(features))
+    assert figure.texts[0].get_text()
+
+
+def test_groups_of_near_duplicates():
+    sizes = (2, 12, 3, 2, 2)
+    parts = [flat(min(n, 8)) for n in sizes]
+    names = [[f"{g}/{i}" for i in range(n)] for g, n in enumerate(sizes)]
+    drawn = neighbours.duplicate_grid([images for images, _ in parts], names)
+    assert len(drawn.titles) == 2 + 8 + 3 + 2 + 2
+    for g, (_, colours) in enumerate(parts):
+        for i in range(len(colours)):
+            assert pixels_at(drawn, f"{g}/{i}") == colours[i].tolist()
+    assert "and 4 more" in [t.get_text() for t in drawn.figure.axes[0].texts]
+    assert neighbours._end("a/very/long/name/of/a/file-0001.jpg", 130) == "…-0001.jpg"

@@ -1,0 +1,122 @@
+"""The first command of the README, on generated photos: an unlabelled folder is trained on and its neighbours shown."""
+
+import html.parser
+import json
+import time
+
+import photos
+import pytest
+from test_main import cli
+from test_train import ROOT, subprocess_run
+
+from jaxcl.report import read_metrics
+
+COMMAND = [f"--config={ROOT}/configs/simclr.py:unlabelled", "--config.data.source=folder:my_photos", "--workdir=run"]
+# The same on a network and images that compile and train in seconds.
+SHRUNK = [
+    "--config.batch_size=16",
+    "--config.duration=6 steps",
+    "--config.data.files.image_size=16",
+    "--config.devices=1",
+    "--config.model.stage_sizes=(1,)",
+    "--config.model.stage_widths=(8,)",
+    "--config.model.strides=(1,)",
+    "--config.collapse_every=0",
+    "--config.eval.every=0",
+    "--config.views.view1.jitter_p=0.0",
+    "--config.views.view2.jitter_p=0.0",
+    "--config.log_every=2 steps",
+]
+# In place of the package: it notes what it is given, and breaks at the end.
+WANDB = """
+import json, sys
+class Run:
+    summary = {}
+    def log(self, metrics, step):
+        print("logged", step, json.dumps(metrics), file=open("wandb.txt", "a"))
+    def finish(self, exit_code):
+        print("finished", exit_code, json.dumps(self.summary), file=open("wandb.txt", "a"))
+        raise OSError("offline")
+def init(project, **options):
+    print("began", project, file=open("wandb.txt", "a"))
+    return Run()
+"""
+
+
+class _Titles(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.titles, self.sections = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "section":
+            self.sections.append(attrs.get("id"))
+        self.titles += [attrs["title"]] if "title" in attrs else []
+
+
+def check(folder, pairs):
+    """The report shows neighbours, the map and every near-duplicate, by the names of the files."""
+    results = json.loads((folder / "results.json").read_text())["neighbours"]
+    found = {tuple(sorted(pair["images"])) for pair in results["near_duplicates"]}
+    assert {tuple(sorted(pair)) for pair in pairs} <= found and results["copies"] == len(found)
+    assert results["cosine"] > results["any_cosine"]
+    page = _Titles((folder / "report" / "index.html").read_text())
+    assert {"views", "neighbours", "map", "near_duplicates"} <= set(page.sections)
+    for section in ("neighbours", "map", "near_duplicates"):
+        assert (folder / "report" / f"{section}.png").stat().st_size > 3000
+    assert any(name in page.titles for pair in pairs for name in pair)
+    assert sum("cosine" in title for title in page.titles) >= 8
+
+
+def test_a_small_one(tmp_path, monkeypatch):
+    pairs = photos.write(tmp_path / "my_photos", 60, copies=3)
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.setenv("WANDB_PROJECT", "photos")
+    done = subprocess_run([*COMMAND, *SHRUNK], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "folder:my_photos: 60 images, no labels, each 16x16\n" in done.stderr
+    check(tmp_path / "run", pairs)
+    lines = (tmp_path / "wandb.txt").read_text().splitlines()
+    assert lines[0] == "began photos" and [line.split()[:2] for line in lines[1:4]] == [["logged", s] for s in "246"]
+    assert lines[4].startswith("finished 0") and json.loads(lines[4].split(" ", 2)[2])["neighbours.copies"] >= 3
+    assert "W&B cannot be finished: OSError: offline" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "images, arguments, words",
+    [
+        ({}, [], "my_photos is not there; expected a folder of images"),
+        ({"empty/": 0}, [], "folder:my_photos holds no images"),
+        ({"": 3}, [], "batch_size 128 is larger than the training set (2 images); use a smaller one"),
+        ({"": 1}, ["--config.batch_size=1"], "has one image, which leaves nothing to test on"),
+        ({"a/": 9, "none/": 0}, ["supcon"], "needs a label on every training image, which the data lacks"),
+        ({"a/": 9, "b/": 9, "": 1}, ["supcon"], "needs a label on every training image, which the data lacks"),
+    ],
+)
+def test_folders_that_cannot_be_trained_on(images, arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place, count in images.items():
+        photos.write(tmp_path / "my_photos" / place, count)
+    command = [*COMMAND, "--config.devices=1"]
+    if "supcon" in arguments:
+        command[0], arguments = f"--config={ROOT}/configs/supcon.py", ["--config.batch_size=4"]
+    code, text = cli([*command, *arguments], monkeypatch, capsys)
+    lines = [line for line in text.splitlines() if line.startswith("jaxcl: ")]
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_thousand_photos_in_five_minutes(tmp_path):
+    """As the README has it; two cores, of which other work may take a part."""
+    pairs = photos.write(tmp_path / "my_photos", 1000, copies=20)
+    begun = time.monotonic()
+    done = subprocess_run(COMMAND, tmp_path, timeout=1800)
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "run", pairs)
+    waits = [row["data_wait"] for row in read_metrics(tmp_path / "run") if "data_wait" in row]
+    assert sum(waits) / len(waits) < 0.05
+    assert seconds < 300
