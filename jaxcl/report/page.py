@@ -161,21 +161,25 @@ def write_report(
     title = str(config.get("name") or pathlib.Path(workdir).resolve().name)
     command = results.get("command") or environment.get("command")
     body = [
-        f"<header><h1>{_esc(title)}</h1><p class=lead>{_esc(verdict.sentence(config, results))}</p></header>",
+        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(verdict.sentence(config, results))}</p></header>",
         _verdict_table(results),
         *sections,
         _table_section("All results", verdict.flatten({k: v for k, v in results.items() if k != "command"})),
         "<section><h2>How it was made</h2>",
-        f"<h3>Command</h3><pre>{_esc(command)}</pre>" if command else "",
-        f"<details><summary>Config</summary><pre>{_esc(_json(config))}</pre></details>" if config else "",
+        f"<h3>Command</h3><pre>{escape(command)}</pre>" if command else "",
+        f"<details><summary>Config</summary><pre>{escape(_json(config))}</pre></details>" if config else "",
         _details_table("Environment", verdict.flatten(environment)) if environment else "",
         "</section>",
     ]
-    page = folder / "index.html"
-    temporary = folder / "index.html.tmp"
-    temporary.write_text(_PAGE.format(title=_esc(title), style=_CSS, body="\n".join(body)), encoding="utf-8")
-    os.replace(temporary, page)
-    return page
+    return write_page(folder / "index.html", title, "\n".join(body))
+
+
+def write_page(path: pathlib.Path, title: str, body: str, style: str = "") -> pathlib.Path:
+    """Writes a page of this look, through a temporary file; `body` is HTML, `style` further CSS. -> `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(_PAGE.format(title=escape(title), style=_CSS + style, body=body), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
 
 
 def _present(panel: Any) -> bool:
@@ -190,12 +194,12 @@ def _section(folder: pathlib.Path, name: str, panel: Any) -> str:
     except Exception as error:  # the weeks of training behind the page are worth more than one of its pictures
         _log.warning("the figure %r of the report could not be drawn", name, exc_info=True)
         said = f"This figure could not be drawn: {type(error).__name__}: {error}"
-        return f'<section id="{name}"><h2>{_esc(title)}</h2><p class=missing>{_esc(said)}</p></section>'
+        return f'<section id="{name}"><h2>{escape(title)}</h2><p class=missing>{escape(said)}</p></section>'
     # Fewer pixels on the page than in the file keep it sharp on dense screens; CSS shrinks it on narrow ones.
     width, height = (round(inches * DPI / 1.8) for inches in figure.get_size_inches())
     return (
-        f'<section id="{name}"><h2>{_esc(title)}</h2><p>{_esc(caption)}</p>'
-        f'<figure><img src="{name}.png" width="{width}" height="{height}" alt="{_esc(title)}"></figure>'
+        f'<section id="{name}"><h2>{escape(title)}</h2><p>{escape(caption)}</p>'
+        f'<figure><img src="{name}.png" width="{width}" height="{height}" alt="{escape(title)}"></figure>'
         "</section>"
     )
 
@@ -205,8 +209,8 @@ def _verdict_table(results: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     cells = "".join(
-        f"<tr><th scope=row>{_esc(row.name)}</th><td class=value>{_esc(row.value)}</td>"
-        f"<td class=better>{_esc(row.better)}</td><td>{_esc(row.meaning)}</td></tr>"
+        f"<tr><th scope=row>{escape(row.name)}</th><td class=value>{escape(row.value)}</td>"
+        f"<td class=better>{escape(row.better)}</td><td>{escape(row.meaning)}</td></tr>"
         for row in rows
     )
     head = "<tr><th>measure</th><th class=value>result</th><th>better</th><th>what it says</th></tr>"
@@ -218,18 +222,18 @@ def _verdict_table(results: Mapping[str, Any]) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
     cells = "".join(
-        f"<tr><th scope=row>{_esc(name)}</th><td class=plain>{_esc(_value(value))}</td></tr>"
+        f"<tr><th scope=row>{escape(name)}</th><td class=plain>{escape(_value(value))}</td></tr>"
         for name, value in rows.items()
     )
     return f"<div class=wide><table class=all>{cells}</table></div>"
 
 
 def _table_section(title: str, rows: Mapping[str, Any]) -> str:
-    return f"<section><h2>{_esc(title)}</h2>{_table(rows)}</section>" if rows else ""
+    return f"<section><h2>{escape(title)}</h2>{_table(rows)}</section>" if rows else ""
 
 
 def _details_table(title: str, rows: Mapping[str, Any]) -> str:
-    return f"<details><summary>{_esc(title)}</summary>{_table(rows)}</details>"
+    return f"<details><summary>{escape(title)}</summary>{_table(rows)}</details>"
 
 
 def _value(value: Any) -> str:
@@ -261,7 +265,8 @@ def _json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, default=plain, ensure_ascii=False)
 
 
-def _esc(text: Any) -> str:
+def escape(text: Any) -> str:
+    """Text as HTML, for attributes too: names of files and classes are anybody's."""
     return html.escape(str(text), quote=True)
 
 
