@@ -6,10 +6,10 @@ A ladder of views, one rung a stage, each of two views of its own that go no fur
 sees crops and jitter, each later one a type of augmentation more. The losses of the stages, of the same kind each, add
 up. Heads are also given what colour jitter was drawn for the view, so that the encoder need not forget colour.
 
-Presets, one word an axis, joined by commas. The method: simsiam, byol, barlow_twins. A data set: garments, cifar10,
-imagenet100, imagenet. The ladder: addone, or its controls uniform (every rung has all types), strength (all types,
-weaker below) and two_view (the last stage alone: the plain method). A scale (paper, cpu) and labelled or unlabelled as
-in simsiam.py. Options follow in the same way, as name=value:
+Presets, one word an axis, joined by commas. The method: simsiam, byol, barlow_twins, supcon (ours). A data set:
+garments, cifar10, imagenet100, imagenet. The ladder: addone, or its controls uniform (every rung has all types),
+strength (all types, weaker below) and two_view (the last stage alone: the plain method). A scale (paper, cpu) and
+labelled or unlabelled as in simsiam.py. Options follow in the same way, as name=value:
 
     told=color|color_crop|everything|nothing   what heads are told of a view: jitter; the crop too; blur, grayscale and
                                                flip too (ours). If not given, color for addone, nothing for the controls
@@ -20,7 +20,7 @@ in simsiam.py. Options follow in the same way, as name=value:
 
     configs/hierarchical.py                    garments on a CPU; not yet run
     configs/hierarchical.py:two_view           likewise uniform, strength, told=nothing; not yet run
-    configs/hierarchical.py:byol               likewise barlow_twins; not yet run
+    configs/hierarchical.py:byol               likewise barlow_twins, supcon; not yet run
     configs/hierarchical.py:cifar10            not yet run
     configs/hierarchical.py:imagenet100        ResNet-50, 200 epochs; not yet run
     configs/hierarchical.py:imagenet           ResNet-50, 200 epochs; not yet run
@@ -31,14 +31,15 @@ tfds:NAME. Networks without stages (vit) have no ladder.
 
 Source: Zhang and Ma 2022, arXiv 2206.00227; SimSiam's settings from the released code, which differ from simsiam.py's
 in a last batch norm with scale and bias. The paper does not say how BYOL and Barlow Twins were trained; here: as
-SimSiam, and as barlow_twins.py. Biases before batch norms, which the released heads have, do nothing and are left out.
+SimSiam, and as barlow_twins.py; SupCon is ours. Biases before batch norms, which the released heads have, do nothing
+and are left out.
 """
 
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.views.ladder import MODES, TYPES, rungs
 
-METHODS = ("simsiam", "byol", "barlow_twins")
+METHODS = ("simsiam", "byol", "barlow_twins", "supcon")
 DATASETS = ("garments", "cifar10", "imagenet100", "imagenet")
 SCALES = ("paper", "cpu")
 LABELS = ("labelled", "unlabelled")
@@ -62,9 +63,13 @@ def get_config(preset: str = ""):
     small = dataset == "garments" or scale == "cpu"
     options = _options(given, told="color" if mode == "addone" else "nothing", order="-".join(TYPES), rotation="0",
                        blur="always" if dataset == "garments" else "rule")  # fmt: skip
-    # byol.py has no such data set; what differs is set below.
-    known = "imagenet100" if (method, dataset) == ("byol", "imagenet") else dataset
-    c = base.extend(__file__, f"{method}.py", f"{known},{scale},{labels}")
+    # byol.py and supcon.py have no such data set; what differs is set below.
+    known = "imagenet100" if method in ("byol", "supcon") and dataset == "imagenet" else dataset
+    c = base.extend(__file__, f"{method}.py", f"{known},{scale}" + ("" if method == "supcon" else f",{labels}"))
+    if method == "supcon":
+        if labels == "unlabelled":
+            raise UserError("the ladder on supcon needs labels; choose another method, or leave out unlabelled")
+        c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself, as on every rung
     c.name = base.title(f"hierarchical {method}", chosen[1:], ("", "addone", "paper", "labelled"))
     c.name = " ".join([c.name, *given])
     if small:
@@ -146,7 +151,11 @@ def _cpu(c):
 
 
 def _paper(c, method, dataset, labels):
-    """SimSiam's settings for BYOL too, whose decay is all that the authors state; Barlow Twins as in its own file."""
+    """SimSiam's settings for BYOL too, whose decay is all that the authors state; the others as in their own files."""
+    if method == "supcon":
+        if dataset == "imagenet":
+            c.data = base.extend(__file__, "simsiam.py", dataset).data
+        return
     c.duration = "800 epochs" if dataset == "cifar10" else "200 epochs"
     if method == "barlow_twins":
         return

@@ -102,7 +102,7 @@ def default() -> ConfigDict:
     # known); collapse (spread of the embeddings); ood (shifted, corrupted, shuffled and other images); shape_bias
     # (of images whose texture speaks for another class); linear_sgd (a probe on augmented images, by the data set's
     # usual schedule); neighbours (the nearest images, and near-duplicates; needs no labels); invariance (of each stage,
-    # to what); color (what is kept of it); dense (labels of pixels from each stage's map).
+    # to what); color (what is kept of it) and tint (its quickest part); dense (labels of pixels from each stage's map).
     c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
     c.eval.batch_size = 500
     c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length

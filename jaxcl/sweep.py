@@ -275,18 +275,22 @@ class Sweep:
             grid = {setting.labels[k]: v for k, v in setting.grid.items()}
             rows.append(Row(setting.name, grid, [self.entries[r] for r in self.runs if r.setting is setting]))
         content = sweep_table.table(rows, self.measures)
-        environments = self._environments()
-        about = {
-            "command": self.command,
-            "commits": list(dict.fromkeys(e["commit"] for e in environments if e.get("commit"))),
-            "machine": _machine(environments),
-            "seeds": list(dict.fromkeys(r.seed for r in self.runs)),
-        }
+        about = self.origin()
         run_folder.write_json(self.out / "table.json", about | content)
         temporary = self.out / "table.md.tmp"
         temporary.write_text(sweep_table.page(about | content), encoding="utf-8")
         os.replace(temporary, self.out / "table.md")
         return sweep_table.markdown(content)
+
+    def origin(self) -> dict[str, Any]:
+        """Where the numbers come from: "command", "commits", "machine" and "seeds"."""
+        environments = self._environments()
+        return {
+            "command": self.command,
+            "commits": list(dict.fromkeys(e["commit"] for e in environments if e.get("commit"))),
+            "machine": _machine(environments),
+            "seeds": list(dict.fromkeys(r.seed for r in self.runs)),
+        }
 
     def _environments(self) -> list[dict[str, Any]]:
         """What the finished runs say of where they ran: asking JAX here would take the accelerator from them."""

@@ -88,8 +88,8 @@ def init_state(
         tx=None,
     )
     memory = {
-        name: part.init(jax.random.fold_in(key, 2 + i), start._replace(tx=recipe.memory_tx.get(name)))
-        for i, (name, part) in enumerate(sorted(recipe.memory.items()))
+        name: part.init(named(f"memory/{name}"), start._replace(tx=recipe.memory_tx.get(name)))
+        for name, part in recipe.memory.items()
     }
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -210,8 +210,10 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
         def objective(params):
             embeddings, stats = {}, with_targets(recipe, stats_before, memory, "batch_stats")
             params = with_targets(recipe, params, memory, "params")
-            for i, spec in enumerate(recipe.passes):
-                key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), zlib.crc32(f"pass {i}".encode()))
+            for spec in recipe.passes:
+                # Known by what it encodes first, not by its place: a pass more changes nothing in the others.
+                name = f"pass {spec.embeddings[0]}"
+                key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), zlib.crc32(name.encode()))
                 encoded, stats = run_pass(recipe, params, stats, views, spec, mesh, key)
                 embeddings.update(encoded)
             for name in shown:

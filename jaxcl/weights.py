@@ -176,6 +176,8 @@ def starting_weights(config: ConfigDict, recipe: Recipe) -> dict[str, tuple[Tree
     out = {}
     for name, (where, node) in nodes.items():
         if path := node.get("weights"):
+            if not isinstance(path, str):
+                raise UserError(f"{where}.weights is {path!r}; expected a path, or '' for none")
             variables, about = read(path)
             out[name] = fit(f"{where}.weights {path}", variables, recipe.encoder(name), recipe.image_shape)
             origin = about.get("provenance", {})

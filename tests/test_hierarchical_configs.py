@@ -179,3 +179,18 @@ def test_two_steps_of_it(method):
     assert float(metrics["loss"]) == pytest.approx(sum(parts), rel=1e-5) and np.isfinite(parts).all()
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.params["branches"]))
     assert min(max(jax.tree.leaves(moved[f"stage{i}"])) for i in (1, 2, 3)) > 0
+
+
+@pytest.mark.parametrize("dataset, facts", [("", GARMENTS), ("cifar10", CIFAR), ("imagenet", IMAGENET)])
+def test_the_ladder_on_supcon(dataset, facts):
+    """Ours: SupCon's own settings, and its loss at every stage."""
+    c, plain = config("hierarchical", f"supcon,{dataset}"), config("supcon", dataset.replace("imagenet", "imagenet100"))
+    recipe = tiny.recipe(c, **facts)
+    temperatures = {(t.temperature, t.base_temperature) for t in recipe.terms.values()}
+    assert temperatures == {(plain.terms.supcon.temperature, plain.terms.supcon.base_temperature)}
+    assert set(recipe.terms) == {"supcon", "stage1", "stage2", "stage3"} and not recipe.heads
+    assert [p.views for p in recipe.passes][-2:] == [("view1",), ("view2",)] and len(recipe.passes) == 8
+    assert (c.optimizer, c.batch_size, c.duration) == (plain.optimizer, plain.batch_size, plain.duration)
+    assert c.data.source == ("tfds:imagenet2012" if dataset == "imagenet" else plain.data.source)
+    with pytest.raises(UserError, match="the ladder on supcon needs labels"):
+        config("hierarchical", "supcon,unlabelled")

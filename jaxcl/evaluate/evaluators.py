@@ -17,7 +17,7 @@ from jaxcl.evaluate.calibration import expected_calibration_error
 from jaxcl.evaluate.collapse import collapse
 from jaxcl.evaluate.dense import dense
 from jaxcl.evaluate.explanation import drop_increase, mask_agreement
-from jaxcl.evaluate.invariance import color, invariance
+from jaxcl.evaluate.invariance import color, invariance, tint
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.linear_sgd import linear_sgd
@@ -210,6 +210,7 @@ EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
     "shape_bias": cue_conflict,
     "invariance": invariance,
     "color": color,
+    "tint": tint,
     "dense": dense,
 }
 

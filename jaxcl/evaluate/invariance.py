@@ -147,12 +147,24 @@ def color(f: "Frozen") -> tuple[Figures, dict]:
         majority.append(float((test_labels[:, i] == np.bincount(labels[:, i]).argmax()).mean()))
     figures = {"accuracy": float(np.mean(list(figures.values()))), "majority": float(np.mean(majority))} | figures
     figures["r2"] = float(np.mean(_explained(train_x, train_a[0] - train_a[1], test_x, test_a[0] - test_a[1])))
-    tints = [f.source(split).extras.get("tint") for split in ("train", "test")]
-    if all(t is not None for t in tints):
-        probe = fit_linear_probe(f.features("train"), tints[0], num_classes=int(max(t.max() for t in tints)) + 1)
-        predicted = np.asarray(probe_logits(probe, f.features("test"))).argmax(-1)
-        figures["tint"] = accuracy(predicted, tints[1])
+    if (kept := _tint(f)) is not None:
+        figures["tint"] = kept
     return figures, {}
+
+
+def tint(f: "Frozen") -> tuple[Figures, dict]:
+    """The tint of `color` by itself: a linear probe on the frozen features for the object's tint."""
+    if (kept := _tint(f)) is None:
+        raise LeftOut("the data does not know the tints of its objects (garments does)")
+    return {"accuracy": kept}, {}
+
+
+def _tint(f: "Frozen") -> float | None:
+    tints = [f.source(split).extras.get("tint") for split in ("train", "test")]
+    if any(t is None for t in tints):
+        return None
+    probe = fit_linear_probe(f.features("train"), tints[0], num_classes=int(max(t.max() for t in tints)) + 1)
+    return accuracy(np.asarray(probe_logits(probe, f.features("test"))).argmax(-1), tints[1])
 
 
 def _distances(jitter_2xNx4: np.ndarray) -> np.ndarray:

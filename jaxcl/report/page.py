@@ -183,19 +183,24 @@ def write_report(
     title = str(config.get("name") or storage.folder(workdir).name)
     command = results.get("command") or environment.get("command")
     body = [
-        f"<header><h1>{_esc(title)}</h1><p class=lead>{_esc(verdict.sentence(config, results))}</p></header>",
+        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(verdict.sentence(config, results))}</p></header>",
         _verdict_table(results),
         *sections,
         _table_section("All results", verdict.flatten({k: v for k, v in results.items() if k != "command"})),
         "<section><h2>How it was made</h2>",
-        f"<h3>Command</h3><pre>{_esc(command)}</pre>" if command else "",
-        f"<details><summary>Config</summary><pre>{_esc(_json(config))}</pre></details>" if config else "",
+        f"<h3>Command</h3><pre>{escape(command)}</pre>" if command else "",
+        f"<details><summary>Config</summary><pre>{escape(_json(config))}</pre></details>" if config else "",
         _details_table("Environment", verdict.flatten(environment)) if environment else "",
         "</section>",
     ]
-    page = folder / "index.html"
-    storage.write_whole(page, _PAGE.format(title=_esc(title), style=_CSS, body="\n".join(body)))
-    return page
+    return write_page(folder / "index.html", title, "\n".join(body))
+
+
+def write_page(path: str | os.PathLike, title: str, body: str, style: str = "") -> epath.Path:
+    """Writes a page of this look, whole or not at all; `body` is HTML, `style` further CSS. -> `path`."""
+    path = epath.Path(path)
+    storage.write_whole(path, _PAGE.format(title=escape(title), style=_CSS + style, body=body))
+    return path
 
 
 def _present(panel: Any) -> bool:
@@ -211,21 +216,20 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
     except Exception as error:  # the weeks of training behind the page are worth more than one of its pictures
         _log.warning("the figure %r of the report could not be drawn", name, exc_info=True)
         said = f"This figure could not be drawn: {type(error).__name__}: {error}"
-        return f'<section id="{name}"><h2>{_esc(title)}</h2><p class=missing>{_esc(said)}</p></section>'
+        return f'<section id="{name}"><h2>{escape(title)}</h2><p class=missing>{escape(said)}</p></section>'
     # Fewer pixels on the page than in the file keep it sharp on dense screens; CSS shrinks it on narrow ones.
     width, height = (round(inches * DPI / 1.8) for inches in figure.get_size_inches())
-    picture = f'<img src="{name}.png" width="{width}" height="{height}" alt="{_esc(title)}">'
+    picture = f'<img src="{name}.png" width="{width}" height="{height}" alt="{escape(title)}">'
     if titles:  # shares of the picture's size, whatever that is on this screen
         over = "".join(
-            f'<i title="{_esc(text)}" style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;'
+            f'<i title="{escape(text)}" style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;'
             f'height:{100 * h:.2f}%"></i>'
             for x, y, w, h, text in titles
         )
         picture = f"<div class=titled>{picture}{over}</div>"
     below = _file_names(panel["names"]) if name == "near_duplicates" else ""
-    return (
-        f'<section id="{name}"><h2>{_esc(title)}</h2><p>{_esc(caption)}</p><figure>{picture}</figure>{below}</section>'
-    )
+    head = f"<h2>{escape(title)}</h2><p>{escape(caption)}</p>"
+    return f'<section id="{name}">{head}<figure>{picture}</figure>{below}</section>'
 
 
 def _file_names(groups: Sequence[Sequence[str]]) -> str:
@@ -238,8 +242,8 @@ def _verdict_table(results: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     cells = "".join(
-        f"<tr><th scope=row>{_esc(row.name)}</th><td class=value>{_esc(row.value)}</td>"
-        f"<td class=better>{_esc(row.better)}</td><td>{_esc(row.meaning)}</td></tr>"
+        f"<tr><th scope=row>{escape(row.name)}</th><td class=value>{escape(row.value)}</td>"
+        f"<td class=better>{escape(row.better)}</td><td>{escape(row.meaning)}</td></tr>"
         for row in rows
     )
     head = "<tr><th>measure</th><th class=value>result</th><th>better</th><th>what it says</th></tr>"
@@ -251,18 +255,18 @@ def _verdict_table(results: Mapping[str, Any]) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
     cells = "".join(
-        f"<tr><th scope=row>{_esc(name)}</th><td class=plain>{_esc(_value(value))}</td></tr>"
+        f"<tr><th scope=row>{escape(name)}</th><td class=plain>{escape(_value(value))}</td></tr>"
         for name, value in rows.items()
     )
     return f"<div class=wide><table class=all>{cells}</table></div>"
 
 
 def _table_section(title: str, rows: Mapping[str, Any]) -> str:
-    return f"<section><h2>{_esc(title)}</h2>{_table(rows)}</section>" if rows else ""
+    return f"<section><h2>{escape(title)}</h2>{_table(rows)}</section>" if rows else ""
 
 
 def _details_table(title: str, rows: Mapping[str, Any]) -> str:
-    return f"<details><summary>{_esc(title)}</summary>{_table(rows)}</details>"
+    return f"<details><summary>{escape(title)}</summary>{_table(rows)}</details>"
 
 
 def _value(value: Any) -> str:
@@ -294,7 +298,8 @@ def _json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, default=plain, ensure_ascii=False)
 
 
-def _esc(text: Any) -> str:
+def escape(text: Any) -> str:
+    """Text as HTML, for attributes too: names of files and classes are anybody's."""
     return html.escape(str(text), quote=True)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl import saliency
+from jaxcl.augment import IDENTITY
 from jaxcl.errors import UserError
 from jaxcl.views import Context, StageOutput, View
 
@@ -105,14 +106,14 @@ class SaliencyMask:
         h, stats = context.model.encode(context.params, stats, masked, train=train)
         accepted = context.classifier(context.memory, h).argmax(-1) == context.label
 
-        replacement = masked
+        replacement = View(masked, views[self.of].params)
         if self.augment:
             # Pipelines eat pixels in [0, 1]; the kept pixels come from the raw image, the rest keep the mean colour.
-            replacement = context.augment(self.into, f"{self.into}/masked", self._masked_pixels(context, keep)).image
+            replacement = context.augment(self.into, f"{self.into}/masked", self._masked_pixels(context, keep))
         out = {
             self.into: View(
-                jnp.where(accepted[:, None, None, None], replacement, backup.image),
-                backup.params,
+                jnp.where(accepted[:, None, None, None], replacement.image, backup.image),
+                _drawn(accepted, replacement.params, backup.params),
                 backup.where,
             )
         }
@@ -168,3 +169,15 @@ class SaliencyMask:
         order = jnp.argsort(~rejected, stable=True)[:K]
         count = rejected.sum()
         return View(masked[order], {}, jnp.arange(K) < count), jnp.maximum(count - K, 0)
+
+
+def _drawn(accepted: Array, params: dict[str, Array], backup: dict[str, Array]) -> dict[str, Array]:
+    """What was drawn for each row of a view of which the accepted rows were replaced: heads may be told of it."""
+
+    def chosen(name: str, old: Array) -> Array:
+        if name not in params and name not in IDENTITY:  # which no head is told
+            return old
+        new = params[name] if name in params else jnp.asarray(IDENTITY[name], old.dtype).reshape(old.shape[1:])
+        return jnp.where(accepted.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return {name: chosen(name, old) for name, old in backup.items()}

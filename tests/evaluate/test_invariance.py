@@ -106,9 +106,10 @@ def test_an_encoder_that_sees_colour_and_one_that_does_not(sees, monkeypatch):
     monkeypatch.setattr(module, "represent", represent)
     monkeypatch.setattr("jaxcl.evaluate.suite.represent", represent)
     monkeypatch.setattr(module.augment, "ColorJitter", jitter)
-    e, state, mesh = evaluation(final=("color",), sources=tinted)
-    figures = e.final(state, mesh)[0]["color"]
-    assert figures["tint"] == (1 if sees else pytest.approx(0.25))
+    e, state, mesh = evaluation(final=("color", "tint"), sources=tinted)
+    results = e.final(state, mesh)[0]
+    figures = results["color"]
+    assert figures["tint"] == (1 if sees else pytest.approx(0.25)) == results["tint"]["accuracy"]
     # All but brightness never differ: distance 0 is always right.
     assert figures["contrast"] == figures["hue"] == figures["saturation"] == 1
     assert figures["accuracy"] == pytest.approx((figures["brightness"] + 3) / 4) and figures["majority"] < 1

@@ -108,7 +108,7 @@ def test_at_most_twelve_classes_and_it_says_so(tmp_path):
     assert said.startswith("The first 12 of 16 coarse classes.") and "group 16" in said
     words = texts(figure)
     assert "and 10 more" in words and {"class 3", "class 18"} <= set(words)
-    assert save(figure, tmp_path / "many.png").stat().st_size > 10_000
+    assert len(save(figure, tmp_path / "many.png").read_bytes()) > 10_000
 
 
 def test_what_cannot_be_drawn_is_said():

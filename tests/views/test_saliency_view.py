@@ -17,7 +17,7 @@ from jaxcl.recipe import Phase
 from jaxcl.train_state import TrainState
 from jaxcl.update import run_stages
 from jaxcl.views import Context, View
-from jaxcl.views.saliency import SaliencyMask
+from jaxcl.views.saliency import SaliencyMask, _drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,9 @@ def test_excon_replaces_what_is_accepted(ran):
     out = outs["excon"]
     assert set(out["views"]) == {"view1"} and out["batch_stats"] is None
     same_images(out["views"]["view1"].image, d["neg0_view1"])
-    np.testing.assert_array_equal(out["views"]["view1"].params["flip"], np.arange(B) % 2 == 0)
+    # What is masked was not flipped, whatever was drawn for the view that it replaces.
+    flips = (np.arange(B) % 2 == 0) & ~np.asarray(d["accepted"], bool)
+    np.testing.assert_array_equal(out["views"]["view1"].params["flip"], flips)
     assert out["views"]["view1"].where is None
     np.testing.assert_allclose(out["metrics"]["saliency/accepted"], d["accepted"].mean())
     np.testing.assert_allclose(out["metrics"]["saliency/kept_area"], d["keep_mask"].mean(), rtol=1e-6)
@@ -341,3 +343,14 @@ def test_mistakes(options, words):
     with pytest.raises(UserError) as error:
         SaliencyMask(**options)
     assert str(error.value) == f"stage saliency: {words}"
+
+
+def test_an_accepted_row_was_not_drawn_like_the_view_it_replaces():
+    """Heads may be told what was drawn: of a masked standard view, nothing was, or what its own pipeline drew."""
+    accepted = jnp.array([True, False])
+    backup = {"jitter": jnp.full((2, 4), 0.7), "flip": jnp.array([True, True]), "tilt": jnp.array([3.0, 4.0])}
+    drawn = _drawn(accepted, {"jitter": jnp.full((2, 4), 0.9)}, backup)
+    np.testing.assert_array_equal(drawn["jitter"], np.float32([[0.9] * 4, [0.7] * 4]))
+    np.testing.assert_array_equal(drawn["flip"], [False, True])
+    np.testing.assert_array_equal(_drawn(accepted, {}, backup)["jitter"], np.float32([[1, 1, 1, 0], [0.7] * 4]))
+    assert drawn["flip"].dtype == bool and drawn["tilt"] is backup["tilt"]  # which no head is told
