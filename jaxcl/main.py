@@ -11,6 +11,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from jaxcl import xla_flags
 from jaxcl.errors import Diverged, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
@@ -116,6 +117,7 @@ def join(spec: str) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one config; -> exit code."""
+    xla_flags.set_flags()  # first: a config file may import JAX
     parse(argv)
     if _CONFIG.value is None:
         raise UserError("no --config; for example --config=configs/excon.py")

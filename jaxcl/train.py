@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jaxcl.monitor import compile_monitor
 from jaxcl.recipe import Recipe, build_recipe, data_facts
 from jaxcl.report import MetricsWriter, Progress, read_metrics
 from jaxcl.train_state import TrainState
-from jaxcl.update import compile_update, init_state
+from jaxcl.update import compile_update, init_state, place_state
 from jaxcl.weights import starting_weights
 
 say = logging.getLogger("jaxcl")
@@ -59,10 +60,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     run_folder.claim(workdir, plain, facts | {"class_names": source.class_names}, writes)
 
     # ---- state: the newest checkpoint of this workdir, else fresh
-    mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    mesh = sharding.make_mesh(devices, config.hosts)
+    placed, rows = place_state(recipe, mesh), sharding.rows(mesh)
+    # Evaluation wants all of a state on every device.
+    gather = jax.jit(lambda state: state, out_shardings=sharding.replicated(mesh))
+    whole = gather if recipe.sharding != "data" else lambda state: state
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    state, step = _initial_state(recipe, checkpoints, replicated, weights)
+    state, step = _initial_state(recipe, checkpoints, placed, weights)
     if step:
         say.info("resuming %s from step %d", workdir, step)
 
@@ -71,7 +75,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     metrics_writer = MetricsWriter(workdir, first_step=step) if writes else None
     stream = None if writes else open(os.devnull, "w")
     progress = Progress(total, initial=step, unit_images=recipe.batch_size, stream=stream)
-    monitor = compile_monitor(recipe, replicated, rows)
+    monitor = compile_monitor(recipe, placed, rows)
     updates, pending, log = {}, None, _Log(recipe, metrics_writer, progress, every["log"])
     preemption = Preemption()
     best = _Best(workdir, config, recipe)
@@ -91,7 +95,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         while step < total:
             phase = recipe.phase(step)
             if phase not in updates:
-                updates[phase] = compile_update(recipe, phase, replicated, rows)
+                updates[phase] = compile_update(recipe, phase, placed, rows)
             batch = next(loader)
             with jax.transfer_guard("disallow"):
                 state, metrics = updates[phase](state, batch)
@@ -110,7 +114,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
                 pending = None
             if evaluate:
                 with progress.paused():
-                    figures = evaluation.quick(state, mesh)
+                    figures = evaluation.quick(whole(state), mesh)
                 log.write(step, figures)
                 best.offer(step, state, figures)
                 log.begin(loader)
@@ -132,8 +136,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
     # ---- evaluation, results, report
     trained = time.monotonic()
-    results, panels = evaluation.final(state, mesh)
-    results |= best.result(evaluation, state, mesh)
+    results, panels = evaluation.final(whole(state), mesh)
+    results |= best.result(evaluation, state, whole, mesh)
     results |= {
         "seed": config.seed,
         "config": config.name,
@@ -180,18 +184,18 @@ def _has_checkpoint(workdir: pathlib.Path) -> bool:
 
 
 def _initial_state(
-    recipe: Recipe, checkpoints: Checkpoints, replicated, weights: dict[str, Any]
+    recipe: Recipe, checkpoints: Checkpoints, placed: TrainState, weights: dict[str, Any]
 ) -> tuple[TrainState, int]:
     # Runs once: on a CPU, where drawing many weights compiles slowly, optimising that program is not worth it.
     quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     create = jax.jit(
-        lambda seed, weights: init_state(recipe, seed, weights), out_shardings=replicated, compiler_options=quickly
+        lambda seed, weights: init_state(recipe, seed, weights), out_shardings=placed, compiler_options=quickly
     )
     seed = np.uint32(recipe.seed)
     if checkpoints.latest is None:
         return create(seed, weights), 0
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create, seed, weights)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(create, seed, weights), placed
     )
     state = checkpoints.restore(abstract)
     return state, checkpoints.latest
@@ -269,16 +273,16 @@ class _Best:
         if jax.process_index() == 0:
             run_folder.write_json(self._file, self._record)
 
-    def result(self, evaluation: Evaluation, state: TrainState, mesh) -> dict[str, Any]:
+    def result(self, evaluation: Evaluation, state: TrainState, whole: Callable, mesh) -> dict[str, Any]:
         """{"best": ...}: the last state is offered too, and the winner measured once on the test split."""
         if not self._on:
             return {}
-        self.offer(int(state.step), state, evaluation.quick(state, mesh))
+        self.offer(int(state.step), state, evaluation.quick(whole(state), mesh))
         if self._record is None:  # nothing that can be scored, as without labels
             return {}
         with Checkpoints(self._path, keep=1) as checkpoints:
             winner = checkpoints.restore(state)
-        figures = evaluation.quick(winner, mesh, split="test")
+        figures = evaluation.quick(whole(winner), mesh, split="test")
         return {"best": self._record | {k.removeprefix("eval/"): v for k, v in figures.items()}}
 
 
