@@ -2,10 +2,10 @@
 
     python -m jaxcl.main --config=configs/moco.py
 
-Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny_imagenet, stl10, imagenet100, imagenet),
-a scale (paper, or cpu for the small network and minutes of the embedded set, which has no other), a setting at paper
-scale: published (batches of 128, a queue of 16,384, moving average 0.999) or ifm (512, 65,536, 0.99), and what labels
-are for: labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
+Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny_imagenet, stl10, imagenet100,
+imagenet), a scale (paper, or cpu for the small network and minutes of the embedded set, which has no other), a setting
+at paper scale: published (batches of 128, a queue of 16,384, moving average 0.999) or ifm (512, 65,536, 0.99), and what
+labels are for: labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
 
     configs/moco.py                            garments on a CPU; not yet run
     configs/moco.py:cifar10                    32 pixels; not yet run
@@ -91,11 +91,5 @@ def _imagenet(c):
     for view in (c.views.view1, c.views.view2):
         view.crop_area = (0.2, 1.0)
         view.jitter = (0.4, 0.4, 0.4, 0.1)
-    c.optimizer = base.options(
-        base.OptimizerOptions,
-        kind="lars",
-        lr=0.6 * 4096 / 256,
-        weight_decay=1e-6,
-        schedule="cosine",
-        warmup="10 epochs",
-    )
+    lars = dict(kind="lars", schedule="cosine", warmup="10 epochs")
+    c.optimizer = base.options(base.OptimizerOptions, lr=0.6 * 4096 / 256, weight_decay=1e-6, **lars)

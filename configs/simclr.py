@@ -3,10 +3,10 @@
     python -m jaxcl.main --config=configs/simclr.py
 
 Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
-stl10, imagenet100, imagenet), a scale (paper: the authors' network and budget; cpu: the small network and minutes of the embedded
-sets, which have no other), and what labels are for: labelled (a classifier is trained beside the encoder, which it does
-not change, and needs a label on every training image) or unlabelled (no classifier; the evaluation uses what labels
-there are).
+stl10, imagenet100, imagenet), a scale (paper: the authors' network and budget; cpu: the small network and minutes of
+the embedded sets, which have no other), and what labels are for: labelled (a classifier is trained beside the encoder,
+which it does not change, and needs a label on every training image) or unlabelled (no classifier; the evaluation uses
+what labels there are).
 
     configs/simclr.py                          garments on a CPU: 3 minutes, linear probe 43.2 %
     configs/simclr.py:cifar10                  CIFAR-10, the baseline of CLAE; not yet run

@@ -3,8 +3,8 @@
     python -m jaxcl.main --config=configs/supcon.py
 
 Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
-stl10, imagenet100, imagenet), a schedule of the classifier (online, alternating, sequential), and a scale (paper: the authors'
-network and budget; cpu: the small network and minutes of the embedded sets, which have no other).
+stl10, imagenet100, imagenet), a schedule of the classifier (online, alternating, sequential), and a scale (paper: the
+authors' network and budget; cpu: the small network and minutes of the embedded sets, which have no other).
 
     configs/supcon.py                          garments on a CPU: 3 minutes, linear probe 64.2 %
     configs/supcon.py:cifar10                  CIFAR-10, the SupCon repository's hyper-parameters; not yet run

@@ -1,6 +1,6 @@
 """What a compiled program sends between devices: its collectives, counted from XLA's text of it.
 
-A program on N devices is one text, the same for each; what stands in a loop counts as often as the loop is known to run.
+A program on N devices is one text, the same for each; what stands in a loop counts as often as it is known to run.
 """
 
 import math
@@ -95,7 +95,7 @@ def _group(line: str) -> int:
         return len(m[1].split(","))
     if m := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(m[1])
-    if m := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if m := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", line):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
         return math.prod(int(axes[a]) for a in re.findall(r"'(\w+)'", m[2]))
     return 1

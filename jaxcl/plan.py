@@ -11,7 +11,6 @@ table has, whatever the machine has.
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 from absl import flags
@@ -33,6 +32,7 @@ SETS = {
     "tfds:imagenet2012": (1_281_167, 256, 1000),
     "tfds:cifar10": (50_000, 32, 10),
     "tfds:cifar100": (50_000, 32, 100),
+    "folder:imagenet100": (126_689, 256, 100),
 }
 
 
@@ -64,9 +64,7 @@ def main(argv: list[str]) -> int:
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     if not config_argument or not FLAGS.devices:
-        raise UserError(
-            "expected --config and --devices; for example --config=configs/simclr.py:imagenet --devices=256"
-        )
+        raise UserError("expected, for example, --config=configs/simclr.py:imagenet --devices=256 --kind=v5p")
     from jaxcl.chips import CHIPS
 
     if FLAGS.kind not in CHIPS:

@@ -3,7 +3,6 @@
 b images a device, n devices, B = b n images a step.
 """
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -15,13 +14,12 @@ from ml_collections import ConfigDict
 from jaxcl import sharding
 from jaxcl.chips import CHIPS, Chip
 from jaxcl.collectives import collectives, totals
-from jaxcl.errors import UserError
 from jaxcl.forward import run_heads
+from jaxcl.losses.engine import Limits
 from jaxcl.program_costs import cost
 from jaxcl.recipe import Phase, Recipe, build_recipe
 from jaxcl.report.style import BLUE, MUTED, VERMILLION, new_figure, save, styled
 from jaxcl.terms import Embedding
-from jaxcl.terms.base import split_name
 from jaxcl.update import init_state, make_terms, make_update, make_views, place_state, run_stages
 
 Tree = Any
@@ -61,7 +59,7 @@ def make_plan(
             "norms": other["norms"],
             "parameters": other["parameters"],
         }
-        times = _times(chip, step, sent, n, kind, mesh.shape[sharding.WITHIN])
+        times = _times(chip, step, sent, n)
         form = "ring" if sent["loss"].get("collective-permute") else ("gathered" if n > 1 else "whole")
         rows.append(dict(devices=n, batch=n * b, loss=form, loss_memory=temporaries, **times))
     mine = next(r for r in rows if r["devices"] == devices)
@@ -85,6 +83,7 @@ def make_plan(
         peak_flops=chip.flops,
         bandwidth=chip.bandwidth,
         ring_from=ring,
+        dense_logits=Limits().dense_logits,
         steps=recipe.total_steps,
         table=rows,
     )
@@ -204,7 +203,7 @@ def _loss(recipe: Recipe, phase: Phase, shapes: dict, state: Any, n: int, b: int
     return compiled.memory_analysis().temp_size_in_bytes, totals(collectives(compiled.as_text()))
 
 
-def _times(chip: Chip, step: Any, sent: dict, n: int, kind: str, within: int) -> dict[str, Any]:
+def _times(chip: Chip, step: Any, sent: dict, n: int) -> dict[str, Any]:
     """Seconds of a step at the chip's peaks, and bytes that a device sends."""
     share = (n - 1) / n
     factors = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share}
@@ -249,10 +248,14 @@ def as_text(plan: Plan) -> str:
         f"  {'(of these, the loss)':<28}{_size(m['loss']):>12}  {mine['loss']}",
         "",
         f"One step of {p['steps']:,}",
-        f"  work of a device            {p['flops'] / 1e9:>9,.0f} GFLOP {1e3 * mine['compute_seconds']:>9.2f} ms at peak",
-        f"  memory read and written     {_size(p['moved']):>12}    {1e3 * mine['memory_seconds']:>9.2f} ms at peak",
-        f"  sent by a device            {_size(sum(mine['sent'].values())):>12}    "
-        f"{1e3 * mine['send_seconds']:>9.2f} ms at peak",
+        *(
+            f"  {what:<28}{amount:>12}  {1e3 * mine[seconds]:>9.2f} ms at peak"
+            for what, amount, seconds in (
+                ("work of a device", f"{p['flops'] / 1e9:,.0f} GFLOP", "compute_seconds"),
+                ("memory read and written", _size(p["moved"]), "memory_seconds"),
+                ("sent by a device", _size(sum(mine["sent"].values())), "send_seconds"),
+            )
+        ),
         *(f"    {k:<26}{_size(v):>12}" for k, v in mine["sent"].items() if v),
         f"  step                        {low:.2f} ms if all of that overlaps, {high:.2f} ms if sending does not",
         "",
@@ -269,16 +272,19 @@ def as_text(plan: Plan) -> str:
     ring = p["ring_from"]
     lines += [
         "",
-        f"The loss goes round a ring from {ring} devices on." if ring else "The loss does not switch to a ring here.",
+        f"The loss goes round a ring from {ring} devices on."
+        if ring
+        else f"The loss does not go round a ring up to {p['table'][-1]['devices']} devices; it does so once the rows of a "
+        f"device times all columns exceed {p['dense_logits']:,}.",
         "",
         "Counted: the state, from its shapes and how they are split. Work, memory moved and activations, from the",
         "  jaxpr of one device's update (nothing compiled; results of products, reductions and loops are written, what",
         "  is computed element by element is not; within XLA's fusions and layouts, so expect some tens of percent).",
         "  The loss: its memory and what it sends, from the program that XLA compiles for each number of fake devices.",
-        "Derived: what is sent beside the loss, from the sizes of parameters and statistics (checked on compiled programs",
-        "  of small networks; a program may send a gradient once for each pass it comes from).",
-        "Assumed: every part at the chip's peak rate, which no program reaches (ResNets are far from it); collectives at",
-        "  the rate of all links together, a ring's hop at that of one; loading images costs nothing.",
+        "Derived: what is sent beside the loss, from the sizes of parameters and statistics (checked on the compiled",
+        "  programs of small networks; a program may send a gradient once for each pass that it comes from).",
+        "Assumed: every part at the chip's peak rate, which no program reaches (ResNets are far from it); collectives",
+        "  at the rate of all links together, a ring's hop at that of one; loading images costs nothing.",
     ]
     if not p["fits"]:
         lines += [

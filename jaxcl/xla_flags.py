@@ -1,4 +1,4 @@
-"""What XLA is asked for before it starts: to let collectives run while the device computes. One place for all platforms.
+"""What XLA is asked for before it starts: that collectives run while the device computes. One place for all platforms.
 
 A flag that an XLA does not know ends the process, so these are only set between versions that were seen to take them:
 jaxlib 0.10.2, 0.11.2 and 0.12.0 for GPUs, libtpu 0.0.42 (of jax 0.10.2) and 0.0.52 for TPUs. Neither was measured on
@@ -37,7 +37,7 @@ KNOWN_JAXLIB, KNOWN_LIBTPU = ((0, 10), (0, 12)), ((0, 0, 42), (0, 0, 52))  # fir
 
 
 def set_flags(environ: MutableMapping[str, str] = os.environ) -> dict[str, list[str]]:
-    """Add the flags of this machine's platform to the environment; -> {variable: the flags added}. Before JAX starts."""
+    """Add the flags of this machine's platform to the environment, before JAX starts; -> {variable: flags added}."""
     if environ.get("JAXCL_XLA_FLAGS", "").lower() == "off":
         return {}
     name = platform(environ)

@@ -163,18 +163,18 @@ def test_what_a_step_sends(method, kind, mesh):
     params, stats = sizes(recipe)
     encoders = 1 + len(recipe.targets)
     rows = 2 * recipe.batch_size * 12 * 4  # both views' embeddings
+    smallest_map = recipe.batch_size * 2 * 2 * 16 * 4  # of one view, after the last stage
+    slack = 1024  # scalars, figures, labels
     total = totals(found, "size")
-    # A norm sums its means and squares forward, and two sums more backward; some of 1 KiB are scalars and figures.
-    reduced = params + 4 * stats + 6 * rows + 4096
-    gathered = 2 * rows + 4096 + (2 * encoders * params if kind == "fsdp" else 0)
+    # A norm has two sums forward and two backward. Over two axes some gradients are summed over one after the other.
+    again = 1.3 if mesh == "2 x 4" else 1
+    reduced = again * params + 2 * encoders * stats + rows + slack
     assert total.pop("all-reduce") + total.pop("reduce-scatter", 0) <= reduced
-    assert total.pop("all-gather", 0) <= gathered
-    assert total.pop("collective-permute", 0) <= 2 * rows + 4096  # keys move a place in the figures, rows in a queue
-    assert total.pop("all-to-all", 0) <= 4096 and not total
-    # Nothing as large as the smallest map of the network, or the images.
-    activations = recipe.batch_size * 2 * 2 * 16 * 4
-    largest = max(found, key=lambda c: c.largest if c.kind != "all-reduce" else 0)
-    assert largest.largest < activations or largest.largest <= rows, largest
+    split = {"data": 0, "zero1": params, "fsdp": encoders * params}[kind]
+    assert rows + slack < smallest_map  # or one more gather could hide
+    assert total.pop("all-gather", 0) <= split + rows + slack
+    assert total.pop("collective-permute", 0) + total.pop("all-to-all", 0) <= rows and not total
+    assert all(c.group in (2, 4, 8) for c in found)
 
 
 def test_an_accidental_gather_is_seen():

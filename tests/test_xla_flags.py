@@ -25,11 +25,14 @@ def test_the_platform_is_what_jax_is_told(environ, want):
 def test_the_users_flags_stand():
     mine = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_dump_to=here"
     environ = {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": mine}
-    added = xla_flags.set_flags(environ)
-    assert environ["XLA_FLAGS"].endswith(mine)
-    assert added["XLA_FLAGS"] and not any("latency_hiding" in flag for flag in added["XLA_FLAGS"])
-    assert environ["XLA_FLAGS"].count("latency_hiding") == 1
-    assert xla_flags.set_flags(environ) == {"XLA_FLAGS": []}  # a second time adds nothing
+    assert xla_flags.set_flags(environ) == {"XLA_FLAGS": []} and environ["XLA_FLAGS"] == mine
+    mine = "--xla_tpu_enable_async_collective_fusion=false"
+    environ = {"JAX_PLATFORMS": "tpu", "LIBTPU_INIT_ARGS": mine}
+    xla_flags._add(environ, "LIBTPU_INIT_ARGS", xla_flags.TPU)
+    flags = environ["LIBTPU_INIT_ARGS"].split()
+    assert flags[-1] == mine and "--xla_tpu_enable_async_collective_fusion=true" not in flags
+    assert len(flags) == len(xla_flags.TPU) > 1
+    assert xla_flags._add(environ, "LIBTPU_INIT_ARGS", xla_flags.TPU) == []  # a second time adds nothing
 
 
 def test_nothing_is_set_where_nothing_is_known(monkeypatch):
