@@ -17,16 +17,6 @@ from absl import flags
 
 from jaxcl.main import leave
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_integer("devices", None, "Devices of the run.", flag_values=FLAGS, lower_bound=1)
-flags.DEFINE_string("kind", "v5p", "The chip: v4, v5e, v5p, v6e, A100, H100.", flag_values=FLAGS)
-flags.DEFINE_integer("hosts", 0, "Hosts (processes); 0: as many as the chip's servers.", flag_values=FLAGS)
-flags.DEFINE_string("out", None, "A folder for plan.json and weak_scaling.png.", flag_values=FLAGS)
-flags.DEFINE_integer("images", 0, "Training images of a set that is not at hand.", flag_values=FLAGS)
-flags.DEFINE_integer("side", 0, "Side of its images in pixels.", flag_values=FLAGS)
-flags.DEFINE_integer("classes", 0, "Its classes.", flag_values=FLAGS)
-flags.DEFINE_integer("most", 1024, "Devices in the last row of the table.", flag_values=FLAGS, lower_bound=1)
-
 # What a plan has to know of sets that are seldom on the machine that plans: images, side as stored here, classes.
 SETS = {
     "tfds:imagenet2012": (1_281_167, 256, 1000),
@@ -34,6 +24,21 @@ SETS = {
     "tfds:cifar100": (50_000, 32, 100),
     "folder:imagenet100": (126_689, 256, 100),
 }
+
+
+def define_flags() -> flags.FlagValues:
+    """The options of this command; those of the config are read with the config."""
+    values = flags.FlagValues()
+    own = dict(flag_values=values)
+    flags.DEFINE_integer("devices", None, "Devices of the run.", lower_bound=1, **own)
+    flags.DEFINE_string("kind", "v5p", "The chip: v4, v5e, v5p, v6e, A100, H100.", **own)
+    flags.DEFINE_integer("hosts", 0, "Hosts (processes); 0: as many as the chip's servers.", lower_bound=0, **own)
+    flags.DEFINE_string("out", None, "A folder for plan.json and weak_scaling.png.", **own)
+    flags.DEFINE_integer("images", 0, "Training images of a set that is not at hand.", **own)
+    flags.DEFINE_integer("side", 0, "Side of its images in pixels.", **own)
+    flags.DEFINE_integer("classes", 0, "Its classes.", **own)
+    flags.DEFINE_integer("most", 1024, "Devices in the last row of the table.", lower_bound=1, **own)
+    return values
 
 
 def fake_devices(count: int) -> None:
@@ -49,6 +54,7 @@ def main(argv: list[str]) -> int:
     """Print the plan; -> exit code."""
     from jaxcl.errors import UserError
 
+    given = define_flags()
     config_argument, overrides, own = "", [], [argv[0]]
     for argument in argv[1:]:
         if argument.startswith("--config="):
@@ -58,41 +64,41 @@ def main(argv: list[str]) -> int:
         else:
             own.append(argument)
     try:
-        rest = FLAGS(own)
+        rest = given(own)
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
-    if not config_argument or not FLAGS.devices:
+    if not config_argument or not given.devices:
         raise UserError("expected, for example, --config=configs/simclr.py:imagenet --devices=256 --kind=v5p")
     from jaxcl.chips import CHIPS
 
-    if FLAGS.kind not in CHIPS:
-        raise UserError(f"--kind is {FLAGS.kind!r}; expected one of {', '.join(CHIPS)}")
-    fake_devices(max(FLAGS.most, FLAGS.devices))
+    if given.kind not in CHIPS:
+        raise UserError(f"--kind is {given.kind!r}; expected one of {', '.join(CHIPS)}")
+    fake_devices(max(given.most, given.devices))
     from jaxcl import plan_counts
     from jaxcl.main import read_config
 
     config = read_config(config_argument, overrides)
     plan = plan_counts.make_plan(
-        config, facts(config), devices=FLAGS.devices, kind=FLAGS.kind, hosts=FLAGS.hosts, most=FLAGS.most
+        config, facts(config, given), devices=given.devices, kind=given.kind, hosts=given.hosts, most=given.most
     )
     print(plan_counts.as_text(plan))
-    if FLAGS.out:
-        out = pathlib.Path(FLAGS.out)
+    if given.out:
+        out = pathlib.Path(given.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
         plan_counts.draw(plan, out / "weak_scaling.png")
     return 0
 
 
-def facts(config: Any) -> dict[str, Any]:
+def facts(config: Any, given: flags.FlagValues) -> dict[str, Any]:
     """What a recipe has to know of the data: from the flags, a table, or the data itself. Errors: UserError."""
     from jaxcl.data import source_of
     from jaxcl.recipe import data_facts
 
-    given = (FLAGS.images, FLAGS.side, FLAGS.classes)
-    known = given if all(given) else SETS.get(config.data.source)
+    described = (given.images, given.side, given.classes)
+    known = described if all(described) else SETS.get(config.data.source)
     if known is None:
         return data_facts(source_of(config, "train"))
     images, side, classes = known

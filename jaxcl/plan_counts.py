@@ -37,7 +37,7 @@ def make_plan(
     recipe = build_recipe(config, **facts, num_devices=devices)
     hosts = hosts or max(1, devices // chip.per_host)
     mesh = sharding.make_mesh(devices, config.hosts or hosts)
-    phase = recipe.phase(0) if not recipe.stages else recipe.phase(max(recipe.stage_starts))
+    phase = Phase("encoder", tuple(range(len(recipe.stages))))  # with all stages begun
     b = recipe.batch_size // devices
 
     state = jax.eval_shape(lambda seed: init_state(recipe, seed), jax.ShapeDtypeStruct((), jnp.uint32))
@@ -274,8 +274,8 @@ def as_text(plan: Plan) -> str:
         "",
         f"The loss goes round a ring from {ring} devices on."
         if ring
-        else f"The loss does not go round a ring up to {p['table'][-1]['devices']} devices; it does so once the rows of a "
-        f"device times all columns exceed {p['dense_logits']:,}.",
+        else f"The loss does not go round a ring up to {p['table'][-1]['devices']} devices: it does where the rows of "
+        f"one, times all columns, exceed {p['dense_logits']:,}.",
         "",
         "Counted: the state, from its shapes and how they are split. Work, memory moved and activations, from the",
         "  jaxpr of one device's update (nothing compiled; results of products, reductions and loops are written, what",

@@ -16,6 +16,7 @@ from jaxcl import plan_counts
 from jaxcl.chips import CHIPS
 from jaxcl.collectives import collectives, totals
 from jaxcl.errors import UserError
+from jaxcl.plan import main as plan_command
 from jaxcl.program_costs import cost
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -83,10 +84,10 @@ def test_costs_of_small_programs():
     def two(x, w):
         return jnp.sum(jax.nn.relu(x @ w) @ w.T)
 
-    # The first product, what the relu makes of it as it enters the second, the second and its sum.
+    # When most is held: the first product, what the relu makes of it for the second one, and that.
     got = cost(jax.make_jaxpr(two)(x, w))
     assert got.flops == 4 * 8 * 16 * 32
-    assert got.temporaries == 4 * (8 * 32 + 8 * 16) or got.temporaries == 4 * (2 * 8 * 32)
+    assert got.temporaries == 4 * (2 * 8 * 32 + 8 * 16)
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
     conv = jax.make_jaxpr(
         lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -94,6 +95,7 @@ def test_costs_of_small_programs():
     assert cost(conv(image, kernel)).flops == 2 * 2 * 8 * 8 * 4 * 27
 
 
+@pytest.mark.slow
 def test_work_is_three_forward_passes():
     """Forward, and backward to the kernels and to the images; but the first layer's images want no gradient."""
     from jaxcl.models import ModelOptions, make_model
@@ -131,13 +133,9 @@ def test_the_command(tmp_path, extra):
         (["--config=configs/simclr.py", "--device=8"], "Unknown command line flag 'device'"),
     ],
 )
-def test_mistakes(arguments, message, monkeypatch):
-    from jaxcl import plan
-
-    monkeypatch.setattr(plan.FLAGS, "devices", None)
-    monkeypatch.setattr(plan.FLAGS, "kind", "v5p")
+def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
-        plan.main(["plan", *arguments])
+        plan_command(["plan", *arguments])
 
 
 def test_the_shares_of_a_split_state():
