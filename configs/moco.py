@@ -2,10 +2,10 @@
 
     python -m jaxcl.main --config=configs/moco.py
 
-Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny_imagenet, stl10, imagenet100), a scale
-(paper, or cpu for the small network and minutes of the embedded set, which has no other), a setting at paper scale:
-published (batches of 128, a queue of 16,384, moving average 0.999) or ifm (512, 65,536, 0.99), and what labels are for:
-labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
+Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny_imagenet, stl10, imagenet100,
+imagenet), a scale (paper, or cpu for the small network and minutes of the embedded set, which has no other), a setting
+at paper scale: published (batches of 128, a queue of 16,384, moving average 0.999) or ifm (512, 65,536, 0.99), and what
+labels are for: labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
 
     configs/moco.py                            garments on a CPU; not yet run
     configs/moco.py:cifar10                    32 pixels; not yet run
@@ -13,17 +13,21 @@ labelled (a classifier is trained beside the encoder, which it does not change) 
     configs/moco.py:stl10                      96 pixels; not yet run
     configs/moco.py:imagenet100                ResNet-50, 200 epochs, as in Ge et al. 2021; not yet run
     configs/moco.py:imagenet100,ifm            likewise; not yet run
+    configs/moco.py:imagenet                   batches of 4,096 in bfloat16, LARS; for a pod; not yet run
 
 Keys are encoded in four groups with batch norms of their own, to which the batch is dealt at random, whatever the
 number of devices (shuffle-BN): --config.passes[0].bn_groups and passes[1].bn_groups. Data of a preset other than the
 embedded one: --config.data.source=cifar:PATH, npz:PATH, folder:PATH or tfds:NAME.
 
-Source: Chen et al. 2020, arXiv 2003.04297; settings of its use by Ge et al. 2021, arXiv 2110.14189.
+Source: Chen et al. 2020, arXiv 2003.04297; settings of its use by Ge et al. 2021, arXiv 2110.14189. No paper runs
+MoCo-v2 at 4,096 images; :imagenet has its queue, head and temperature, and for the rest what MoCo-v3 (Chen et al. 2021,
+arXiv 2104.02057; its repository's CONFIG.md, ResNet-50 in 100 epochs) trains with at that size: LARS at 0.6 for 256
+images, weight decay 1e-6, ten epochs of warm-up, a moving average from 0.99 to 1, and one batch norm over all devices.
 """
 
 from jaxcl import config as base
 
-DATASETS = ("garments", "cifar10", "tiny_imagenet", "stl10", "imagenet100")
+DATASETS = ("garments", "cifar10", "tiny_imagenet", "stl10", "imagenet100", "imagenet")
 SCALES = ("paper", "cpu")
 SETTINGS = ("published", "ifm")
 LABELS = ("labelled", "unlabelled")
@@ -51,6 +55,8 @@ def get_config(preset: str = ""):
         c.optimizer.lr = 3e-3  # the best of 1, 3 and 6e-3 on held-out training images of seed 0, 4 epochs
     else:
         _paper(c, setting)
+    if dataset == "imagenet" and scale == "paper":
+        _imagenet(c)
     if labels == "unlabelled":
         base.without_labels(c)
     return c
@@ -72,3 +78,18 @@ def _paper(c, setting):
         base.OptimizerOptions, lr=0.03 if setting == "published" else 0.8, weight_decay=1e-4, **sgd
     )
     c.memory.probe.optimizer = base.options(base.OptimizerOptions, lr=0.1, weight_decay=0.0, **sgd)
+
+
+def _imagenet(c):
+    """MoCo-v3's settings at 4,096 images, where they are not MoCo-v2's own."""
+    c.duration = "100 epochs"
+    c.batch_size = 4096
+    c.model.dtype = "bfloat16"
+    c.passes = (base.encode("view1"), base.encode("view2", encoder="target"))  # no images change places
+    c.memory.target = base.memory("ema", decay=0.99, decay_schedule="cosine")
+    c.memory.queue.length = 65536
+    for view in (c.views.view1, c.views.view2):
+        view.crop_area = (0.2, 1.0)
+        view.jitter = (0.4, 0.4, 0.4, 0.1)
+    lars = dict(kind="lars", schedule="cosine", warmup="10 epochs")
+    c.optimizer = base.options(base.OptimizerOptions, lr=0.6 * 4096 / 256, weight_decay=1e-6, **lars)

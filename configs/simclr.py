@@ -3,16 +3,17 @@
     python -m jaxcl.main --config=configs/simclr.py
 
 Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
-stl10, imagenet100), a scale (paper: the authors' network and budget; cpu: the small network and minutes of the embedded
-sets, which have no other), and what labels are for: labelled (a classifier is trained beside the encoder, which it does
-not change, and needs a label on every training image) or unlabelled (no classifier; the evaluation uses what labels
-there are).
+stl10, imagenet100, imagenet), a scale (paper: the authors' network and budget; cpu: the small network and minutes of
+the embedded sets, which have no other), and what labels are for: labelled (a classifier is trained beside the encoder,
+which it does not change, and needs a label on every training image) or unlabelled (no classifier; the evaluation uses
+what labels there are).
 
     configs/simclr.py                          garments on a CPU: 3 minutes, linear probe 43.2 %
     configs/simclr.py:cifar10                  CIFAR-10, the baseline of CLAE; not yet run
     configs/simclr.py:cifar100                 not yet run
     configs/simclr.py:tiny_imagenet            not yet run
     configs/simclr.py:stl10, :imagenet100      ResNet-50, SimCLR's own settings in 200 epochs; not yet run
+    configs/simclr.py:imagenet                 SimCLR's own: batches of 4,096, LARS, 100 epochs; bfloat16; not yet run
 
 Without labels, on your own images, at least 143 of them (a batch is 128, and a tenth is the test part), of any size:
 
@@ -30,11 +31,11 @@ Source: Chen et al. 2020, arXiv 2002.05709; settings of the baseline in the rele
 
 from jaxcl import config as base
 
-DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100")
+DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100", "imagenet")
 SCALES = ("paper", "cpu")
 LABELS = ("labelled", "unlabelled")
 AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # as the baseline of CLAE
-STANDARD = ("stl10", "imagenet100")  # as SimCLR itself; the others have the CPU's scale only
+STANDARD = ("stl10", "imagenet100", "imagenet")  # as SimCLR itself; the others have the CPU's scale only
 
 
 def get_config(preset: str = ""):
@@ -54,6 +55,8 @@ def get_config(preset: str = ""):
         _paper(c, dataset)
     if dataset in STANDARD and scale == "paper":
         _standard(c)
+    if dataset == "imagenet" and scale == "paper":
+        _imagenet(c)
     if labels == "unlabelled":
         base.without_labels(c)
         if c.data.source in ("garments", "fashion_mnist"):  # or what the user puts in their place
@@ -98,3 +101,12 @@ def _standard(c):
     c.memory.probe.optimizer = base.options(
         base.OptimizerOptions, kind="sgd", lr=0.1, weight_decay=0.0, schedule="cosine"
     )
+
+
+def _imagenet(c):
+    """Section 2 of the paper and its appendix: 4,096 images, both views in one batch of the batch norm."""
+    c.duration = "100 epochs"
+    c.batch_size = 4096
+    c.optimizer.lr = 0.3 * 4096 / 256
+    c.passes = (base.encode("view1", "view2"),)
+    c.eval.final = ("knn", "linear", "classifier")

@@ -3,8 +3,8 @@
     python -m jaxcl.main --config=configs/supcon.py
 
 Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
-stl10, imagenet100), a schedule of the classifier (online, alternating, sequential), and a scale (paper: the authors'
-network and budget; cpu: the small network and minutes of the embedded sets, which have no other).
+stl10, imagenet100, imagenet), a schedule of the classifier (online, alternating, sequential), and a scale (paper: the
+authors' network and budget; cpu: the small network and minutes of the embedded sets, which have no other).
 
     configs/supcon.py                          garments on a CPU: 3 minutes, linear probe 64.2 %
     configs/supcon.py:cifar10                  CIFAR-10, the SupCon repository's hyper-parameters; not yet run
@@ -12,14 +12,18 @@ network and budget; cpu: the small network and minutes of the embedded sets, whi
     configs/supcon.py:cifar100,sequential      SupCon-original, the classifier afterwards; not yet run
     configs/supcon.py:tiny_imagenet            not yet run
     configs/supcon.py:stl10, :imagenet100      no paper's settings; the ground of other configs; not yet run
+    configs/supcon.py:imagenet                 batches of 4,096 in bfloat16, LARS; for a pod; not yet run
 
 Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
-Source: Khosla et al. 2020, arXiv 2004.11362; papers' settings as in the released ExCon code.
+Source: Khosla et al. 2020, arXiv 2004.11362; papers' settings as in the released ExCon code; ImageNet's as in the
+authors' own script for ResNet-50 (google-research/supcon, supcon_imagenet_resnet50.sh: LARS at 0.4 for 256 images,
+weight decay 1e-3, 12 epochs of warm-up, 350 epochs, temperature 0.1), but at batches of 4,096 where theirs are of
+6,144, and with SimCLR's colours where theirs are AutoAugment's, which is not among the views here.
 """
 
 from jaxcl import config as base
 
-DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100")
+DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100", "imagenet")
 SCHEDULES = ("online", "alternating", "sequential")
 SCALES = ("paper", "cpu")
 SOURCES = {
@@ -28,8 +32,14 @@ SOURCES = {
     "tiny_imagenet": "npz:tiny_imagenet.npz",
     "stl10": "tfds:stl10",
     "imagenet100": "folder:imagenet100",
+    "imagenet": "tfds:imagenet2012",
 }
-SIDES = {"tiny_imagenet": 64, "stl10": 96, "imagenet100": 224}  # of the views; the others': the images' own
+SIDES = {
+    "tiny_imagenet": 64,
+    "stl10": 96,
+    "imagenet100": 224,
+    "imagenet": 224,
+}  # of the views; the others': the images' own
 
 
 def get_config(preset: str = ""):
@@ -49,8 +59,11 @@ def get_config(preset: str = ""):
     c.size = SIDES.get(dataset, 0)
     if dataset == "imagenet100":
         c.data.files.image_size = 256  # of the photos, which views of 224 are cut from
+    c.data.tfds.image_size = 256 if dataset == "imagenet" else 0
     if dataset in SOURCES and scale == "paper":
         _paper(c, dataset)
+        if dataset == "imagenet":
+            _imagenet(c)
     else:
         _cpu(c)
     if schedule != "online":
@@ -107,3 +120,26 @@ def _paper(c, dataset):
     c.log_every = "50 steps"
     c.eval.every = "10 epochs"
     c.checkpoint.every = "5 epochs"
+
+
+def _imagenet(c):
+    """The settings of the authors' script on ImageNet, at 4,096 images a batch."""
+    c.duration = "350 epochs"
+    c.batch_size = 4096
+    c.model.dtype = "bfloat16"
+    c.terms.supcon.base_temperature = 0.0
+    for view in (c.views.view1, c.views.view2):
+        view.crop_area = (0.08, 1.0)
+        view.jitter = (0.8, 0.8, 0.8, 0.2)
+        view.blur = 0.5
+        view.blur_sigma = (0.1, 2.0)
+    lars = dict(kind="lars", momentum=0.9, schedule="cosine")
+    c.optimizer = base.options(
+        base.OptimizerOptions, lr=0.4 * 4096 / 256, weight_decay=1e-3, warmup="12 epochs", **lars
+    )
+    c.memory.probe.optimizer = base.options(
+        base.OptimizerOptions, kind="sgd", lr=0.1, weight_decay=0.0, schedule="cosine"
+    )
+    c.eval.quick = ("classifier",)
+    c.eval.final = ("knn", "linear", "classifier")
+    c.checkpoint.every = "1 epoch"

@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxcl import config_check, recipe
+from jaxcl.accumulate import Accumulate
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
 from jaxcl.optimizers import OptimizerOptions
@@ -32,6 +33,8 @@ FREE_KEYS = (
     "wandb",
     "eval",
     "devices",
+    "hosts",
+    "sharding",
     "data.prefetch",
     "data.tfds.data_dir",
 )
@@ -46,6 +49,8 @@ def default() -> ConfigDict:
     c.duration = "10 epochs"  # of the encoder; any duration: steps, epochs, examples
     c.size = 0  # side of the views in pixels; 0: the images' own
     c.devices = 0  # 0: all there are
+    c.sharding = "data"  # or "zero1", "fsdp": state is split between the devices of a host; see jaxcl/sharding.py
+    c.hosts = 0  # groups of devices that split a state between them; 0: one a process; 1: all devices are one
 
     c.data = ConfigDict()
     # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME, folder:PATH, csv:PATH, waterbirds:PATH, celeb_a:PATH,
@@ -82,6 +87,7 @@ def default() -> ConfigDict:
     c.heads = ConfigDict()  # trained parts on top of encoders, which terms read: name -> head(...)
     c.optimizer = options(OptimizerOptions)
     c.grad_cache = options(GradCache)  # micro_batch above 0: a larger batch than activations have room for
+    c.accumulate = options(Accumulate)  # the same for losses that take each image by itself; cheaper
 
     c.views = ConfigDict()  # slot 1: name -> view(...)
     c.stages = ()  # slot 2: stage(...), in this order

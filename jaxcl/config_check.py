@@ -15,13 +15,14 @@ from jaxcl.recipe_check import fits, quoted, suggestion
 
 # Name -> part, and lists of parts.
 MAPPINGS, LISTS = ("views", "terms", "memory", "heads", "encoders"), ("stages", "passes")
-PARTS = ("model", "optimizer", "grad_cache")
+PARTS = ("model", "optimizer", "grad_cache", "accumulate")
 TEXTS = ("eval.corruptions", "eval.ood")  # empty by default, so that their default does not tell
 AT_LEAST = {
     "seed": 0,
     "batch_size": 1,
     "size": 0,
     "devices": 0,
+    "hosts": 0,
     "data.limit": 0,
     "data.prefetch": 1,
     "data.files.image_size": 0,

@@ -12,7 +12,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxcl import distributed
+from jaxcl import distributed, xla_flags
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
@@ -105,6 +105,7 @@ def _default_workdir(argument: str) -> pathlib.Path:
 
 def main(argv: list[str]) -> int:
     """Run one config; -> exit code."""
+    xla_flags.set_flags()  # first: a config file may import JAX
     parse(argv)
     if _CONFIG.value is None:
         raise UserError("no --config; for example --config=configs/excon.py")

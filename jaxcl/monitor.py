@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxcl.evaluate.collapse import collapse_metrics
 from jaxcl.recipe import Phase, Recipe
+from jaxcl.sharding import replicated
 from jaxcl.train_state import TrainState
-from jaxcl.update import make_views, represent
+from jaxcl.update import gathered_state, make_views, represent
 
 Array = jax.Array
 VIEWS = 2  # of an image: alignment is between two
@@ -27,10 +28,12 @@ def compile_monitor(
     names = recipe.whole_view_names(Phase("encoder"))[:VIEWS]
 
     def monitor(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+        state = gathered_state(recipe, batch_sharding.mesh, state)
         views = make_views(recipe, state, batch, names)
         h_BxVxD = jnp.stack(
             [represent(recipe, state.params, state.batch_stats, views[n].image)[0] for n in names], axis=1
         )
         return {f"collapse/{k}": v for k, v in collapse_metrics(h_BxVxD, batch["label"]).items()}
 
-    return jax.jit(monitor, in_shardings=(state_sharding, batch_sharding), out_shardings=state_sharding)
+    everywhere = replicated(batch_sharding.mesh)
+    return jax.jit(monitor, in_shardings=(state_sharding, batch_sharding), out_shardings=everywhere)

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from jaxcl import augment
 from jaxcl import heads as head_parts
+from jaxcl import sharding as shardings
+from jaxcl.accumulate import Accumulate
 from jaxcl.durations import to_steps
 from jaxcl.errors import UserError
 from jaxcl.grad_cache import GradCache
@@ -170,6 +172,8 @@ class Recipe:
     memory_tx: dict[str, optax.GradientTransformation]
     memory_schedule: dict[str, Schedule]
     grad_cache: GradCache
+    accumulate: Accumulate
+    sharding: str  # of the state: data, zero1, fsdp
     seed: int
     batch_size: int
     steps_per_epoch: int
@@ -179,6 +183,11 @@ class Recipe:
     std: tuple[float, ...]
     num_classes: int
     labelled: bool  # every training image is
+
+    def for_loops(self) -> "Recipe":
+        """The same, with encoders to be differentiated inside a loop."""
+        encoders = {n: m.for_loops() for n, m in self.encoders.items()}
+        return dataclasses.replace(self, model=self.model.for_loops(), encoders=encoders)
 
     def encoder(self, name: str) -> Model:
         """The model of that name, "" the main one; a moving average has that of the encoder it follows."""
@@ -280,6 +289,8 @@ def build_recipe(
 ) -> Recipe:
     """Parts from a config and the facts of its data. Errors: UserError, one line, naming the config key."""
     B = config.batch_size
+    if config.sharding not in shardings.KINDS:
+        raise UserError(f"sharding is {config.sharding!r}; expected one of {', '.join(shardings.KINDS)}")
     if B < 1 or B % num_devices:
         raise UserError(f"batch_size {B} does not divide over {num_devices} devices; use a multiple of {num_devices}")
     if B > num_examples:
@@ -334,6 +345,8 @@ def build_recipe(
         memory_tx=memory_tx,
         memory_schedule=memory_schedule,
         grad_cache=construct("grad_cache", GradCache, config.grad_cache),
+        accumulate=construct("accumulate", Accumulate, config.accumulate),
+        sharding=config.sharding,
         seed=config.seed,
         batch_size=B,
         steps_per_epoch=per_epoch,

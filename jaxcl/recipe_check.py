@@ -122,6 +122,7 @@ def check(recipe: "Recipe", *, num_devices: int) -> None:
             exists(name, f"terms.{n}", encoded)
         for embedding, head in heads_of(term):
             _check_head(recipe, n, embedding, head, encoded)
+    recipe.accumulate.check(recipe, num_devices)
     used = recipe.head_views(tuple(recipe.terms))
     for name in recipe.heads:
         if name not in used:

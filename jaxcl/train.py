@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jaxcl.monitor import compile_monitor
 from jaxcl.recipe import Recipe, build_recipe, data_facts
 from jaxcl.report import JsonLines, MetricsWriter, Progress, read_metrics
 from jaxcl.train_state import TrainState
-from jaxcl.update import compile_update, init_state
+from jaxcl.update import compile_update, init_state, place_state
 from jaxcl.weights import starting_weights
 
 say = logging.getLogger("jaxcl")
@@ -76,12 +77,15 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
         held.callback(lock.close)
 
     # ---- state: the newest checkpoint of this workdir, else fresh
-    mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    mesh = sharding.make_mesh(devices, config.hosts)
+    placed, rows = place_state(recipe, mesh), sharding.rows(mesh)
+    # Evaluation wants all of a state on every device.
+    gather = jax.jit(lambda state: state, out_shardings=sharding.replicated(mesh))
+    whole = gather if recipe.sharding != "data" else lambda state: state
     about = {"config": configs.fingerprint(plain), "data": run_folder.plain(facts), "batch_size": recipe.batch_size}
     about |= {"devices": devices, "processes": jax.process_count()}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, about=about)
-    state, step = _initial_state(recipe, checkpoints, replicated, weights)
+    state, step = _initial_state(recipe, checkpoints, placed, weights)
     if step:
         say.info("resuming %s from step %d", workdir, step)
 
@@ -93,7 +97,7 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
     examples = _examples(workdir, step) if config.log_examples else None
     stream = None if writes else open(os.devnull, "w")
     progress = Progress(total, initial=step, unit_images=recipe.batch_size, stream=stream)
-    monitor = compile_monitor(recipe, replicated, rows)
+    monitor = compile_monitor(recipe, placed, rows)
     updates, pending, log = {}, None, _Log(recipe, metrics_writer, progress, every["log"])
     best = _Best(workdir, config, recipe)
     loader = Loader(
@@ -113,7 +117,7 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
         while step < total:
             phase = recipe.phase(step)
             if phase not in updates:
-                updates[phase] = compile_update(recipe, phase, replicated, rows)
+                updates[phase] = compile_update(recipe, phase, placed, rows)
             batch = next(loader)
             with jax.transfer_guard("disallow"):
                 state, metrics = updates[phase](state, batch)
@@ -136,7 +140,7 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
                 pending = None
             if evaluate:
                 with progress.paused():
-                    figures = evaluation.quick(state, mesh)
+                    figures = evaluation.quick(whole(state), mesh)
                 log.write(step, figures)
                 best.offer(step, state, figures)
                 log.begin(loader)
@@ -162,8 +166,8 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
 
     # ---- evaluation, results, report
     trained = time.monotonic()
-    results, panels = evaluation.final(state, mesh)
-    results |= best.result(evaluation, state, mesh)
+    results, panels = evaluation.final(whole(state), mesh)
+    results |= best.result(evaluation, state, whole, mesh)
     results |= {
         "seed": config.seed,
         "config": config.name,
@@ -212,18 +216,18 @@ def _has_checkpoint(workdir: epath.Path) -> bool:
 
 
 def _initial_state(
-    recipe: Recipe, checkpoints: Checkpoints, replicated, weights: dict[str, Any]
+    recipe: Recipe, checkpoints: Checkpoints, placed: TrainState, weights: dict[str, Any]
 ) -> tuple[TrainState, int]:
     # Runs once: on a CPU, where drawing many weights compiles slowly, optimising that program is not worth it.
     quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     create = jax.jit(
-        lambda seed, weights: init_state(recipe, seed, weights), out_shardings=replicated, compiler_options=quickly
+        lambda seed, weights: init_state(recipe, seed, weights), out_shardings=placed, compiler_options=quickly
     )
     seed = np.uint32(recipe.seed)
     if checkpoints.latest is None:
         return create(seed, weights), 0
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(create, seed, weights)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(create, seed, weights), placed
     )
     state = checkpoints.restore(abstract)
     return state, int(state.step)  # an older one's where the newest is damaged
@@ -320,16 +324,16 @@ class _Best:
         if jax.process_index() == 0:
             run_folder.write_json(self._file, self._record)
 
-    def result(self, evaluation: Evaluation, state: TrainState, mesh) -> dict[str, Any]:
+    def result(self, evaluation: Evaluation, state: TrainState, whole: Callable, mesh) -> dict[str, Any]:
         """{"best": ...}: the last state is offered too, and the winner measured once on the test split."""
         if not self._on:
             return {}
-        self.offer(int(state.step), state, evaluation.quick(state, mesh))
+        self.offer(int(state.step), state, evaluation.quick(whole(state), mesh))
         if self._record is None:  # nothing that can be scored, as without labels
             return {}
         with Checkpoints(self._path, keep=1) as checkpoints:
             winner = checkpoints.restore(state)
-        figures = evaluation.quick(winner, mesh, split="test")
+        figures = evaluation.quick(whole(winner), mesh, split="test")
         return {"best": self._record | {k.removeprefix("eval/"): v for k, v in figures.items()}}
 
 

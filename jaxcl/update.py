@@ -16,10 +16,12 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxcl import accumulate
 from jaxcl.forward import of_encoder, put, represent, run_heads, run_pass, with_targets
+from jaxcl.losses.common import AxisName
 from jaxcl.memory import Done, Start
 from jaxcl.recipe import Phase, Recipe
-from jaxcl.sharding import AXIS
+from jaxcl.sharding import AXIS, gathered, of_state, replicated
 from jaxcl.terms import Embedding
 from jaxcl.terms.base import embedding_name, split_name
 from jaxcl.terms.similarity import similarity_figures
@@ -38,17 +40,32 @@ def make_update(
 
     mesh: the one over which the batch is sharded; None for a batch on one device.
     """
-    return _probe_update(recipe) if phase.learns == "probe" else _encoder_update(recipe, phase, mesh)
+    return _probe_update(recipe, mesh) if phase.learns == "probe" else _encoder_update(recipe, phase, mesh)
 
 
 def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding):
-    """`make_update` under jit: the state is donated, so on an accelerator it is updated in place."""
+    """`make_update` under jit: the state is donated, so on an accelerator it is updated in place.
+
+    state_sharding: one for all of the state, or a TrainState of them (`place_state`).
+    """
     return jax.jit(
         make_update(recipe, phase, batch_sharding.mesh),
         in_shardings=(state_sharding, batch_sharding),
-        out_shardings=(state_sharding, state_sharding),
+        out_shardings=(state_sharding, replicated(batch_sharding.mesh)),
         donate_argnums=0,
     )
+
+
+def place_state(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """The sharding of each array of a state, as the recipe's `sharding` wants it."""
+    shapes = jax.eval_shape(lambda seed: init_state(recipe, seed), jax.ShapeDtypeStruct((), jnp.uint32))
+    return of_state(mesh, shapes, recipe.sharding, recipe.targets)
+
+
+def gathered_state(recipe: Recipe, mesh: Mesh | None, state: TrainState) -> TrainState:
+    """The state with all parameters whole, for stages and whatever else looks at it without a gradient."""
+    params, memory = gathered(mesh, recipe.sharding, (state.params, {n: state.memory[n] for n in recipe.targets}))
+    return state.replace(params=params, memory={**state.memory, **memory})
 
 
 def init_state(
@@ -124,7 +141,7 @@ def run_stages(
     stats, metrics = state.batch_stats, {}
 
     def loss(term: str, embeddings: dict[str, Embedding]) -> Array:
-        return _terms(recipe, mesh, (term,))(embeddings, batch["label"], state.memory)[term]
+        return make_terms(recipe, mesh, (term,))(embeddings, batch["label"], state.memory)[term]
 
     for i in phase.stages:
         stage = recipe.stages[i]
@@ -162,12 +179,12 @@ def _embed(recipe: Recipe, state: TrainState, stats: dict, encoder: str, view: V
     return Embedding(h, model.embed(params, stats, h, drawn=view.params, **mode)[0], view.where)
 
 
-def _terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[..., Metrics]:
+def make_terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[..., Metrics]:
     """(embeddings, labels [B], memory) -> the values of the named terms on the global batch."""
     terms = {n: recipe.terms[n] for n in names}
     wanted = {n: getattr(term, "memories", ()) for n, term in terms.items()}
 
-    def values(embeddings: dict[str, Embedding], label: Array, memory: dict, axis_name: str | None = None) -> Metrics:
+    def values(embeddings: dict[str, Embedding], label: Array, memory: dict, axis_name: AxisName = None) -> Metrics:
         def carried(n: str) -> dict:
             return {"memory": {m: memory[m] for m in wanted[n]}} if wanted[n] else {}
 
@@ -195,35 +212,43 @@ def _represented(recipe: Recipe, embeddings: dict[str, Embedding], view: str) ->
 
 def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
     names, active = recipe.view_names(phase), recipe.term_names(phase)
-    term_values, head_views = _terms(recipe, mesh, active), recipe.head_views(active)
+    term_values, head_views = make_terms(recipe, mesh, active), recipe.head_views(active)
     shown = {e for n in active for e in getattr(recipe.terms[n], "images", ())}
+    parts = recipe.batch_size // recipe.accumulate.micro_batch if recipe.accumulate.micro_batch else 1
+    encoding = recipe.for_loops() if parts > 1 else recipe
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         views = make_views(recipe, state, batch, names)
-        views, stats_before, metrics = run_stages(recipe, phase, state, batch, views, mesh)
+        seen = gathered_state(recipe, mesh, state)
+        views, stats_before, metrics = run_stages(recipe, phase, seen, batch, views, mesh)
         progress = state.step / jnp.float32(recipe.total_steps)
         memory = {
             n: part.before(state.memory[n], lambda e: of_encoder(state.params, e), progress)
             for n, part in recipe.memory.items()
         }
 
-        def objective(params):
-            embeddings, stats = {}, with_targets(recipe, stats_before, memory, "batch_stats")
-            params = with_targets(recipe, params, memory, "params")
+        def objective(params, rows, stats, key):
+            (views, label), embeddings = rows, {}
+            params = gathered(mesh, recipe.sharding, with_targets(recipe, params, memory, "params"))
             for spec in recipe.passes:
                 # Known by what it encodes first, not by its place: a pass more changes nothing in the others.
-                name = f"pass {spec.embeddings[0]}"
-                key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), zlib.crc32(name.encode()))
-                encoded, stats = run_pass(recipe, params, stats, views, spec, mesh, key)
+                own = jax.random.fold_in(key, zlib.crc32(f"pass {spec.embeddings[0]}".encode()))
+                encoded, stats = run_pass(encoding, params, stats, views, spec, mesh, own)
                 embeddings.update(encoded)
             for name in shown:
                 embeddings[name] = embeddings[name]._replace(image=views[split_name(name)[1]].image)
             embeddings, stats = run_heads(recipe, params, stats, embeddings, head_views)
-            terms = term_values(embeddings, batch["label"], memory)
+            terms = term_values(embeddings, label, memory)
             loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
-            return loss, (terms, embeddings, stats)
+            return loss, (terms, {n: e._replace(image=None) for n, e in embeddings.items()}, stats)
 
-        (loss, (terms, embeddings, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        stats = with_targets(recipe, stats_before, memory, "batch_stats")
+        given = (state.params, (views, batch["label"]), stats, jax.random.fold_in(state.key, state.step))
+        if parts > 1:
+            loss, terms, embeddings, stats, grads = accumulate.gradients(differentiate, *given, parts=parts, mesh=mesh)
+        else:
+            (loss, (terms, embeddings, stats)), grads = differentiate(*given)
         updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
 
         metrics |= similarity_figures({n: recipe.terms[n] for n in active}, embeddings, len(batch["label"]), memory)
@@ -257,15 +282,15 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
     return update
 
 
-def _probe_update(recipe: Recipe):
+def _probe_update(recipe: Recipe, mesh: Mesh | None = None):
     """A step of the schedules that train the probe by itself: the encoder is frozen and normalises by running means."""
     learners = {n: part for n, part in recipe.memory.items() if part.schedule != "online"}
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        memory, metrics = dict(state.memory), {}
+        memory, metrics, params = dict(state.memory), {}, gathered_state(recipe, mesh, state).params
         for name, part in learners.items():
             view = make_views(recipe, state, batch, (part.view,))[part.view]
-            h, z = represent(recipe, state.params, state.batch_stats, view.image)
+            h, z = represent(recipe, params, state.batch_stats, view.image)
             e = [Embedding(h, z, view.where)]
             memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
             metrics.update(figures)

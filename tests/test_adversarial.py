@@ -322,9 +322,9 @@ def test_restarts_keep_the_best_start(norm, epsilon):
 def test_starts_and_restarts_on_two_devices(by_image):
     """With one key an image, an attack is the same wherever its images are."""
     x, keys = images(shape=(8, 2, 2, 3)), jax.random.split(jax.random.key(3), 8)
-    mesh, rows = sharding.make_mesh(2), jax.sharding.PartitionSpec("data")
+    mesh, rows = sharding.make_mesh(2), jax.sharding.PartitionSpec(sharding.AXIS)
     here = hills if by_image else lambda v: hills(v).sum()
-    there = hills if by_image else lambda v: jax.lax.psum(hills(v).sum(), "data")
+    there = hills if by_image else lambda v: jax.lax.psum(hills(v).sum(), sharding.AXIS)
 
     def attack(of, x, keys):
         return pgd(of, x, epsilon=0.2, step_size=0.02, num_steps=3, key=keys, restarts=4)

@@ -15,6 +15,7 @@ import pytest
 
 from jaxcl import distributed
 from jaxcl.errors import UserError
+from jaxcl.evaluate.runs import load_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -88,6 +89,48 @@ def test_two_processes_equal_one(tmp_path):
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one")]
     assert results[0]["steps"] == results[1]["steps"] == 4
+
+
+SMALL = ("stage_sizes=(1,)", "stage_widths=(8,)", "strides=(1,)")
+CONFIGS = {
+    "excon": [*(f"model.{o}" for o in SMALL), "stages[0].start=4"],
+    "clae": [f"model.{o}" for o in SMALL],
+    "thanos": [f"{part}.{o}" for part in ("model", "encoders.auto") for o in SMALL],
+    "nonsemantic": [*(f"model.{o}" for o in SMALL), "memory.queue.length=64"],
+    "hierarchical": ["model.stage_widths=(4, 4, 8, 8)"],
+}
+# After 20 steps, relative: of each loss, and of all parameters together (the norm of the difference).
+LOSS, PARAMETERS = 2e-3, 2e-3
+
+
+def twenty_steps(name: str, workdir: pathlib.Path, devices: int, distributed: str) -> subprocess.Popen:
+    # Plain gradient descent: Adam makes a whole step of a gradient that is nothing but rounding.
+    own = ["data.limit=64", "batch_size=16", "duration=20", "optimizer.kind=sgd", "optimizer.lr=0.02", *CONFIGS[name]]
+    own += ["eval.final=('knn',)", "eval.every=0", "report=False", "log_every=1", "collapse_every=0"]
+    flags = [f"--config.{o}" for o in own]
+    own = [f"--workdir={workdir}", f"--distributed={distributed}"]
+    return launch(devices, "-m", "jaxcl.main", f"--config=configs/{name}.py", *flags, *own)
+
+
+def parameters(workdir: pathlib.Path) -> np.ndarray:
+    run = load_run(workdir)
+    assert run.step == 20
+    return np.concatenate([np.ravel(jax.device_get(x)) for x in jax.tree.leaves(run.state.params)])
+
+
+@pytest.mark.parametrize("name", [n if n == "clae" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
+def test_two_processes_of_two_devices(tmp_path, name):
+    """Against one process of four devices and one of one: the losses of 20 steps, and the parameters after them."""
+    address = free_address()
+    finish(*(twenty_steps(name, tmp_path / "2x2", 2, f"{address},2,{i}") for i in range(2)))
+    finish(twenty_steps(name, tmp_path / "1x4", 4, "off"), twenty_steps(name, tmp_path / "1x1", 1, "off"))
+    two, learned = losses(tmp_path / "2x2"), parameters(tmp_path / "2x2")
+    assert len(two) == 20
+    for other in ("1x4", "1x1"):
+        one, same = losses(tmp_path / other), parameters(tmp_path / other)
+        far = np.max(np.abs(np.subtract(two, one)) / np.abs(one)), np.linalg.norm(learned - same) / np.linalg.norm(same)
+        print(f"{name}, 2x2 against {other}: losses {far[0]:.1e}, parameters {far[1]:.1e}")
+        assert far[0] < LOSS and far[1] < PARAMETERS, (other, far)
 
 
 def test_losses_over_two_processes(tmp_path):

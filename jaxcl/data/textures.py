@@ -96,7 +96,7 @@ def build(
 
     devices = jax.local_devices()
     batch_size = -(-batch_size // len(devices)) * len(devices)
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    mesh = jax.sharding.Mesh(np.array(devices)[None], AXIS)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
     def sample(index_B, images):

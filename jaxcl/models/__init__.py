@@ -59,7 +59,8 @@ class ModelOptions:
     head_embed_features: int = 512  # numbers that each of these becomes
     branches: Sequence[int] = ()  # stages with an adapter and a head of their own, where a pass of that depth ends
     branch_embeds: Sequence[int] = ()  # those of them whose heads are told too; the main head is in any case
-    dtype: str = "float32"  # compute dtype; parameters, losses and batch statistics stay float32
+    dtype: str = "float32"  # or bfloat16: of activations; parameters, losses and statistics of norms stay float32
+    remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
     weights: str = ""  # begin with these, not at random: what jaxcl.export wrote, or a torchvision ResNet; safetensors
 
 
@@ -289,6 +290,7 @@ def make_model(options: ModelOptions | ViTOptions) -> Model:
             norm_sets=options.norm_sets,
             norm_set_momentum=options.norm_set_momentum,
             dtype=dtype,
+            remat=options.remat,
         )
     head = dict(
         features=options.head_features,

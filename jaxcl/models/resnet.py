@@ -171,6 +171,7 @@ class ResNet(nn.Module):
     norm_sets: Sequence[str] = ()  # names of sets beside the clean one
     norm_set_momentum: float = SET_MOMENTUM
     convolution: Callable | None = None
+    remat: bool = False  # the backward pass computes each block once more, and keeps only what lies between them
 
     @property
     def expansion(self) -> int:
@@ -232,9 +233,10 @@ class ResNet(nn.Module):
         """x [N,H,W,C] -> what each stage gives, [N,h,w,M], of the first `depth` stages (0: all), and no further."""
         mode, maps = self._mode(train, where, norm_set), []
         x = self._stem(x, mode)
+        run = remat_block(mode) if self.remat and train else lambda block, x: block(x, mode)
         for blocks in self.stages[: depth or None]:
             for block in blocks:
-                x = block(x, mode)
+                x = run(block, x)
             maps.append(x)
         return maps
 
@@ -263,6 +265,11 @@ class ResNet(nn.Module):
         return self._pool(x)
 
 
+def remat_block(*args: Any) -> Callable[[nn.Module, Array], Array]:
+    """(block, x) -> block(x, *args), which keeps nothing for the backward pass but x (and args)."""
+    return nn.remat(lambda block, x: block(x, *args))
+
+
 def tap_stage(tap: str, stage_sizes: Sequence[int]) -> int:
     """The index of the stage that a tap's name means; UserError where the network has no such stage."""
     names = [f"stage{i + 1}" for i in range(len(stage_sizes))]
@@ -283,6 +290,7 @@ def resnet(
     norm: str = "batch",
     norm_sets: Sequence[str] = (),
     norm_set_momentum: float = SET_MOMENTUM,
+    remat: bool = False,
 ) -> ResNet:
     """A ResNet by depth (18, 34, 50, 101), stem and width factor; the three sequences override the standard stages.
 
@@ -323,4 +331,5 @@ def resnet(
         norm=norm,
         norm_sets=tuple(norm_sets),
         norm_set_momentum=norm_set_momentum,
+        remat=remat,
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxcl.errors import UserError
 from jaxcl.models.heads import Dense, dense_init
+from jaxcl.models.resnet import remat_block
 
 Array = jax.Array
 
@@ -46,7 +47,8 @@ class ViTOptions:
     head_hidden: int = 0  # width of its hidden layers; 0: as wide as the features
     head_norm: str = "none"  # after each hidden layer of the head: none, batch
     head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
-    dtype: str = "float32"  # compute dtype; parameters and losses stay float32
+    dtype: str = "float32"  # or bfloat16: of activations; parameters, losses and statistics of norms stay float32
+    remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
     weights: str = ""  # begin with these, not at random: a file by jaxcl.export
 
 
@@ -179,6 +181,7 @@ class ViT(nn.Module):
     query_dropout: float = 0.0
     drop_path: float = 0.0
     dtype: Any = jnp.float32
+    remat: bool = False  # see ViTOptions
     # What the interface of `Model` asks of an encoder: each image by itself, nothing running.
     norm = "layer"
     norm_sets = ()
@@ -196,7 +199,9 @@ class ViT(nn.Module):
 
     def _run(self, x_NxTxD: Array, begin: int, end: int, keys: Array | None = None) -> Array:
         for i in range(begin, end):
-            x_NxTxD = self.blocks[i](x_NxTxD, None if keys is None else keys[1 + i])
+            key = None if keys is None else keys[1 + i]
+            run = remat_block(key) if self.remat else lambda block, x, key=key: block(x, key)
+            x_NxTxD = run(self.blocks[i], x_NxTxD)
         return x_NxTxD
 
     def _pool(self, x_NxTxD: Array) -> Array:
@@ -257,4 +262,4 @@ def vit(options: ViTOptions, dtype: Any) -> ViT:
     for name, value in rates.items():
         if not 0 <= value < 1:
             raise UserError(f"model.{name} is {value}; expected a probability of at least 0 and less than 1")
-    return ViT(**sizes, **rates, dtype=dtype)
+    return ViT(**sizes, **rates, dtype=dtype, remat=options.remat)

@@ -7,7 +7,8 @@ starts at the device's first row, and every sum over rows goes over the devices 
 
 A term is a frozen dataclass of its options, among them `views` and `weight` (its factor in the total). It says what
 it `reads` (embeddings it cannot do without), what is `optional` (taken along once a stage makes it) and whether it
-`needs_labels`; if it reads the output of heads, views themselves or parts of memory, `heads`, `images` and `memories`
+`needs_labels`, and `per_image` where it takes each image by itself, as no loss with negatives in the batch does. If it
+reads the output of heads, views themselves or parts of memory, `heads`, `images` and `memories`
 say so, and it is called with memory={name: what that part carries}. One that has negatives of an image's own says what
 it compares by `similarities`, whose means and histograms are logged.
 """

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxcl import losses
 from jaxcl.errors import UserError
+from jaxcl.losses.common import AxisName
 from jaxcl.terms.base import Embedding
 
 Array = jax.Array
@@ -22,6 +23,7 @@ class HeadTerm:
 
     kind: ClassVar[str]
     optional: ClassVar[tuple[str, ...]] = ()
+    per_image: ClassVar[bool] = True
 
     views: tuple[str, ...] = ("view1", "view2")
     head: str = ""  # name of one of the config's heads
@@ -56,7 +58,7 @@ class CrossEntropy(HeadTerm):
         if not 0 <= self.label_smoothing <= 1:
             raise UserError(f"term cross_entropy: label_smoothing is {self.label_smoothing}; expected 0 to 1")
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         # All rows of all views count alike, however many of a view exist.
         logits = jnp.concatenate([e[v].out[self.head] for v in self.views])
         labels = jnp.concatenate(
@@ -79,7 +81,7 @@ class Reconstruction(HeadTerm):
         """The embeddings whose views it reads."""
         return self.views
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         x_hat = jnp.concatenate([e[v].out[self.head] for v in self.views])
         x = jnp.concatenate([e[v].image for v in self.views])
         where = None

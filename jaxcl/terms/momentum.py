@@ -10,7 +10,7 @@ import jax
 
 from jaxcl import losses
 from jaxcl.errors import UserError
-from jaxcl.losses.common import check_above_zero
+from jaxcl.losses.common import AxisName, check_above_zero
 from jaxcl.terms.base import Embedding, PairTerm, own_negatives
 from jaxcl.terms.similarity import Similarity, of_views
 
@@ -22,6 +22,7 @@ class MoCo:
     """InfoNCE of queries with their keys, against a queue of older keys. `losses.moco`; MoCo-v2, arXiv 2003.04297."""
 
     kind: ClassVar[str] = "moco"
+    per_image: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
 
     query: str = "view1"
@@ -49,7 +50,7 @@ class MoCo:
         return (self.queue,)
 
     def __call__(
-        self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None, memory: dict[str, Any]
+        self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None, memory: dict[str, Any]
     ) -> Array:
         return losses.moco(
             e[self.query].z,
@@ -79,6 +80,7 @@ class BYOL(PairTerm):
     """Predictions of two views and the target's projections of the other one. `losses.byol`; arXiv 2006.07733."""
 
     kind: ClassVar[str] = "byol"
+    per_image: ClassVar[bool] = True
 
     target: str = "target"  # the moving average
     head: str = "predictor"
@@ -103,7 +105,7 @@ class BYOL(PairTerm):
     def optional(self) -> tuple[str, ...]:
         return tuple(n for n in self.negatives if n)
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         self.pair(e)  # refuses padded rows
         p1, p2 = (e[v].out[self.head] for v in self.views)
         z1, z2 = (e[f"{self.target}/{v}"].z for v in self.views)
@@ -124,6 +126,7 @@ class SimSiam(PairTerm):
     """Predictions of two views and the projections of the other one, without a target. `losses.simsiam`."""
 
     kind: ClassVar[str] = "simsiam"
+    per_image: ClassVar[bool] = True
 
     head: str = "predictor"
 
@@ -131,7 +134,7 @@ class SimSiam(PairTerm):
     def heads(self) -> tuple[tuple[str, str], ...]:
         return tuple((v, self.head) for v in self.views)
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         z1, z2 = self.pair(e)
         p1, p2 = (e[v].out[self.head] for v in self.views)
         return losses.simsiam(p1, p2, z1, z2, axis_name=axis_name)

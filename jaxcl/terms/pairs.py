@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcl import losses
 from jaxcl.errors import UserError
-from jaxcl.losses.common import unit, widened
+from jaxcl.losses.common import AxisName, unit, widened
 from jaxcl.terms.base import Embedding, PairTerm, own_negatives
 from jaxcl.terms.similarity import Similarity, of_views
 
@@ -42,7 +42,7 @@ class NTXent(PairTerm):
     def optional(self) -> tuple[str, ...]:
         return self.negatives
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         own = [own_negatives(e, name, len(label)) for name in self.negatives]
         if not self.negatives_gradient:
             own = jax.lax.stop_gradient(own)
@@ -68,7 +68,7 @@ class OneWayInfoNCE(PairTerm):
     temperature: float = 0.1
     normalize: bool = True  # rows to unit length first; False: inner products of the embeddings as they are
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         anchors_BxE, keys_BxE = _rows(self.pair(e), self.normalize)
         return losses.one_way_infonce(anchors_BxE, keys_BxE, temperature=self.temperature, axis_name=axis_name)
 
@@ -90,7 +90,7 @@ class InstanceSpread(PairTerm):
                 f"term instance_spread: negative_multiplier is {self.negative_multiplier}; expected a number from 1 up"
             )
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         return losses.instance_spread(
             jnp.concatenate(_rows(self.pair(e), self.normalize)),
             temperature=self.temperature,
@@ -108,7 +108,7 @@ class BarlowTwins(PairTerm):
     off_diagonal_weight: float = 3.9e-3
     scale: float = 1 / 32  # of the whole loss; the paper's own: 1, with an off_diagonal_weight of 5e-3
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         return losses.barlow_twins(
             *self.pair(e), off_diagonal_weight=self.off_diagonal_weight, scale=self.scale, axis_name=axis_name
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxcl import losses
 from jaxcl.errors import UserError
-from jaxcl.losses.common import check_above_zero, check_choice
+from jaxcl.losses.common import AxisName, check_above_zero, check_choice
 from jaxcl.terms.base import Embedding, exist_in_all
 
 Array = jax.Array
@@ -47,13 +47,13 @@ class ClassConditionalInfoNCE:
     def reads(self) -> tuple[str, ...]:
         return self.views
 
-    def _arguments(self, e: dict[str, Embedding], axis_name: str | None) -> tuple[Array, dict[str, Any]]:
+    def _arguments(self, e: dict[str, Embedding], axis_name: AxisName) -> tuple[Array, dict[str, Any]]:
         """Views [V,B,E], and the options all three losses have."""
         views_VxBxE = jnp.stack([e[name].z for name in self.views])
         where = exist_in_all(e, self.views)
         return views_VxBxE, dict(where=where, temperature=self.temperature, norm=self.norm, axis_name=axis_name)
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         views_VxBxE, options = self._arguments(e, axis_name)
         return losses.class_conditional_infonce(views_VxBxE, label, **options)
 
@@ -79,7 +79,7 @@ class Attract(ClassConditionalInfoNCE):
     def needs_labels(self) -> bool:
         return self.labels
 
-    def _arguments(self, e: dict[str, Embedding], axis_name: str | None) -> tuple[Array, dict[str, Any]]:
+    def _arguments(self, e: dict[str, Embedding], axis_name: AxisName) -> tuple[Array, dict[str, Any]]:
         views_VxBxE, options = super()._arguments(e, axis_name)
         return views_VxBxE, options | dict(
             positives_in_denominator=self.positives_in_denominator,
@@ -87,7 +87,7 @@ class Attract(ClassConditionalInfoNCE):
             clip_positive=self.clip_positive or None,
         )
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         views_VxBxE, options = self._arguments(e, axis_name)
         return losses.attract(views_VxBxE, label if self.labels else None, **options)
 
@@ -112,7 +112,7 @@ class Spread(Attract):
                 "expected numbers that are not negative, one of them above 0"
             )
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         views_VxBxE, options = self._arguments(e, axis_name)
         labels = label if self.labels else None
         return losses.spread(views_VxBxE, labels, a_lc=self.a_lc, a_spread=self.a_spread, **options)[0]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcl import losses
 from jaxcl.errors import UserError
-from jaxcl.losses.common import first_row
+from jaxcl.losses.common import AxisName, first_row
 from jaxcl.terms.base import Embedding, exist_in_all
 
 Array = jax.Array
@@ -54,7 +54,7 @@ class SupCon:
     def optional(self) -> tuple[str, ...]:
         return (self.background,) if self.background else ()
 
-    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: str | None = None) -> Array:
+    def __call__(self, e: dict[str, Embedding], label: Array, *, axis_name: AxisName = None) -> Array:
         z_BxVxE = jnp.stack([e[name].z for name in self.views], axis=1)
         where = exist_in_all(e, self.views)
         B = z_BxVxE.shape[0]
