@@ -195,7 +195,7 @@ def test_terms_are_told_the_axis_and_given_the_rows_of_their_device(devices):
     _, metrics = jax.eval_shape(update, state, batch)
     rows = tiny.BATCH // devices
     z = {"view1": (rows, 12), "view2": (rows, 12)}
-    assert spy.calls == [(None if devices == 1 else "data", z, (rows,))]
+    assert spy.calls == [(None if devices == 1 else sharding.AXIS, z, (rows,))]
     assert metrics["loss"].shape == ()
 
 
