@@ -181,3 +181,13 @@ def test_damaged_npz_says_so_in_one_line(tmp_path):
     fails("a.npz", spec)
     np.save(tmp_path / "one.npy", pictures(3, 4, 4))
     fails("single array", f"npz:{tmp_path / 'one.npy'}")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 7, 9, 3), (1500, 5, 5, 3), (3, 70, 64, 3)])
+def test_moments_by_numpy(shape):
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    for x in (images, np.full(shape, 255, np.uint8)):
+        values = x.reshape(-1, shape[-1]) / 255
+        mean, std = base.moments(x)
+        np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(std, np.maximum(values.std(0), 1 / 255), rtol=1e-12)
