@@ -9,7 +9,8 @@ accuracy of a linear probe on the fine classes, measured here, and table.md, whi
 a sweep over a_lc or a_spread of a term (`python -m jaxcl.sweep --grid=terms.contrast.a_spread=...`, "collapse" in
 eval.final) it gets collapse_curve.png: the within-class cosine against its prediction by theory. Of one over the alpha
 of non-semantic negatives, or of configs with and without them ("linear" or "ood" in eval.final), it gets
-alpha_curves.png: accuracy in and out of domain.
+alpha_curves.png: accuracy in and out of domain. Of one with "invariance" in eval.final it gets invariance.png: what
+each stage of each setting is invariant to, the mean of its seeds.
 """
 
 import collections
@@ -62,17 +63,19 @@ def run(argv: list[str]) -> int:
         raise UserError(f"{len(names)} --name for {len(groups)} --workdir; give one for each, or none")
     if twice := [n for n, count in collections.Counter(names).items() if count > 1]:
         raise UserError(f"--name={twice[0]} is given twice; names tell the runs apart")
-    lines, alphas = _sweep(_SWEEP.value) if _SWEEP.value else (None, None)
+    lines, alphas, stages = _sweep(_SWEEP.value) if _SWEEP.value else (None, None, None)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make --out {out}: {error.strerror}; choose a folder you may write to") from None
-    from jaxcl.report import figures, negatives, transfer  # after the flags are known to be right
+    from jaxcl.report import figures, invariance, negatives, transfer  # after the flags are known to be right
 
     if lines is not None:
         _told(figures.save(transfer.collapse_curve(*lines), out / "collapse_curve.png"))
     if alphas is not None:
         _told(figures.save(negatives.alpha_curves(alphas), out / "alpha_curves.png"))
+    if stages is not None:
+        _told(figures.save(invariance.invariances(stages), out / "invariance.png"))
     if groups:
         panels, results = {}, {}
         for default, group in zip(_default_names(groups), groups, strict=True):
@@ -152,10 +155,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 # ---- a sweep
 
 
-def _sweep(folder: str) -> tuple[Any, Any]:
-    """(what `read_sweep` finds, what `read_alphas` finds), None for one of them. UserError if there is neither."""
+def _sweep(folder: str) -> tuple[Any, ...]:
+    """What `read_sweep`, `read_alphas` and `read_invariance` find, None for what is not there. UserError if all is."""
     found, reasons = [], []
-    for read in (read_sweep, read_alphas):
+    for read in (read_sweep, read_alphas, read_invariance):
         try:
             found.append(read(folder))
         except NothingToDraw as reason:
@@ -227,6 +230,34 @@ def read_alphas(folder: str | os.PathLike) -> dict[str, dict[str, dict[float | N
             "results; sweep a config with negatives over the alpha of its term, with \"eval.final=('linear','ood')\""
         )
     return panels
+
+
+def read_invariance(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """What `report.invariance.invariances` draws of a sweep, by setting.
+
+    Raises:
+      UserError: no sweep there, or no run of it has measured its stages.
+    """
+    folder = pathlib.Path(folder)
+    tables: dict[str, list[dict[str, dict[str, float]]]] = {}
+    for row in _rows(folder):
+        for run_folder in dict.fromkeys(folder / v["run"] for m in row["measures"].values() for v in m["values"]):
+            path = run_folder / "results.json"
+            results = json.loads(path.read_text()) if path.is_file() else {}
+            if found := results.get("invariance", {}).get("centred"):
+                tables.setdefault(_line(row, ()), []).append(found)
+    if not tables:
+        raise NothingToDraw(f"no run in {folder} has measured its stages, which \"eval.final=('invariance',)\" does")
+    return {
+        name: {
+            "stages": list(seeds[0]),
+            "transformations": list(next(iter(seeds[0].values()))),
+            "centred": [
+                [sum(t[s][a] for t in seeds) / len(seeds) for a in of_stage] for s, of_stage in seeds[0].items()
+            ],
+        }
+        for name, seeds in tables.items()
+    }
 
 
 def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:

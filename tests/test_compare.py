@@ -209,6 +209,20 @@ def test_one_alpha_is_no_curve(sweep):
     assert "has both a term of spread" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_sweep_that_measured_its_stages(sweep):
+    folder = sweep([("a", {"lr": "1"}, None, {0: 0.1, 1: 0.3}), ("b", {}, None, {0: 0.5})], "knn.accuracy")
+    for run, value in (("0/seed-0", 0.2), ("0/seed-1", 0.4), ("1/seed-0", 0.6)):
+        centred = {s: {"crop": value + i / 10, "another image": 0.0} for i, s in enumerate(("stage1", "stage2"))}
+        run_folder.write_json(folder / run / "results.json", {"invariance": {"centred": centred}})
+    tables = compare.read_invariance(folder)
+    assert list(tables) == ["a lr=1", "b"]
+    assert tables["a lr=1"]["stages"] == ["stage1", "stage2"] and tables["b"]["transformations"][0] == "crop"
+    np.testing.assert_allclose(tables["a lr=1"]["centred"], [[0.3, 0], [0.4, 0]])
+    np.testing.assert_allclose(tables["b"]["centred"], [[0.6, 0], [0.7, 0]])
+    compare.run(["compare", f"--sweep={folder}", f"--out={folder}/out"])
+    assert imread(folder / "out" / "invariance.png")[..., :3].std() > 0.02
+
+
 # ---- mistakes
 
 

@@ -39,6 +39,37 @@ def invariance(panel: Mapping[str, Any]) -> matplotlib.figure.Figure:
     return figure
 
 
+@styled
+def invariances(tables: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
+    """The same for several encoders, side by side in one scale, only beyond what all images share.
+
+    Args:
+      tables: name -> "stages" [K], "transformations" [A] and "centred" [K,A], the mean of its seeds. Encoders whose
+        stages or transformations are not those of the first are left out.
+    """
+    if not tables:
+        return message("No run of the sweep has measured its stages.")
+    first = next(iter(tables.values()))
+    alike = {n: t for n, t in tables.items() if all(t[k] == first[k] for k in ("stages", "transformations"))}
+    stages, names = [str(s) for s in first["stages"]], [str(n) for n in first["transformations"]]
+    apart = names[-1].startswith("another") and len(names) > 1
+    copies = np.concatenate(
+        [np.asarray(t["centred"], float)[:, : -1 if apart else None].ravel() for t in alike.values()]
+    )
+    low = float(np.clip(np.floor(10 * np.nanmin(copies, initial=0.9)) / 10, 0, 0.9))
+    columns = 2 if len(alike) > 1 else 1
+    rows = -(-len(alike) // columns)
+    figure = new_figure((0.42 * len(stages) + 1.0) * rows, width=(1.1 + 0.72 * len(names)) * columns)
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.12)
+    for i, (name, table) in enumerate(alike.items()):
+        ax = figure.add_subplot(rows, columns, i + 1)
+        _heat_map(ax, np.asarray(table["centred"], float), stages, names, low)
+        ax.set_title(short(name, 44))
+        if i == 0:
+            ax.set_title(f"white {low:.1f}, dark 1.0", loc="right", fontsize=8.5, weight="normal", color=MUTED)
+    return figure
+
+
 def _heat_map(ax, table: np.ndarray, stages: list[str], names: list[str], low: float) -> None:
     apart = names[-1].startswith("another")
     x = np.arange(len(names)) + np.where(apart & (np.arange(len(names)) == len(names) - 1), 0.25, 0.0)
