@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxcl import main
+from jaxcl import distributed, main
 from jaxcl.errors import UserError
 
 say = logging.getLogger("jaxcl")
@@ -145,7 +145,7 @@ def run(argv: list[str]) -> int:
     if not _SOURCE.value or not _OUT.value:
         raise UserError("give --source, such as --source=garments, and --out, the folder of the textures")
     index, count = _INDEX.value, _COUNT.value
-    main.join(_DISTRIBUTED.value)
+    distributed.join(_DISTRIBUTED.value)
     import jax  # after the flags are known to be right
 
     from jaxcl.data import make_source

@@ -205,6 +205,10 @@ def test_each_by_itself(folder, tmp_path):
             assert files.shown(name) not in decoded, name
             continue
         if files.shown(name) in decoded and height * width < 10**6:
-            shape = images.decode(io.BytesIO(data)).shape
+            try:
+                shape = images.decode(io.BytesIO(data)).shape
+            except OSError:  # damage among the details of a JPEG, which decoding at an eighth does not read
+                assert name.endswith(".jpg"), name
+                continue
             turned_late = name.endswith((".png", ".tif", ".webp"))  # whose orientation lies behind the pixels
             assert shape == (height, width, 3) or (turned_late and shape == (width, height, 3)), name

@@ -199,10 +199,10 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
     with caplog.at_level("INFO", logger="jaxcl"):
         assert e.quick(state, mesh) == {} == e.quick(state, mesh)
         results, panels = e.final(state, mesh)
-    assert set(results) == {"collapse"} and set(panels) == {"views", "embedding"}
+    assert set(results) == {"collapse", "neighbours"}  # what needs no label
+    assert set(panels) == {"views", "neighbours", "map"}  # the map of images stands for the one of points
     kinds = {"effective_rank", "uniformity"}  # what needs no label
     assert set(results["collapse"]) == {f"{k}_{name}" for k in "hz" for name in kinds}
-    assert panels["embedding"]["features"].shape == (20, e.recipe.model.features)
     assert said(caplog) == [
         "evaluation: no training image has a label, so there is no knn",  # said once
         "evaluation: no training image has a label, so there is no "
@@ -211,6 +211,7 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
         + ", ".join(OF_THE_CLASSIFIER),
         "evaluation: the config has no adversary stage, so there is no adversary",
         f"evaluation: the data has one level of labels, so there is no {', '.join(OF_TWO_LEVELS)}",
+        "evaluation: the data does not know the tints of its objects (garments does), so there is no tint",
         "evaluation: the data has no labels of pixels (garments and voc:PATH have), so there is no dense",
     ]
 
