@@ -37,7 +37,7 @@ def test_settings(method, lr, decay, warmup, epochs):
 
 def shrink(c):
     c.model.stage_sizes, c.model.stage_widths, c.model.strides = (1, 1), (8, 16), (1, 2)
-    c.batch_size, c.size, c.duration = 16, 32, "2 steps"
+    c.batch_size, c.size, c.duration, c.eval.tap = 16, 32, "2 steps", "stage2"
     c.optimizer.warmup = "0"
     for view in c.views.values():
         view.jitter_p = view.grayscale = view.blur = 0.0  # colour compiles slowly

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 import tiny
 
 from jaxcl import config as base
-from jaxcl import sharding
+from jaxcl import sharding, train
 from jaxcl.collectives import collectives, totals
 from jaxcl.errors import UserError
 from jaxcl.recipe import Phase
+from jaxcl.report import read_metrics
 from jaxcl.update import compile_update, gathered_state, init_state, place_state
 
 MESHES = {"1": (1, 1), "2": (2, 1), "8": (8, 1), "2 x 4": (8, 2)}
@@ -221,3 +223,24 @@ def test_a_gathered_state_is_whole():
     seen = jax.jit(lambda s: gathered_state(recipe, over, s))(state)
     for tree in (seen.params, seen.memory["target"]["params"]):
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.slow
+def test_a_run_stops_split_and_goes_on_whole(tmp_path):
+    """The trainer: checkpoints and evaluation of a split state, and another placement of it afterwards."""
+    losses = {}
+    for name, kinds in (("data", ("data", "data")), ("fsdp", ("fsdp", "zero1"))):
+        c = config(sharding=kinds[0])
+        c.data.source = f"npz:{tiny.colours(tmp_path / 'colours.npz')}"
+        c.duration, c.log_every, c.checkpoint.every, c.report = "4 steps", "1 step", "2 steps", False
+        c.eval.every, c.eval.quick, c.eval.final = "2 steps", ("knn",), ("knn", "classifier")
+        c.devices, c.hosts = 8, 2
+        results = train.run(c, tmp_path / name)
+        losses[name] = [x["loss"] for x in read_metrics(tmp_path / name) if "loss" in x] + [results["knn"]["accuracy"]]
+        # Again from step 2, elsewhere on the mesh.
+        (tmp_path / name / "results.json").unlink()
+        shutil.rmtree(tmp_path / name / "checkpoints" / "4")
+        c.sharding, c.hosts = kinds[1], 1
+        again = train.run(c, tmp_path / name)
+        assert again["knn"] == results["knn"]
+    np.testing.assert_allclose(losses["fsdp"], losses["data"], rtol=1e-5)
