@@ -63,9 +63,9 @@ def free_address() -> str:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
-def finish(*processes: subprocess.Popen) -> None:
+def finish(*processes: subprocess.Popen, timeout: int = 300) -> None:
     try:
-        outputs = [p.communicate(timeout=300)[0] for p in processes]
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
     finally:
         for p in processes:
             p.kill()  # does nothing to one that has ended
@@ -122,8 +122,8 @@ def parameters(workdir: pathlib.Path) -> np.ndarray:
 def test_two_processes_of_two_devices(tmp_path, name):
     """Against one process of four devices and one of one: the losses of 20 steps, and the parameters after them."""
     address = free_address()
-    finish(*(twenty_steps(name, tmp_path / "2x2", 2, f"{address},2,{i}") for i in range(2)))
-    finish(twenty_steps(name, tmp_path / "1x4", 4, "off"), twenty_steps(name, tmp_path / "1x1", 1, "off"))
+    finish(*(twenty_steps(name, tmp_path / "2x2", 2, f"{address},2,{i}") for i in range(2)), timeout=1200)
+    finish(twenty_steps(name, tmp_path / "1x4", 4, "off"), twenty_steps(name, tmp_path / "1x1", 1, "off"), timeout=1200)
     two, learned = losses(tmp_path / "2x2"), parameters(tmp_path / "2x2")
     assert len(two) == 20
     for other in ("1x4", "1x1"):
