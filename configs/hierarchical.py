@@ -18,8 +18,9 @@ labelled or unlabelled as in simsiam.py. Options follow in the same way, as name
     blur=rule|always|never                     rule: images of 32 pixels and less are not blurred, as in the released
                                                code. On garments always, or the third rung would equal the second
 
-    configs/hierarchical.py                    garments on a CPU; not yet run
-    configs/hierarchical.py:two_view           likewise uniform, strength, told=nothing; not yet run
+    configs/hierarchical.py                    garments, 11 minutes on one busy core; linear 36.9 +- 5.5 %, tint 68.2 %
+    configs/hierarchical.py:two_view           3 minutes; linear 44.7 +- 7.1 %, tint 75.3 %
+    configs/hierarchical.py:uniform            11 minutes; 42.9 +- 3.3 %; strength 40.7; told=nothing 42.3
     configs/hierarchical.py:byol               likewise barlow_twins, supcon; not yet run
     configs/hierarchical.py:cifar10            not yet run
     configs/hierarchical.py:imagenet100        ResNet-50, 200 epochs; not yet run

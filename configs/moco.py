@@ -7,7 +7,7 @@ imagenet), a scale (paper, or cpu for the small network and minutes of the embed
 at paper scale: published (batches of 128, a queue of 16,384, moving average 0.999) or ifm (512, 65,536, 0.99), and what
 labels are for: labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
 
-    configs/moco.py                            garments on a CPU; not yet run
+    configs/moco.py                            garments, 1 minute on one core: linear 41.0 % (seed 0, held-out images)
     configs/moco.py:cifar10                    32 pixels; not yet run
     configs/moco.py:tiny_imagenet              64 pixels; not yet run
     configs/moco.py:stl10                      96 pixels; not yet run

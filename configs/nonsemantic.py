@@ -8,7 +8,8 @@ itself, to compare with), for SimCLR and BYOL whether each view has its own (own
 (garments, cifar10, tiny_imagenet, stl10, imagenet100), a scale (paper, cpu), for MoCo a setting at paper scale
 (published, ifm), and what labels are for (labelled, unlabelled).
 
-    configs/nonsemantic.py                     MoCo, patches, garments on a CPU; not yet run
+    configs/nonsemantic.py                     MoCo, patches, garments on a CPU; 8 epochs, textured fills: 2 minutes on
+                                               a core, linear 44.3 +- 1.9 %, 45.3 +- 2.0 without negatives
     configs/nonsemantic.py:simclr              not yet run
     configs/nonsemantic.py:byol,texture        not yet run
     configs/nonsemantic.py:cifar10             32 pixels; not yet run
