@@ -19,7 +19,7 @@ Without labels, on your own images, at least 143 of them (a batch is 128, and a 
 
     python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=folder:my_photos
 
-300 steps of 64 pixels, however many images there are: TIME. More of either shows: --config.duration="50 epochs",
+300 steps of 64 pixels, however many there are: 6 min of CPU time. More of either shows: --config.duration="50 epochs",
 --config.data.files.image_size=128. The report shows neighbours, a map and near-duplicates.
 
 Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH, tfds:NAME or
