@@ -24,8 +24,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LOSS_TOLERANCE = 1e-3  # relative, at every step
-STATE_TOLERANCE = 1e-3  # of a tensor's largest entry
+LOSS_TOLERANCE = 1e-5  # relative, at every step
+# Of a tensor's largest entry. Of the optimiser only this much: its average of gradients follows every ReLU that a last
+# bit has switched.
+STATE_TOLERANCE = {"params": 1e-4, "batch_stats": 1e-4, "opt_state": 1e-2, "memory": 1e-2}
 CLOCK = ("time", "images_per_second", "data_wait")
 SMALL = [
     "--config=configs/supcon.py",
@@ -36,7 +38,9 @@ SMALL = [
     "--config.model.strides=(1,)",
     *(f"--config.views.{v}.{p}=0.0" for v in ("view1", "view2") for p in ("jitter_p", "grayscale")),
     "--config.optimizer.kind=sgd",
-    "--config.optimizer.lr=0.02",
+    # Low, because training amplifies the last bits of sums: at 0.02 two runs that nobody disturbs, on 1 and on 2
+    # devices, are 2% apart after 96 steps, which would hide a mistake; at this rate they are 7e-7 apart.
+    "--config.optimizer.lr=0.0005",
     "--config.eval.final=('classifier',)",
     "--config.eval.every=0",
     "--config.report=False",
@@ -163,15 +167,18 @@ def compare(killed: pathlib.Path, alone: pathlib.Path, exact: bool) -> dict[str,
     loss = max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a, b, strict=True))
     if (exact and a != b) or loss > LOSS_TOLERANCE:
         raise Unequal(f"{killed}: losses differ by {loss:.2g} from {alone}")
-    state = 0.0
-    for x, y in zip(final_state(killed), final_state(alone), strict=True):
-        if exact and not np.array_equal(x, y):
-            raise Unequal(f"{killed}: the final state is not that of {alone}")
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        state = max(state, np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-6))
-    if state > STATE_TOLERANCE:
-        raise Unequal(f"{killed}: the final state differs by {state:.2g} from {alone}")
-    return {"loss": loss, "state": state}
+    far, wanted = {"loss": loss}, final_state(alone)
+    for part, leaves in final_state(killed).items():
+        for x, y in zip(leaves, wanted[part], strict=True):
+            if (exact or part not in STATE_TOLERANCE) and not np.array_equal(x, y):
+                raise Unequal(f"{killed}: the final {part} is not that of {alone}")
+            if part in STATE_TOLERANCE:
+                x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+                apart = np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-6)
+                far[part] = max(far.get(part, 0.0), apart)
+        if far.get(part, 0) > STATE_TOLERANCE.get(part, 0):
+            raise Unequal(f"{killed}: the final {part} differs by {far[part]:.2g} from {alone}")
+    return far
 
 
 def rows(path: pathlib.Path) -> list[dict]:
@@ -180,14 +187,17 @@ def rows(path: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
-def final_state(workdir: pathlib.Path) -> list:
+def final_state(workdir: pathlib.Path) -> dict[str, list]:
+    """Arrays by field of the state."""
     import jax
     import numpy as np
 
     from jaxcl.evaluate.runs import load_run
 
     state = load_run(workdir).state
-    return [np.asarray(x) for x in jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))]
+    state = state.replace(key=jax.random.key_data(state.key))
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: [np.asarray(x) for x in jax.tree.leaves(tree)] for name, tree in fields.items()}
 
 
 def last_step(folder: pathlib.Path) -> int:
@@ -222,6 +232,10 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
         return []
 
 
+def _told(far: dict[str, float]) -> str:
+    return ", ".join(f"{k} within {v:.1e}" for k, v in far.items())
+
+
 def _sleep(seconds: float, process: subprocess.Popen) -> None:
     try:
         process.wait(timeout=seconds)
@@ -245,18 +259,21 @@ def survive(
     plans = [(f"{n} device{'s' * (n > 1)}", [n]) for n in devices]
     if mixed and len(devices) > 1:
         plans.append((f"{', '.join(map(str, devices))} devices in turn", list(devices)))
+    for n in devices[1:] if mixed else ():
+        apart = compare(out / f"alone-{n}", out / f"alone-{devices[0]}", exact=False)
+        say(f"left alone, {n} devices and {devices[0]}: {_told(apart)}")
     legs = []
     for i, (name, numbers) in enumerate(plans):
         share = kills * (i + 1) // len(plans) - kills * i // len(plans)
         folder = out / f"killed-{'-'.join(map(str, numbers))}"
         rng = random.Random(f"{seed} {name}")
         leg = Leg(name, numbers, share, folder, steps, rng, moments, max(ready[n] for n in numbers))
-        far = {"loss": 0.0, "state": 0.0}
+        far: dict[str, float] = {}
         for done in leg.run():
             found = compare(done, out / f"alone-{numbers[0]}", exact=len(numbers) == 1)
-            far = {k: max(far[k], found[k]) for k in far}
+            far = {k: max(far.get(k, 0.0), v) for k, v in found.items()}
         legs.append(leg)
-        how = "equal to the bit" if len(numbers) == 1 else f"loss within {far['loss']:.1e}, state {far['state']:.1e}"
+        how = "equal to the bit" if len(numbers) == 1 else _told(far)
         what = ", ".join(f"{n} {k}" for k, n in sorted(leg.counts.items()))
         say(f"{name}: {sum(leg.counts.values())} kills ({what}), {leg.finished} runs to the end: same examples, {how}")
     return legs

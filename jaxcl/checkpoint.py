@@ -172,9 +172,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in odd:
-                aside = self.directory / f"damaged-{step}"
-                aside.rmtree(missing_ok=True)
-                (self.directory / str(step)).rename(aside)
+                storage.move_folder(self.directory / str(step), self.directory / f"damaged-{step}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("jaxcl damaged checkpoints set aside")
         self._checkpointer.reload()

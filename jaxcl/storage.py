@@ -59,6 +59,17 @@ def files(root: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Rename a folder; in an object store, which cannot, copy its files and then delete them. Replaces the target."""
+    target.rmtree(missing_ok=True)
+    if not is_remote(source):
+        source.rename(target)
+        return
+    for path in files(source):
+        (target / path.relative_to(source)).write_bytes(path.read_bytes())
+    source.rmtree()
+
+
 def refusal(error: BaseException | None) -> str:
     """Why storage would not take a write, in plain words; "" where the error, and what caused it, is something else."""
     seen: set[int] = set()

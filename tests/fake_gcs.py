@@ -99,13 +99,13 @@ class FileSystem(fsspec.AbstractFileSystem):
         pass
 
     def cp_file(self, path1, path2, **_):
-        self.store.put(self._strip_protocol(path2), self.store[self._strip_protocol(path1)])
+        name = self._strip_protocol(path1)
+        if name not in self.store:  # as for what is only the beginning of names
+            raise FileNotFoundError(path1)
+        self.store.put(self._strip_protocol(path2), self.store[name])
 
     def _rm(self, path):
-        path = self._strip_protocol(path)
-        if path not in self.store and not self.store.below(f"{path}/"):
-            raise FileNotFoundError(path)
-        self.store.pop(path, None)
+        self.store.pop(self._strip_protocol(path), None)  # fsspec has looked whether anything is there
 
 
 def _handler(store: Store) -> type:
