@@ -83,10 +83,10 @@ def last_phase(recipe):
     return Phase("encoder", tuple(range(len(recipe.stages))))
 
 
-def steps(c, count=2, devices=1):
+def steps(c, count=2):
     """-> (metrics of each update, the state after them), as NumPy arrays."""
-    recipe = tiny.recipe(shrink(c), num_devices=devices)
-    mesh = sharding.make_mesh(devices)
+    recipe = tiny.recipe(shrink(c))
+    mesh = sharding.make_mesh(1)
     replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
     state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
     compiled, metrics = compile_update(recipe, last_phase(recipe), replicated, rows), []
@@ -217,11 +217,33 @@ def first_update(c):
 
 @pytest.mark.slow
 def test_one_and_eight_devices_agree():
-    (one, _), (eight, _) = (steps(config("all_in_one"), devices=n) for n in (1, 8))
-    for before, after in zip(one, eight, strict=True):
-        assert set(before) == set(after)
-        for name in before:
-            np.testing.assert_allclose(after[name], before[name], rtol=2e-4, atol=1e-5, err_msg=name)
+    """Update by update, each from a state of its own that both are given. Not along a run: in so small a network the
+    gradient has kinks close by, and on one device alone noise of 1e-6 in the parameters moves its length by up to 1 %.
+    """
+    updates = {n: compiled_update(config("all_in_one"), n) for n in (1, 8)}
+    for seed in range(4):
+        (one, state), (eight, other) = (updates[n](seed) for n in (1, 8))
+        assert set(one) == set(eight)
+        for name in one:
+            np.testing.assert_allclose(eight[name], one[name], rtol=2e-4, atol=1e-5, err_msg=f"{name}, state {seed}")
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(y, x, rtol=2e-4, atol=5e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def compiled_update(c, devices):
+    """-> seed -> (metrics, parameters) of one update of the state and batch of that seed."""
+    recipe = tiny.recipe(shrink(c), num_devices=devices)
+    mesh = sharding.make_mesh(devices)
+    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    shapes = jax.eval_shape(lambda: init_state(recipe))
+    compiled = compile_update(recipe, last_phase(recipe), replicated, rows)
+
+    def run(seed):
+        state = sharding.put(tiny.fill(shapes, seed), replicated)
+        new, metrics = compiled(state, sharding.put(tiny.batch(seed=seed), rows))
+        return jax.device_get(metrics), jax.device_get(new.params)
+
+    return run
 
 
 # ---- the file
