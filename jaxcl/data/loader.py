@@ -27,15 +27,24 @@ def example_ids(
 ) -> grain.MapDataset[int]:
     """The endless sequence of example ids of one process, from `start_step` on; any place of it is at hand.
 
-    The whole set is shuffled before it is shared out, so global batch k holds the same examples however many
-    processes there are: element i of the sequence belongs to process i % process_count. Each epoch is
-    shuffled anew and cut to whole batches, so no batch mixes two epochs.
+    The whole set is shuffled before it is shared out, so global batch k is the same however many processes there
+    are: each has a part of its rows, all in one piece, process 0 the first. Each epoch is shuffled anew and cut to
+    whole batches, so no batch mixes two epochs.
     """
     epoch = num_examples // batch_size * batch_size
     # `seed()` and not `shuffle(seed)`: grain shuffles epoch e with seed + e, and `seed()` first scatters the
     # seeds, so that a run is not its neighbouring seed's run one epoch later. It takes no negative number.
     shuffled = grain.MapDataset.range(num_examples).seed(seed % 2**32).shuffle()
-    return shuffled[:epoch].repeat()[start_step * batch_size + process_index :: process_count]
+    whole = shuffled[:epoch].repeat()[start_step * batch_size :]
+    if process_count == 1:
+        return whole
+    share = batch_size // process_count
+
+    def mine(i: int) -> int:
+        step, place = divmod(i, share)
+        return whole[step * batch_size + process_index * share + place]
+
+    return grain.MapDataset.range(2**62).map(mine)
 
 
 class Loader(Iterator[Batch]):
@@ -43,8 +52,8 @@ class Loader(Iterator[Batch]):
 
     A background thread makes the next batches and puts them on the devices. Batch `k` depends only on the
     source, `batch_size`, `seed` and `k`: a loader with `start_step=k` continues exactly what one from step 0
-    would give, and over any number of processes the global batch holds the same examples (their order inside
-    it differs).
+    would give, and over any number of processes the global batch is the same, row by row: what depends on a row's
+    place in it, such as groups of a batch norm, does not depend on their number.
 
     Args:
       source: a `Source`, or anything with its attributes.
@@ -116,7 +125,8 @@ class Loader(Iterator[Batch]):
             rows = ids.batch(batch_size // process_count)
         else:
             steps = grain.MapDataset.range(start_step, 2**62)
-            rows = steps.map(lambda step: order(step)[process_index::process_count])
+            begin = process_index * (batch_size // process_count)
+            rows = steps.map(lambda step: order(step)[begin : begin + batch_size // process_count])
         local_batches = iter(_local_batches(source, rows))
         # The thread holds no reference to the loader, so dropping the loader without close() also ends the
         # thread; finalize runs at interpreter exit too, before JAX is torn down under a thread that still
