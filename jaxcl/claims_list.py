@@ -74,7 +74,7 @@ class Method:
     config: str  # FILE[:PRESET]; a data set's words are added
     baseline: str  # name of another one; "": it is nobody's
     labels: bool  # whether the encoder sees them
-    cost: float  # of an update, with SupCon's as 1; counted in passes through the encoder
+    cost: float  # of an update, with SupCon's as 1; measured for some, the others counted in passes
     sets: tuple[str, ...] = ()  # keys of its own
     settings: tuple[str, ...] = (FINE, COARSE, SPURIOUS)
 
@@ -105,7 +105,7 @@ METHODS: Mapping[str, Method] = {
         "configs/thanos.py:supcon",
         "attract",
         True,
-        2.4,
+        2.9,
         tuple(f"encoders.auto.{key.removeprefix('model.')}" for key in NETWORK[:3]),
     ),
     "thanos": Method(
@@ -113,23 +113,23 @@ METHODS: Mapping[str, Method] = {
         "configs/thanos.py",
         "attract",
         True,
-        2.4,
+        2.9,
         tuple(f"encoders.auto.{key.removeprefix('model.')}" for key in NETWORK[:3]),
     ),
-    "moco": Method("MoCo-v2", "configs/nonsemantic.py:moco,none", "", cost=0.8, **NEGATIVES),
+    "moco": Method("MoCo-v2", "configs/nonsemantic.py:moco,none", "", cost=0.65, **NEGATIVES),
     "moco_patches": Method("MoCo-v2 + patches", "configs/nonsemantic.py:moco,patch", "moco", cost=1.0, **NEGATIVES),
     "simclr_patches": Method(
         "SimCLR + patches", "configs/nonsemantic.py:simclr,patch", "simclr", cost=2.0, **NEGATIVES
     ),
-    "byol": Method("BYOL", "configs/nonsemantic.py:byol,none", "", cost=1.4, **NEGATIVES),
-    "byol_patches": Method("BYOL + patches", "configs/nonsemantic.py:byol,patch", "byol", cost=1.8, **NEGATIVES),
+    "byol": Method("BYOL", "configs/nonsemantic.py:byol,none", "", cost=1.0, **NEGATIVES),
+    "byol_patches": Method("BYOL + patches", "configs/nonsemantic.py:byol,patch", "byol", cost=1.3, **NEGATIVES),
     "simsiam": Method("SimSiam", "configs/hierarchical.py:two_view", "", cost=1.0, **SELF),
-    "simsiam_ladder": Method("SimSiam, hierarchical", "configs/hierarchical.py", "simsiam", cost=3.5, **SELF),
+    "simsiam_ladder": Method("SimSiam, hierarchical", "configs/hierarchical.py", "simsiam", cost=3.4, **SELF),
     "barlow": Method("Barlow Twins", "configs/hierarchical.py:barlow_twins,two_view", "", cost=1.0, **SELF),
     "barlow_ladder": Method(
-        "Barlow Twins, hierarchical", "configs/hierarchical.py:barlow_twins", "barlow", cost=3.5, **SELF
+        "Barlow Twins, hierarchical", "configs/hierarchical.py:barlow_twins", "barlow", cost=3.4, **SELF
     ),
-    "all_in_one": Method("All in one", "configs/all_in_one.py", "supcon", True, 6.0),
+    "all_in_one": Method("All in one", "configs/all_in_one.py", "supcon", True, 5.6),
 }
 
 # ---- measures
@@ -310,8 +310,9 @@ CLAIMS: tuple[Claim, ...] = (
 
 # ---- how long it takes
 
-# Seconds on one quiet core, by rough measurement: of a start with compiling, of an update of SupCon in a batch of 128,
-# and of the evaluators of a setting.
-ESTIMATE = dict(start=28.0, update=0.25, evaluate={FINE: 45.0, COARSE: 10.0, SPURIOUS: 20.0})
+# Seconds of one core (CPU time, on the two-core machine of docs/results.md): of a start with compiling (more for a
+# ladder and for all in one, less where an earlier seed has compiled the program), of an update of SupCon in a batch of
+# 128, and of the evaluators of a setting.
+ESTIMATE = dict(start=35.0, update=0.21, evaluate={FINE: 45.0, COARSE: 10.0, SPURIOUS: 20.0})
 EXAMPLES = {"garments": 10_000, "cifar10": 50_000}
 BATCH = 128
