@@ -20,7 +20,8 @@ Without labels, on your own images, at least 143 of them (a batch is 128, and a 
     python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=folder:my_photos
 
 200 steps of 64 pixels, however many images there are: 2 min 24 s for 1,000 JPEGs on two cores of a CPU, the report
-included. More of either shows: --config.duration="50 epochs", --config.data.files.image_size=128. The report shows neighbours, a map and near-duplicates.
+included, which shows neighbours, a map and near-duplicates. More of either is better: --config.duration="50 epochs",
+--config.data.files.image_size=128.
 
 Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH, tfds:NAME or
 folder:PATH. Everything not said here is as in supcon.py.

@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -125,6 +126,8 @@ def leave(main: Callable[[list[str]], int]) -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)  # libraries: warnings; ours: progress too
     logging.getLogger("jaxcl").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # Of damaged metadata, large images and the like: a file that cannot be used is named in a line of ours.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
     # Of a save that fails Orbax prints pages; what is to be known of it stands in our one line.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     codes = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
