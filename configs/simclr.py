@@ -15,7 +15,7 @@ what labels there are).
     configs/simclr.py:stl10, :imagenet100      ResNet-50, SimCLR's own settings in 200 epochs; not yet run
     configs/simclr.py:imagenet                 SimCLR's own: batches of 4,096, LARS, 100 epochs; bfloat16; not yet run
 
-Without labels, on your own images, at least 143 of them (a batch is 128, and a tenth is the test part), of any size:
+Without labels, on your own images, at least 142 of them (a batch is 128, and a tenth is the test part), of any size:
 
     python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=folder:my_photos
 
