@@ -92,7 +92,8 @@ def read(path: str | os.PathLike) -> tuple[Variables, dict[str, Any]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({(error.strerror or str(error)).lower()})") from error
+        why = (error.strerror or str(error)).lower()
+        raise UserError(f"weights {path} cannot be read ({why}); expected what jaxcl.export wrote") from error
     if content[:2] in (b"PK", b"\x80\x02"):
         raise UserError(
             f"{path} is a pickle of torch, which may run code when it is read; convert it where you trust it, with "

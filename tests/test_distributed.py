@@ -16,6 +16,7 @@ import pytest
 from jaxcl import distributed
 from jaxcl.errors import UserError
 from jaxcl.evaluate.runs import load_run
+from jaxcl.update import init_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -84,7 +85,7 @@ def test_two_processes_equal_one(tmp_path):
 
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(two) == len(one) == 4
-    # Rows of the global batch lie in another order, so sums differ in their last bits and AdamW widens that a little.
+    # Sums between processes are taken in another order; AdamW widens what differs in their last bits.
     np.testing.assert_allclose(two, one, rtol=2e-3)
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one")]
@@ -97,10 +98,13 @@ CONFIGS = {
     "clae": [f"model.{o}" for o in SMALL],
     "thanos": [f"{part}.{o}" for part in ("model", "encoders.auto") for o in SMALL],
     "nonsemantic": [*(f"model.{o}" for o in SMALL), "memory.queue.length=64"],
-    "hierarchical": ["model.stage_widths=(4, 4, 8, 8)"],
+    # At larger steps its batch norms make a difference in rounding many times larger a step, of one process on one or
+    # four devices too.
+    "hierarchical": ["model.stage_widths=(16, 16, 16, 16)", "optimizer.lr=0.0002", "optimizer.momentum=0.0"],
 }
-# After 20 steps, relative: of each loss, and of all parameters together (the norm of the difference).
-LOSS, PARAMETERS = 1e-3, 1e-3
+# In shares of the largest loss: of the first three, where rounding has not grown, and of all 20, in which it has (and
+# masks of excon, cut at a threshold, may turn over). Parameters: in shares of the way that they went.
+FIRST, LOSS, PARAMETERS = 1e-5, 1e-3, 1e-2
 
 
 def twenty_steps(name: str, workdir: pathlib.Path, devices: int, distributed: str) -> subprocess.Popen:
@@ -112,10 +116,13 @@ def twenty_steps(name: str, workdir: pathlib.Path, devices: int, distributed: st
     return launch(devices, "-m", "jaxcl.main", f"--config=configs/{name}.py", *flags, *own)
 
 
-def parameters(workdir: pathlib.Path) -> np.ndarray:
+def parameters(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """-> (after 20 steps, at the start), flat."""
     run = load_run(workdir)
     assert run.step == 20
-    return np.concatenate([np.ravel(jax.device_get(x)) for x in jax.tree.leaves(run.state.params)])
+    start = jax.jit(lambda seed: init_state(run.recipe, seed).params)(np.uint32(run.recipe.seed))
+    flat = lambda tree: np.concatenate([np.ravel(jax.device_get(x)) for x in jax.tree.leaves(tree)])  # noqa: E731
+    return flat(run.state.params), flat(start)
 
 
 @pytest.mark.parametrize("name", [n if n == "clae" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
@@ -124,13 +131,17 @@ def test_two_processes_of_two_devices(tmp_path, name):
     address = free_address()
     finish(*(twenty_steps(name, tmp_path / "2x2", 2, f"{address},2,{i}") for i in range(2)), timeout=1200)
     finish(twenty_steps(name, tmp_path / "1x4", 4, "off"), twenty_steps(name, tmp_path / "1x1", 1, "off"), timeout=1200)
-    two, learned = losses(tmp_path / "2x2"), parameters(tmp_path / "2x2")
-    assert len(two) == 20
+    two, (learned, start) = losses(tmp_path / "2x2"), parameters(tmp_path / "2x2")
+    way = np.linalg.norm(learned - start)
+    assert len(two) == 20 and way > 1e-5 * np.linalg.norm(start)
     for other in ("1x4", "1x1"):
-        one, same = losses(tmp_path / other), parameters(tmp_path / other)
-        far = np.max(np.abs(np.subtract(two, one)) / np.abs(one)), np.linalg.norm(learned - same) / np.linalg.norm(same)
-        print(f"{name}, 2x2 against {other}: losses {far[0]:.1e}, parameters {far[1]:.1e}")
-        assert far[0] < LOSS and far[1] < PARAMETERS, (other, far)
+        one, (same, _) = losses(tmp_path / other), parameters(tmp_path / other)
+        apart = np.abs(np.subtract(two, one)) / np.abs(one).max()
+        far = apart[:3].max(), apart.max(), np.linalg.norm(learned - same) / way
+        print(
+            f"{name}, 2x2 against {other}: losses {far[0]:.1e}, then {far[1]:.1e}, parameters {far[2]:.1e} of their way"
+        )
+        assert far[0] < FIRST and far[1] < LOSS and far[2] < PARAMETERS, (other, far)
 
 
 def test_losses_over_two_processes(tmp_path):

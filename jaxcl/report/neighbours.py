@@ -59,7 +59,7 @@ def neighbour_grid(
     for r in range(n):
         y = _MARGIN + head + r * high
         sheet.image(queries[r], _MARGIN, y, size, title=names[r])
-        sheet.text(_MARGIN, y + size[1] + _TEXT // 2, _end(names[r], step), color=MUTED, fontsize=7.5)
+        sheet.text(_MARGIN, y + size[1] + _TEXT // 2, _fitted(names[r], step), color=MUTED, fontsize=7.5)
         for c in range(k):
             x = _MARGIN + (c + 1) * step + aside
             sheet.image(found[r, c], x, y, size, title=f"{found_names[r][c]}, cosine {cosine[r, c]:.3f}")
@@ -126,13 +126,19 @@ def duplicate_grid(images: Sequence[np.ndarray], names: Sequence[Sequence[str]])
     for group, called, (x, y) in zip(groups, names, places, strict=True):
         for c, image in enumerate(group):
             sheet.image(image, x + c * step, y, size, title=called[c])
-            sheet.text(x + c * step, y + size[1] + _TEXT // 2, _end(called[c], step), color=MUTED, fontsize=7.5)
+            sheet.text(x + c * step, y + size[1] + _TEXT // 2, _fitted(called[c], step), color=MUTED, fontsize=7.5)
         if more := len(called) - len(group):
             sheet.text(x + len(group) * step, y + size[1] / 2, f"and {more:,} more", color=MUTED, fontsize=8)
     return sheet.titled()
 
 
-def _end(name: str, room: int) -> str:
-    """The end of a file's name, in which it differs from others, for so many dots."""
+def _fitted(name: str, room: int) -> str:
+    """Both ends of a file's name, in one of which it differs from others, for so many dots."""
     name, length = short(name.rsplit("/", 1)[-1], 200), room // 13
-    return name if len(name) <= length else "…" + name[1 - length :]
+    if len(name) <= length:
+        return name
+    stem = name.rpartition(".")[0] or name
+    if len(stem) <= length:
+        return stem
+    head = length // 3
+    return f"{stem[:head]}…{stem[head + 1 - length :]}"

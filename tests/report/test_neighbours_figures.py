@@ -70,4 +70,12 @@ def test_groups_of_near_duplicates():
         for i in range(len(colours)):
             assert pixels_at(drawn, f"{g}/{i}") == colours[i].tolist()
     assert "and 4 more" in [t.get_text() for t in drawn.figure.axes[0].texts]
-    assert neighbours._end("a/very/long/name/of/a/file-0001.jpg", 130) == "…-0001.jpg"
+
+
+def test_what_a_tile_calls_its_file():
+    """Copies of one photo under names that differ at either end are told apart."""
+    assert neighbours._fitted("folder/IMG_1.jpg", 130) == "IMG_1.jpg"
+    assert neighbours._fitted("folder/photo00001.jpg", 130) == "photo00001"
+    assert neighbours._fitted("folder/very-long-photo-00001.jpg", 130) == "ver…-00001"
+    assert neighbours._fitted("folder/very-long-again-00001.jpeg", 130) == "ver…-00001"
+    assert neighbours._fitted("folder/again-very-long-00001.jpg", 130) == "aga…-00001"
