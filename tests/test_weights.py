@@ -87,7 +87,8 @@ def test_what_does_not_fit(files, tmp_path):
             c.model[key] = value
         return weights.starting_weights(c, tiny.recipe(c))
 
-    says("cannot be read (no such file or directory); expected what jaxcl.export wrote", start, weights=str(tmp_path / "nowhere.safetensors"))
+    nowhere = str(tmp_path / "nowhere.safetensors")
+    says("cannot be read (no such file or directory); expected what jaxcl.export wrote", start, weights=nowhere)
     says("does not fit the encoder: batch_stats.stages_0_1.bn1.mean is absent there and", start, stage_sizes=(2, 1))
     says("params.stem_conv.kernel is (4, 4, 3, 8) there and (3, 3, 3, 8) here", start, stem="cifar")
     says("batch_stats.stages_0_0.bn1.mean is (8,) there and absent here (and", start, norm="group")
