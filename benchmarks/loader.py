@@ -1,11 +1,12 @@
 """Images a second from a folder of JPEG files: jaxcl's loader beside torchvision's ImageFolder with torch's DataLoader.
 
-    python -m benchmarks.loader [--images=2000] [--sizes=224,64] [--rounds=5] [--workers=2]
+    python -m benchmarks.loader [--images=1920] [--sizes=224,64] [--rounds=5] [--workers=2]
 
 needs `pip install 'jaxcl[bench]'`. Photos of about 500 x 375 pixels are made for it, ten folders of them, decoded,
 resized (shorter side, antialiased, then the centre) and put together to uint8 batches of 128. Every round runs every
 contestant in turn, each in a process of its own, so a machine that slows down slows all of them; ratios are taken round
-by round and their median is printed. Timed is the first epoch, from listing the files to the last batch, imports apart:
+by round and their median is printed. Timed is the first epoch, from listing the files to the last batch, imports apart
+(of whole batches: images that fill none are decoded into memory for nothing):
 
 * jaxcl, in memory: what a set of up to 1 GiB of pixels does; it is decoded once, and later epochs only copy;
 * jaxcl, from disk: what a larger set does in every epoch, after its files have been looked at once;
@@ -59,7 +60,7 @@ def write_photos(folder: pathlib.Path, count: int) -> int:
 def of_jaxcl(folder: str, size: int, workers: int) -> Iterator[np.ndarray]:
     from jaxcl.data import Loader, make_source
 
-    source = make_source(f"folder:{folder}/train", image_size=size)
+    source = make_source(f"folder:{folder}", image_size=size)
     with Loader(source, batch_size=BATCH, seed=0) as loader:
         for _ in range(loader.steps_per_epoch):
             yield next(loader)["image"]
@@ -90,7 +91,7 @@ def measure(contestant: str, folder: str, size: int, workers: int) -> dict[str, 
         disk.IN_MEMORY_BYTES = 0
         from jaxcl.data import make_source
 
-        source = make_source(f"folder:{folder}/train", image_size=size)  # looked at, once
+        source = make_source(f"folder:{folder}", image_size=size)  # looked at, once
         assert not source.in_memory
     cpu, begun = _processor_seconds(), time.perf_counter()
     batches = epoch(folder, size, workers)
@@ -147,7 +148,7 @@ def compare(folder: str, sizes: list[int], rounds: int, workers: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=15 * BATCH)
     parser.add_argument("--sizes", default="224,64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="of torch's DataLoader")

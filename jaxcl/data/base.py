@@ -188,21 +188,26 @@ def selector(
 
 def moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and standard deviation, in [0, 1] units, of uint8 [N,H,W,C]; exact."""
+    return moments_of_sums(images.size // images.shape[-1], sum(channel_sums(block) for block in chunks(images)))
+
+
+def channel_sums(images: np.ndarray) -> np.ndarray:
+    """Sums of the values and of their squares in each channel, uint8 [...,C] -> int64 [2,C]; exact."""
     C = images.shape[-1]
-    count, total, squares = 0, np.zeros(C, np.int64), np.zeros(C, np.int64)
-    for block in chunks(images):
-        values = block.reshape(-1)
-        count += len(values) // C
-        # Long rows, which NumPy sums fast, and few enough that their squares fit 32 bits and the processor's cache.
-        whole = len(values) // (64 * C) * (64 * C)
-        rows = [*chunks(values[:whole].reshape(-1, 64 * C), 2048), values[whole:].reshape(-1, C)]
-        for row in rows:
-            total += row.sum(0, dtype=np.uint32).reshape(-1, C).sum(0, dtype=np.int64)
-            squares += (
-                np.multiply(row, row, dtype=np.uint16).sum(0, dtype=np.uint32).reshape(-1, C).sum(0, dtype=np.int64)
-            )
+    values = images.reshape(-1)
+    sums = np.zeros((2, C), np.int64)
+    # Long rows, which NumPy sums fast, and few enough that their squares fit 32 bits and the processor's cache.
+    whole = len(values) // (64 * C) * (64 * C)
+    for row in (*chunks(values[:whole].reshape(-1, 64 * C), 2048), values[whole:].reshape(-1, C)):
+        for of, power in zip(sums, (row, np.multiply(row, row, dtype=np.uint16)), strict=True):
+            of += power.sum(0, dtype=np.uint32).reshape(-1, C).sum(0, dtype=np.int64)
+    return sums
+
+
+def moments_of_sums(count: int, sums: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As `moments`, of `count` pixels whose `channel_sums` are given, int64 [2,C]."""
     mean, std = [], []
-    for s, q in zip(total.tolist(), squares.tolist(), strict=True):  # whole numbers: nothing is lost in the difference
+    for s, q in zip(*sums.tolist(), strict=True):  # whole numbers: nothing is lost in the difference
         mean.append(s / count / 255)
         std.append(math.sqrt(count * q - s * s) / count / 255)
     # A constant channel would divide by zero when normalised; one grey level is the smallest honest scale.

@@ -17,7 +17,10 @@ from jaxcl.data.base import Source, moments
 
 IN_MEMORY_BYTES = 2**30  # sets that fit are decoded once
 SAMPLE = 2000  # training images from which mean and standard deviation of other sets are estimated
-THREADS = min(64, max(8, os.cpu_count() or 1))  # Pillow decodes outside the interpreter lock
+# Pillow decodes outside the interpreter lock, so a thread a core: on two cores eight cost a seventh more processor
+# time an image (handing over the lock, memory of their own). What comes through a network waits: more wait at once.
+THREADS = os.cpu_count() or 1
+WAITING_THREADS = min(64, max(8, THREADS))
 COLUMNS = ("label", "coarse", "group")  # what is known of an image, -1 where it is not
 
 Row = tuple[np.ndarray, tuple[int, int, int]]  # image uint8 [H,W,3], its columns
@@ -27,6 +30,7 @@ class Reader:
     """The rows of a set, 0 to N - 1. A kind of set gives the attributes, `__len__`, `__call__` and `columns`."""
 
     image_shape: tuple[int, int, int]
+    threads: int = THREADS
     class_names: tuple[str, ...] = ()
     coarse_names: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
@@ -55,7 +59,7 @@ class Reader:
             for i, (image, known) in enumerate(self.block(rows[begin:end]), begin):
                 images[i], columns[:, i] = image, known
 
-        in_threads(read, len(rows))
+        in_threads(read, len(rows), self.threads)
         return images, columns
 
     def paths(self, rows: np.ndarray) -> tuple[str, ...] | None:
@@ -84,10 +88,10 @@ def fits_in_memory(count: int, image_shape: tuple[int, int, int]) -> bool:
     return count * int(np.prod(image_shape)) <= IN_MEMORY_BYTES
 
 
-def in_threads(work, count: int) -> None:
+def in_threads(work, count: int, threads: int = THREADS) -> None:
     """work(begin, end) over 0 to count, in blocks. Errors: the first that a block raises."""
-    size = max(1, min(256, -(-count // (4 * THREADS))))
-    with ThreadPoolExecutor(THREADS) as pool:
+    size = max(1, min(256, -(-count // (4 * threads))))
+    with ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(work, begin, min(begin + size, count)) for begin in range(0, count, size)]
         try:
             for job in jobs:

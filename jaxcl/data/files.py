@@ -17,8 +17,18 @@ from etils import epath
 from PIL import UnidentifiedImageError
 
 from jaxcl.data import hashing, images
-from jaxcl.data.base import TEST_PART, Select, Source, hold_out, moments
-from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, fits_in_memory, in_threads, source_in_memory
+from jaxcl.data.base import TEST_PART, Select, Source, channel_sums, hold_out, moments_of_sums
+from jaxcl.data.disk import (
+    COLUMNS,
+    THREADS,
+    WAITING_THREADS,
+    DiskSource,
+    Reader,
+    Row,
+    fits_in_memory,
+    in_threads,
+    source_in_memory,
+)
 from jaxcl.errors import UserError
 from jaxcl.storage import is_remote
 
@@ -57,6 +67,11 @@ class Listing(NamedTuple):
     coarse_names: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def threads(self) -> int:
+        """How many read it at once."""
+        return WAITING_THREADS if any(map(is_remote, self.paths)) else THREADS
 
     def take(self, rows: np.ndarray) -> "Listing":
         paths, names = ([column[i] for i in rows] for column in (self.paths, self.names))
@@ -106,13 +121,15 @@ class Files(Reader):
       listing: of the good ones.
       image_shape: of every image.
       images: uint8 [N,H,W,3], where the set fits into memory.
+      sums: of each image, `base.channel_sums`, int64 [N,2,3], likewise.
     """
 
     def __init__(self, listing: Listing, image_shape: tuple[int, int, int], size: int | None):
-        self.listing, self.image_shape, self._size = listing, image_shape, size
+        self.listing, self.image_shape, self._size, self.threads = listing, image_shape, size, listing.threads
         self.class_names, self.coarse_names = listing.class_names, listing.coarse_names
         self.group_names = listing.group_names
         self.images: np.ndarray | None = None
+        self.sums: np.ndarray | None = None
         self._moments = None
 
     def __len__(self) -> int:
@@ -150,13 +167,18 @@ class Files(Reader):
         return bool((self.listing.columns[0, rows] >= 0).all())
 
     def read_all(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return super().read_all(rows) if self.images is None else (self.images[rows], self.columns(rows))
+        if self.images is None:
+            return super().read_all(rows)
+        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):  # a view: copying costs a tenth
+            return self.images[rows[0] : rows[0] + len(rows)], self.columns(rows)
+        return self.images[rows], self.columns(rows)
 
     def keep(self, rows: np.ndarray) -> None:
         """Leave out all but these rows."""
         if len(rows) < len(self):
             self.listing = self.listing.take(rows)
-            self.images = None if self.images is None else self.images[rows]
+            if self.images is not None:
+                self.images, self.sums = self.images[rows], self.sums[rows]
 
     def part(self, part: str) -> np.ndarray:
         """Ascending rows. Errors: UserError where there are none."""
@@ -186,7 +208,11 @@ class Files(Reader):
         """Exact if the set is in memory, otherwise of a sample."""
         if self._moments is None:
             rows = self.part("train")
-            self._moments = self.moments(rows) if self.images is None else moments(self.images[rows])
+            if self.images is None:
+                self._moments = self.moments(rows)
+            else:
+                H, W, _ = self.image_shape
+                self._moments = moments_of_sums(len(rows) * H * W, self.sums[rows].sum(0))
         return self._moments
 
 
@@ -222,7 +248,7 @@ def _stamps(paths: list[str], bad: dict[int, str]) -> np.ndarray:
             raise ValueError("empty file")
         stamps[i] = about.st_size, about.st_mtime_ns
 
-    _each(look, range(len(paths)), bad)
+    _each(look, range(len(paths)), bad, THREADS)
     return stamps
 
 
@@ -235,7 +261,7 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
             shapes[i] = images.shape(stream)
 
     if not image_size or not (skip or fits_in_memory(count, (image_size, image_size, 3))):
-        _each(header, _good(count, bad), bad)  # otherwise decoding says all that there is to know
+        _each(header, _good(count, bad), bad, listing.threads)  # otherwise decoding says all that there is to know
     good = _good(count, bad)
     if not good:
         _refuse(listing, bad)
@@ -249,17 +275,17 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
 
     files = Files(listing, shape, size)
     if fits := files.fits(len(good)):
-        files.images = np.zeros((count, *shape), np.uint8)
+        files.images, files.sums = np.zeros((count, *shape), np.uint8), np.zeros((count, 2, 3), np.int64)
 
     def decode(i: int) -> None:
         image = files.decode(i)
         if fits:
-            files.images[i] = image
+            files.images[i], files.sums[i] = image, channel_sums(image)  # summed while it is in the cache
 
     if skip and not fits:
         say.info("%s: every one of %s images is decoded once to find the bad ones", spec, f"{len(good):,}")
     if fits or skip:
-        _each(decode, good, bad)
+        _each(decode, good, bad, listing.threads)
     if not skip or len(bad) == count:
         _refuse(listing, bad)
     files.keep(np.array(_good(count, bad)))
@@ -279,7 +305,7 @@ def _good(count: int, bad: dict[int, str]) -> list[int]:
     return [i for i in range(count) if i not in bad]
 
 
-def _each(look: Callable[[int], None], rows, bad: dict[int, str]) -> None:
+def _each(look: Callable[[int], None], rows, bad: dict[int, str], threads: int) -> None:
     """look(row) in threads; the reasons of those that raise come into `bad`."""
 
     def work(begin: int, end: int) -> None:
@@ -289,7 +315,7 @@ def _each(look: Callable[[int], None], rows, bad: dict[int, str]) -> None:
             except Exception as error:  # a damaged file may raise anything
                 bad[i] = _reason(error)
 
-    in_threads(work, len(rows))
+    in_threads(work, len(rows), threads)
 
 
 def _reason(error: Exception) -> str:

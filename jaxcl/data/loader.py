@@ -14,6 +14,7 @@ from jaxcl.data.base import Source
 from jaxcl.errors import UserError
 
 Batch = dict[str, np.ndarray | jax.Array]
+ENDLESS = 2**62  # grain's own, 2^63 - 1, grows to 2^63 in batches of one, which is no length any more
 
 
 def example_ids(
@@ -35,7 +36,8 @@ def example_ids(
     # `seed()` and not `shuffle(seed)`: grain shuffles epoch e with seed + e, and `seed()` first scatters the
     # seeds, so that a run is not its neighbouring seed's run one epoch later. It takes no negative number.
     shuffled = grain.MapDataset.range(num_examples).seed(seed % 2**32).shuffle()
-    whole = shuffled[:epoch].repeat()[start_step * batch_size :]
+    begin = start_step * batch_size
+    whole = shuffled[:epoch].repeat()[begin : begin + ENDLESS]
     if process_count == 1:
         return whole
     share = batch_size // process_count
@@ -44,7 +46,7 @@ def example_ids(
         step, place = divmod(i, share)
         return whole[step * batch_size + process_index * share + place]
 
-    return grain.MapDataset.range(2**62).map(mine)
+    return grain.MapDataset.range(ENDLESS).map(mine)
 
 
 class Loader(Iterator[Batch]):
@@ -124,7 +126,7 @@ class Loader(Iterator[Batch]):
             )
             rows = ids.batch(batch_size // process_count)
         else:
-            steps = grain.MapDataset.range(start_step, 2**62)
+            steps = grain.MapDataset.range(start_step, start_step + ENDLESS)
             begin = process_index * (batch_size // process_count)
             rows = steps.map(lambda step: order(step)[begin : begin + batch_size // process_count])
         local_batches = iter(_local_batches(source, rows))

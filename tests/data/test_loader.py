@@ -176,6 +176,10 @@ def test_batch_as_large_as_the_set():
     assert [sorted(b) for b in ids(take(numbered(8), 3))] == [list(range(8))] * 3
 
 
+def test_batches_of_one():
+    assert sorted(sum(ids(take(numbered(5), 5, batch_size=1)), [])) == list(range(5))
+
+
 def test_an_error_while_reading_reaches_the_consumer():
     with Loader(OnDisk(8, fail_at=5), batch_size=8, seed=0) as loader:
         for _ in range(2):  # and goes on being said

@@ -191,3 +191,5 @@ def test_moments_by_numpy(shape):
         mean, std = base.moments(x)
         np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
         np.testing.assert_allclose(std, np.maximum(values.std(0), 1 / 255), rtol=1e-12)
+        each = np.array([base.channel_sums(image) for image in x])
+        assert base.moments_of_sums(x.size // shape[-1], each.sum(0)) == (mean, std)
