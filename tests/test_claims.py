@@ -324,7 +324,6 @@ def test_a_command_that_is_broken_off_goes_on(at_root, tmp_path, monkeypatch):
         claims.run([*command, "--budget=3 epochs"])
 
 
-@pytest.mark.slow
 def test_the_smoke_command(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
