@@ -98,13 +98,15 @@ CONFIGS = {
     "clae": [f"model.{o}" for o in SMALL],
     "thanos": [f"{part}.{o}" for part in ("model", "encoders.auto") for o in SMALL],
     "nonsemantic": [*(f"model.{o}" for o in SMALL), "memory.queue.length=64"],
-    # At larger steps its batch norms make a difference in rounding many times larger a step, of one process on one or
-    # four devices too.
+    # At larger steps its batch norms make a difference in rounding many times larger a step, of one process too.
     "hierarchical": ["model.stage_widths=(16, 16, 16, 16)", "optimizer.lr=0.0002", "optimizer.momentum=0.0"],
 }
 # In shares of the largest loss: of the first three, where rounding has not grown, and of all 20, in which it has (and
 # masks of excon, cut at a threshold, may turn over). Parameters: in shares of the way that they went.
-FIRST, LOSS, PARAMETERS = 1e-5, 1e-3, 1e-2
+TOLERANCE = (1e-5, 1e-3, 1e-2)
+# With the ladder's start moved by 3e-8 to 1e-7 of itself, which is rounding, one process on one device comes out up to
+# 3e-3 and 4e-2 from where it would have been: units near zero turn over.
+TOLERANCES = {"hierarchical": (3e-5, 1e-2, 0.1)}
 
 
 def twenty_steps(name: str, workdir: pathlib.Path, devices: int, distributed: str) -> subprocess.Popen:
@@ -137,11 +139,11 @@ def test_two_processes_of_two_devices(tmp_path, name):
     for other in ("1x4", "1x1"):
         one, (same, _) = losses(tmp_path / other), parameters(tmp_path / other)
         apart = np.abs(np.subtract(two, one)) / np.abs(one).max()
-        far = apart[:3].max(), apart.max(), np.linalg.norm(learned - same) / way
+        far = [float(x) for x in (apart[:3].max(), apart.max(), np.linalg.norm(learned - same) / way)]
         print(
             f"{name}, 2x2 against {other}: losses {far[0]:.1e}, then {far[1]:.1e}, parameters {far[2]:.1e} of their way"
         )
-        assert far[0] < FIRST and far[1] < LOSS and far[2] < PARAMETERS, (other, far)
+        assert all(np.less(far, TOLERANCES.get(name, TOLERANCE))), (other, far)
 
 
 def test_losses_over_two_processes(tmp_path):
