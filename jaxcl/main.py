@@ -44,9 +44,10 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         raise UserError(_reason(str(error))) from None
     except (AttributeError, KeyError) as error:
         # ml_collections raises these for a key that a locked config does not have.
-        raise UserError(f"unknown config key: {_first_line(error)}; the keys are those of the config file") from None
+        why = f"unknown config key: {_first_line(error)}; the keys are those of the config file"
+        raise UserError(_below_a_value(argv) or why) from None
     except (IndexError, OSError, TypeError, ValueError) as error:
-        raise UserError(_first_line(error)) from None
+        raise UserError(_below_a_value(argv) or _first_line(error)) from None
     except Exception as error:  # noqa: BLE001 - a config file is the user's own code and may raise anything
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {_first_line(error)}"
@@ -62,6 +63,27 @@ def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
     parse(argv, values)
     return holder.value
+
+
+def _below_a_value(argv: list[str]) -> str | None:
+    """What to say of --config.KEY.MORE=... where KEY holds a value and no keys; Python's own words name neither."""
+    asked = [a.lstrip("-").partition("=")[0].split(".")[1:] for a in argv if a.lstrip("-").startswith("config.")]
+    given = _config_argument(argv)
+    if not given or not any(len(path) > 1 for path in asked):
+        return None
+    config = read_config(given)
+    for path in asked:
+        place = config
+        for i, key in enumerate(path):
+            if not isinstance(place, ConfigDict):
+                if isinstance(place, tuple | list):  # indexed, which has errors of its own
+                    break
+                above = ".".join(path[:i])
+                return f"unknown config key: {'.'.join(path)}; {above} is {place!r}, which has no keys of its own"
+            if key not in place:
+                break
+            place = place[key]
+    return None
 
 
 def _config_argument(argv: list[str]) -> str | None:

@@ -43,6 +43,8 @@ SMALL = f"{SUPCON}:fashion_mnist", "--config.data.source=npz:{npz}", "--config.b
         ([SUPCON, "--config.batchsize=3"], "batchsize"),
         ([SUPCON, "--config.views.view1.crop_aera=(0.1,1.0)"], "crop_aera"),
         ([SUPCON, "--config.batch_size=many"], "many"),
+        ([SUPCON, "--config.wandb.project=x"], "unknown config key: wandb.project; wandb is '', which has no keys"),
+        ([SUPCON, "--config.optimizer.lr.x=1"], "unknown config key: optimizer.lr.x; optimizer.lr is 0.006, which has"),
         ([SUPCON, "--config.eval=3"], "eval"),
         ([f"{SUPCON}:cifr10"], "unknown preset 'cifr10'; did you mean 'cifar10'?"),
         ([f"{SUPCON}:cifar10,cifar100"], "names both 'cifar10' and 'cifar100'; choose one"),
