@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from jaxcl import main, storage
+from jaxcl import compile_cache, main, storage
 from jaxcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -241,6 +241,7 @@ def run(argv: list[str]) -> int:
     _writer_for(_OUT.value)
     from jaxcl.evaluate.runs import load_run  # after the flags are known to be right
 
+    compile_cache.turn_on()
     opened = [load_run(folder, source=_SOURCE.value, step=_STEP.value) for folder in _folders(_WORKDIR.value)]
     embed(opened, _OUT.value, split=_SPLIT.value, layer=_LAYER.value)
     return 0

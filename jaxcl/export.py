@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 import jaxcl
-from jaxcl import main
+from jaxcl import compile_cache, main
 from jaxcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def run(argv: list[str]) -> int:
             raise UserError(f"no --{name}; expected --workdir=RUN --out=DIR")
     from jaxcl.evaluate.runs import open_run  # after the flags are known to be right
 
+    compile_cache.turn_on()
     saved = open_run(_WORKDIR.value, step=_STEP.value)
     path = export(saved, _OUT.value, encoder=_ENCODER.value, layout=_FORMAT.value)
     say.info("%s", path)

@@ -13,7 +13,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxcl import distributed, xla_flags
+from jaxcl import compile_cache, distributed, xla_flags
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
@@ -132,6 +132,8 @@ def main(argv: list[str]) -> int:
     parse(argv)
     if _CONFIG.value is None:
         raise UserError("no --config; for example --config=configs/excon.py")
+    if _DISTRIBUTED.value == "off":
+        compile_cache.turn_on()
     distributed.join(_DISTRIBUTED.value, timeout=_JOIN_TIMEOUT.value, heartbeat=_HEARTBEAT_TIMEOUT.value)
     from jaxcl import train  # after the flags are known to be right: a typo need not wait for the imports
 

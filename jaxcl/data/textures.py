@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxcl import distributed, main
+from jaxcl import compile_cache, distributed, main
 from jaxcl.errors import UserError
 
 say = logging.getLogger("jaxcl")
@@ -145,6 +145,8 @@ def run(argv: list[str]) -> int:
     if not _SOURCE.value or not _OUT.value:
         raise UserError("give --source, such as --source=garments, and --out, the folder of the textures")
     index, count = _INDEX.value, _COUNT.value
+    if _DISTRIBUTED.value == "off":
+        compile_cache.turn_on()
     distributed.join(_DISTRIBUTED.value)
     import jax  # after the flags are known to be right
 

@@ -11,7 +11,7 @@ import pathlib
 
 from absl import flags
 
-from jaxcl import main, run_folder
+from jaxcl import compile_cache, main, run_folder
 from jaxcl.errors import UserError
 
 # Flags of its own: jaxcl.main, which is imported for its parser, has others of the same names.
@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
         raise UserError("no --workdir; give the folder of a run")
     from jaxcl.evaluate import runs  # after the flags are known to be right
 
+    compile_cache.turn_on()
     opened = [runs.load_run(w, source=_SOURCE.value, step=_STEP.value, options=_SET.value) for w in _WORKDIR.value]
     suite = tuple(s.strip() for s in _SUITE.value.split(",") if s.strip())
     found = runs.summary(opened, runs.evaluate_runs(opened, suite, split=_SPLIT.value))
