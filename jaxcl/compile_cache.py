@@ -1,7 +1,7 @@
 """Compiled programs are kept between runs: JAX's persistent cache, in a folder of the user's cache directory.
 
-A folder of the user's choice (JAX_COMPILATION_CACHE_DIR, local or gs://) is left as it is; JAXCL_COMPILE_CACHE=off keeps
-nothing. Whatever goes wrong with the cache, the program is compiled as if there were none.
+A folder of the user's choice (JAX_COMPILATION_CACHE_DIR, local or gs://) is left as it is; JAXCL_COMPILE_CACHE=off:
+there is none. Whatever goes wrong with the cache, the program is compiled as if there were none.
 
 - Programs for a CPU may use any instruction of the one that compiled them. XLA loads them elsewhere too, with a line in
   the log only (jaxlib 0.10.2, tried), so each kind of CPU has a folder of its own: hosts may share a home.
@@ -27,8 +27,8 @@ import warnings
 from collections.abc import MutableMapping
 
 say = logging.getLogger("jaxcl")
-MAX_BYTES = 2**30  # of programs for all kinds of CPU; one of a default run has 0.1 to 1 MiB
-MIN_SECONDS = 0.05  # of compiling: below that reading is no faster
+MAX_BYTES = 2**30  # of programs for all kinds of CPU; those of a default run have 4 MiB
+MIN_SECONDS = 0.0  # of compiling: even the smallest program is read in less (a default run has about 50)
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)", re.S)
 
 

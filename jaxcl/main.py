@@ -33,6 +33,9 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout", distributed.HEARTBEAT_SECONDS, "Seconds after which a silent process is dead.", lower_bound=1
 )
+_PROFILE = flags.DEFINE_integer(
+    "profile", None, "Write a trace of so many updates, after the first few, into WORKDIR/profile.", lower_bound=1
+)
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -139,7 +142,7 @@ def main(argv: list[str]) -> int:
 
     workdir = _WORKDIR.value or _default_workdir(_config_argument(argv))
     try:
-        train.run(_CONFIG.value, workdir)
+        train.run(_CONFIG.value, workdir, profile=_PROFILE.value or 0)
     except Exception as error:
         raise distributed.lost(error) or error from None
     return 0

@@ -258,6 +258,11 @@ class Recipe:
         whole = {n for p in self.passes for n in p.views if not p.depth and not p.encoder}
         return tuple(n for n in self.view_names(phase) if n in whole)
 
+    def stage_name(self, i: int) -> str:
+        """The kind of a stage as a config calls it, and what it makes."""
+        kind = next(k for k, part in STAGES.items() if isinstance(self.stages[i], part))
+        return f"{kind} {' + '.join(self.stages[i].writes)}"
+
     def term_names(self, phase: Phase) -> tuple[str, ...]:
         """The terms of a phase: those whose views exist, whatever stages have not begun."""
         made = set(self.views) | {n for i in phase.stages for n in self.stages[i].writes}

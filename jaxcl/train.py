@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
+from jaxcl import profile as profiles
 from jaxcl import report, run_folder, sharding, storage
 from jaxcl.checkpoint import Checkpoints, Preemption
 from jaxcl.data import Loader, order_of, source_of
@@ -33,8 +34,10 @@ from jaxcl.weights import starting_weights
 say = logging.getLogger("jaxcl")
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> dict[str, Any]:
     """Train what the config says in `workdir`, or go on where it stopped; -> the contents of results.json.
+
+    profile: how many updates to write a trace of (`jaxcl.profile`).
 
     Errors: UserError before anything compiles, and where the disk of `workdir` takes no more; Diverged when the loss is
     no longer finite; Preempted after a SIGTERM, with everything saved.
@@ -43,7 +46,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     with contextlib.ExitStack() as held:  # the lock of the folder
         held.callback(preemption.close)
         try:
-            return _run(config, workdir, preemption, held)
+            return _run(config, workdir, preemption, held, profile)
         except OSError as error:
             if reason := storage.refusal(error):
                 what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
@@ -51,7 +54,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             raise
 
 
-def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption, held: contextlib.ExitStack) -> dict:
+def _run(
+    config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption, held: contextlib.ExitStack, profile: int
+) -> dict[str, Any]:
     started = time.monotonic()
     storage.need_library(workdir)
     workdir = epath.Path(workdir)
@@ -70,6 +75,8 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
     evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: source_of(config, split))
     evaluation.check_options()
     every = _intervals(config, recipe)
+    if profile:
+        profiles.check(profile, recipe.total_steps)
     writes = jax.process_index() == 0
     order = order_of(config, source)
     weights = {} if _has_checkpoint(workdir) else starting_weights(config, recipe)
@@ -100,6 +107,7 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
     monitor = compile_monitor(recipe, placed, rows)
     updates, pending, log = {}, None, _Log(recipe, metrics_writer, progress, every["log"])
     best = _Best(workdir, config, recipe)
+    trace = _profile(workdir, profile, recipe, step, every)
     loader = Loader(
         source,
         batch_size=recipe.batch_size,
@@ -118,11 +126,14 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
             phase = recipe.phase(step)
             if phase not in updates:
                 updates[phase] = compile_update(recipe, phase, placed, rows)
-            batch = next(loader)
-            with jax.transfer_guard("disallow"):
+            trace.before(step, state)
+            with trace.waiting():
+                batch = next(loader)
+            with trace.update(step), jax.transfer_guard("disallow"):
                 state, metrics = updates[phase](state, batch)
                 if every["collapse"] and (step + 1) % every["collapse"] == 0:
                     metrics |= monitor(state, batch)
+            trace.after(step, updates[phase], state, batch)
             # Step n is on its way; only now read what step n - 1 gave, so the device never waits for the host.
             if pending is not None:
                 log.add(*pending)
@@ -159,7 +170,8 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
         with contextlib.ExitStack() as closing:
             for record in filter(None, (metrics_writer, examples)):
                 closing.callback(record.close)
-            for close in (checkpoints.close, progress.close, loader.close, log.flush):  # from the last to the first
+            # From the last to the first.
+            for close in (checkpoints.close, progress.close, loader.close, trace.close, log.flush):
                 closing.callback(close)
         if wandb and sys.exc_info()[0]:
             wandb.finish()
@@ -185,7 +197,7 @@ def _run(config: ConfigDict, workdir: str | os.PathLike, preemption: Preemption,
                 environment=run_folder.environment(),
                 results=results,
                 metrics=read_metrics(workdir),
-                panels=panels,
+                panels=panels | {"step_time": profiles.read_step_time(workdir)},
             )
             results["seconds"]["report"] = round(time.monotonic() - begun, 1)
             say.info("report: %s", page)
@@ -204,6 +216,19 @@ def _intervals(config: ConfigDict, recipe: Recipe) -> dict[str, int]:
         "collapse": to_steps(config.collapse_every, name="collapse_every", **unit),
         "checkpoint": to_steps(config.checkpoint.every, name="checkpoint.every", **unit) or recipe.total_steps,
     }
+
+
+def _profile(workdir: epath.Path, count: int, recipe: Recipe, first: int, every: dict[str, int]) -> profiles.Profile:
+    """The trace of `count` updates, where that many are left after the first few."""
+
+    def pauses(step: int) -> bool:
+        return any(n and step % n == 0 for n in (every["eval"], every["checkpoint"], every["collapse"]))
+
+    begin = profiles.window(first, recipe.total_steps, count, recipe.phase, pauses) if count else None
+    if count and begin is None:
+        left = max(0, recipe.total_steps - first - profiles.WARM)
+        say.info("no profile: %d updates are left to be traced, %d are asked for", left, count)
+    return profiles.Profile(workdir, count, begin)
 
 
 def _has_checkpoint(workdir: epath.Path) -> bool:

@@ -20,6 +20,7 @@ from jaxcl import accumulate
 from jaxcl.forward import of_encoder, put, represent, run_heads, run_pass, with_targets
 from jaxcl.losses.common import AxisName
 from jaxcl.memory import Done, Start
+from jaxcl.parts import part
 from jaxcl.recipe import Phase, Recipe
 from jaxcl.sharding import AXIS, gathered, of_state, replicated
 from jaxcl.terms import Embedding
@@ -145,7 +146,7 @@ def run_stages(
 
     for i in phase.stages:
         stage = recipe.stages[i]
-        part = recipe.memory.get(getattr(stage, "classifier", None))
+        probe = recipe.memory.get(getattr(stage, "classifier", None))
         context = Context(
             model=recipe.model,
             params=state.params,
@@ -155,7 +156,7 @@ def run_stages(
             mean=recipe.mean,
             std=recipe.std,
             label=batch["label"],
-            classifier=(None if part is None else lambda m, h, p=part, n=stage.classifier: p.logits(m[n], h)),
+            classifier=(None if probe is None else lambda m, h, p=probe, n=stage.classifier: p.logits(m[n], h)),
             augment=lambda pipeline, name, x: _draw(recipe, state, batch["index"], pipeline, name, x),
             loss=loss,
             reads=lambda term: recipe.terms[term].reads,
@@ -163,7 +164,8 @@ def run_stages(
             keys=lambda name: view_keys(state.key, state.step, batch["index"], name),
             textures=to_pixels(batch["texture"]) if "texture" in batch else None,
         )
-        out = jax.lax.stop_gradient(stage(context, views))
+        with part(recipe.stage_name(i)):
+            out = jax.lax.stop_gradient(stage(context, views))
         views = {**views, **out.views}
         stats = stats if out.batch_stats is None else out.batch_stats
         metrics.update(out.metrics)
@@ -188,7 +190,11 @@ def make_terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Calla
         def carried(n: str) -> dict:
             return {"memory": {m: memory[m] for m in wanted[n]}} if wanted[n] else {}
 
-        return {n: term(embeddings, label, axis_name=axis_name, **carried(n)) for n, term in terms.items()}
+        def value(n: str) -> Array:
+            with part(f"term {n}"):
+                return terms[n](embeddings, label, axis_name=axis_name, **carried(n))
+
+        return {n: value(n) for n in terms}
 
     def of_the_batch(embeddings: dict[str, Embedding], label: Array, memory: dict) -> Metrics:
         memory = {m: memory[m] for ms in wanted.values() for m in ms}
@@ -218,14 +224,15 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
     encoding = recipe.for_loops() if parts > 1 else recipe
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        views = make_views(recipe, state, batch, names)
+        with part("augment"):
+            views = make_views(recipe, state, batch, names)
         seen = gathered_state(recipe, mesh, state)
         views, stats_before, metrics = run_stages(recipe, phase, seen, batch, views, mesh)
         progress = state.step / jnp.float32(recipe.total_steps)
-        memory = {
-            n: part.before(state.memory[n], lambda e: of_encoder(state.params, e), progress)
-            for n, part in recipe.memory.items()
-        }
+        memory = {}
+        for n, own in recipe.memory.items():
+            with part(f"memory {n}"):
+                memory[n] = own.before(state.memory[n], lambda e: of_encoder(state.params, e), progress)
 
         def objective(params, rows, stats, key):
             (views, label), embeddings = rows, {}
@@ -233,11 +240,13 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
             for spec in recipe.passes:
                 # Known by what it encodes first, not by its place: a pass more changes nothing in the others.
                 own = jax.random.fold_in(key, zlib.crc32(f"pass {spec.embeddings[0]}".encode()))
-                encoded, stats = run_pass(encoding, params, stats, views, spec, mesh, own)
+                with part(f"encode {' + '.join(n for n in spec.embeddings if split_name(n)[1] in views)}"):
+                    encoded, stats = run_pass(encoding, params, stats, views, spec, mesh, own)
                 embeddings.update(encoded)
             for name in shown:
                 embeddings[name] = embeddings[name]._replace(image=views[split_name(name)[1]].image)
-            embeddings, stats = run_heads(recipe, params, stats, embeddings, head_views)
+            with part("heads"):
+                embeddings, stats = run_heads(recipe, params, stats, embeddings, head_views)
             terms = term_values(embeddings, label, memory)
             loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
             return loss, (terms, {n: e._replace(image=None) for n, e in embeddings.items()}, stats)
@@ -249,10 +258,13 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
             loss, terms, embeddings, stats, grads = accumulate.gradients(differentiate, *given, parts=parts, mesh=mesh)
         else:
             (loss, (terms, embeddings, stats)), grads = differentiate(*given)
-        updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
+        with part("optimizer"):
+            updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
 
-        metrics |= similarity_figures({n: recipe.terms[n] for n in active}, embeddings, len(batch["label"]), memory)
-        params = optax.apply_updates(state.params, updates)
+        with part("figures"):
+            metrics |= similarity_figures({n: recipe.terms[n] for n in active}, embeddings, len(batch["label"]), memory)
+            metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         for name, own in stats.pop("targets", {}).items():
             memory[name] = {**memory[name], "batch_stats": own}
         done = Done(
@@ -263,12 +275,11 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
             progress=progress,
             tx=None,
         )
-        for name, part in recipe.memory.items():
-            if part.schedule == "online":
-                own = done._replace(tx=recipe.memory_tx.get(name))
-                memory[name], figures = part.after(memory[name], own)
+        for name, own in recipe.memory.items():
+            if own.schedule == "online":
+                with part(f"memory {name}"):
+                    memory[name], figures = own.after(memory[name], done._replace(tx=recipe.memory_tx.get(name)))
                 metrics.update(figures)
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if len(terms) > 1:
             metrics |= {f"loss/{n}": value for n, value in terms.items()}
         return state.replace(
@@ -284,15 +295,18 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
 
 def _probe_update(recipe: Recipe, mesh: Mesh | None = None):
     """A step of the schedules that train the probe by itself: the encoder is frozen and normalises by running means."""
-    learners = {n: part for n, part in recipe.memory.items() if part.schedule != "online"}
+    learners = {n: own for n, own in recipe.memory.items() if own.schedule != "online"}
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         memory, metrics, params = dict(state.memory), {}, gathered_state(recipe, mesh, state).params
-        for name, part in learners.items():
-            view = make_views(recipe, state, batch, (part.view,))[part.view]
-            h, z = represent(recipe, params, state.batch_stats, view.image)
+        for name, own in learners.items():
+            with part("augment"):
+                view = make_views(recipe, state, batch, (own.view,))[own.view]
+            with part(f"encode {own.view}"):
+                h, z = represent(recipe, params, state.batch_stats, view.image)
             e = [Embedding(h, z, view.where)]
-            memory[name], figures = part.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
+            with part(f"memory {name}"):
+                memory[name], figures = own.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
             metrics.update(figures)
         return state.replace(step=state.step + 1, memory=memory), metrics
 

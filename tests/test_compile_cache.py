@@ -76,9 +76,8 @@ def test_it_can_be_switched_off(mine, tmp_path):
 
 def test_what_was_used_least_recently_goes_first(tmp_path):
     (tmp_path / "a").mkdir()
-    for i, name in enumerate(("a/old", "new", "a/older", "newest")):
+    for name, when in {"a/old": 1.3e9, "new": 1.5e9, "a/older": 1e9, "newest": 1.6e9}.items():
         (tmp_path / name).write_bytes(bytes(100))
-        when = {"a/older": 1e9, "a/old": 2e9 / 1.5, "new": 1.5e9, "newest": 1.6e9}[name]
         os.utime(tmp_path / name, (when, when))
     assert compile_cache.prune(tmp_path, 400) == 0
     assert compile_cache.prune(tmp_path, 250) == 2

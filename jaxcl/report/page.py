@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from jaxcl import storage
-from jaxcl.report import figures, neighbours, similarities, transfer, verdict
+from jaxcl.report import figures, neighbours, similarities, step_time, transfer, verdict
 from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI, Titled
 
@@ -166,7 +166,8 @@ def write_report(
         "adversary" those of `adversary_grid`, "neighbours", "map" and "near_duplicates" those of `neighbour_grid`,
         `thumbnail_map` and `duplicate_grid`, "invariance" that function's own, "embedding" those of `embedding`,
         "transfer" a run's of `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`,
-        "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name.
+        "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name;
+        "step_time" what `jaxcl.profile` measured, a table.
 
     Returns:
       The path of the page.
@@ -175,6 +176,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for name in _SECTIONS:  # pictures of an earlier report must not outlive their section
         (folder / f"{name}.png").unlink(missing_ok=True)
+    measured = panels.get("step_time")
+    panels = {k: v for k, v in panels.items() if k != "step_time"}
     panels = {"curves": metrics, "similarities": similarities.rows(metrics), **panels}
     for name in panels.keys() - _SECTIONS.keys():
         _log.warning("the report has no section for the panel %r", name)
@@ -186,6 +189,7 @@ def write_report(
         f"<header><h1>{escape(title)}</h1><p class=lead>{escape(verdict.sentence(config, results))}</p></header>",
         _verdict_table(results),
         *sections,
+        step_time.section(measured) if measured else "",
         _table_section("All results", verdict.flatten({k: v for k, v in results.items() if k != "command"})),
         "<section><h2>How it was made</h2>",
         f"<h3>Command</h3><pre>{escape(command)}</pre>" if command else "",
@@ -332,6 +336,11 @@ td.value{font-weight:700;font-size:1.1rem;color:var(--accent);line-height:1.4}
 @media(min-width:700px){.verdict th{white-space:nowrap}}
 .all th,.all td{padding:3px 16px 3px 0;font-weight:400}
 .plain{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.steps th,.steps td{padding:3px 16px 3px 0;font-weight:400}
+.steps td.value{font-size:inherit}
+.steps tr:last-child th{font-weight:600}
+.share{width:40%;white-space:nowrap;font-variant-numeric:tabular-nums}
+.share i{display:inline-block;height:.7em;margin-right:8px;min-width:1px;max-width:75%;background:var(--accent)}
 .missing{border-left:4px solid #d55e00;padding:8px 16px;background:var(--box)}
 pre{background:var(--box);border:1px solid var(--line);border-radius:8px;padding:12px 16px;overflow-x:auto;
 font:13.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
