@@ -28,13 +28,13 @@ def section(figures: Mapping[str, Any]) -> str:
 def _said(figures: Mapping[str, Any]) -> str:
     first, last = figures["updates"]
     named = sum(figures["parts"].values())
+    device, share = figures["device"], 100 * named / figures["seconds"]
     return (
-        f"Measured from a trace of updates {first} to {last} of this run on {figures['device']}: how long each operation "
-        "of the compiled update ran, added up by the part of the recipe that it was made from; one that XLA fused from "
-        "several counts for the part of its last, and a moment in which several ran is shared. Backward is what the "
-        "gradient runs back through. Waiting for data is when the device had nothing to do and the next batch was not "
-        f"there. The operations add up to {100 * named / figures['seconds']:.1f}% of the update as the host's clock "
-        "has it. A trace slows small operations a little."
+        f"Measured from a trace of updates {first} to {last} of this run on {device}: how long each operation "
+        "ran, added up by the part of the recipe it was made from. One that was fused from several counts for the part "
+        "of its last, and a moment in which several ran is shared. Backward is what the gradient runs back through. "
+        "Waiting for data is when the device had nothing to do and the next batch was not there. The operations add up "
+        f"to {share:.1f}% of the update as the host's clock has it; a trace slows small operations a little."
     )
 
 
