@@ -36,8 +36,8 @@ FLAGS = [
 ]
 
 
-def start(workdir: pathlib.Path, devices: int, distributed: str) -> subprocess.Popen:
-    own = [f"--workdir={workdir}", f"--distributed={distributed}"]
+def start(workdir: pathlib.Path, devices: int, distributed: str, *own: str) -> subprocess.Popen:
+    own = [f"--workdir={workdir}", f"--distributed={distributed}", *own]
     return launch(devices, "-m", "jaxcl.main", *FLAGS, *own)
 
 
@@ -80,7 +80,7 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 def test_two_processes_equal_one(tmp_path):
     address = free_address()
-    finish(*(start(tmp_path / "two", 1, f"{address},2,{i}") for i in range(2)))
+    finish(*(start(tmp_path / "two", 1, f"{address},2,{i}", "--profile=1") for i in range(2)))
     finish(start(tmp_path / "one", 2, "off"))
 
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
@@ -90,6 +90,9 @@ def test_two_processes_equal_one(tmp_path):
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one")]
     assert results[0]["steps"] == results[1]["steps"] == 4
+    for i in range(2):  # each its own trace
+        found = json.loads((tmp_path / "two" / "profile" / f"process{i}" / "step_time.json").read_text())
+        assert found["updates"] == [4, 4] and found["parts"]["optimizer"] > 0
 
 
 SMALL = ("stage_sizes=(1,)", "stage_widths=(8,)", "strides=(1,)")

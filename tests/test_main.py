@@ -1,5 +1,6 @@
 """The command: one line for every mistake, and exit codes."""
 
+import pathlib
 import sys
 
 import pytest
@@ -40,6 +41,8 @@ SMALL = f"{SUPCON}:fashion_mnist", "--config.data.source=npz:{npz}", "--config.b
         ([], "no --config; for example --config=configs/excon.py"),
         ([SUPCON, "--worrkdir=x"], "Unknown command line flag 'worrkdir'"),
         ([SUPCON, "x"], "unexpected argument 'x'"),
+        ([SUPCON, "--profile=0"], "flag --profile=0: 0 is not a positive integer"),
+        ([*SMALL, "--config.duration=20 steps", "--profile=18"], "--profile is 18, but the run has 20 updates"),
         ([SUPCON, "--config.batchsize=3"], "batchsize"),
         ([SUPCON, "--config.views.view1.crop_aera=(0.1,1.0)"], "crop_aera"),
         ([SUPCON, "--config.batch_size=many"], "many"),
@@ -96,16 +99,16 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for error, code in ((Diverged("loss is nan at step 3"), 3), (Preempted("stopped"), 75), (UserError("wrong"), 2)):
 
-        def fail(config, workdir, error=error):
+        def fail(config, workdir, profile, error=error):
             raise error
 
         monkeypatch.setattr(train, "run", fail)
         assert cli([SUPCON], monkeypatch, capsys) == (code, f"jaxcl: {error}\n")
     seen = []
-    monkeypatch.setattr(train, "run", lambda config, workdir: seen.append((config.seed, str(workdir))))
+    monkeypatch.setattr(train, "run", lambda config, workdir, profile: seen.append((config.seed, workdir, profile)))
     assert cli([f"{SUPCON}:cifar10", "--config.seed=3"], monkeypatch, capsys) == (0, "")
-    assert cli([EXCON, "--workdir=here"], monkeypatch, capsys) == (0, "")
-    assert seen == [(3, "runs/supcon-cifar10"), (0, "here")]
+    assert cli([EXCON, "--workdir=here", "--profile=4"], monkeypatch, capsys) == (0, "")
+    assert seen == [(3, pathlib.Path("runs/supcon-cifar10"), 0), (0, "here", 4)]
 
 
 @pytest.mark.parametrize(

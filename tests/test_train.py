@@ -1,5 +1,7 @@
 """The loop end to end, on the project's own configs made small: run, stop, go on, finish, and every way to be wrong."""
 
+import collections
+import contextlib
 import errno
 import functools
 import importlib.util
@@ -11,10 +13,12 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from etils import epath
+from jax import monitoring
 
 from jaxcl import run_folder, sharding, train
 from jaxcl.checkpoint import Checkpoints
@@ -94,7 +98,27 @@ def record(workdir):
 def undisturbed(npz, tmp_path_factory):
     workdir, c = tmp_path_factory.mktemp("undisturbed"), config(npz=npz)
     c.report = True
-    return workdir, train.run(c, workdir)
+    with compiled() as COMPILED[str(workdir)]:
+        return workdir, train.run(c, workdir)
+
+
+COMPILED = {}
+
+
+@contextlib.contextmanager
+def compiled():
+    """Counts the programs that are compiled meanwhile, or read from the cache of them, by name."""
+    counts = collections.Counter()
+
+    def heard(event, seconds, *, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            counts[fun_name] += 1
+
+    monitoring.register_event_duration_secs_listener(heard)
+    try:
+        yield counts
+    finally:
+        monitoring.unregister_event_duration_listener(heard)
 
 
 def test_the_run_folder(undisturbed):
@@ -124,6 +148,33 @@ def test_what_is_logged(undisturbed):
         assert np.isfinite(row["loss"]) and row["lr"] >= 0 and row["images_per_second"] > 0
         assert ("saliency/accepted" in row) == (row["step"] > STEPS // 2)
         assert 0 <= row["data_wait"] <= 1 and "probe/accuracy" in row
+
+
+def test_each_program_is_compiled_once(undisturbed):
+    counts = COMPILED[str(undisturbed[0])]
+    assert counts["jit(update)"] == 2  # before and after the stage begins
+    assert counts["jit(monitor)"] <= 1
+    # Arithmetic outside of any program, ours or Orbax's, has one for each shape; other names stand for one program.
+    ours = {n for n in counts if not {*dir(jnp), *dir(jax.lax)} & {n.removeprefix("jit(").removesuffix(")")}}
+    assert {n: k for n, k in counts.items() if k > 1 and n in ours} == {"jit(update)": 2}
+
+
+def test_a_traced_run_learns_the_same_and_tells_where_its_time_went(undisturbed, npz, tmp_path, caplog):
+    c = config(npz=npz)
+    c.checkpoint.every = "0"
+    with compiled() as counts, caplog.at_level("INFO", logger="jaxcl"):
+        train.run(c, tmp_path, profile=3)
+    assert record(tmp_path) == record(undisturbed[0])
+    assert counts["jit(update)"] == 2
+    # Update 7 is the first of another program, an evaluation follows on update 6.
+    assert f"profile of updates 4 to 6: {tmp_path / 'profile'}; open it with `xprof --logdir=" in caplog.text
+    found = json.loads((tmp_path / "profile" / "step_time.json").read_text())
+    whole = "encode view1 + view2"
+    assert {"augment", whole, f"{whole}, backward", "term supcon", "optimizer", "memory probe"} <= found["parts"].keys()
+    total = sum(found["parts"].values()) + found["data"] + found["rest"]
+    assert total == pytest.approx(found["seconds"]) and found["updates"] == [4, 6]
+    assert min(found["parts"].values()) > 0 and found["data"] >= 0
+    assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_a_finished_run_returns_at_once(undisturbed, npz, monkeypatch, caplog):

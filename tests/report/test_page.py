@@ -348,3 +348,21 @@ def test_similarities_over_training(tmp_path):
     plain = [{"step": 1, "loss": 1.0}]
     page = write_report(tmp_path / "b", config={}, environment={}, results={}, metrics=plain, panels={}).read_text()
     assert 'id="similarities"' not in page
+
+
+def test_where_the_time_goes(tmp_path):
+    parts = {f"encode {EVIL}": 0.06, "term a, backward": 0.03, "optimizer": 0.0001, "figures": 0.0002}
+    measured = {"seconds": 0.1, "parts": parts, "data": 0.004, "rest": 0.0057, "updates": [4, 11], "device": "TPU v5"}
+    page = write_report(
+        tmp_path, config={}, environment={}, results={}, metrics=[], panels={"step_time": measured}
+    ).read_text()
+    assert EVIL not in page and "updates 4 to 11 of this run on TPU v5" in page
+    assert "add up to 90.3% of the update" in page
+    for row in ("60.0 ms", "60.0%", "2 smaller parts: optimizer, figures", "0.30 ms", "4.0 ms", "5.7 ms", "100 ms"):
+        assert row in page, row
+    assert (
+        "Where the time"
+        not in write_report(
+            tmp_path, config={}, environment={}, results={}, metrics=[], panels={"step_time": None}
+        ).read_text()
+    )
