@@ -3,13 +3,15 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from fake_gcs import serve
 from test_train import config, final_state, record, writer_that
 
-from jaxcl import lock, storage, train
+from jaxcl import lock, profile, storage, train
 from jaxcl.errors import UserError
 from jaxcl.report import MetricsWriter, read_metrics
 
@@ -55,6 +57,21 @@ def test_lock(store):
     store.put("bucket/run/lock.json", json.dumps(held | {"touched": 1, "boot": "elsewhere"}).encode())
     first.close()
     assert "bucket/run/lock.json" not in store
+
+
+def test_a_trace_is_put_up(store):
+    update = jax.jit(lambda state, batch: state + batch)
+    state = batch = np.ones(4, np.float32)
+    trace = profile.Profile(epath.Path("gs://bucket/run"), 2, begin=1)
+    for step in range(4):
+        trace.before(step, state)
+        with trace.waiting(), trace.update(step):
+            state = update(state, batch)
+        trace.after(step, update, state, batch)
+    assert trace.close() == ""  # it is over
+    assert any(n.endswith(".xplane.pb") for n in store.below("bucket/run/profile/plugins/profile/"))
+    assert profile.read_step_time("gs://bucket/run")["updates"] == [2, 3]
+    assert profile.read_step_time("gs://bucket/another") is None
 
 
 @pytest.mark.slow
