@@ -71,7 +71,8 @@ def child(argv: list[str]) -> None:
             for part, name in zip(PARTS[3:6], ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile"), strict=True):
                 seconds[part] = events.get(f"{name}_duration", 0.0)
             seconds[PARTS[6]] = total - sum(seconds.values())
-            print(json.dumps({"total": total, "parts": seconds, "counts": counts}), flush=True)
+            busy = sum(os.times()[:2])
+            print(json.dumps({"total": total, "busy": busy, "parts": seconds, "counts": counts}), flush=True)
             os._exit(0)
 
         train.run, train._Log.add = run_clocked, add_and_end
@@ -137,6 +138,8 @@ def main(argv: list[str]) -> None:
     print(f"{'  of all rounds':48}" + "  ".join(f"{min(t):.2f} to {max(t):.2f}" for t in totals))
     last = [rounds[-1]["counts"] for rounds in found.values()]
     asked, read = ([c.get(k, 0) for c in last] for k in ("compile_requests_use_cache", "cache_hits"))
+    busy = [statistics.median(r["busy"] for r in rounds) for rounds in found.values()]
+    print(f"{'seconds of processor time, all cores':48}" + "".join(f"{b:8.2f}" for b in busy))
     cells = [f"{r} of {a}" for a, r in zip(asked, read, strict=True)]
     print(f"{'programs, read from the cache':48}" + "".join(f"{cell:>8}" for cell in cells))
 
