@@ -24,6 +24,7 @@ import re
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import MutableMapping
 
 say = logging.getLogger("jaxcl")
@@ -142,9 +143,26 @@ def _say_failures_once(folder: pathlib.Path | None) -> None:
 
 
 def forget(folder: pathlib.Path, program: str) -> None:
-    """Delete the entries of a program, of which one cannot be read: JAX would keep it for ever."""
-    for path in folder.glob(f"{program}-*-cache"):
+    """Delete the entries of a program that cannot be read, which JAX would keep for ever; which they are it does not
+    say. Where none is seen to be cut short, all of that program's."""
+    entries = list(folder.glob(f"{program}-*-cache"))
+    for path in [p for p in entries if _cut_short(p)] or entries:
         try:
             path.unlink()
         except OSError:
             pass
+
+
+def _cut_short(path: pathlib.Path) -> bool:
+    """Of an entry as JAX writes it without a package for zstd; with one this is not known, and False."""
+    unpacker = zlib.decompressobj()
+    try:
+        data = path.read_bytes()
+        if data[:1] not in (b"", b"\x78"):
+            return False
+        unpacker.decompress(data)
+    except OSError:
+        return False
+    except zlib.error:
+        return True
+    return not unpacker.eof

@@ -34,7 +34,10 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout", distributed.HEARTBEAT_SECONDS, "Seconds after which a silent process is dead.", lower_bound=1
 )
 _PROFILE = flags.DEFINE_integer(
-    "profile", None, "Write a trace of so many updates, after the first few, into WORKDIR/profile.", lower_bound=1
+    "profile",
+    None,
+    "Write a trace of so many updates (10 are enough), after the first few, into WORKDIR/profile.",
+    lower_bound=1,
 )
 
 

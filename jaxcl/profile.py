@@ -106,9 +106,15 @@ class Profile:
         if found is None:
             say.warning("the profiler wrote nothing of %s", where)
             return
-        program = update.lower(state, batch).compile()  # the one that ran: nothing is compiled
-        figures = step_time(found, parts_of(program.as_text()), self._end - self._begin, seconds)
-        figures |= {"updates": [self._begin + 1, self._end], "device": jax.devices()[0].device_kind}
+        figures = {"updates": [self._begin + 1, self._end], "device": jax.devices()[0].device_kind}
+        try:
+            program = update.lower(state, batch).compile()  # the one that ran: nothing is compiled
+            figures |= step_time(found, parts_of(program.as_text()), self._end - self._begin, seconds)
+        except Exception as error:  # noqa: BLE001 - every platform writes its own kind of trace, and a run goes on
+            say.warning(
+                "the times of its parts could not be read from the profile: %s: %s", type(error).__name__, error
+            )
+            figures = None
         self._keep(folder, figures)
         say.info(
             "profile of %s: %s; open it with `xprof --logdir=%s` (pip install xprof), or its .trace.json.gz at "
@@ -123,7 +129,7 @@ class Profile:
             jax.profiler.stop_trace()
         return folder or ""
 
-    def _keep(self, folder: str, figures: dict[str, Any]) -> None:
+    def _keep(self, folder: str, figures: dict[str, Any] | None) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         if storage.is_remote(self._folder):
             for path in storage.files(epath.Path(folder)):
@@ -131,7 +137,8 @@ class Profile:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
             epath.Path(folder).rmtree()
-        storage.write_whole(self._folder / FILE, json.dumps(figures, indent=2) + "\n")
+        if figures:
+            storage.write_whole(self._folder / FILE, json.dumps(figures, indent=2) + "\n")
 
 
 def read_step_time(workdir: str | os.PathLike) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_a_second_process_compiles_nothing_and_one_cut_short_is_made_anew(tmp_pa
     assert third["value"] == first["value"]
     assert len(errors.strip().splitlines()) == 1 and "could not be kept, or read again; compiling instead" in errors
     assert len(entry.read_bytes()) > len(whole) // 2
+
+
+def test_only_what_is_cut_short_is_forgotten(tmp_path):
+    whole = zlib.compress(bytes(range(256)) * 9)
+    for name, data in {"jit_a-1": whole, "jit_a-2": whole[:-9], "jit_a-3": b"", "jit_b-1": whole[:9]}.items():
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    compile_cache.forget(tmp_path, "jit_a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["jit_a-1-cache", "jit_b-1-cache"]
+    compile_cache.forget(tmp_path, "jit_a")  # whole, and still it could not be read
+    assert [p.name for p in tmp_path.iterdir()] == ["jit_b-1-cache"]
 
 
 def test_a_home_that_takes_nothing_ends_nothing(tmp_path):
