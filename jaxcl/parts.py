@@ -1,7 +1,8 @@
 """The parts of an update by name, from the code that traces them to the operations of the compiled program.
 
 `part` marks what is traced under it; XLA carries the mark along in the metadata of its operations, on every platform.
-Nothing of the program changes, nor its place in the cache of compiled programs.
+Nothing of the program changes, nor (but for `jaxcl.profile`, which asks for it) its place in the cache of compiled
+programs.
 """
 
 import collections

@@ -27,6 +27,7 @@ say = logging.getLogger("jaxcl")
 WARM = 3  # updates of a process before its trace: compiling and first touches of memory are over
 FILE = "step_time.json"
 _WAIT = "jaxcl: wait for data"
+_NAMES_MATTER = "jax_compilation_cache_include_metadata_in_key"
 OTHER, UNNAMED = "other programs", "of no one part"
 _FAR = 100_000  # updates within which a stretch without evaluations is looked for
 
@@ -68,6 +69,10 @@ class Profile:
         self._begin, self._end = (-1, -1) if begin is None else (begin, begin + count)
         self._since = 0.0
         self._tracing: str | None = None  # the folder it is written to
+        self._names_mattered = getattr(jax.config, _NAMES_MATTER)
+        if begin is not None:
+            # Otherwise the cache may give the same program as another config or version named its parts.
+            jax.config.update(_NAMES_MATTER, True)
 
     def before(self, step: int, state: Any) -> None:
         """Of every update, in front of the wait for its batch."""
@@ -124,6 +129,7 @@ class Profile:
 
     def close(self) -> str:
         """End the trace, if one is on; -> where it was written."""
+        jax.config.update(_NAMES_MATTER, self._names_mattered)
         folder, self._tracing = self._tracing, None
         if folder:
             jax.profiler.stop_trace()

@@ -33,6 +33,16 @@ def test_the_updates_that_are_traced():
     assert window(0, 12, 5, pauses=range(0, 12, 4)) == 3  # nothing is better
 
 
+def test_names_of_parts_are_this_configs_own(tmp_path):
+    """The cache of compiled programs would give the same program under the names of whoever compiled it first."""
+    before = jax.config.jax_compilation_cache_include_metadata_in_key
+    for begin, during in ((3, True), (None, before)):
+        trace = profile.Profile(tmp_path, 2, begin)
+        assert jax.config.jax_compilation_cache_include_metadata_in_key == during
+        trace.close()
+        assert jax.config.jax_compilation_cache_include_metadata_in_key == before
+
+
 def test_moments_are_shared_and_counted_once():
     ops = [
         _Op(0, 10, "a", True),  # a loop

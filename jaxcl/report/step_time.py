@@ -15,7 +15,7 @@ def section(figures: Mapping[str, Any]) -> str:
     small = {name: s for name, s in parts.items() if s < SMALL * whole}
     rows = {name: s for name, s in parts.items() if name not in small}
     if small:
-        rows[f"{len(small)} smaller parts: {', '.join(small)}"] = sum(small.values())
+        rows[f"{len(small)} smaller parts: {'; '.join(small)}"] = sum(small.values())
     rows |= {"waiting for data": figures["data"], "the rest: nothing ran": figures["rest"]}
     cells = "".join(_row(name, seconds, whole) for name, seconds in rows.items())
     cells += f"<tr><th scope=row>an update</th><td class=value>{_ms(whole)}</td><td></td></tr>"
