@@ -31,6 +31,31 @@ STEMS = ("cifar", "imagenet", "patch2", "patch4", "patch8")
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+@jax.custom_vjp
+def matmul(x: Array, kernel: Array) -> Array:
+    """x [...,D] @ kernel [D,M], whose gradients are the same numbers in a form that XLA need not transpose for.
+
+    By JAX's own rule the kernel's gradient is a transposed product, for which XLA on CPU writes the incoming gradient
+    a second time the other way round: a quarter of the time of a forward and backward pass of 1x1 convolutions, their
+    norms and ReLUs (measured with jax 0.10.2). On TPU and GPU it makes no difference. No forward-mode derivatives.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows = jax.lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    return rows, jax.lax.dot_general(*flat, (((0,), (0,)), ((), ())))
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class MatmulConv(nn.Module):
     """A convolution whose windows do not overlap, as one matrix product: 1x1 (any stride) and strided patches.
 
@@ -49,11 +74,11 @@ class MatmulConv(nn.Module):
         k = self.kernel
         kernel = self.param("kernel", conv_init, (k, k, C, self.features), jnp.float32).astype(self.dtype)
         if k == 1:
-            return x[:, :: self.stride, :: self.stride].astype(self.dtype) @ kernel[0, 0]
+            return matmul(x[:, :: self.stride, :: self.stride].astype(self.dtype), kernel[0, 0])
         h, w = H // k, W // k
         x = x[:, : h * k, : w * k].astype(self.dtype).reshape(N, h, k, w, k, C)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(N, h, w, k * k * C)
-        return x @ kernel.reshape(k * k * C, self.features)
+        return matmul(x, kernel.reshape(k * k * C, self.features))
 
 
 def _conv(features: int, kernel: int, stride: int, dtype: Any, convolution: Callable | None = None) -> nn.Module:
