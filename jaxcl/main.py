@@ -13,7 +13,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxcl import compile_cache, distributed, xla_flags
+from jaxcl import compile_cache, distributed, huge_pages, xla_flags
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
@@ -153,6 +153,7 @@ def main(argv: list[str]) -> int:
 
 def leave(main: Callable[[list[str]], int]) -> NoReturn:
     """End this process with the exit code of `main(sys.argv)`, and what ends it early in one plain line."""
+    huge_pages.ask()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)  # libraries: warnings; ours: progress too
     logging.getLogger("jaxcl").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)
@@ -175,6 +176,7 @@ def leave(main: Callable[[list[str]], int]) -> NoReturn:
 def cli() -> None:
     """Exit codes: 0 done; 2 a mistake to mend; 3 the loss diverged; 75 stopped on request, or another host was lost:
     run again to go on."""
+    huge_pages.ask()
     if distributed.wants_guard(sys.argv):
         sys.exit(distributed.guard())
     distributed.end_with_guard()

@@ -125,9 +125,20 @@ def to_pixels(image: Array) -> Array:
 
 
 def make_views(recipe: Recipe, state: TrainState, batch: Batch, names: tuple[str, ...]) -> dict[str, View]:
-    """The named views of a batch; every image draws from its own key."""
-    pixels = to_pixels(batch["image"])
-    return {n: _draw(recipe, state, batch["index"], n, n, pixels) for n in names}
+    """The named views of a batch; every image draws from its own key.
+
+    Views of equal pipelines are drawn as one batch, row by row side by side, so that rows stay on their devices: half
+    the program for two views, and large enough for all cores.
+    """
+    pixels, alike, views = to_pixels(batch["image"]), {}, {}
+    for n in names:
+        alike.setdefault(recipe.views[n], []).append(n)
+    for pipeline, group in alike.items():
+        V = len(group)
+        keys = jnp.stack([view_keys(state.key, state.step, batch["index"], n) for n in group], axis=1).reshape(-1)
+        drawn = View(*pipeline(keys, jnp.repeat(pixels, V, axis=0) if V > 1 else pixels))
+        views |= {n: jax.tree.map(lambda x, i=i, V=V: x[i::V], drawn) for i, n in enumerate(group)}
+    return {n: views[n] for n in names}
 
 
 def _draw(recipe: Recipe, state: TrainState, index: Array, pipeline: str, name: str, pixels: Array) -> View:
