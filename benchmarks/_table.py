@@ -1,4 +1,4 @@
-"""The table of `python -m benchmarks.run`: its rows, the ratios in it, the file of a release, and the comparison with one.
+"""The table of `python -m benchmarks.run`: its rows, their ratios, the file of a release, the comparison with one.
 
 A part of the table is a module with
 
@@ -6,10 +6,11 @@ A part of the table is a module with
     NOTE: str                                         # how, and what contestants do otherwise; "" for nothing to say
     def rows(settings: Settings) -> list[Row]: ...    # measured when called; may take minutes
 
-named in `run.PARTS`. Rows of one `task` are compared with each other: its first row with `ours` is the reference. Round r
-of every row of a task must have been measured in the same sweep over the contestants, because ratios are taken round by
-round. A contestant that is not there, or cannot do the task, is a row with `left_out` and no values, never an error.
-`benchmarks._paired` measures contestants in processes of their own; a module that needs it differently may do without.
+named in `run.PARTS`. Rows of one `task` are compared with each other: its first row with `ours` is the reference.
+Round r of every row of a task must have been measured in the same sweep over the contestants, because ratios are taken
+round by round. A contestant that is not there, or cannot do the task, is a row with `left_out` and no values, never an
+error. `benchmarks._paired` measures contestants in processes of their own; a module that needs it differently may do
+without.
 """
 
 import dataclasses
@@ -32,11 +33,7 @@ class Settings:
     rounds: int = 5
     seconds: float = 0.5  # a measurement lasts at least so long: short calls are repeated
     quick: bool = False  # toy sizes, to see that it works: seconds in all
-    tasks: tuple[str, ...] = ()  # only tasks whose names begin with one of these; empty: all
     note: Callable[[str], None] = lambda text: None  # progress, in words
-
-    def wants(self, task: str) -> bool:
-        return not self.tasks or task.startswith(self.tasks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,20 +146,16 @@ def _version(name: str) -> tuple[int, ...]:
 
 def store(path: pathlib.Path, machine: Mapping[str, str], parts: Mapping[str, Any]) -> None:
     """Writes the parts into a release's file; what was stored for it on the same machine stays where nothing is new."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept and kept["machine"] != machine:
-        different = [key for key in machine.keys() | kept["machine"].keys() if machine.get(key) != kept["machine"].get(key)]
+    kept = json.loads(path.read_text()) if path.exists() else {"machine": dict(machine), "parts": {}}
+    words = machine.keys() | kept["machine"].keys()
+    if other := sorted(key for key in words if machine.get(key) != kept["machine"].get(key)):
         raise SystemExit(
-            f"{path.name} was measured on another machine or with other packages ({', '.join(sorted(different))}); "
+            f"{path.name} was measured on another machine or with other packages ({', '.join(other)}); "
             "remove it to begin it again here"
         )
-    merged = dict(kept.get("parts", {}))
-    for name, part in parts.items():
-        fresh = {row.task for row in rows_of(part)}
-        old = [row for row in rows_of(merged.get(name, {})) if row.task not in fresh]
-        merged[name] = part | part_of([*old, *rows_of(part)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"version": path.stem, "machine": dict(machine), "parts": merged}, indent=1) + "\n")
+    release = {"version": path.stem, "machine": dict(machine), "parts": {**kept["parts"], **parts}}
+    path.write_text(json.dumps(release, indent=1) + "\n")
 
 
 def to_last(row: Row, entries: list[Row], old: Mapping[tuple[str, str], Row], same_machine: bool) -> float | None:
