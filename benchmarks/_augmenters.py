@@ -38,7 +38,7 @@ CONTESTANTS = (
         "augmax",
         "augmax",
         package="augmax",
-        differs="batches, float32; square crops, not antialiased; jitter in HSV, in one order, saturation without effect",
+        differs="batches, float32; square crops, not antialiased; jitter in HSV, in one order, saturation kept",
     ),
     Contestant(
         "dm_pix",

@@ -7,7 +7,8 @@ A module whose contestants are measured so has
 called in a fresh process, whose arguments are JSON. All processes of a task are started, prepare and warm up; then
 every round asks each of them once, in turn, to repeat its work for some time. So nobody's threads, caches or memory are
 the others', a machine that slows down slows all of them, and imports and compilation are not in the times. The process
-may use so many cores and no more: XLA and OpenCV take their number from that, torch and BLAS are told it.
+may use so many cores and no more: XLA and OpenCV take their number from that, BLAS and torch are told it, and torch is
+measured with one thread too where a call is short; its faster time counts.
 """
 
 import contextlib
@@ -17,13 +18,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks._measure import ROOT, installed, seconds_per_call
+from benchmarks._measure import cores as _cores
 from benchmarks._table import Row, Settings
+
+
+TORCH_SHORT = 0.5  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +95,10 @@ def rows(
         _check_answers(task, {key: said["answer"] for key, (_, said) in workers.items()}, tolerance)
         values = {key: [] for key in workers}
         keys = list(workers)
-        settings.note(f"{task}: rounds begin")
         for r in range(settings.rounds):
+            settings.note(f"{task}: round {r + 1} of {settings.rounds}")
             for key in keys[r % len(keys) :] + keys[: r % len(keys)]:  # nobody is always the first
+                time.sleep(0.05)  # threads of the one before go to sleep
                 said = _ask(workers[key][0], f"{settings.seconds}")
                 if "left_out" in said:
                     raise SystemExit(f"{task}: {key}, in round {r + 1}: {said['left_out']}")
@@ -175,25 +182,40 @@ def work(module: str, key: str, arguments: str, cores: str) -> None:
         return say(left_out=str(reason))
     except Exception as error:  # whatever a library does: the row says so
         return say(left_out=f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
-    calls = 1
+    calls: dict[int, int] = {}
     for line in sys.stdin:
-        shortest = float(line)
-        while True:
-            seconds = seconds_per_call(ready.run, calls)
-            if seconds * calls >= 0.8 * shortest:
-                break
-            calls = max(calls + 1, int(shortest / seconds) + 1)
-        say(seconds=seconds, work=ready.work)
+        say(seconds=min(_seconds(ready, float(line), calls, threads) for threads in _threads(ready)), work=ready.work)
+
+
+def _threads(ready: Ready) -> Iterator[int]:
+    """torch: all cores, and where a call is short one thread too, since its threads may only wait for each other."""
+    yield (every := _cores())
+    if "torch" in sys.modules and every > 1 and seconds_per_call(ready.run, 1) < TORCH_SHORT:
+        yield 1
+
+
+def _seconds(ready: Ready, shortest: float, calls: dict[int, int], threads: int) -> float:
+    """Seconds a call, over so many in a row that it lasts; how many these are is kept for the next round."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+    while True:
+        count = calls.get(threads, 1)
+        seconds = seconds_per_call(ready.run, count)
+        if seconds * count >= 0.8 * shortest:
+            return seconds
+        calls[threads] = max(count + 1, int(shortest / seconds) + 1)
 
 
 def torch_threads() -> Any:
     """torch, told to use the cores of this process."""
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    torch.set_num_threads(_cores())
     return torch
 
 
 if __name__ == "__main__":
-    work(*sys.argv[1:])
+    from benchmarks import _paired
+
+    _paired.work(*sys.argv[1:])  # not this module's own, whose LeftOut is another class than the one that is raised
     os._exit(0)  # what libraries do on leaving takes seconds, and the next task waits for it

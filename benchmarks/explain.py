@@ -23,8 +23,8 @@ from jaxcl.saliency import grad_cam
 
 TITLE = "GradCAM and PGD"
 NOTE = (
-    "Two networks, the same weights in JAX and in torch, 32 px, 10 classes, batch norms in inference mode: ResNet-18 of "
-    "a quarter of the usual width with CIFAR's stem, whose work is 3x3 convolutions, and the one of the default CPU "
+    "Two networks, the same weights in JAX and in torch, 32 px, 10 classes, batch norms in inference mode: ResNet-18 "
+    "of a quarter of the usual width with CIFAR's stem, whose work is 3x3 convolutions, and the one of the default CPU "
     "presets, most of whose work is matrix products. GradCAM is that of the last convolution, and the maps agree to "
     "1e-4. PGD goes 10 steps from a random start; counted are images x steps, each one forward and one backward pass."
 )

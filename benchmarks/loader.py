@@ -36,10 +36,10 @@ from benchmarks._table import Row, Settings
 
 TITLE = "Input pipeline"
 NOTE = (
-    "Images a second as uint8 batches of 128, shuffled, no augmentation. Array: an epoch from memory. Folder: an epoch of "
-    "JPEG files of about 500 x 375 pixels, from listing them to the last batch, decoded and resized; a set of up to 1 GiB "
-    "of pixels is kept in memory and only its first epoch decodes, a larger one is decoded in every epoch. TFDS: an epoch "
-    "of PNG images of 32 px in ArrayRecord form, in the same two ways. torch's loader has a worker process a core."
+    "Images a second as uint8 batches of 128, shuffled, no augmentation. Array: an epoch from memory. Folder: an epoch "
+    "of JPEG files of about 500 x 375 pixels, from listing them to the last batch, decoded and resized; a set of up to "
+    "1 GiB of pixels is kept in memory and only its first epoch decodes, a larger one is decoded in every epoch. TFDS: "
+    "an epoch of PNG images of 32 px in ArrayRecord form, in the same two ways. torch's loader has a worker a core."
 )
 BATCH = 128
 SIDES = ((500, 375), (375, 500), (512, 384), (480, 360), (640, 427), (400, 300))
