@@ -28,7 +28,6 @@ from benchmarks._measure import ROOT, installed, seconds_per_call
 from benchmarks._measure import cores as _cores
 from benchmarks._table import Row, Settings
 
-
 TORCH_SHORT = 0.5  # seconds
 
 
