@@ -205,11 +205,11 @@ def _seconds(ready: Ready, shortest: float, calls: dict[int, int], threads: int)
         calls[threads] = max(count + 1, int(shortest / seconds) + 1)
 
 
-def torch_threads() -> Any:
-    """torch, told to use the cores of this process."""
+def import_torch() -> Any:
+    """torch. With one thread until it is measured: on a busy machine two would wait for each other for minutes."""
     import torch
 
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(1)
     return torch
 
 
