@@ -77,14 +77,17 @@ def rows(
     """
     settings.note(f"{task}: processes start")
     with contextlib.ExitStack() as stack:
-        left_out, workers = {}, {}
+        left_out, started, workers = {}, {}, {}
         for c in contestants:
             if c.package and not installed(c.package):
                 left_out[c.key] = f"{c.package} is not installed"
                 continue
-            # One after the other: what one of them compiles is not slowed down by another, and memory peaks apart.
-            worker = stack.enter_context(_started(module, c.key, arguments, cores))
-            said = _ask(worker, f"{settings.seconds}")
+            started[c.key] = stack.enter_context(_started(module, c.key, arguments, cores))
+        for c in contestants:
+            if c.key not in started:
+                continue
+            worker = started[c.key]
+            said = _answer(worker)  # when it is prepared
             if "left_out" in said and not c.ours:
                 left_out[c.key] = said["left_out"]
             elif "left_out" in said:
@@ -155,6 +158,10 @@ def _ask(worker: subprocess.Popen, line: str) -> dict[str, Any]:
     with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(line + "\n")
         worker.stdin.flush()
+    return _answer(worker)
+
+
+def _answer(worker: subprocess.Popen) -> dict[str, Any]:
     answer = worker.stdout.readline()
     return json.loads(answer) if answer else {"left_out": f"its process ended, exit code {worker.wait()}"}
 
@@ -171,7 +178,6 @@ def work(module: str, key: str, arguments: str, cores: str) -> None:
         out.write(json.dumps(what) + "\n")
         out.flush()
 
-    sys.stdin.readline()
     try:
         ready = importlib.import_module(module).prepare(key, **json.loads(arguments))
         ready.run()
