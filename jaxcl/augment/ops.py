@@ -20,8 +20,8 @@ from jaxcl.errors import UserError
 
 # An accelerator's default matmul precision (bfloat16, TF32) would cost two to three bits of an 8-bit image.
 _EXACT = jax.lax.Precision.HIGHEST
-# A resize gathers on a CPU if an output has at most one pixel in so many of a side: 64 pixels, unless it shrinks.
-GATHER_SHARE = 32
+# On a CPU, operations gather in images of at least so many pixels a side for each pixel that an output is made of.
+GATHER_SIDE = 32
 
 
 # ---------------------------------------------------------------------------------------------- draws
@@ -136,6 +136,10 @@ def resize_taps(
     return jnp.clip(pixel, 0, input_size - 1).astype(jnp.int32), weight
 
 
+def _gathers(side: int, taps: int) -> bool:
+    return jax.default_backend() == "cpu" and side >= max(2, taps) * GATHER_SIDE
+
+
 def _taps(input_size: int, output_size: int, antialias: bool) -> int:
     return math.ceil(2 * max(input_size / output_size, 1.0)) if antialias else 2
 
@@ -174,8 +178,7 @@ def resized_crop(images: jax.Array, boxes: jax.Array, size: int, *, antialias: b
       [N,size,size,C], the dtype of images.
     """
     _, height, width, _ = images.shape
-    taps = max(_taps(side, size, antialias) for side in (height, width))
-    few = jax.default_backend() == "cpu" and taps * GATHER_SHARE <= min(height, width)
+    few = _gathers(min(height, width), max(_taps(side, size, antialias) for side in (height, width)))
     weights = functools.partial(resize_taps if few else resize_weights, output_size=size, antialias=antialias)
     rows = weights(boxes[:, 0], boxes[:, 2], input_size=height)
     cols = weights(boxes[:, 1], boxes[:, 3], input_size=width)
@@ -186,8 +189,10 @@ def _gathered(images: jax.Array, rows: tuple[jax.Array, jax.Array], cols: tuple[
     """As `_separable`, with the pixels and weights of `resize_taps` instead of matrices."""
 
     def one(image_HxWxC, row_SxK, row_weight_SxK, col_RxK, col_weight_RxK):
-        image_HxWxC = image_HxWxC.astype(jnp.float32)
-        tall_SxWxC = sum(row_weight_SxK[:, k, None, None] * image_HxWxC[row_SxK[:, k]] for k in range(row_SxK.shape[1]))
+        height, width, channels = image_HxWxC.shape
+        rows_HxWC = image_HxWxC.astype(jnp.float32).reshape(height, width * channels)
+        tall_SxWC = sum(row_weight_SxK[:, k, None] * rows_HxWC[row_SxK[:, k]] for k in range(row_SxK.shape[1]))
+        tall_SxWxC = tall_SxWC.reshape(len(row_SxK), width, channels)
         return sum(col_weight_RxK[:, k, None] * tall_SxWxC[:, col_RxK[:, k]] for k in range(col_RxK.shape[1]))
 
     return jax.vmap(one)(images, *rows, *cols).astype(images.dtype)
@@ -214,6 +219,11 @@ def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array
 
 def flip(images: jax.Array, flipped: jax.Array) -> jax.Array:
     """Mirrors left and right the images [N,H,W,C] where flipped, bool [N]."""
+    width = images.shape[2]
+    if _gathers(width, taps=1):  # a selection would compute what was gathered before it twice
+        column = jnp.arange(width)
+        columns_NxW = jnp.where(flipped[:, None], width - 1 - column, column)
+        return jax.vmap(lambda image, columns: image[:, columns])(images, columns_NxW)
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1, :], images)
 
 
