@@ -76,14 +76,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure(name: str, settings: _table.Settings) -> dict[str, Any]:
     """One part, with when and how it was measured."""
     module = importlib.import_module(PARTS[name])
-    load, date = os.getloadavg()[0], time.strftime("%Y-%m-%d")
+    load, date, at = os.getloadavg()[0], time.strftime("%Y-%m-%d"), commit()
     rows = module.rows(settings)
     return _table.part_of(
         rows,
         title=module.TITLE,
         note=module.NOTE,
         date=date,
-        commit=commit(),
+        commit=at,
         rounds=settings.rounds,
         load=[load, os.getloadavg()[0]],
     )
