@@ -45,7 +45,7 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
             axes.annotate(
                 text,
                 (indent - 1.0, at),
-                (-300 + 12 * (kind == "task") + 24 * (kind == "peer"), 0),
+                (-265 + 12 * (kind == "task") + 24 * (kind == "peer"), 0),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 va="center",
@@ -75,6 +75,6 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title("How many times as fast as its peer jaxcl is: right of 1, ahead", fontsize=10)
+        axes.set_title("How many times as fast as its peer jaxcl is: right of 1, ahead", loc="right")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
