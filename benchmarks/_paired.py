@@ -28,7 +28,7 @@ from benchmarks._measure import ROOT, installed, seconds_per_call
 from benchmarks._measure import cores as _cores
 from benchmarks._table import Row, Settings
 
-TORCH_SHORT = 0.5  # seconds
+TORCH_SHORT = 3.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
