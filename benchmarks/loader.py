@@ -165,6 +165,7 @@ def write_tfds(folder: str, count: int) -> None:
         for i in range(count):
             png, image = io.BytesIO(), rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(image).save(png, "png")
+            png.seek(0)
             yield i, {"id": f"{i}", "image": png, "label": i % 10}
 
     official = tfds.builder_cls("cifar10")
