@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._paired import Contestant, Ready, import_torch
+from benchmarks._paired import Contestant, Ready, torch_threads
 from jaxcl import augment
 from jaxcl.augment import ops
 
@@ -118,7 +118,7 @@ def of_dm_pix(raw: np.ndarray, size: int) -> Callable[[], Any]:
 
 
 def of_torchvision(raw: np.ndarray, size: int, *, pillow: bool = False) -> Callable[[], Any]:
-    torch = import_torch()
+    torch = torch_threads()
     from PIL import Image
     from torchvision.transforms import v2
 
@@ -139,7 +139,7 @@ def of_torchvision(raw: np.ndarray, size: int, *, pillow: bool = False) -> Calla
 
 
 def of_kornia(raw: np.ndarray, size: int) -> Callable[[], Any]:
-    torch = import_torch()
+    torch = torch_threads()
     import kornia.augmentation as K
 
     transform = torch.nn.Sequential(

@@ -211,7 +211,7 @@ def _seconds(ready: Ready, shortest: float, calls: dict[int, int], threads: int)
         calls[threads] = max(count + 1, int(shortest / seconds) + 1)
 
 
-def import_torch() -> Any:
+def torch_threads() -> Any:
     """torch. With one thread until it is measured: on a busy machine two would wait for each other for minutes."""
     import torch
 

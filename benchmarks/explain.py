@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import _paired
 from benchmarks._measure import cores
-from benchmarks._paired import Contestant, Ready, import_torch
+from benchmarks._paired import Contestant, Ready, torch_threads
 from benchmarks._table import Row, Settings
 from jaxcl import models, weights
 from jaxcl.adversarial import pgd
@@ -80,7 +80,7 @@ def prepare(contestant: str, *, what: str, network: Mapping[str, Any], batch: in
         params, stats = weights.nested({k: jnp.asarray(v) for k, v in variables.items()})
         run = make(model, {"encoder": params}, stats, jnp.asarray(kernel_DxK), images_NxSxSx3, targets_N)
     else:
-        torch = import_torch()
+        torch = torch_threads()
         net = torch_network(model.encoder, torch_layout.to_torch(variables), kernel_DxK)
         x = torch.from_numpy(images_NxSxSx3.transpose(0, 3, 1, 2).copy())
         run = IN_TORCH[contestant](net, x, torch.from_numpy(targets_N))

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import _paired
 from benchmarks._measure import cores
-from benchmarks._paired import Contestant, Ready, import_torch
+from benchmarks._paired import Contestant, Ready, torch_threads
 from benchmarks._table import Row, Settings
 from jaxcl.evaluate.knn import knn_predict
 
@@ -56,7 +56,7 @@ def of_jaxcl(bank, labels, queries, k) -> Callable[[], Any]:
 
 
 def of_torch(bank, labels, queries, k) -> Callable[[], Any]:
-    torch = import_torch()
+    torch = torch_threads()
     bank, labels, queries = map(torch.from_numpy, (bank, labels, queries))
 
     def run():

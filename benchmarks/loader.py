@@ -200,7 +200,7 @@ def of_arrays(contestant: str, folder: str, size: int, images: int) -> Callable[
         order = np.random.default_rng(0).permutation(images)
         return lambda: (pixels[order[i : i + BATCH]] for i in range(0, images, BATCH))
     if contestant == "torch":
-        torch = _paired.import_torch()
+        torch = _paired.torch_threads()
         dataset = torch.utils.data.TensorDataset(torch.from_numpy(pixels), torch.zeros(images, dtype=torch.long))
         loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True)
         return lambda: (batch.numpy() for batch, _ in loader)
@@ -219,7 +219,7 @@ def of_folder(contestant: str, folder: str, size: int, images: int) -> Callable[
 
 def of_tfds(contestant: str, folder: str, size: int, images: int) -> Callable[[], Iterator[np.ndarray]]:
     if contestant == "torch":
-        torch = _paired.import_torch()
+        torch = _paired.torch_threads()
         import tensorflow_datasets as tfds
 
         data = tfds.data_source("cifar10", split="train", data_dir=folder)

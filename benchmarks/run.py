@@ -27,7 +27,7 @@ from typing import Any
 import jaxcl
 from benchmarks import _measure, _table, _table_figure
 
-# In the order of the table. A module that does not exist is no part of it.
+# In the order of the table. A module that does not exist, or has no rows, is no part of it.
 PARTS = {
     "losses": "benchmarks.losses",
     "augment": "benchmarks.augment",
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--store", action="store_true", help="keep what is measured as this version's")
     parser.add_argument("--write_docs", action="store_true", help="put what is stored into docs/benchmarks.md")
     options = parser.parse_args(argv)
-    there = [name for name, module in PARTS.items() if importlib.util.find_spec(module)]
+    there = [name for name, module in PARTS.items() if _has_rows(module)]
     asked = there if options.only is None else [] if options.only == "none" else options.only.split(",")
     if unknown := set(asked) - set(there):
         parser.error(f"--only: {', '.join(sorted(unknown))}, expected some of {', '.join(there)}, or none")
@@ -71,6 +71,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds={options.rounds}, expected at least 1")
     options.only = [name for name in there if name in asked]
     return options
+
+
+def _has_rows(module: str) -> bool:
+    # Read, not imported: --help should not start JAX and torch.
+    spec = importlib.util.find_spec(module)
+    return spec is not None and "\ndef rows(" in pathlib.Path(spec.origin).read_text()
 
 
 def measure(name: str, settings: _table.Settings) -> dict[str, Any]:
