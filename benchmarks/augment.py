@@ -1,10 +1,10 @@
-"""Images a second of the random view, whole and part by part, beside torchvision where it is installed.
+"""Images a second of the random view, part by part; and, as `rows`, beside the same chain in other libraries.
 
     python -m benchmarks.augment                        # 32 px, batch 512 and 224 px, batch 32
     python -m benchmarks.augment --sizes 96 --batch 256 --seconds 5
 
 Every line is the best and the median of repeated calls of one compiled program on the default device, inputs on the
-device already. torchvision's v2 transforms run image by image, as a loader calls them, in this one process.
+device already. The other libraries are in `python -m benchmarks.run --only=augment`.
 """
 
 import argparse
@@ -15,12 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import _paired
+from benchmarks._augmenters import CONTESTANTS, MEAN, STD
+from benchmarks._augmenters import JITTER as STRENGTH
+from benchmarks._measure import cores
+from benchmarks._table import Row, Settings
 from jaxcl import augment
 from jaxcl.augment import color, ops
 
+TITLE = "Augmentation"
+NOTE = (
+    "Random resized crop, flip, colour jitter, grey, normalise: from a uint8 batch in memory to a float32 batch. Each "
+    "contestant has one core, as a worker of a loader has; jaxcl's program is shown on all cores too."
+)
 BATCHES = {32: 512, 64: 256, 96: 128, 224: 32}
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-STRENGTH = (0.4, 0.4, 0.4, 0.1)
 
 
 def measure(function, *arguments, seconds: float) -> tuple[float, float, float]:
@@ -70,32 +78,19 @@ def programs(size: int, batch: int):
     yield "normalize", lambda x: ops.normalize(x, MEAN, STD), (images,)
 
 
-def torchvision_rate(size: int, batch: int, seconds: float) -> float | None:
-    """Images a second of torchvision's v2 transforms on PIL images; None where torchvision is not installed."""
-    try:
-        import torch
-        from PIL import Image
-        from torchvision.transforms import v2
-    except ImportError:
-        return None
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(*STRENGTH)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
-    raw = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
-    images = [Image.fromarray(image) for image in raw]
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        transform(images[count % batch])
-        count += 1
-    return count / (time.perf_counter() - start)
+def rows(settings: Settings) -> list[Row]:
+    """The whole chain at 32 and 224 pixels, a core for each contestant; and jaxcl's on all cores, of each core."""
+    out = []
+    for size, batch in ((16, 8),) if settings.quick else ((32, BATCHES[32]), (224, BATCHES[224])):
+        task = f"{size} px, batches of {batch}, one core"
+        arguments = {"size": size, "batch": batch}
+        options = dict(arguments=arguments, unit="images/s")
+        out += _paired.rows("benchmarks._augmenters", task, CONTESTANTS, settings, cores=1, **options)
+        if cores() > 1 and not settings.quick:
+            ours = [c for c in CONTESTANTS if c.ours]
+            task = f"{size} px, batches of {batch}, {cores()} cores"
+            out += _paired.rows("benchmarks._augmenters", task, ours, settings, cores=cores(), **options)
+    return out
 
 
 def main() -> None:
@@ -114,8 +109,6 @@ def main() -> None:
                 f"  {name:32s}{best * 1e3:9.2f}{median * 1e3:9.2f}{batch / best:13,.0f}{compiling:8.1f}",
                 flush=True,
             )
-        rate = torchvision_rate(size, batch, options.seconds)
-        print(f"  {'torchvision v2, one process':50s}" + (f"{rate:13,.0f}" if rate else "not installed"))
 
 
 if __name__ == "__main__":

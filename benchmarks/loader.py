@@ -29,9 +29,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-from benchmarks._measure import figures, fresh_process, machine
+from benchmarks import _paired
+from benchmarks._measure import cores, figures, fresh_process, installed, machine
 from benchmarks._report import markdown
+from benchmarks._table import Row, Settings
 
+TITLE = "Input pipeline"
+NOTE = (
+    "Images a second as uint8 batches of 128, shuffled, no augmentation. Array: an epoch from memory. Folder: an epoch "
+    "of JPEG files of about 500 x 375 pixels, from listing them to the last batch, decoded and resized; a set of up to "
+    "1 GiB of pixels is kept in memory and only its first epoch decodes, a larger one is decoded in every epoch. TFDS: "
+    "an epoch of PNG images of 32 px in ArrayRecord form. torch's loader has a worker a core, and decodes always."
+)
 BATCH = 128
 SIDES = ((500, 375), (375, 500), (512, 384), (480, 360), (640, 427), (400, 300))
 CONTESTANTS = {"memory": "jaxcl, in memory", "disk": "jaxcl, from disk", "torch": "torchvision"}
@@ -58,12 +67,9 @@ def write_photos(folder: pathlib.Path, count: int) -> int:
 
 
 def of_jaxcl(folder: str, size: int, workers: int) -> Iterator[np.ndarray]:
-    from jaxcl.data import Loader, make_source
+    from jaxcl.data import make_source
 
-    source = make_source(f"folder:{folder}", image_size=size)
-    with Loader(source, batch_size=BATCH, seed=0) as loader:
-        for _ in range(loader.steps_per_epoch):
-            yield next(loader)["image"]
+    yield from _batches(make_source(f"folder:{folder}", image_size=size))
 
 
 def of_torch(folder: str, size: int, workers: int) -> Iterator[np.ndarray]:
@@ -104,6 +110,151 @@ def measure(contestant: str, folder: str, size: int, workers: int) -> dict[str, 
 def _processor_seconds() -> float:
     uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(use.ru_utime + use.ru_stime for use in uses)
+
+
+# ---- for benchmarks.run
+
+ARRAYS = (
+    _paired.Contestant("memory", "jaxcl", ours=True),
+    _paired.Contestant("torch", "torch's DataLoader", package="torch", differs="TensorDataset, no workers"),
+    _paired.Contestant("numpy", "numpy", differs="rows taken by a permutation, nothing in the background"),
+)
+KEPT, READ = (_paired.Contestant(key, "jaxcl", ours=True) for key in ("memory", "disk"))
+FOLDER = _paired.Contestant("torch", "torchvision's ImageFolder", package="torchvision")
+TFDS = _paired.Contestant("torch", "tfds.data_source, torch's DataLoader", package="torch")
+# A folder's pixels are found again by the process that decoded them; TFDS's are decoded once more by each source.
+WAYS = {
+    "folder": {"kept in memory, later epochs": KEPT, "from disk, every epoch": READ},
+    "tfds": {"kept in memory, first epoch": KEPT, "from disk, every epoch": READ},
+}
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Images a second from memory, from folders and from TFDS."""
+    images, out = (BATCH, []) if settings.quick else (5 * BATCH, [])
+    options = dict(unit="images/s", cores=cores())
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compare(task: str, contestants: tuple[_paired.Contestant, ...], **arguments) -> None:
+            arguments = {"folder": folder, **arguments}
+            out.extend(_paired.rows("benchmarks.loader", task, contestants, settings, arguments=arguments, **options))
+
+        compare("array, 32 px", ARRAYS, kind="arrays", size=32, images=16 * images)
+        settings.note("photos are made")
+        for part, count in (("train", images), ("test", 10)):
+            (pathlib.Path(folder) / part).mkdir()
+            write_photos(pathlib.Path(folder) / part, count)
+        for size in (224, 64)[: 1 if settings.quick else 2]:
+            for way, ours in WAYS["folder"].items():
+                compare(f"folder, {size} px, {way}", (ours, FOLDER), kind="folder", size=size, images=images)
+        if absent := [name for name in ("tensorflow-datasets", "array-record") if not installed(name)]:
+            left_out = f"{' and '.join(absent)} not installed"
+            return [*out, Row("TFDS, 32 px", "jaxcl", "images/s", ours=True, left_out=left_out)]
+        write_tfds(folder, 4 * images)
+        for way, ours in WAYS["tfds"].items():
+            compare(f"TFDS, 32 px, {way}", (ours, TFDS), kind="tfds", size=32, images=4 * images)
+    return out
+
+
+def write_tfds(folder: str, count: int) -> None:
+    """CIFAR-10 as TFDS prepares it, with images of noise: nothing is downloaded."""
+    import io
+
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    rng = np.random.default_rng(0)
+
+    def examples(count: int):
+        for i in range(count):
+            png, image = io.BytesIO(), rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(image).save(png, "png")
+            png.seek(0)
+            yield i, {"id": f"{i}", "image": png, "label": i % 10}
+
+    official = tfds.builder_cls("cifar10")
+    with registered.skip_registration():
+
+        class Local(official):
+            def _split_generators(self, dl_manager):
+                return {"train": examples(count), "test": examples(10)}
+
+    Local.name = "cifar10"
+    Local(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def prepare(contestant: str, *, kind: str, folder: str, size: int, images: int) -> _paired.Ready:
+    if contestant == "disk":
+        from jaxcl.data import disk
+
+        disk.IN_MEMORY_BYTES = 0
+    epoch = {"arrays": of_arrays, "folder": of_folder, "tfds": of_tfds}[kind](contestant, folder, size, images)
+    expected = images // BATCH * BATCH
+
+    def run():
+        count = sum(len(batch) for batch in epoch() if batch[:, 0].sum() >= 0)  # every batch is looked at
+        assert count >= expected, f"{count} images of {expected}"
+
+    return _paired.Ready(run, expected)
+
+
+def of_arrays(contestant: str, folder: str, size: int, images: int) -> Callable[[], Iterator[np.ndarray]]:
+    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), dtype=np.uint8)
+    if contestant == "numpy":
+        order = np.random.default_rng(0).permutation(images)
+        return lambda: (pixels[order[i : i + BATCH]] for i in range(0, images, BATCH))
+    if contestant == "torch":
+        torch = _paired.torch_threads()
+        dataset = torch.utils.data.TensorDataset(torch.from_numpy(pixels), torch.zeros(images, dtype=torch.long))
+        loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True)
+        return lambda: (batch.numpy() for batch, _ in loader)
+    from jaxcl.data.base import Source
+
+    mean = std = (0.5, 0.5, 0.5)
+    source = Source(images=pixels, labels=np.zeros(images, np.int32), class_names=("one",), mean=mean, std=std)
+    return lambda: _batches(source)
+
+
+def of_folder(contestant: str, folder: str, size: int, images: int) -> Callable[[], Iterator[np.ndarray]]:
+    if contestant == "torch":
+        return lambda: of_torch(folder, size, cores())
+    return _of_source(contestant, f"folder:{folder}", image_size=size)
+
+
+def of_tfds(contestant: str, folder: str, size: int, images: int) -> Callable[[], Iterator[np.ndarray]]:
+    if contestant == "torch":
+        torch = _paired.torch_threads()
+        import tensorflow_datasets as tfds
+
+        data = tfds.data_source("cifar10", split="train", data_dir=folder)
+        options = dict(shuffle=True, drop_last=True, num_workers=cores())
+        # Their feature "id" is a string of bytes, which torch cannot put together.
+        loader = torch.utils.data.DataLoader(data, BATCH, collate_fn=_stacked, **options)
+        return lambda: iter(loader)
+    return _of_source(contestant, "tfds:cifar10", data_dir=folder)
+
+
+def _stacked(examples: list[dict]) -> np.ndarray:
+    return np.stack([example["image"] for example in examples])
+
+
+def _of_source(contestant: str, spec: str, **options) -> Callable[[], Iterator[np.ndarray]]:
+    from jaxcl.data import make_source
+
+    if contestant == "disk":
+        source = make_source(spec, **options)  # looked at, once
+        assert not source.in_memory
+        return lambda: _batches(source)
+    return lambda: _batches(make_source(spec, **options))
+
+
+def _batches(source) -> Iterator[np.ndarray]:
+    """An epoch."""
+    from jaxcl.data import Loader
+
+    with Loader(source, batch_size=BATCH, seed=0) as loader:
+        for _ in range(loader.steps_per_epoch):
+            yield next(loader)["image"]
 
 
 # ---- rounds

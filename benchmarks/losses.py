@@ -19,18 +19,27 @@ import time
 
 import jax
 
-from benchmarks import _measure, _report
+from benchmarks import _measure, _paired, _report
 from benchmarks._contestants import (
     CONTESTANTS,
     Contestant,
     distance,
+    jax_loss,
     make_data,
+    nt_xent,
     numbers,
     rate_matmul,
     release,
 )
+from benchmarks._table import Row, Settings
 
+TITLE = "Losses"
+NOTE = (
+    "Value and gradient for N rows (two views of N/2 images) of 128 features, temperature 0.1, float32; those that "
+    "compute the same agree to 1e-4. More sizes and their memory: [losses.md](losses.md)."
+)
 TOLERANCE = 1e-4
+MEMORY_BUDGET = "8GiB"
 PACKAGES = ("jaxcl", "jax", "optax", "numpy", "torch", "pytorch-metric-learning")
 PEERS = ("optax", "pml")
 # A measurement lasts at least this long: short calls are repeated.
@@ -58,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=30, help="a contestant's time at a size ends its rounds there")
     parser.add_argument("--slowest", type=float, default=60, help="above these seconds a call, no larger size is run")
-    parser.add_argument("--memory_budget", type=_measure.parse_bytes, default="8GiB")
+    parser.add_argument("--memory_budget", type=_measure.parse_bytes, default=MEMORY_BUDGET)
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}; none: leave them all out")
     parser.add_argument("--only", help=f"of {', '.join(c.key for c in CONTESTANTS)}")
     parser.add_argument("--out", type=pathlib.Path, help="figure, .svg or .png")
@@ -193,6 +202,43 @@ def too_slow(sizes: dict, options: argparse.Namespace) -> dict[str, str]:
         for key, entry in measured["entries"].items()
         if max(entry["seconds"].values(), default=0) > options.slowest
     }
+
+
+# ---- for benchmarks.run
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Milliseconds of each loss at a small and a large size; what computes the same loss is one task."""
+    out = []
+    for rows in (64,) if settings.quick else (512, 4096):
+        for group, name in (("supcon", "SupCon"), ("nt_xent", "NT-Xent")):
+            ours = _paired.Contestant(f"{group}_auto", "jaxcl", ours=True)
+            others = [
+                _paired.Contestant(c.key, c.name, package=c.package if c.peer else "")
+                for c in CONTESTANTS
+                if c.group == group and (c.peer or c.key == "plain")
+            ]
+            out += _paired.rows(
+                "benchmarks.losses",
+                f"{name}, {rows:,} rows",
+                [ours, *others],
+                settings,
+                arguments={"rows": rows, "dim": 16 if settings.quick else 128},
+                unit="ms",
+                cores=_measure.cores(),
+                tolerance=TOLERANCE,
+            )
+    return out
+
+
+def prepare(contestant: str, *, rows: int, dim: int) -> _paired.Ready:
+    makers = {c.key: c.prepare for c in CONTESTANTS} | {"nt_xent_auto": jax_loss(nt_xent("auto"), "pairs_B")}
+    ready = makers[contestant](make_data(rows, dim), _measure.parse_bytes(MEMORY_BUDGET))
+    if ready.run is None:
+        raise _paired.LeftOut(f"would need {_measure.size(ready.need)}")
+    value, gradient = numbers(ready.run())
+    some = gradient[:32].ravel() * rows  # a gradient's size goes with 1/N
+    return _paired.Ready(ready.run, 1, [value, *some.tolist()])
 
 
 # ---- all of it

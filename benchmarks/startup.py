@@ -17,7 +17,14 @@ import tempfile
 import time
 
 from benchmarks._measure import ROOT, machine
+from benchmarks._table import Row, Settings
 
+TITLE = "Start-up"
+NOTE = (
+    "Seconds from the command `python -m jaxcl.main --config=configs/excon.py` to its first finished update: with an "
+    "empty cache of compiled programs, and with a full one. There is no peer; what the time goes into: `python -m "
+    "benchmarks.startup`."
+)
 _CHILD, _BEGUN = "--of-a-round", "JAXCL_STARTUP_BEGUN"
 PARTS = (
     "interpreter, flags, imports",
@@ -114,6 +121,18 @@ def one(arguments: list[str], folder: str, name: str) -> dict:
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows(settings: Settings) -> list[Row]:
+    """For benchmarks.run: a row each, cold and warm."""
+    arguments, found = [f"--config={ROOT / 'configs' / 'excon.py'}"], {"cold": [], "warm": []}
+    for r in range(settings.rounds):
+        settings.note(f"start-up: round {r + 1} of {settings.rounds}")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, rounds in found.items():
+                rounds.append(one(arguments, folder, name)["total"])
+    settings.note("start-up: rounds end")
+    return [Row(f"ExCon on garments, {name}", "jaxcl", "s", tuple(times), ours=True) for name, times in found.items()]
 
 
 def main(argv: list[str]) -> None:

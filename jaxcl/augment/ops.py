@@ -20,6 +20,8 @@ from jaxcl.errors import UserError
 
 # An accelerator's default matmul precision (bfloat16, TF32) would cost two to three bits of an 8-bit image.
 _EXACT = jax.lax.Precision.HIGHEST
+# On a CPU, operations gather in images of at least so many pixels a side for each pixel that an output is made of.
+GATHER_SIDE = 32
 
 
 # ---------------------------------------------------------------------------------------------- draws
@@ -116,12 +118,41 @@ def resize_weights(
     Returns:
       float32 [..., output_size, input_size].
     """
+    start, length, center, radius = _filters(start, length, output_size, antialias)
+    return _weights(jnp.arange(input_size, dtype=jnp.float32), start, length, center, radius)
+
+
+def resize_taps(
+    start: jax.Array, length: jax.Array, *, input_size: int, output_size: int, antialias: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """The numbers of `resize_weights` that may differ from 0: pixels int32 and weights, both [..., output_size, K].
+
+    K is what the filter of an interval as long as the input spans; [start, start + length) lies inside the input.
+    """
+    count = _taps(input_size, output_size, antialias)
+    start, length, center, radius = _filters(start, length, output_size, antialias)
+    pixel = jnp.floor(center - radius + 0.5) + jnp.arange(count, dtype=jnp.float32)
+    weight = _weights(pixel, start, length, center, radius)
+    return jnp.clip(pixel, 0, input_size - 1).astype(jnp.int32), weight
+
+
+def _gathers(side: int, taps: int) -> bool:
+    return jax.default_backend() == "cpu" and side >= max(2, taps) * GATHER_SIDE
+
+
+def _taps(input_size: int, output_size: int, antialias: bool) -> int:
+    return math.ceil(2 * max(input_size / output_size, 1.0)) if antialias else 2
+
+
+def _filters(start, length, output_size: int, antialias: bool):
+    """Interval, and centre and radius of the filter of each output; [..., output_size, 1] or broadcast to that."""
     start, length = (jnp.asarray(v, jnp.float32)[..., None, None] for v in (start, length))
-    out = jnp.arange(output_size, dtype=jnp.float32)[:, None]
-    pixel = jnp.arange(input_size, dtype=jnp.float32)[None, :]
     step = length / output_size
-    radius = jnp.maximum(step, 1.0) if antialias else 1.0
-    center = start + (out + 0.5) * step
+    radius = jnp.maximum(step, 1.0) if antialias else jnp.ones_like(step)
+    return start, length, start + (jnp.arange(output_size, dtype=jnp.float32)[:, None] + 0.5) * step, radius
+
+
+def _weights(pixel, start, length, center, radius) -> jax.Array:
     weight = jnp.maximum(0.0, 1.0 - jnp.abs(pixel + 0.5 - center) / radius)
     # A pixel counts by how much of it lies inside. For whole boxes that is 0 or 1; for others it is continuous, so
     # that a box which went through fractions and back (5 -> 5.0000005) does not gain or lose a pixel.
@@ -135,7 +166,7 @@ def resized_crop(images: jax.Array, boxes: jax.Array, size: int, *, antialias: b
     Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on
     a PIL image, up to Pillow's rounding to 8 bits. (Pillow's `resize(box=...)` differs: it also reads pixels
     beside the box.) Two dense matmuls an image rather than a gather: that is what matrix units and vector
-    units are fast at.
+    units are fast at. Only a CPU's are slower where images are large and each output has few pixels, and gather.
 
     Args:
       images: [N,H,W,C].
@@ -147,9 +178,24 @@ def resized_crop(images: jax.Array, boxes: jax.Array, size: int, *, antialias: b
       [N,size,size,C], the dtype of images.
     """
     _, height, width, _ = images.shape
-    rows_NxSxH = resize_weights(boxes[:, 0], boxes[:, 2], input_size=height, output_size=size, antialias=antialias)
-    cols_NxSxW = resize_weights(boxes[:, 1], boxes[:, 3], input_size=width, output_size=size, antialias=antialias)
-    return _separable(images, rows_NxSxH, cols_NxSxW)
+    few = _gathers(min(height, width), max(_taps(side, size, antialias) for side in (height, width)))
+    weights = functools.partial(resize_taps if few else resize_weights, output_size=size, antialias=antialias)
+    rows = weights(boxes[:, 0], boxes[:, 2], input_size=height)
+    cols = weights(boxes[:, 1], boxes[:, 3], input_size=width)
+    return _gathered(images, rows, cols) if few else _separable(images, rows, cols)
+
+
+def _gathered(images: jax.Array, rows: tuple[jax.Array, jax.Array], cols: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """As `_separable`, with the pixels and weights of `resize_taps` instead of matrices."""
+
+    def one(image_HxWxC, row_SxK, row_weight_SxK, col_RxK, col_weight_RxK):
+        height, width, channels = image_HxWxC.shape
+        rows_HxWC = image_HxWxC.astype(jnp.float32).reshape(height, width * channels)
+        tall_SxWC = sum(row_weight_SxK[:, k, None] * rows_HxWC[row_SxK[:, k]] for k in range(row_SxK.shape[1]))
+        tall_SxWxC = tall_SxWC.reshape(len(row_SxK), width, channels)
+        return sum(col_weight_RxK[:, k, None] * tall_SxWxC[:, col_RxK[:, k]] for k in range(col_RxK.shape[1]))
+
+    return jax.vmap(one)(images, *rows, *cols).astype(images.dtype)
 
 
 def _separable(images: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
@@ -173,6 +219,11 @@ def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array
 
 def flip(images: jax.Array, flipped: jax.Array) -> jax.Array:
     """Mirrors left and right the images [N,H,W,C] where flipped, bool [N]."""
+    width = images.shape[2]
+    if _gathers(width, taps=1):  # a selection would compute what was gathered before it twice
+        column = jnp.arange(width)
+        columns_NxW = jnp.where(flipped[:, None], width - 1 - column, column)
+        return jax.vmap(lambda image, columns: image[:, columns])(images, columns_NxW)
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1, :], images)
 
 

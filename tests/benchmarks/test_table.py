@@ -1,0 +1,119 @@
+"""The table of benchmarks.run: ratios, releases and the comparison with them by hand, and one part in toy sizes."""
+
+import json
+
+import pytest
+
+from benchmarks import _paired, _table, run
+from benchmarks._paired import Contestant, Ready
+from benchmarks._table import Row, Settings
+
+HERE = {"processor": "2 cores of A", "memory": "8 GiB"}
+
+
+def part(*rows, title="Speed"):
+    return _table.part_of(rows, title=title, note="", date="2026-01-01", commit="abc", rounds=3, load=[0.0, 1.0])
+
+
+def test_ratios_are_taken_round_by_round():
+    ours = Row("t", "jaxcl", "images/s", (10.0, 1.0, 10.0), ours=True)
+    rate = Row("t", "peer", "images/s", (5.0, 0.1, 5.0))
+    assert _table.ahead(rate, [ours, rate]) == 2  # of medians it would be the same; of means not
+    assert _table.times_as_fast(ours, rate) == [2, 10, 2]
+    time_ours, time = Row("t", "jaxcl", "ms", (1.0, 2.0, 4.0), ours=True), Row("t", "peer", "ms", (3.0, 2.0, 12.0))
+    assert _table.ahead(time, [time, time_ours]) == 3
+    assert _table.ahead(time_ours, [time, time_ours]) is None
+    absent = Row("t", "other", "ms", left_out="other is not installed")
+    assert _table.ahead(absent, [time_ours, absent]) is None
+    text = _table.text({"speed": part(time_ours, time, absent)}, None, True)
+    assert "| t | **jaxcl** | 2.00 ms |  |  |" in text
+    assert "|  | peer | 3.00 ms | 3.00 | 1.00 to 3.00 |" in text
+    assert "|  | other | other is not installed |  |  |" in text
+
+
+def test_the_last_release():
+    before = [Row("t", "jaxcl", "ms", (2.0, 2.0), ours=True), Row("t", "peer", "ms", (4.0, 4.0))]
+    now = [Row("t", "jaxcl", "ms", (1.0, 1.0), ours=True), Row("t", "peer", "ms", (3.0, 3.0))]
+    old = {(row.task, row.contestant): row for row in before}
+    assert [_table.to_last(row, now, old, True) for row in now] == [2, pytest.approx(4 / 3)]
+    assert [_table.to_last(row, now, old, False) for row in now] == [None, 1.5]  # 3 times as fast, then 2
+    new = Row("another", "jaxcl", "ms", (1.0,), ours=True)
+    assert _table.to_last(new, [new], old, True) is None
+    assert "| 3.00 ms | 3.00 | 3.00 to 3.00 | 1.33 |" in _table.text({"p": part(*now)}, {"p": part(*before)}, True)
+
+
+def test_releases_are_kept_part_by_part(tmp_path):
+    row = Row("t", "jaxcl", "ms", (1.0,), ours=True)
+    _table.store(tmp_path / "0.9.0.json", HERE, {"a": part(row), "b": part(row)})
+    _table.store(tmp_path / "0.10.0.json", HERE, {"a": part(row)})
+    _table.store(tmp_path / "0.10.0.json", HERE, {"b": part(row, row), "a": part(row, title="again")})
+    assert _table.last_release(tmp_path).name == "0.10.0.json"  # not the last by the alphabet
+    stored = json.loads((tmp_path / "0.10.0.json").read_text())
+    assert stored["parts"]["a"]["title"] == "again" and _table.rows_of(stored["parts"]["b"]) == [row, row]
+    with pytest.raises(SystemExit, match="another machine or with other packages .memory, torch."):
+        _table.store(tmp_path / "0.10.0.json", HERE | {"memory": "9 GiB", "torch": "3"}, {"a": part(row)})
+    assert _table.last_release(tmp_path / "none") is None
+
+
+def prepare(contestant, *, answers):
+    """What the processes of the next test do."""
+    if contestant == "cannot":
+        raise _paired.LeftOut("would need 18 GiB")
+    if contestant == "broken":
+        raise RuntimeError("no such operator\nsecond line")
+    print("a library that talks")
+    total = []
+    return Ready(lambda: total.append(sum(range(20_000))), 3, answers[contestant])
+
+
+def test_contestants_in_processes():
+    contestants = (
+        Contestant("ours", "jaxcl", ours=True),
+        Contestant("peer", "a peer", differs="slowly"),
+        Contestant("cannot", "a large one"),
+        Contestant("broken", "a broken one"),
+        Contestant("absent", "an absent one", package="no-such-package"),
+    )
+    answers = {"ours": [1.0, 2.0], "peer": [1.0, 2.00001]}
+    settings, where = Settings(rounds=3, seconds=0.005), "tests.benchmarks.test_table"
+    options = dict(arguments={"answers": answers}, unit="images/s", cores=1)
+    rows = _paired.rows(where, "t", contestants, settings, **options)
+    assert [len(row.values) for row in rows] == [3, 3, 0, 0, 0] and min(rows[0].values) > 0
+    assert [row.left_out for row in rows] == [
+        *("", "", "would need 18 GiB", "failed: RuntimeError: no such operator", "no-such-package is not installed")
+    ]
+    assert rows[1].differs == "slowly" and rows[0].ours and not rows[1].ours
+    with pytest.raises(SystemExit, match="t: peer and ours differ by 4.5e-06, expected at most 1e-06"):
+        _paired.rows(where, "t", contestants[:2], settings, **options, tolerance=1e-6)
+    with pytest.raises(SystemExit, match="t: jaxcl: failed"):  # ours may not fail
+        _paired.rows(where, "t", [Contestant("broken", "jaxcl", ours=True)], settings, **options)
+
+
+def test_whole_command_on_one_part(tmp_path, capsys):
+    run.main(["--quick", "--only=knn", "--rounds=1", f"--out={tmp_path}/figure.png"])
+    out = capsys.readouterr().out
+    assert "### Nearest neighbours" in out and "| 64 queries in 500 rows of 8 | **jaxcl** |" in out
+    assert "scikit-learn: KNeighborsClassifier, brute force" in out and "cores of" in out
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_the_page_is_written_from_what_is_stored(tmp_path):
+    release, page, figure = (tmp_path / name for name in ("0.1.0.json", "page.md", "figure.png"))
+    page.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
+    with pytest.raises(SystemExit, match="0.1.0.json is not stored"):
+        run.write_docs(release, page, figure)
+    rows = Row("t", "jaxcl", "ms", (1.0, 1.5), ours=True), Row("t", "peer", "ms", (0.5, 0.5))
+    _table.store(release, HERE, {"knn": part(*rows), "losses": part(*rows, title="First")})
+    run.write_docs(release, page, figure)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.index("### First") < text.index("### Speed") and "](figure.png)" in text and figure.exists()
+
+
+def test_options():
+    assert run.parse([]).only == [name for name in run.PARTS if name in run.parse([]).only]
+    assert {"losses", "augment", "explain", "input", "knn"} <= set(run.parse([]).only)
+    assert run.parse(["--only=none"]).only == []
+    for bad in (["--only=sinkhorn"], ["--quick", "--store"], ["--rounds=0"]):
+        with pytest.raises(SystemExit):
+            run.parse(bad)
