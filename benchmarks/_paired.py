@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks._measure import ROOT, installed, seconds_per_call
 from benchmarks._measure import cores as _cores
 from benchmarks._table import Row, Settings
+from jaxcl import huge_pages
 
 TORCH_SHORT = 3.0  # seconds
 
@@ -139,6 +140,7 @@ def _started(module: str, key: str, arguments: Mapping[str, Any], cores: int) ->
         env={
             "JAX_PLATFORMS": "cpu",  # as the peers'; unless the user says otherwise
             **os.environ,
+            **huge_pages.environ(),  # for all of them, as jaxcl's commands ask for themselves
             **threads,
             "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask its registry for a newer version
         },
