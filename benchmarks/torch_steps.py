@@ -7,6 +7,7 @@ network (torchvision's blocks, weights copied over), the same losses, AdamW. Let
 E embedding, K classes.
 """
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -149,7 +150,9 @@ class Images:
         return len(self.images)
 
     def __getitem__(self, i: int):
-        self.opened.wait()
+        while not self.opened.wait(5):
+            if not multiprocessing.parent_process().is_alive():
+                raise SystemExit  # nobody will ask for the rest
         image = self.images[i]
         return self.view(image), self.view(image), self.plain(image), int(self.labels[i])
 
