@@ -132,13 +132,22 @@ def make_views(recipe: Recipe, state: TrainState, batch: Batch, names: tuple[str
     """
     pixels, alike, views = to_pixels(batch["image"]), {}, {}
     for n in names:
-        alike.setdefault(recipe.views[n], []).append(n)
-    for pipeline, group in alike.items():
-        V = len(group)
+        alike.setdefault(_known(recipe.views[n]), []).append(n)
+    for group in alike.values():
+        pipeline, V = recipe.views[group[0]], len(group)
         keys = jnp.stack([view_keys(state.key, state.step, batch["index"], n) for n in group], axis=1).reshape(-1)
         drawn = View(*pipeline(keys, jnp.repeat(pixels, V, axis=0) if V > 1 else pixels))
         views |= {n: jax.tree.map(lambda x, i=i, V=V: x[i::V], drawn) for i, n in enumerate(group)}
     return {n: views[n] for n in names}
+
+
+def _known(pipeline: Callable) -> object:
+    """The same for pipelines that do the same; of one that holds arrays nothing is known, and it is like no other."""
+    try:
+        hash(pipeline)
+        return pipeline
+    except TypeError:
+        return object()
 
 
 def _draw(recipe: Recipe, state: TrainState, index: Array, pipeline: str, name: str, pixels: Array) -> View:
