@@ -7,7 +7,7 @@ network (torchvision's blocks, weights copied over), the same losses, AdamW. Let
 E embedding, K classes.
 """
 
-import multiprocessing
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +132,7 @@ class Images:
         from torchvision.transforms import v2
 
         # Workers wait while it is another contestant's turn, or they would have batches ready that cost nothing.
-        self.opened = opened
+        self.opened, self.owner = opened, os.getpid()
         self.images, self.labels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
         end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         self.plain = v2.Compose(end)
@@ -150,9 +150,11 @@ class Images:
         return len(self.images)
 
     def __getitem__(self, i: int):
-        while not self.opened.wait(5):
-            if not multiprocessing.parent_process().is_alive():
-                raise SystemExit  # nobody will ask for the rest
+        while not self.opened.wait(2):
+            try:
+                os.kill(self.owner, 0)
+            except ProcessLookupError:
+                os._exit(0)  # nobody will ask for the rest
         image = self.images[i]
         return self.view(image), self.view(image), self.plain(image), int(self.labels[i])
 
@@ -181,8 +183,8 @@ class Torch:
             torch.tensor([(v - m) / s for m, s in zip(mean, std, strict=True)])[:, None, None] for v in (0, 1)
         )
         self.epsilon = torch.tensor([EPSILON / s for s in std])[:, None, None]
-        # JAX's threads, which made the weights, must not be forked.
-        context = torch.multiprocessing.get_context("forkserver")
+        # Not forked, as JAX has threads; nor from a fork server, which torch would take for the parent and outlive.
+        context = torch.multiprocessing.get_context("spawn")
         self.opened = context.Event()
         data = Images(source.images, source.labels, mean, std, self.opened)
         self.batches = endless(
