@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks.steps import Step, load_config
-from jaxcl import forward
+from jaxcl import forward, huge_pages
 from jaxcl.data import make_source
 from jaxcl.recipe import Recipe
 from jaxcl.update import init_state
@@ -62,6 +62,7 @@ def forward_macs(recipe: Recipe, *, heads: bool = True) -> int:
 
 
 def main() -> None:
+    huge_pages.ask("benchmarks")  # as the trainer does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="simsiam")
     parser.add_argument("--preset", default="garments")

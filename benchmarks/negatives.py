@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks import _measure
 from benchmarks.steps import Step, load_config
+from jaxcl import huge_pages
 from jaxcl.update import to_pixels
 from jaxcl.views import patch_negatives, quilt_texture
 from jaxcl.views.patches import scaled_range
@@ -117,6 +118,7 @@ def measure(config, side: int, rounds: int) -> dict[str, list[float]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    huge_pages.ask("benchmarks")  # as the trainer does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="sides in pixels")
     parser.add_argument("--batch", type=int, default=0, help="images a batch; 0: 128 at 32 pixels, 8 at 224")

@@ -17,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from jaxcl import sharding
+from jaxcl import huge_pages, sharding
 from jaxcl.data import make_source
 from jaxcl.recipe import build_recipe, data_facts
 from jaxcl.update import compile_update, init_state
@@ -53,6 +53,7 @@ class Step:
 
 
 def main() -> None:
+    huge_pages.ask("benchmarks")  # as the trainer does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="garments")
     parser.add_argument("--rounds", type=int, default=15)
