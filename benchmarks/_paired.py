@@ -11,8 +11,10 @@ may use so many cores and no more: XLA and OpenCV take their number from that, B
 measured with one thread too where a call is short; its faster time counts.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -24,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import _floor
+from benchmarks._floor import Needs
 from benchmarks._measure import ROOT, installed, seconds_per_call
 from benchmarks._measure import cores as _cores
 from benchmarks._table import Row, Settings
@@ -50,6 +54,7 @@ class Ready:
     run: Callable[[], object]  # one call; returns when all is computed
     work: float = 1  # units of work in a call: the row's value is work a second, or, for a unit of time, time a call
     answer: Any = None  # numbers that must be the same for all contestants of the task; None: nothing to compare
+    needs: Needs | None = None  # of a call of the task, given by our own contestant; None: not counted
 
 
 class LeftOut(Exception):
@@ -96,10 +101,13 @@ def rows(
             else:
                 workers[c.key] = worker, said
         _check_answers(task, {key: said["answer"] for key, (_, said) in workers.items()}, tolerance)
-        values = {key: [] for key in workers}
+        values, peaks = {key: [] for key in workers}, []
+        needs = {c.key: workers[c.key][1]["needs"] for c in contestants if c.ours and workers[c.key][1]["needs"]}
         keys = list(workers)
         for r in range(settings.rounds):
             settings.note(f"{task}: round {r + 1} of {settings.rounds}")
+            if needs:
+                peaks.append(tuple(_peak(kind, cores, settings.seconds) for kind in (_floor.PRODUCTS, _floor.MEMORY)))
             for key in keys[r % len(keys) :] + keys[: r % len(keys)]:  # nobody is always the first
                 time.sleep(0.05)  # threads of the one before go to sleep
                 said = _ask(workers[key][0], f"{settings.seconds}")
@@ -109,9 +117,34 @@ def rows(
                 values[key].append(said["seconds"] * scale if scale else said["work"] / said["seconds"])
         settings.note(f"{task}: rounds end")
     return [
-        Row(task, c.name, unit, tuple(values.get(c.key, ())), c.ours, c.differs, left_out.get(c.key, ""))
+        Row(
+            task,
+            c.name,
+            unit,
+            tuple(values.get(c.key, ())),
+            c.ours,
+            c.differs,
+            left_out.get(c.key, ""),
+            tuple(n / (workers[c.key][1]["work"] if unit.endswith("/s") else 1) for n in needs.get(c.key, ())),
+            tuple(peaks) if c.key in needs else (),
+        )
         for c in contestants
     ]
+
+
+@functools.cache
+def _peak_worker(kind: str, cores: int) -> subprocess.Popen:
+    """One that measures the machine; it sleeps between, to the end of the program."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    worker = stack.enter_context(_started("benchmarks._floor", kind, {}, cores))
+    _answer(worker)
+    return worker
+
+
+def _peak(kind: str, cores: int, seconds: float) -> float:
+    said = _ask(_peak_worker(kind, cores), f"{min(seconds, 0.3)}")
+    return said["work"] / said["seconds"]
 
 
 def _check_answers(task: str, answers: Mapping[str, Any], tolerance: float) -> None:
@@ -184,7 +217,7 @@ def work(module: str, key: str, arguments: str, cores: str) -> None:
         ready = importlib.import_module(module).prepare(key, **json.loads(arguments))
         ready.run()
         answer = None if ready.answer is None else np.asarray(ready.answer, np.float64).ravel().tolist()
-        say(answer=answer)
+        say(answer=answer, needs=ready.needs, work=ready.work)
     except LeftOut as reason:
         return say(left_out=str(reason))
     except Exception as error:  # whatever a library does: the row says so

@@ -47,6 +47,8 @@ class Row:
     ours: bool = False
     differs: str = ""  # what it does otherwise than the reference, in a few words
     left_out: str = ""  # why there are no values
+    needs: tuple[float, ...] = ()  # of our row: (FLOPs, bytes) of a unit of the task's work at least, see `_floor`
+    peaks: tuple[tuple[float, float], ...] = ()  # of our row: the machine's (FLOPs, bytes) a second, one a round
 
     def speeds(self) -> tuple[float, ...]:
         """More is better."""
@@ -82,6 +84,25 @@ def ahead(row: Row, rows: Iterable[Row]) -> float | None:
     return statistics.median(times_as_fast(ours, row))
 
 
+# ---- floors
+
+
+def floors(row: Row) -> tuple[float, ...]:
+    """The row's values if the task took what it needs at the machine's rates, one a round; () if it is not counted."""
+    scale = {"ms": 1e3, "s": 1.0}.get(row.unit)
+    seconds = [max(n / p for n, p in zip(row.needs, peaks, strict=True)) for peaks in row.peaks]
+    return tuple(s * scale if scale else 1 / s for s in seconds)
+
+
+def over_floor(row: Row, rows: Iterable[Row]) -> float | None:
+    """How many times as long as its task's floor a row takes: median over rounds."""
+    ours = reference(rows)
+    if ours is None or not row.values or not (at := floors(ours)):
+        return None
+    at = at if ours.unit.endswith("/s") else tuple(1 / v for v in at)
+    return statistics.median(f / s for f, s in zip(at, row.speeds(), strict=True))
+
+
 # ---- in words
 
 
@@ -96,7 +117,9 @@ def text(parts: Mapping[str, Any], then: Mapping[str, Any] | None, same_machine:
     for name, part in parts.items():
         rows = rows_of(part)
         old = {(row.task, row.contestant): row for row in rows_of((then or {}).get(name, {}))}
-        head = ["task", "contestant", "median", "jaxcl is times as fast", "rounds", *(["to the last"] if then else [])]
+        counted = [row for row in rows if row.needs]
+        head = ["task", "contestant", "median", "jaxcl is times as fast", "rounds"]
+        head += ["times its floor"] * bool(counted) + ["to the last"] * bool(then)
         lines = []
         for task, entries in tasks_of(rows).items():
             for i, row in enumerate(entries):
@@ -104,12 +127,46 @@ def text(parts: Mapping[str, Any], then: Mapping[str, Any] | None, same_machine:
                 ratios = times_as_fast(reference(entries), row) if ratio else []
                 spread = f"{figures(min(ratios))} to {figures(max(ratios))}" if ratios else ""
                 cells = ["" if i else task, _named(row), value(row), figures(ratio) if ratio else "", spread]
+                if counted:
+                    times = over_floor(row, entries)
+                    cells.append("" if times is None else figures(times))
                 if then:
                     change = to_last(row, entries, old, same_machine)
                     cells.append("" if change is None else figures(change))
                 lines.append(cells)
         out += [f"### {part['title']}", _when(part), *([part["note"]] if part["note"] else []), markdown(head, lines)]
+        out += [_floors_table(counted)] if counted else []
     return "\n\n".join(out)
+
+
+_ONE = {"images/s": "an image", "images x steps/s": "an image's step", "queries/s": "a query"}
+
+
+def _floors_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        flops, moved = row.needs
+        peaks = [statistics.median(p) for p in zip(*row.peaks, strict=True)]
+        bound = "products" if flops / peaks[0] > moved / peaks[1] else "memory"
+        each = _ONE.get(row.unit, "a call")
+        lines.append(
+            [
+                row.task,
+                f"{scaled(flops)}FLOP, {scaled(moved)}B for {each}",
+                f"{scaled(peaks[0])}FLOP/s, {scaled(peaks[1])}B/s",
+                bound,
+                f"{figures(statistics.median(floors(row)))} {row.unit}",
+            ]
+        )
+    return markdown(["task", "needs at least", "the machine gives", "bound by", "its floor"], lines)
+
+
+def scaled(x: float) -> str:
+    """12300000.0 -> "12.3 M"."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= factor:
+            return f"{figures(x / factor)} {prefix}"
+    return f"{x:.0f} "
 
 
 def _named(row: Row) -> str:
@@ -131,7 +188,11 @@ def part_of(rows: Iterable[Row], **about: Any) -> dict[str, Any]:
 
 
 def rows_of(part: Mapping[str, Any]) -> list[Row]:
-    return [Row(**{**row, "values": tuple(row["values"])}) for row in part.get("rows", ())]
+    return [Row(**{k: _tuple(v) for k, v in row.items()}) for row in part.get("rows", ())]
+
+
+def _tuple(x: Any) -> Any:
+    return tuple(map(_tuple, x)) if isinstance(x, list) else x
 
 
 def last_release(folder: pathlib.Path = RELEASES) -> pathlib.Path | None:

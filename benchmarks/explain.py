@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _paired
+from benchmarks import _floor, _paired
+from benchmarks._floor import Needs
 from benchmarks._measure import cores
 from benchmarks._paired import Contestant, Ready, torch_threads
 from benchmarks._table import Row, Settings
@@ -73,12 +74,13 @@ def rows(settings: Settings) -> list[Row]:
 def prepare(contestant: str, *, what: str, network: Mapping[str, Any], batch: int) -> Ready:
     model, variables, kernel_DxK = make_network(network)
     rng = np.random.default_rng(1)
-    images_NxSxSx3 = rng.random((batch, SIZE, SIZE, 3), np.float32)
+    images_NxSxSx3, needs = rng.random((batch, SIZE, SIZE, 3), np.float32), None
     targets_N = rng.integers(0, CLASSES, batch)
     if contestant == "jaxcl":
-        make = jaxcl_cam if what == "GradCAM" else jaxcl_pgd
         params, stats = weights.nested({k: jnp.asarray(v) for k, v in variables.items()})
-        run = make(model, {"encoder": params}, stats, jnp.asarray(kernel_DxK), images_NxSxSx3, targets_N)
+        given = model, {"encoder": params}, stats, jnp.asarray(kernel_DxK), images_NxSxSx3, targets_N
+        run = (jaxcl_cam if what == "GradCAM" else jaxcl_pgd)(*given)
+        needs = passes_of(what, *given)
     else:
         torch = torch_threads()
         net = torch_network(model.encoder, torch_layout.to_torch(variables), kernel_DxK)
@@ -86,10 +88,10 @@ def prepare(contestant: str, *, what: str, network: Mapping[str, Any], batch: in
         run = IN_TORCH[contestant](net, x, torch.from_numpy(targets_N))
     first = np.asarray(run())
     if what == "GradCAM":
-        return Ready(run, batch, first)
+        return Ready(run, batch, first, needs)
     moved = np.abs(first.reshape(batch, -1) - _flat(images_NxSxSx3, contestant)).max()
     assert 0.5 * EPSILON < moved <= EPSILON + 1e-6, f"{contestant} moved the images by {moved}"
-    return Ready(run, batch * STEPS)
+    return Ready(run, batch * STEPS, needs=needs)
 
 
 def _flat(images: np.ndarray, contestant: str) -> np.ndarray:
@@ -111,6 +113,19 @@ def make_network(options: Mapping[str, Any]) -> tuple[models.Model, dict[str, np
             variables[name] = rng.uniform(0.5, 1.5, value.shape).astype(value.dtype)
     kernel_DxK = rng.normal(0, model.features**-0.5, (model.features, CLASSES)).astype(np.float32)
     return model, variables, kernel_DxK
+
+
+def passes_of(what: str, model, params, stats, kernel_DxK, images, targets) -> Needs:
+    """GradCAM: a pass forward, since the way back to the last stage has no products. PGD: forward and to the images."""
+
+    def score(x_NxSxSx3):
+        h_NxD = model.encode(params, stats, x_NxSxSx3, train=False)[0]
+        return jnp.take_along_axis(h_NxD @ kernel_DxK, targets[:, None], axis=1).sum()
+
+    if what == "GradCAM":
+        return _floor.of_program(score, images)
+    once = _floor.of_program(jax.grad(score), images)
+    return Needs(STEPS * once.flops, STEPS * once.bytes)
 
 
 # ---- jaxcl

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks import _paired
+from benchmarks._floor import Needs
 from benchmarks._measure import cores
 from benchmarks._paired import Contestant, Ready, torch_threads
 from benchmarks._table import Row, Settings
@@ -47,7 +48,9 @@ def prepare(contestant: str, *, N: int, Q: int, D: int, k: int) -> Ready:  # noq
     bank_NxD = (centres_CxD[labels_N] + 2 * rng.normal(size=(N, D))).astype(np.float32)
     queries_QxD = (centres_CxD[classes_Q] + 2 * rng.normal(size=(Q, D))).astype(np.float32)
     run = MAKE[contestant](bank_NxD, labels_N, queries_QxD, k)
-    return Ready(run, Q, np.asarray(run())[:100])
+    # Every cosine; bank, labels and queries read once, probabilities written.
+    needs = Needs(2 * N * Q * D, 4 * (N * (D + 1) + Q * (D + CLASSES)))
+    return Ready(run, Q, np.asarray(run())[:100], needs)
 
 
 def of_jaxcl(bank, labels, queries, k) -> Callable[[], Any]:

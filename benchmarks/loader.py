@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import _paired
+from benchmarks._floor import Needs
 from benchmarks._measure import cores, figures, fresh_process, installed, machine
 from benchmarks._report import markdown
 from benchmarks._table import Row, Settings
@@ -195,7 +196,8 @@ def prepare(contestant: str, *, kind: str, folder: str, size: int, images: int) 
         count = sum(len(batch) for batch in epoch() if batch[:, 0].sum() >= 0)  # every batch is looked at
         assert count >= expected, f"{count} images of {expected}"
 
-    return _paired.Ready(run, expected)
+    # An image's pixels: what is decoded or taken is read once and written once into a batch. Files are not counted.
+    return _paired.Ready(run, expected, needs=Needs(0, 2 * 3 * size**2 * expected))
 
 
 def of_arrays(contestant: str, folder: str, size: int, images: int) -> Callable[[], Iterator[np.ndarray]]:

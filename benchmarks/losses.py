@@ -19,7 +19,7 @@ import time
 
 import jax
 
-from benchmarks import _measure, _paired, _report
+from benchmarks import _floor, _measure, _paired, _report
 from benchmarks._contestants import (
     CONTESTANTS,
     Contestant,
@@ -238,7 +238,9 @@ def prepare(contestant: str, *, rows: int, dim: int) -> _paired.Ready:
         raise _paired.LeftOut(f"would need {_measure.size(ready.need)}")
     value, gradient = numbers(ready.run())
     some = gradient[:32].ravel() * rows  # a gradient's size goes with 1/N
-    return _paired.Ready(ready.run, 1, [value, *some.tolist()])
+    # z z^T, and one product of a matrix of N x N with z for its gradient; z read, the gradient written.
+    needs = _floor.Needs(2 * 2 * rows * rows * dim, 2 * 4 * rows * dim)
+    return _paired.Ready(ready.run, 1, [value, *some.tolist()], needs)
 
 
 # ---- all of it

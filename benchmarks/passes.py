@@ -79,6 +79,13 @@ def needed(recipe: Recipe) -> list[Passes]:
 
 def program(step: Step, of: Passes) -> Callable[[], object]:
     """These passes by themselves."""
+    run, given = function_of(step, of)
+    run = jax.jit(run)
+    return lambda: jax.block_until_ready(run(*given))
+
+
+def function_of(step: Step, of: Passes) -> tuple[Callable[..., object], tuple]:
+    """(the passes, what they are given)."""
     model = step.recipe.encoder(of.encoder)
     # Copies: the update gives its state away.
     params, stats = jax.tree.map(
@@ -101,8 +108,7 @@ def program(step: Step, of: Passes) -> Callable[[], object]:
         "explain": explain,
         "attack": jax.grad(loss, argnums=1),
     }[of.kind]
-    run = jax.jit(run)
-    return lambda: jax.block_until_ready(run(params, images))
+    return run, (params, images)
 
 
 class Whole(Step):

@@ -9,17 +9,18 @@ E embedding, K classes.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import _paired
+from benchmarks import _floor, _paired
 from benchmarks._measure import cores
 from benchmarks._paired import Contestant, Ready, torch_threads
 from benchmarks._table import Row, Settings
 from benchmarks.explain import torch_network
-from benchmarks.passes import Passes, Whole, needed, program
+from benchmarks.passes import Passes, Whole, function_of, needed, program
 from benchmarks.steps import load_config
 from jaxcl import weights
 from jaxcl.data import make_source
@@ -82,11 +83,15 @@ def prepare(contestant: str, *, method: str, network: dict[str, Any], part: str,
     source = make_source(config.data.source)
     step, B, count = Whole(config, source), config.batch_size, STEPS[quick]
     if contestant == "jaxcl":
+        # An update's floor is that of its passes: all else is small beside them, or could be.
+        once = _floor.total(
+            [_floor.of_program(f, *given) for f, given in map(partial(function_of, step), needed(step.recipe))]
+        )
         if part == "passes":
             runs = [program(step, p) for p in needed(step.recipe)]
-            return Ready(lambda: [run() for run in runs], B)
+            return Ready(lambda: [run() for run in runs], B, needs=once)
         run = step.run(count)
-        return Ready(run, count * B)
+        return Ready(run, count * B, needs=_floor.total([once] * count))
     step.loader.close()
     if part == "passes":
         return Ready(torch_passes(step, [p for p in needed(step.recipe)]), B)

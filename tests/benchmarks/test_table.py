@@ -1,10 +1,12 @@
 """The table of benchmarks.run: ratios, releases and the comparison with them by hand, and one part in toy sizes."""
 
 import json
+import unittest.mock
 
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import _paired, _table, run
+from benchmarks import _floor, _paired, _table, run
 from benchmarks._paired import Contestant, Ready
 from benchmarks._table import Row, Settings
 
@@ -29,6 +31,35 @@ def test_ratios_are_taken_round_by_round():
     assert "| t | **jaxcl** | 2.00 ms |  |  |" in text
     assert "|  | peer | 3.00 ms | 3.00 | 1.00 to 3.00 |" in text
     assert "|  | other | other is not installed |  |  |" in text
+
+
+def test_floors():
+    # 60 FLOPs at 10 a second are 6 s, 8 bytes at 2 a second 4 s; in the second round the other way round.
+    ours = Row("t", "jaxcl", "s", (12.0, 40.0), ours=True, needs=(60, 8), peaks=((10, 2), (30, 0.4)))
+    peer = Row("t", "peer", "s", (6.0, 60.0))
+    assert _table.floors(ours) == (6, 20) and _table.floors(peer) == ()
+    assert [_table.over_floor(row, [ours, peer]) for row in (ours, peer)] == [2, 2]  # of the rounds 1 and 3
+    rate = Row("u", "jaxcl", "queries/s", (2.0,), ours=True, needs=(0, 500e3), peaks=((1, 2e6),))
+    assert _table.floors(rate) == (4,) and _table.over_floor(rate, [rate]) == 2
+    startup = Row("v", "jaxcl", "s", (1.0,), ours=True)
+    assert _table.over_floor(startup, [startup]) is None
+    entries = part(ours, peer, rate, startup)
+    text = _table.text({"speed": entries}, None, True)
+    assert "|  | peer | 33.0 s | 1.00 | 0.50 to 1.50 | 2.00 |" in text
+    assert "| t | 60 FLOP, 8 B for a call | 20 FLOP/s, 1 B/s | memory | 13.0 s |" in text
+    assert "| u | 0 FLOP, 500 kB for a query | 1 FLOP/s, 2.00 MB/s | memory | 4.00 queries/s |" in text
+    assert _table.rows_of(json.loads(json.dumps(entries))) == [ours, peer, rate, startup]
+
+
+def test_needs_of_a_network():
+    counted = _floor.of_program(lambda a, b: jnp.tanh(a @ b) @ b, jnp.ones((4, 8)), jnp.ones((8, 8)))
+    assert counted.flops == 2 * 2 * 4 * 8 * 8 and counted.bytes >= 4 * (4 * 8 * 3 + 2 * 8 * 8)
+    assert _floor.total([counted, counted]).flops == 2 * counted.flops
+    for kind, work in ((_floor.PRODUCTS, 2 * 16**3), (_floor.MEMORY, 8 * 64)):
+        with unittest.mock.patch.multiple(_floor, SIDE=16, LENGTH=64):
+            ready = _floor.prepare(kind)
+            ready.run(), ready.run()
+            assert ready.work == work
 
 
 def test_the_last_release():
