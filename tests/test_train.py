@@ -22,7 +22,7 @@ from jax import monitoring
 
 from jaxcl import run_folder, sharding, train
 from jaxcl.checkpoint import Checkpoints
-from jaxcl.data.loader import example_ids
+from jaxcl.data.loader import Shuffled
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.lock import RunLock
 from jaxcl.report import read_metrics
@@ -443,5 +443,5 @@ def test_a_full_disk_ends_the_run_in_one_line(undisturbed, npz, tmp_path, monkey
     same_run(tmp_path, reference, c)
     rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(5, STEPS + 1))  # it was switched on at step 4
-    ids = example_ids(64, batch_size=16, seed=0, start_step=4)
-    assert [i for r in rows for i in r["index"]] == [ids[i] for i in range(16 * len(rows))]
+    order = Shuffled(64, batch_size=16, seed=0)
+    assert [r["index"] for r in rows] == [order(r["step"] - 1).tolist() for r in rows]

@@ -9,44 +9,34 @@ from collections.abc import Callable, Iterator
 import grain
 import jax
 import numpy as np
+from grain.experimental import index_shuffle
 
 from jaxcl.data.base import Source
 from jaxcl.errors import UserError
 
 Batch = dict[str, np.ndarray | jax.Array]
-ENDLESS = 2**62  # grain's own, 2^63 - 1, grows to 2^63 in batches of one, which is no length any more
+ENDLESS = 2**62  # steps
 
 
-def example_ids(
-    num_examples: int,
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.MapDataset[int]:
-    """The endless sequence of example ids of one process, from `start_step` on; any place of it is at hand.
+class Shuffled:
+    """The rows of each batch, int64 [B], in an order shuffled anew each epoch; call it with a step.
 
-    The whole set is shuffled before it is shared out, so global batch k is the same however many processes there
-    are: each has a part of its rows, all in one piece, process 0 the first. Each epoch is shuffled anew and cut to
-    whole batches, so no batch mixes two epochs.
+    Each epoch is cut to whole batches, so no batch mixes two epochs. Any step is at hand, and nothing is kept: each
+    place is found by grain's own shuffle. The order is that of `grain.MapDataset.range(num_examples).seed(seed)
+    .shuffle()`, which gives ids one at a time, at some four times the cost.
     """
-    epoch = num_examples // batch_size * batch_size
-    # `seed()` and not `shuffle(seed)`: grain shuffles epoch e with seed + e, and `seed()` first scatters the
-    # seeds, so that a run is not its neighbouring seed's run one epoch later. It takes no negative number.
-    shuffled = grain.MapDataset.range(num_examples).seed(seed % 2**32).shuffle()
-    begin = start_step * batch_size
-    whole = shuffled[:epoch].repeat()[begin : begin + ENDLESS]
-    if process_count == 1:
-        return whole
-    share = batch_size // process_count
 
-    def mine(i: int) -> int:
-        step, place = divmod(i, share)
-        return whole[step * batch_size + process_index * share + place]
+    def __init__(self, num_examples: int, *, batch_size: int, seed: int):
+        self.steps_per_epoch, self._B, self._last = num_examples // batch_size, batch_size, num_examples - 1
+        # Epoch e has seed + e; so seeds are scattered first, as grain does (1: it shuffles one link after the seed), or
+        # a run would be its neighbouring seed's run one epoch later. Negative numbers have no place there.
+        self._seed = int(np.random.SeedSequence([seed % 2**32, 1]).generate_state(1, np.uint32)[0])
 
-    return grain.MapDataset.range(ENDLESS).map(mine)
+    def __call__(self, step: int, part: slice = slice(None)) -> np.ndarray:
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        options = dict(max_index=self._last, seed=(self._seed + epoch) % 2**32, rounds=4)
+        places = range(batch * self._B, (batch + 1) * self._B)
+        return np.array([index_shuffle(i, **options) for i in places[part]], np.int64)
 
 
 class Loader(Iterator[Batch]):
@@ -115,20 +105,12 @@ class Loader(Iterator[Batch]):
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
 
-        if order is None:
-            ids = example_ids(
-                len(source),
-                batch_size=batch_size,
-                seed=seed,
-                start_step=start_step,
-                process_index=process_index,
-                process_count=process_count,
-            )
-            rows = ids.batch(batch_size // process_count)
-        else:
-            steps = grain.MapDataset.range(start_step, start_step + ENDLESS)
-            begin = process_index * (batch_size // process_count)
-            rows = steps.map(lambda step: order(step)[begin : begin + batch_size // process_count])
+        # Global batch k is the same however many processes there are: each has a part of its rows, in one piece.
+        share = batch_size // process_count
+        mine = slice(process_index * share, (process_index + 1) * share)
+        shuffled = Shuffled(len(source), batch_size=batch_size, seed=seed)
+        steps = grain.MapDataset.range(start_step, start_step + ENDLESS)
+        rows = steps.map(lambda step: shuffled(step, mine) if order is None else order(step)[mine])
         local_batches = iter(_local_batches(source, rows))
         # The thread holds no reference to the loader, so dropping the loader without close() also ends the
         # thread; finalize runs at interpreter exit too, before JAX is torn down under a thread that still
@@ -171,12 +153,7 @@ class Loader(Iterator[Batch]):
 
 
 def _local_batches(source: Source, rows: grain.MapDataset[np.ndarray]) -> grain.IterDataset[Batch]:
-    """Batches of `source` by their rows.
-
-    grain hands ids out one at a time, at 15 to 20 microseconds of processor time each (grain 0.2.18, one core of a
-    two-core server): 4 to 5 ms for a batch of 256, where copying its 32x32 images takes 0.03 ms. The loader's thread
-    spends them while the device works on an earlier batch, so training waits only if a step is shorter than that.
-    """
+    """Batches of `source` by their rows."""
     if source.in_memory:  # one fancy index a batch; more threads would only wait for the interpreter lock
         options = grain.ReadOptions(num_threads=0)
     else:  # a batch is decoded in threads; the next one begins while the slowest of its images are still under way

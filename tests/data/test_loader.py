@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 
+import grain
 import jax
 import numpy as np
 import pytest
 
 from jaxcl.data import Loader, Source, batches
-from jaxcl.data.loader import example_ids
+from jaxcl.data.loader import Shuffled
 from jaxcl.errors import UserError
 
 
@@ -94,12 +95,20 @@ def test_any_seed_will_do_and_is_taken_modulo_2_to_the_32():
 
 
 def test_any_place_of_the_order_is_at_hand():
-    options = {"batch_size": 8, "seed": 3}
-    order = example_ids(35, **options)
-    walked = sum(ids(take(numbered(35), 9, **options)), [])
-    assert [order[i] for i in reversed(range(72))] == walked[::-1]
-    far = example_ids(35, **options, start_step=10**9, process_index=1, process_count=4)
-    assert [far[i] for i in range(8)] == [order[8 * (10**9 + i // 2) + 2 + i % 2] for i in range(8)]
+    order = Shuffled(35, batch_size=8, seed=3)
+    walked = ids(take(numbered(35), 9, batch_size=8, seed=3))
+    assert [order(k).tolist() for k in reversed(range(9))] == walked[::-1]
+    far = ids(take(numbered(35), 1, batch_size=8, seed=3, start_step=10**9, process_index=1, process_count=4))
+    assert far == [order(10**9)[2:4].tolist()]
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**32 - 1, -5])
+def test_the_order_is_that_of_grain(seed):
+    """Runs of before resume with the batches they would have had, whatever makes them."""
+    order = Shuffled(35, batch_size=8, seed=seed)
+    of_grain = grain.MapDataset.range(35).seed(seed % 2**32).shuffle()[: 35 // 8 * 8].repeat()
+    for step in (*range(9), 10**9):
+        assert order(step).tolist() == [of_grain[8 * step + i] for i in range(8)]
 
 
 @pytest.mark.parametrize("make", [numbered, OnDisk])
