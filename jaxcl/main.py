@@ -1,4 +1,7 @@
-"""Flags only: `python -m jaxcl.main --config=configs/excon.py[:PRESET] [--workdir=DIR] [--config.KEY=VALUE ...]`."""
+"""Train one config: `python -m jaxcl.main --config=configs/excon.py[:PRESET] [--workdir=DIR] [--config.KEY=VALUE ...]`.
+
+The keys are in the config file and, with what they mean, in jaxcl/config.py; the file's first lines say its presets.
+"""
 
 import logging
 import os
@@ -42,7 +45,10 @@ _PROFILE = flags.DEFINE_integer(
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """absl's own parser, with a config's mistakes in one line instead of a traceback."""
+    """absl's own parser, with a config's mistakes in one line instead of a traceback; --help prints, and ends."""
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(_help(values))
+        raise SystemExit(0)
     _check_config_file(argv)
     try:
         rest = values(argv)
@@ -69,6 +75,16 @@ def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
     parse(argv, values)
     return holder.value
+
+
+def _help(values: flags.FlagValues) -> str:
+    """What the command's module says of itself, and its own flags."""
+    lines = [sys.modules["__main__"].__doc__ or __doc__]
+    for module, own in sorted(values.flags_by_module_dict().items()):
+        for flag in () if module.startswith("absl") else own:
+            default = "" if flag.default in (None, [], "") else f" (default: {flag.default_as_str})"
+            lines.append(f"  --{flag.name}: {flag.help}{default}")
+    return "\n".join(lines)
 
 
 def _below_a_value(argv: list[str]) -> str | None:

@@ -1,6 +1,7 @@
 """The command: one line for every mistake, and exit codes."""
 
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -72,6 +73,15 @@ def test_mistakes_on_the_command_line(arguments, words, npz, monkeypatch, capsys
     assert code == 2
     assert words in text and text.startswith("jaxcl: ") and len(text.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()  # nothing is left behind
+
+
+@pytest.mark.parametrize("module", ["main", "sweep", "evaluate"])
+def test_help(module):
+    done = subprocess.run([sys.executable, "-m", f"jaxcl.{module}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"python -m jaxcl.{module} " in done.stdout
+    assert ("--workdir: " in done.stdout) == (module != "sweep") and ("--seeds: " in done.stdout) == (module == "sweep")
+    assert "--verbosity" not in done.stdout  # absl's own
 
 
 START = "from jaxcl import config as base\ndef get_config(preset=''):\n    c = base.default()\n    "
