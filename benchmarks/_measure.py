@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import jaxcl
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -38,7 +40,8 @@ def machine(packages: tuple[str, ...]) -> dict[str, str]:
         "processor": f"{cores()} cores of {model}" + (f" ({widest})" if widest else ""),
         "memory": size(total),
         "Python": platform.python_version(),
-        **{name: version for name in packages if (version := installed(name))},
+        # Our own may run from its folder, without being installed.
+        **{n: v for n in packages if (v := jaxcl.__version__ if n == "jaxcl" else installed(n))},
     }
 
 

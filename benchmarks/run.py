@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     last = None if options.quick else _table.last_release()
     then = json.loads(last.read_text()) if last else None
     same = bool(then) and all(then["machine"].get(k) == here[k] for k in ("processor", "memory"))
+    if options.store:
+        _table.store(release, here, {})  # another machine's is refused now, and not when all is measured
     measured = {}
     for name in options.only:
         note(f"part {name}")
