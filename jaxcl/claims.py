@@ -1,6 +1,6 @@
 """The papers' claims, side by side under one protocol: `python -m jaxcl.claims [--seeds=5] [--source=garments] ...`.
 
-    python -m jaxcl.claims --seeds=3                          all methods on garments; about 2 h 15 min on two cores
+    python -m jaxcl.claims --seeds=3                          all methods on garments; 1 h 13 min on two cores
     python -m jaxcl.claims --methods=supcon,excon --seeds=5   two of them
     python -m jaxcl.claims --smoke                            that it works, in half a minute; its numbers say nothing
     python -m jaxcl.claims --source=cifar10 --set=data.source=npz:cifar10.npz --methods=supcon,excon
