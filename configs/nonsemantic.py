@@ -12,6 +12,7 @@ itself, to compare with), for SimCLR and BYOL whether each view has its own (own
                                                a core, linear 44.3 +- 1.9 %, 45.3 +- 2.0 without negatives
     configs/nonsemantic.py:simclr              not yet run
     configs/nonsemantic.py:byol,texture        not yet run
+    configs/nonsemantic.py:cifar10,cpu         CIFAR-10 on a CPU; 8 epochs on one core: 5 minutes, linear probe 53.7 %
     configs/nonsemantic.py:cifar10             32 pixels; not yet run
     configs/nonsemantic.py:tiny_imagenet       64 pixels; not yet run
     configs/nonsemantic.py:stl10,unlabelled    96 pixels; not yet run
