@@ -160,7 +160,9 @@ def _weights(pixel, start, length, center, radius) -> jax.Array:
     return weight / jnp.sum(weight, axis=-1, keepdims=True)
 
 
-def resized_crop(images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True) -> jax.Array:
+def resized_crop(
+    images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True, flipped: jax.Array | None = None
+) -> jax.Array:
     """Crops every image to its own box and resizes the crop to size x size, bilinear.
 
     Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on
@@ -173,6 +175,7 @@ def resized_crop(images: jax.Array, boxes: jax.Array, size: int, *, antialias: b
       boxes: [N,4] top, left, height, width in pixels, whole or fractional, inside the image.
       antialias: widen the filter when shrinking (Pillow); False samples two pixels (torch's plain
         `interpolate`).
+      flipped: which crops come out mirrored, bool [N]; the same as `flip` afterwards, free where matmuls do it.
 
     Returns:
       [N,size,size,C], the dtype of images.
@@ -182,7 +185,12 @@ def resized_crop(images: jax.Array, boxes: jax.Array, size: int, *, antialias: b
     weights = functools.partial(resize_taps if few else resize_weights, output_size=size, antialias=antialias)
     rows = weights(boxes[:, 0], boxes[:, 2], input_size=height)
     cols = weights(boxes[:, 1], boxes[:, 3], input_size=width)
-    return _gathered(images, rows, cols) if few else _separable(images, rows, cols)
+    if few:
+        crops = _gathered(images, rows, cols)
+        return crops if flipped is None else flip(crops, flipped)
+    if flipped is not None:
+        cols = jnp.where(flipped[:, None, None], cols[:, ::-1], cols)
+    return _separable(images, rows, cols)
 
 
 def _gathered(images: jax.Array, rows: tuple[jax.Array, jax.Array], cols: tuple[jax.Array, jax.Array]) -> jax.Array:

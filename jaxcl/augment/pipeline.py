@@ -57,11 +57,13 @@ class RandomResizedCrop:
         _check_range("crop area", self.area, above=0.0, most=1.0)
         _check_range("crop ratio", self.ratio, above=0.0, most=math.inf)
 
-    def __call__(self, keys, images):
+    def __call__(self, keys, images, flipped=None):
+        """flipped: which crops are mirrored, bool [N]."""
         _, height, width, _ = images.shape
         boxes = ops.draw_resized_crop(keys, height, width, area=self.area, ratio=self.ratio)
         fractions = boxes / jnp.array([height, width, height, width], jnp.float32)
-        return ops.resized_crop(images, boxes, self.size, antialias=self.antialias), {"crop": fractions}
+        crops = ops.resized_crop(images, boxes, self.size, antialias=self.antialias, flipped=flipped)
+        return crops, {"crop": fractions}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,11 @@ class RandomFlip:
     def __post_init__(self):
         _check_probability("flip", self.p)
 
+    def draw(self, keys):
+        return ops.draw_mask(keys, p=self.p)
+
     def __call__(self, keys, images):
-        flipped = ops.draw_mask(keys, p=self.p)
+        flipped = self.draw(keys)
         return ops.flip(images, flipped), {"flip": flipped}
 
 
@@ -261,8 +266,15 @@ class Pipeline:
         nths = [names[: i + 1].count(name) for i, name in enumerate(names)]
         op_keys = _op_keys(keys, [f"{name}:{nth}" for name, nth in zip(names, nths, strict=True)])
         params: Params = {}
-        for i, (op, nth) in enumerate(zip(self.ops, nths, strict=True)):
-            images, drawn = op(op_keys[:, i], images)
+        flipped = None
+        for i, (op, nth, following) in enumerate(zip(self.ops, nths, (*self.ops[1:], None), strict=True)):
+            if flipped is not None:  # by the crop before it
+                drawn, flipped = {"flip": flipped}, None
+            elif isinstance(op, RandomResizedCrop) and isinstance(following, RandomFlip):
+                flipped = following.draw(op_keys[:, i + 1])
+                images, drawn = op(op_keys[:, i], images, flipped)
+            else:
+                images, drawn = op(op_keys[:, i], images)
             params |= {name if nth == 1 else f"{name}_{nth}": value for name, value in drawn.items()}
         return images, params
 

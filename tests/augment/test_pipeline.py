@@ -33,6 +33,19 @@ def result(view):
     return jax.tree.map(np.asarray, view(keys(), batch()))
 
 
+@pytest.mark.parametrize("side", [16, 64])  # by products of matrices, and on a CPU by gathering
+def test_a_crop_that_is_mirrored_is_the_crop_and_then_its_mirror_image(side):
+    images = batch(height=side, width=side)
+    crop, mirror = augment.RandomResizedCrop(size=side), augment.RandomFlip(p=0.5)
+    both, params = augment.Pipeline((crop, mirror))(keys(), images)
+    alone, own = augment.Pipeline((crop,))(keys(), images)
+    apart, _ = augment.Pipeline((crop, augment.RandomSolarize(p=0.0), mirror))(keys(), images)  # something between them
+    assert 0 < params["flip"].sum() < COUNT and list(params) == ["crop", "flip"]
+    np.testing.assert_array_equal(params["crop"], own["crop"])
+    np.testing.assert_array_equal(both, ops.flip(alone, params["flip"]))
+    np.testing.assert_array_equal(both, apart)
+
+
 def test_shapes_dtypes_and_names(result):
     images, params = result
     assert images.shape == (COUNT, SIZE, SIZE, 3) and images.dtype == np.float32
