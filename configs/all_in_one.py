@@ -18,7 +18,7 @@ A part that is off costs nothing and changes no bit of the rest: what is left of
 (tests/test_all_in_one.py says which keys are the hyper-parameters in which the files differ). spread and autoencoder
 without the others, the ground included, are thanos.py:one; patches so are nonsemantic.py.
 
-    configs/all_in_one.py                                 garments on a CPU; 4 min 46 s; linear 65.4, kNN 58.6 (one seed)
+    configs/all_in_one.py                                 garments on a CPU: 5 minutes, linear 65.4, kNN 58.6 %
     configs/all_in_one.py:no_adversary,no_patches         likewise any others; not yet run
     configs/all_in_one.py:cifar10,cpu                     the small network on CIFAR-10; not yet run
     configs/all_in_one.py:cifar10                         ResNet-50, SupCon's budget; not yet run
