@@ -19,12 +19,15 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
 
     lines, y = [], 0.0  # (y, kind, text, ratios)
     for part in parts.values():
+        tasks = tasks_of(rows_of(part)).items()
+        compared = [
+            (t, e, peers) for t, e in tasks if (peers := [r for r in e if not r.ours and ahead(r, e) is not None])
+        ]
+        if not compared:
+            continue
         lines.append((y, "part", part["title"], ()))
         y += 1
-        for task, entries in tasks_of(rows_of(part)).items():
-            peers = [row for row in entries if ahead(row, entries) is not None and not row.ours]
-            if not peers:
-                continue
+        for task, entries, peers in compared:
             lines.append((y, "task", task, ()))
             for row in peers:
                 y += 1
@@ -35,7 +38,7 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
         figure = style.new_figure(max(2.0, ROW * y + 0.6))
         axes = figure.subplots()
         shown = [r for *_, ratios in lines for r in ratios]
-        left, right = min([0.5, *shown]) / 1.2, max([2.0, *shown]) * 1.6
+        left, right = min([0.5, *shown]) / 1.6, max([2.0, *shown]) * 1.6
         axes.set(xscale="log", xlim=(left, right), ylim=(y - SPACE + 0.5, -1))
         for at, kind, text, ratios in lines:
             bold, color = (
@@ -62,9 +65,10 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
             axes.plot(middle, at, "o", color=color, markersize=4.5)
             axes.annotate(
                 figures(middle),
-                (max(ratios), at),
-                (5, 0),
+                (max(ratios) if middle >= 1 else min(ratios), at),  # away from the line at 1
+                (5 if middle >= 1 else -5, 0),
                 textcoords="offset points",
+                ha="left" if middle >= 1 else "right",
                 va="center",
                 color=color,
                 fontsize=8,

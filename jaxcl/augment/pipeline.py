@@ -266,6 +266,8 @@ class Pipeline:
         nths = [names[: i + 1].count(name) for i, name in enumerate(names)]
         op_keys = _op_keys(keys, [f"{name}:{nth}" for name, nth in zip(names, nths, strict=True)])
         params: Params = {}
+        # A crop is mirrored by its weights, a tenth of a whole view cheaper than its pixels afterwards, with the same
+        # bits; so the flip's coin is drawn before its turn.
         flipped = None
         for i, (op, nth, following) in enumerate(zip(self.ops, nths, (*self.ops[1:], None), strict=True)):
             if flipped is not None:  # by the crop before it

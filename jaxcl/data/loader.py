@@ -15,7 +15,7 @@ from jaxcl.data.base import Source
 from jaxcl.errors import UserError
 
 Batch = dict[str, np.ndarray | jax.Array]
-ENDLESS = 2**62  # steps
+ENDLESS = 2**62  # steps; grain counts in 64 bits, and a run begins at any of them
 
 
 class Shuffled:
