@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
+from jaxcl.models.batch_norm import BatchNorm, zero_rows
 from jaxcl.models.heads import Dense, dense_init
 from jaxcl.models.norms import MOMENTUM
 
@@ -57,7 +58,7 @@ class DecoderBlock(nn.Module):
             return _conv(features, kernel, self.dtype, self.convolution, name)
 
         def norm(name: str) -> Callable[[Array], Array]:
-            made = nn.BatchNorm(momentum=self.momentum, epsilon=1e-5, dtype=self.dtype, name=name)
+            made = BatchNorm(momentum=self.momentum, epsilon=1e-5, dtype=self.dtype, name=name)
             return lambda y: made(y, **mode)
 
         y = nn.relu(norm("bn1")(conv(x.shape[-1], 3, "conv1")(x)))
@@ -126,10 +127,10 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latent: Array, train: bool = False, where: Array | None = None) -> Array:
         """latent [N,D]; `where` [N] bool: rows that count in the batch statistics."""
-        mask = None if where is None or not train else where[:, None, None, None]
-        mode = dict(use_running_average=not train, mask=mask)
+        where = where if train else None
+        mode = dict(use_running_average=not train, where=where)
         first, *widths = self.widths
-        x = Dense(LATENT_SIDE**2 * first, self.dtype, name="dense")(latent.astype(self.dtype))
+        x = zero_rows(Dense(LATENT_SIDE**2 * first, self.dtype, name="dense")(latent.astype(self.dtype)), where)
         x = _nearest(x.reshape(-1, LATENT_SIDE, LATENT_SIDE, first), self.size // self.growth)
         same = dict(dtype=self.dtype, momentum=self.momentum, convolution=self.convolution)
         for i, planes in enumerate(widths):

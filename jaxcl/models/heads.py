@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxcl.augment import IDENTITY
 from jaxcl.errors import UserError
+from jaxcl.models.batch_norm import BatchNorm, zero_rows
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, name_in_set
 
 Array = jax.Array
@@ -105,13 +106,15 @@ class ProjectionHead(nn.Module):
         """
         if not self.features:
             return h
-        mode = dict(use_running_average=not train, mask=None if where is None or not train else where[:, None])
+        where = where if train else None
+        mode = dict(use_running_average=not train, where=where)
         width = self.hidden or h.shape[-1]
         told = []
         for name in self.embeds:
             # No bias: the batch norm has one. It also takes parameters of any scale.
             a = Dense(self.embed_features, self.dtype, False, name=f"{EMBED}{name}")(drawn_numbers(name, drawn, len(h)))
             told.append(nn.relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
+        h = zero_rows(h, where)  # not finite, it would spoil the kernels' gradients
         h = jnp.concatenate([h, *told], -1) if told else h
         for i in range(self.hidden_layers):
             # A bias before a batch norm would do nothing.
@@ -124,11 +127,11 @@ class ProjectionHead(nn.Module):
     def _normalise(self, name: str, kind: str, x: Array, mode: dict, norm_set: str) -> Array:
         if kind == "none":
             return x
-        out = x
+        out = x = zero_rows(x, mode["where"])  # a layer with a bias may lie between two norms
         for one in ("", *self.norm_sets):
             if one != norm_set and not self.is_initializing():  # only what is called gets variables
                 continue
-            norm = nn.BatchNorm(
+            norm = BatchNorm(
                 momentum=self.norm_set_momentum if one else self.momentum,
                 epsilon=1e-5,
                 dtype=self.dtype,

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 
 from jaxcl.errors import UserError
+from jaxcl.models.batch_norm import BatchNorm
 
 Array = jax.Array
 Tree = Any
@@ -48,7 +49,7 @@ def norm_groups(channels: int) -> int:
 
 def _norm(kind: str, channels: int, momentum: float, dtype: Any) -> nn.Module:
     if kind == "batch":
-        return nn.BatchNorm(momentum=momentum, epsilon=1e-5, dtype=dtype)
+        return BatchNorm(momentum=momentum, epsilon=1e-5, dtype=dtype)
     return nn.GroupNorm(num_groups=norm_groups(channels), epsilon=1e-5, dtype=dtype)
 
 

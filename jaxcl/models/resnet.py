@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
+from jaxcl.models.batch_norm import zero_rows
 from jaxcl.models.norms import MOMENTUM, NORMS, SET_MOMENTUM, add_norms, apply_norm, check_norm_sets
 
 Array = jax.Array
@@ -228,7 +229,9 @@ class ResNet(nn.Module):
         self.stages = stages
 
     def _stem(self, x: Array, mode: dict) -> Array:
-        x = nn.relu(apply_norm(self, "stem_bn", self.stem_conv(x.astype(self.dtype)), mode))
+        # Rows that do not count stay zero from here on: what follows has no bias but the norms', which know them.
+        x = zero_rows(x.astype(self.dtype), mode.get("where"))
+        x = nn.relu(apply_norm(self, "stem_bn", self.stem_conv(x), mode))
         if self.stem == "imagenet":
             # Post-ReLU values are >= 0, so zero padding equals the -inf padding of the original.
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -238,19 +241,19 @@ class ResNet(nn.Module):
         """What the norms are told in this call. A group norm sees each image alone: nothing."""
         if self.norm != "batch":
             return {}
-        mask = None if where is None or not train else where[:, None, None, None]
-        return dict(use_running_average=not train, mask=mask, norm_set=norm_set)
+        return dict(use_running_average=not train, where=where if train else None, norm_set=norm_set)
 
     @staticmethod
-    def _pool(x: Array) -> Array:
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+    def _pool(x: Array, mode: dict) -> Array:
+        # Zero already, in rows that do not count: this is for their gradient, which the norms rely on too.
+        return zero_rows(x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)), mode.get("where"))
 
     def __call__(self, x: Array, train: bool = False, where: Array | None = None, norm_set: str = "") -> Array:
         """x [N,H,W,C] normalised images; `where` [N] bool: rows that count in the batch statistics.
 
         norm_set: the batch norms to use, "" or one of `norm_sets`.
         """
-        return self._pool(self.maps(x, train, where, norm_set)[-1])
+        return self._pool(self.maps(x, train, where, norm_set)[-1], self._mode(train, where, norm_set))
 
     def maps(
         self, x: Array, train: bool = False, where: Array | None = None, norm_set: str = "", depth: int = 0
@@ -287,7 +290,7 @@ class ResNet(nn.Module):
         for blocks in self.stages[stage + 1 :]:
             for block in blocks:
                 x = block(x, mode)
-        return self._pool(x)
+        return self._pool(x, mode)
 
 
 def remat_block(*args: Any) -> Callable[[nn.Module, Array], Array]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.models.batch_norm import zero_rows
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, add_norms, apply_norm
 from jaxcl.models.resnet import MatmulConv, conv_init
 
@@ -100,8 +101,8 @@ class Adapter(nn.Module):
         """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use."""
         mode = {}
         if self.norm == "batch":
-            mask = None if where is None or not train else where[:, None, None, None]
-            mode = dict(use_running_average=not train, mask=mask, norm_set=norm_set)
+            mode = dict(use_running_average=not train, where=where if train else None, norm_set=norm_set)
+        x = zero_rows(x, mode.get("where"))
         x = nn.relu(apply_norm(self, "squeeze_bn", self.squeeze(x), mode))
         # To the map's own size, where the authors double: a side may be odd.
         mask = self.gate(x, mode)

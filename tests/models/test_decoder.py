@@ -173,7 +173,7 @@ def test_the_first_map_is_resized_as_in_torch():
 def test_shortcut_before_or_after_the_upsampling():
     """The cheaper order gives the values, the batch statistics and the gradients of the original one."""
     block = DecoderBlock(planes=5, factor=2)
-    x, mode = tiny.normal(3, 4, 4, 3), dict(use_running_average=False, mask=None)
+    x, mode = tiny.normal(3, 4, 4, 3), dict(use_running_average=False, where=None)
     variables = tiny.fill(jax.eval_shape(lambda: block.init(jax.random.key(0), x, mode)))
     bn = variables["params"]["shortcut_bn"]
 

@@ -137,8 +137,8 @@ def test_golden_blocks(golden, name):
 
         @jax.jit
         def both(variables, x):
-            frozen = block.apply(variables, x, dict(use_running_average=True, mask=None))
-            train = dict(use_running_average=False, mask=None)
+            frozen = block.apply(variables, x, dict(use_running_average=True, where=None))
+            train = dict(use_running_average=False, where=None)
             return frozen, *block.apply(variables, x, train, mutable=["batch_stats"])
 
         frozen, trained, new = both(variables, x)
