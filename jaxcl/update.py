@@ -136,8 +136,11 @@ def make_views(recipe: Recipe, state: TrainState, batch: Batch, names: tuple[str
     for group in alike.values():
         pipeline, V = recipe.views[group[0]], len(group)
         keys = jnp.stack([view_keys(state.key, state.step, batch["index"], n) for n in group], axis=1).reshape(-1)
-        drawn = View(*pipeline(keys, jnp.repeat(pixels, V, axis=0) if V > 1 else pixels))
-        views |= {n: jax.tree.map(lambda x, i=i, V=V: x[i::V], drawn) for i, n in enumerate(group)}
+        drawn = View(*pipeline(keys, pixels))
+        # Cut along an axis of their own, for `_together` puts them side by side again: the compiler sees that nothing
+        # moves, where it would copy x[i::V] value by value.
+        side_by_side = jax.tree.map(lambda x, V=V: x.reshape(-1, V, *x.shape[1:]), drawn)
+        views |= {n: jax.tree.map(lambda x, i=i: x[:, i], side_by_side) for i, n in enumerate(group)}
     return {n: views[n] for n in names}
 
 

@@ -49,29 +49,29 @@ def draw_color_jitter(
 
 def grayscale(images: jax.Array, mask: jax.Array) -> jax.Array:
     """Replaces all three channels by the grey value where mask, bool [N], is set."""
-    planes = _split(images, "grayscale")
-    return _join(_select(mask, (_grey(planes),) * 3, planes))
+    grey = _grey(_split(images, "grayscale"))
+    return jnp.where(_image(mask)[..., None], grey[..., None], images)
 
 
 def adjust_brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
     """clip(factor * x), factor [N] >= 0."""
-    return _join(_blend(_split(images, "brightness"), factor, 0.0))
+    return ops.join(_blend(_split(images, "brightness"), factor, 0.0))
 
 
 def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
     """clip(factor * x + (1 - factor) * m), m the mean of the grey image; factor [N] >= 0."""
-    return _join(_contrast(_split(images, "contrast"), factor))
+    return ops.join(_contrast(_split(images, "contrast"), factor))
 
 
 def adjust_saturation(images: jax.Array, factor: jax.Array) -> jax.Array:
     """clip(factor * x + (1 - factor) * grey), factor [N] >= 0."""
-    return _join(_blend(_split(images, "saturation"), factor, 1.0 - factor))
+    return ops.join(_blend(_split(images, "saturation"), factor, 1.0 - factor))
 
 
 def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
     """Turns the hue by shift [N] turns on the HSV circle; a shift of exactly 0 changes no bit."""
     planes = _split(images, "hue")
-    return _join(_hue(planes, shift))
+    return ops.join(_hue(planes, shift))
 
 
 def color_jitter(
@@ -128,21 +128,23 @@ def color_jitter(
             planes = _blend(planes, factor, jnp.where(now & ~is_bright, 1.0 - sat, 0.0))
         return planes
 
-    def special_step(planes, here):
-        planes = pointwise(planes, here)
-        contrast_here = jnp.where((here == 2) == hue_first, contrast, 1.0)
-        return jax.lax.cond(here == 1, lambda: _hue(planes, hue), lambda: _contrast(planes, contrast_here)), None
-
-    if both:
-        # A loop with a condition and not three calls: XLA's CPU compiler would fuse the unrolled steps and recompute
-        # each in every place that reads it, a hundred times as slow (optimization_barrier does not stop it).
-        planes, _ = jax.lax.scan(special_step, planes, jnp.arange(3))
-        return _join(pointwise(planes, 3))
     planes = pointwise(planes, 0)
-    if special_times:
-        planes = _contrast(planes, contrast) if "contrast" in parts else _hue(planes, hue)
-        planes = pointwise(planes, 1)
-    return _join(planes)
+    if not both:
+        if special_times:
+            planes = _contrast(planes, contrast) if "contrast" in parts else _hue(planes, hue)
+            planes = pointwise(planes, 1)
+        return ops.join(planes)
+
+    def special_step(planes, here):
+        contrast_here = jnp.where((here == 2) == hue_first, contrast, 1.0)
+        planes = jax.lax.cond(here == 1, lambda: _hue(planes, hue), lambda: _contrast(planes, contrast_here))
+        return pointwise(planes, here + 1), None
+
+    # A loop with a condition and not three calls: XLA's CPU compiler would fuse the unrolled steps and recompute each
+    # in every place that reads it, a hundred times as slow (optimization_barrier does not stop it). Each step ends in
+    # planes: left after the loop, its last blends would be worked out anew for every channel of what reads them.
+    planes, _ = jax.lax.scan(special_step, planes, jnp.arange(3))
+    return ops.join(planes)
 
 
 # -------------------------------------------------------------------------------------------- on planes
@@ -156,13 +158,6 @@ def _split(images: jax.Array, what: str) -> Planes:
             "leave colour operations out or repeat the channel three times"
         )
     return images[..., 0], images[..., 1], images[..., 2]
-
-
-def _join(planes: Planes) -> jax.Array:
-    # A choice and not `stack`: XLA's CPU compiler branches for every value of a concatenation.
-    red, green, blue = (plane[..., None] for plane in planes)
-    channel = jnp.arange(3)
-    return jnp.where(channel == 0, red, jnp.where(channel == 1, green, blue))
 
 
 def _image(value) -> jax.Array:

@@ -7,11 +7,12 @@ changing an image.
 
 Images are float32 [N,H,W,C] in [0,1] unless said. Colour operations are in `jaxcl.augment.color`.
 
-Letters: N images, H height, W width, S output side, C channels, K taps of a blur.
+Letters: N images, V crops of each, M = V N, H height, W width, S and R output side, C channels, K taps.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +119,8 @@ def resize_weights(
     Returns:
       float32 [..., output_size, input_size].
     """
-    start, length, center, radius = _filters(start, length, output_size, antialias)
-    return _weights(jnp.arange(input_size, dtype=jnp.float32), start, length, center, radius)
+    weight, total = _matrix(start, length, input_size=input_size, output_size=output_size, antialias=antialias)
+    return weight / total[..., None]
 
 
 def resize_taps(
@@ -133,6 +134,7 @@ def resize_taps(
     start, length, center, radius = _filters(start, length, output_size, antialias)
     pixel = jnp.floor(center - radius + 0.5) + jnp.arange(count, dtype=jnp.float32)
     weight = _weights(pixel, start, length, center, radius)
+    weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
     return jnp.clip(pixel, 0, input_size - 1).astype(jnp.int32), weight
 
 
@@ -144,57 +146,95 @@ def _taps(input_size: int, output_size: int, antialias: bool) -> int:
     return math.ceil(2 * max(input_size / output_size, 1.0)) if antialias else 2
 
 
-def _filters(start, length, output_size: int, antialias: bool):
+def _filters(start, length, output_size: int, antialias: bool, mirrored: jax.Array | None = None):
     """Interval, and centre and radius of the filter of each output; [..., output_size, 1] or broadcast to that."""
     start, length = (jnp.asarray(v, jnp.float32)[..., None, None] for v in (start, length))
     step = length / output_size
     radius = jnp.maximum(step, 1.0) if antialias else jnp.ones_like(step)
-    return start, length, start + (jnp.arange(output_size, dtype=jnp.float32)[:, None] + 0.5) * step, radius
+    output = jnp.arange(output_size, dtype=jnp.float32)[:, None]
+    if mirrored is not None:
+        output = jnp.where(mirrored[..., None, None], output_size - 1 - output, output)
+    return start, length, start + (output + 0.5) * step, radius
 
 
 def _weights(pixel, start, length, center, radius) -> jax.Array:
-    weight = jnp.maximum(0.0, 1.0 - jnp.abs(pixel + 0.5 - center) / radius)
+    """Of each pixel in each output; they do not sum to 1 yet."""
+    weight = 1.0 - jnp.abs(pixel + 0.5 - center) / radius
     # A pixel counts by how much of it lies inside. For whole boxes that is 0 or 1; for others it is continuous, so
     # that a box which went through fractions and back (5 -> 5.0000005) does not gain or lose a pixel.
-    weight *= jnp.clip(jnp.minimum(pixel + 1.0, start + length) - jnp.maximum(pixel, start), 0.0, 1.0)
-    return weight / jnp.sum(weight, axis=-1, keepdims=True)
+    end = start + length
+    inside = jnp.where(pixel + 1.0 < end, pixel + 1.0, end) - jnp.where(pixel > start, pixel, start)
+    # Selections, where maximum, minimum and clip would say the same: XLA's CPU compiler takes those into a kernel that
+    # wants their other operand written out, a megabyte of zeros.
+    return jnp.where((weight > 0) & (inside > 0), weight * inside, 0.0)
+
+
+def _matrix(start, length, *, input_size: int, output_size: int, antialias: bool, mirrored: jax.Array | None = None):
+    """`_weights` of every pixel of the input, and their sums: [..., output_size, input_size] and [..., output_size]."""
+    start, length, center, radius = _filters(start, length, output_size, antialias, mirrored)
+    weight = _weights(jnp.arange(input_size, dtype=jnp.float32), start, length, center, radius)
+    return weight, jnp.sum(weight, axis=-1)
 
 
 def resized_crop(
     images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True, flipped: jax.Array | None = None
 ) -> jax.Array:
-    """Crops every image to its own box and resizes the crop to size x size, bilinear.
+    """Crops every image to its own box, or to several, and resizes each crop to size x size, bilinear.
 
     Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on
     a PIL image, up to Pillow's rounding to 8 bits. (Pillow's `resize(box=...)` differs: it also reads pixels
-    beside the box.) Two dense matmuls an image rather than a gather: that is what matrix units and vector
+    beside the box.) Two dense matmuls a channel rather than a gather: that is what matrix units and vector
     units are fast at. Only a CPU's are slower where images are large and each output has few pixels, and gather.
 
     Args:
       images: [N,H,W,C].
-      boxes: [N,4] top, left, height, width in pixels, whole or fractional, inside the image.
+      boxes: [V N, 4] top, left, height, width in pixels, whole or fractional, inside the image; the V of an image side
+        by side.
       antialias: widen the filter when shrinking (Pillow); False samples two pixels (torch's plain
         `interpolate`).
-      flipped: which crops come out mirrored, bool [N]; the same as `flip` afterwards, free where matmuls do it.
+      flipped: which crops come out mirrored, bool [V N]; the same as `flip` afterwards, free where matmuls do it.
 
     Returns:
-      [N,size,size,C], the dtype of images.
+      [V N,size,size,C], the dtype of images.
     """
-    _, height, width, _ = images.shape
-    few = _gathers(min(height, width), max(_taps(side, size, antialias) for side in (height, width)))
-    weights = functools.partial(resize_taps if few else resize_weights, output_size=size, antialias=antialias)
-    rows = weights(boxes[:, 0], boxes[:, 2], input_size=height)
-    cols = weights(boxes[:, 1], boxes[:, 3], input_size=width)
-    if few:
+    _, height, width, channels = images.shape
+    if _gathers(min(height, width), max(_taps(side, size, antialias) for side in (height, width))):
+        taps = functools.partial(resize_taps, output_size=size, antialias=antialias)
+        rows = taps(boxes[:, 0], boxes[:, 2], input_size=height)
+        cols = taps(boxes[:, 1], boxes[:, 3], input_size=width)
         crops = _gathered(images, rows, cols)
         return crops if flipped is None else flip(crops, flipped)
-    if flipped is not None:
-        cols = jnp.where(flipped[:, None, None], cols[:, ::-1], cols)
-    return _separable(images, rows, cols)
+    matrix = functools.partial(_matrix, output_size=size, antialias=antialias)
+    rows_MxSxH, row_sum_MxS = matrix(boxes[:, 0], boxes[:, 2], input_size=height)
+    cols_MxSxW, col_sum_MxS = matrix(boxes[:, 1], boxes[:, 3], input_size=width, mirrored=flipped)
+    # One product a channel of each image for all its rows of weights. What they sum to divides the crops, which are
+    # read and written anyway, and not the weights.
+    rows_NxVSxH = rows_MxSxH.reshape(len(images), -1, height)
+    by_row, by_col = (1.0 / row_sum_MxS)[:, :, None], (1.0 / col_sum_MxS)[:, None, :]
+    planes = []
+    for c in range(channels):
+        image_NxHxW = images[..., c].astype(jnp.float32)
+        tall_NxVSxW = jnp.einsum("nsh,nhw->nsw", rows_NxVSxH, image_NxHxW, precision=_EXACT)
+        tall_MxSxW = tall_NxVSxW.reshape(len(boxes), size, width)
+        small_MxSxS = jnp.einsum("msw,mrw->msr", tall_MxSxW, cols_MxSxW, precision=_EXACT)
+        planes.append(small_MxSxS * by_row * by_col)
+    return join(planes).astype(images.dtype)
+
+
+def join(planes: Sequence[jax.Array]) -> jax.Array:
+    """One array [N,H,W] a channel -> images [N,H,W,C]."""
+    if len(planes) > 4:
+        return jnp.stack(planes, axis=-1)
+    # A choice and not `stack`: XLA's CPU compiler branches for every value of a concatenation.
+    *others, last = (plane[..., None] for plane in planes)
+    channel, images = jnp.arange(len(planes)), last
+    for c, plane in reversed(list(enumerate(others))):
+        images = jnp.where(channel == c, plane, images)
+    return images
 
 
 def _gathered(images: jax.Array, rows: tuple[jax.Array, jax.Array], cols: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """As `_separable`, with the pixels and weights of `resize_taps` instead of matrices."""
+    """images [N,H,W,C] with the pixels and weights of `resize_taps`, of several crops an image or one."""
 
     def one(image_HxWxC, row_SxK, row_weight_SxK, col_RxK, col_weight_RxK):
         height, width, channels = image_HxWxC.shape
@@ -203,17 +243,8 @@ def _gathered(images: jax.Array, rows: tuple[jax.Array, jax.Array], cols: tuple[
         tall_SxWxC = tall_SxWC.reshape(len(row_SxK), width, channels)
         return sum(col_weight_RxK[:, k, None] * tall_SxWxC[:, col_RxK[:, k]] for k in range(col_RxK.shape[1]))
 
+    images = jnp.repeat(images, len(rows[0]) // len(images), axis=0)
     return jax.vmap(one)(images, *rows, *cols).astype(images.dtype)
-
-
-def _separable(images: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
-    """images [N,H,W,C], rows [N,S,H], cols [N,R,W] -> [N,S,R,C]: rows @ image @ cols^T in every channel."""
-    # Channels move between height and width: then both products are plain matrix products an image, [S,H] @
-    # [H,CW] and [SC,W] @ [W,R], that no library has to transpose for.
-    image_NxHxCxW = jnp.swapaxes(images, 2, 3).astype(jnp.float32)
-    tall_NxSxCxW = jnp.einsum("nsh,nhcw->nscw", rows, image_NxHxCxW, precision=_EXACT)
-    small_NxSxCxR = jnp.einsum("nscw,nrw->nscr", tall_NxSxCxW, cols, precision=_EXACT)
-    return jnp.swapaxes(small_NxSxCxR, 2, 3).astype(images.dtype)
 
 
 def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array:
@@ -300,7 +331,7 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array, *, kernel_size: int | Non
     kernel_NxK = kernel_NxK / jnp.sum(kernel_NxK, axis=1, keepdims=True)
     kernel_NxK = kernel_NxK.astype(images.dtype)
     # Shifted sums, one fused loop an axis: on a CPU 2x as fast as banded matrices at 32 pixels, equal at 224.
-    # A matrix unit would take [S,S] banded matrices through `_separable`.
+    # A matrix unit would take [S,S] banded matrices.
     out = images
     for axis, side in ((1, height), (2, width)):
         pad = [(0, 0)] * 4

@@ -251,17 +251,20 @@ class Pipeline:
         """Augments a batch.
 
         Args:
-          keys: [N] typed threefry keys, one an image.
+          keys: [N] typed threefry keys, one an image; or [V N] for V views of each, those of an image side by side.
           images: [N,H,W,C], uint8 or float in [0,1].
 
         Returns:
-          images float32 [N,S,S,C] and the drawn parameters, name -> [N,...].
+          images float32 [N,S,S,C] and the drawn parameters, name -> [N,...]; or [V N,...], as the keys.
 
         Raises:
-          UserError: keys not one an image, or images an operation cannot take.
+          UserError: keys not one an image nor as many for each, or images an operation cannot take.
         """
         _check_batch(keys, images)
         images = ops.to_unit(images)
+        if len(keys) > len(images) and not isinstance(next(iter(self.ops), None), RandomResizedCrop):
+            # A crop reads an image once for all its views.
+            images = jnp.repeat(images, len(keys) // len(images), axis=0)
         names = [op.name for op in self.ops]
         nths = [names[: i + 1].count(name) for i, name in enumerate(names)]
         op_keys = _op_keys(keys, [f"{name}:{nth}" for name, nth in zip(names, nths, strict=True)])
@@ -397,5 +400,7 @@ def _check_batch(keys: jax.Array, images: jax.Array) -> None:
         raise UserError(
             f"a pipeline takes threefry keys, got {keys.dtype}: use jax.random.key(seed, impl='threefry2x32')"
         )
-    if keys.shape != images.shape[:1]:
-        raise UserError(f"a pipeline takes one key an image: got keys {keys.shape}, {images.shape[0]} images")
+    if keys.ndim != 1 or len(keys) < len(images) or len(keys) % max(len(images), 1):
+        raise UserError(
+            f"a pipeline takes one key an image, or as many for each: got keys {keys.shape}, {len(images)} images"
+        )

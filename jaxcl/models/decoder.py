@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
+from jaxcl.models.activations import relu
 from jaxcl.models.batch_norm import BatchNorm, zero_rows
 from jaxcl.models.heads import Dense, dense_init
 from jaxcl.models.norms import MOMENTUM
@@ -61,13 +62,13 @@ class DecoderBlock(nn.Module):
             made = BatchNorm(momentum=self.momentum, epsilon=1e-5, dtype=self.dtype, name=name)
             return lambda y: made(y, **mode)
 
-        y = nn.relu(norm("bn1")(conv(x.shape[-1], 3, "conv1")(x)))
+        y = relu(norm("bn1")(conv(x.shape[-1], 3, "conv1")(x)))
         y = norm("bn2")(conv(self.planes, 3, "conv2")(_grow(y, self.factor)))
         if self.factor != 1 or x.shape[-1] != self.planes:
             # The original upsamples first. A copy of a pixel changes neither a 1x1 convolution nor a batch's mean and
             # variance, so this is the same at a fourth of the cost.
             x = _grow(norm("shortcut_bn")(conv(self.planes, 1, "shortcut_conv")(x)), self.factor)
-        return nn.relu(y + x)
+        return relu(y + x)
 
 
 def _conv(features: int, kernel: int, dtype: Any, convolution: Callable | None, name: str) -> nn.Module:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxcl.augment import IDENTITY
 from jaxcl.errors import UserError
+from jaxcl.models.activations import relu
 from jaxcl.models.batch_norm import BatchNorm, zero_rows
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, name_in_set
 
@@ -113,13 +114,13 @@ class ProjectionHead(nn.Module):
         for name in self.embeds:
             # No bias: the batch norm has one. It also takes parameters of any scale.
             a = Dense(self.embed_features, self.dtype, False, name=f"{EMBED}{name}")(drawn_numbers(name, drawn, len(h)))
-            told.append(nn.relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
+            told.append(relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
         h = zero_rows(h, where)  # not finite, it would spoil the kernels' gradients
         h = jnp.concatenate([h, *told], -1) if told else h
         for i in range(self.hidden_layers):
             # A bias before a batch norm would do nothing.
             h = Dense(width, self.dtype, self.norm == "none", name=f"hidden{i}")(h)
-            h = nn.relu(self._normalise(f"bn{i}", self.norm, h, mode, norm_set))
+            h = relu(self._normalise(f"bn{i}", self.norm, h, mode, norm_set))
         h = Dense(self.features, self.dtype, self.out_norm == "none", name="out")(h)
         h = self._normalise("out_bn", self.out_norm, h, mode, norm_set)
         return h.astype(jnp.promote_types(self.dtype, jnp.float32))

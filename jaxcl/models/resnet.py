@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
+from jaxcl.models.activations import relu
 from jaxcl.models.batch_norm import zero_rows
 from jaxcl.models.norms import MOMENTUM, NORMS, SET_MOMENTUM, add_norms, apply_norm, check_norm_sets
 
@@ -124,12 +125,12 @@ class BasicBlock(nn.Module):
 
     def to_tap(self, x: Array, mode: dict) -> Array:
         """The raw output of the last convolution: before its batch norm, the residual sum and the ReLU."""
-        return self.conv2(nn.relu(apply_norm(self, "bn1", self.conv1(x), mode)))
+        return self.conv2(relu(apply_norm(self, "bn1", self.conv1(x), mode)))
 
     def from_tap(self, a: Array, x: Array, mode: dict) -> Array:
         y = apply_norm(self, "bn2", a, mode)
         shortcut = apply_norm(self, "shortcut_bn", self.shortcut_conv(x), mode) if self.projects else x
-        return nn.relu(y + shortcut)
+        return relu(y + shortcut)
 
     def __call__(self, x: Array, mode: dict) -> Array:
         return self.from_tap(self.to_tap(x, mode), x, mode)
@@ -164,13 +165,13 @@ class Bottleneck(nn.Module):
 
     def to_tap(self, x: Array, mode: dict) -> Array:
         """The raw output of the third convolution, before its batch norm."""
-        y = nn.relu(apply_norm(self, "bn1", self.conv1(x), mode))
-        return self.conv3(nn.relu(apply_norm(self, "bn2", self.conv2(y), mode)))
+        y = relu(apply_norm(self, "bn1", self.conv1(x), mode))
+        return self.conv3(relu(apply_norm(self, "bn2", self.conv2(y), mode)))
 
     def from_tap(self, a: Array, x: Array, mode: dict) -> Array:
         y = apply_norm(self, "bn3", a, mode)
         shortcut = apply_norm(self, "shortcut_bn", self.shortcut_conv(x), mode) if self.projects else x
-        return nn.relu(y + shortcut)
+        return relu(y + shortcut)
 
     def __call__(self, x: Array, mode: dict) -> Array:
         return self.from_tap(self.to_tap(x, mode), x, mode)
@@ -231,7 +232,7 @@ class ResNet(nn.Module):
     def _stem(self, x: Array, mode: dict) -> Array:
         # Rows that do not count stay zero from here on: what follows has no bias but the norms', which know them.
         x = zero_rows(x.astype(self.dtype), mode.get("where"))
-        x = nn.relu(apply_norm(self, "stem_bn", self.stem_conv(x), mode))
+        x = relu(apply_norm(self, "stem_bn", self.stem_conv(x), mode))
         if self.stem == "imagenet":
             # Post-ReLU values are >= 0, so zero padding equals the -inf padding of the original.
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

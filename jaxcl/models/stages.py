@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.models.activations import relu
 from jaxcl.models.batch_norm import zero_rows
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, add_norms, apply_norm
 from jaxcl.models.resnet import MatmulConv, conv_init
@@ -67,8 +68,8 @@ class SepConv(nn.Module):
         add_norms(self, "bn2", self.features)
 
     def __call__(self, x: Array, mode: dict) -> Array:
-        x = nn.relu(apply_norm(self, "bn1", self.pointwise1(self.depthwise1(x)), mode))
-        return nn.relu(apply_norm(self, "bn2", self.pointwise2(self.depthwise2(x)), mode))
+        x = relu(apply_norm(self, "bn1", self.pointwise1(self.depthwise1(x)), mode))
+        return relu(apply_norm(self, "bn2", self.pointwise2(self.depthwise2(x)), mode))
 
 
 class Adapter(nn.Module):
@@ -103,12 +104,12 @@ class Adapter(nn.Module):
         if self.norm == "batch":
             mode = dict(use_running_average=not train, where=where if train else None, norm_set=norm_set)
         x = zero_rows(x, mode.get("where"))
-        x = nn.relu(apply_norm(self, "squeeze_bn", self.squeeze(x), mode))
+        x = relu(apply_norm(self, "squeeze_bn", self.squeeze(x), mode))
         # To the map's own size, where the authors double: a side may be odd.
         mask = self.gate(x, mode)
         mask = jax.image.resize(mask, x.shape, "bilinear")
         x = nn.sigmoid(apply_norm(self, "gate_bn", mask, mode)) * x
         for block in self.down:
             x = block(x, mode)
-        x = nn.relu(apply_norm(self, "expand_bn", self.expand(x), mode))
+        x = relu(apply_norm(self, "expand_bn", self.expand(x), mode))
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))

@@ -110,6 +110,16 @@ def test_fractional_box_of_a_ramp_reads_the_ramp():
     np.testing.assert_allclose(out[0, 0, 1:3, 0], 6.25 + (np.arange(1, 3) + 0.5) * 12.5 / 4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_channels_of_any_number_are_cropped_each_by_itself(channels):
+    images = jax.random.uniform(jax.random.key(0), (3, 9, 11, channels))
+    boxes = jnp.array([[0, 1, 5, 6], [2, 0, 7, 11], [4, 4, 3, 3.0]])
+    out = ops.resized_crop(images, boxes, 6)
+    assert out.shape == (3, 6, 6, channels)
+    for c in range(channels):
+        np.testing.assert_array_equal(out[..., c], ops.resized_crop(images[..., c : c + 1], boxes, 6)[..., 0])
+
+
 def test_whole_box_at_the_same_size_changes_nothing():
     images = unit(photo(3, 16, 16))
     out = ops.resized_crop(images, jnp.array([[0, 0, 16, 16]] * 3), 16)

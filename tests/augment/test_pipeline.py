@@ -96,6 +96,18 @@ def test_result_does_not_depend_on_the_batch_around_it(view, result):
         np.testing.assert_allclose(value, params[name][5:8], rtol=1e-6)
 
 
+@pytest.mark.parametrize("side", [16, 64])  # by products of matrices, and on a CPU by gathering
+@pytest.mark.parametrize("make", [augment.random_view, augment.standard_view])
+def test_several_views_of_an_image_are_those_of_the_image_repeated(make, side):
+    images, several = batch(5, side, side), keys(15)
+    view = make(side, MEAN, STD)
+    out, params = view(several, images)
+    repeated, same = view(several, np.repeat(images, 3, axis=0))
+    np.testing.assert_allclose(out, repeated, atol=2e-6)
+    for name, value in params.items():
+        np.testing.assert_array_equal(value, same[name])
+
+
 def test_types_do_not_depend_on_x64():
     view = augment.random_view(SIZE, MEAN, STD, **EVERYTHING)
     want = jax.eval_shape(view, keys(), batch())
@@ -116,10 +128,14 @@ def test_one_and_eight_devices_agree_without_communication(view, result):
     images, params = compiled(*arguments)
     assert images.sharding.is_equivalent_to(sharding, images.ndim)
     np.testing.assert_allclose(images, result[0], atol=2e-5)
+    three = jax.device_put((keys(3 * COUNT), batch()), sharding)
+    several = view.lower(*three).compile()
+    np.testing.assert_allclose(several(*three)[0], view(keys(3 * COUNT), batch())[0], atol=2e-5)
     for name, value in params.items():
         np.testing.assert_allclose(value, result[1][name], rtol=1e-6)
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert collective not in compiled.as_text()
+        assert collective not in several.as_text()
 
 
 def test_leaving_a_part_out_keeps_the_draws_of_the_others(result):
@@ -231,6 +247,7 @@ def test_bad_options_are_one_line(options):
 def test_bad_batches_are_refused(view):
     for bad_keys, images in (
         (keys(4), batch(5)),
+        (keys(7), batch(5)),
         (keys(4), batch(4)[0]),
         (jax.random.key_data(keys(4)), batch(4)),
         (jax.random.split(jax.random.key(0, impl="rbg"), 4), batch(4)),
