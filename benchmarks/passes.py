@@ -13,7 +13,7 @@ from the recipe and timed alone, each a program of its own on ready images of th
 Each round times some updates of every method and every pass in turn, so a machine that slows down slows all of them;
 ratios are taken round by round and their medians printed with quartiles. Besides, in the same rounds:
 
-* the losses alone, with their gradients, at batches of 512, beside the passes at that size scaled from these;
+* the losses alone, with their gradients, at batches of 512, beside a whole update of that size;
 * views a second of each method beside the images a second of a supervised step (one view, cross-entropy).
 """
 
@@ -86,7 +86,7 @@ def program(step: Step, of: Passes) -> Callable[[], object]:
 
 def function_of(step: Step, of: Passes) -> tuple[Callable[..., object], tuple]:
     """(the passes, what they are given)."""
-    model = step.recipe.encoder(of.encoder)
+    model = step.recipe.for_one_device().encoder(of.encoder)  # as the update has it
     # Copies: the update gives its state away.
     params, stats = jax.tree.map(
         jnp.copy, tuple(of_encoder(t, of.encoder) for t in (step.state.params, step.state.batch_stats))
@@ -188,6 +188,9 @@ def report(names: list[str], rounds: int, steps: int, batch_size: int = 0) -> st
     timed: dict[object, Callable[[], object]] = {n: m.run(steps) for n, m in methods.items()}
     timed["supervised"] = plain.run(steps)
     for n, m in methods.items():
+        large = configs[n].copy_and_resolve_references()
+        large.batch_size = LARGE
+        timed["large", n] = Whole(large, source).run(1)
         timed["loss", n] = losses(m, LARGE)
         for p in wanted[n]:
             timed.setdefault(("passes", p), program(m, p))
@@ -203,7 +206,7 @@ def report(names: list[str], rounds: int, steps: int, batch_size: int = 0) -> st
         step = np.array(times[n]) / steps
         bare = sum(np.array(times["passes", p]) for p in wanted[n])
         B = m.recipe.batch_size
-        share = np.array(times["loss", n]) / (bare * LARGE / B)
+        share = np.array(times["loss", n]) / times["large", n]
         views = sum(p.images for p in wanted[n] if p.kind == "train") / step
         images = B / (np.array(times["supervised"]) / steps)
         low, high = np.percentile(step / bare, [25, 75])

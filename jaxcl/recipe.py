@@ -186,8 +186,15 @@ class Recipe:
 
     def for_loops(self) -> "Recipe":
         """The same, with encoders to be differentiated inside a loop."""
-        encoders = {n: m.for_loops() for n, m in self.encoders.items()}
-        return dataclasses.replace(self, model=self.model.for_loops(), encoders=encoders)
+        return self._with_encoders(Model.for_loops)
+
+    def for_one_device(self) -> "Recipe":
+        """The same, with encoders to be differentiated on a batch that is all on one device."""
+        return self._with_encoders(Model.for_one_device)
+
+    def _with_encoders(self, change: Callable[[Model], Model]) -> "Recipe":
+        encoders = {n: change(m) for n, m in self.encoders.items()}
+        return dataclasses.replace(self, model=change(self.model), encoders=encoders)
 
     def encoder(self, name: str) -> Model:
         """The model of that name, "" the main one; a moving average has that of the encoder it follows."""

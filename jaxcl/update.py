@@ -244,7 +244,8 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
     term_values, head_views = make_terms(recipe, mesh, active), recipe.head_views(active)
     shown = {e for n in active for e in getattr(recipe.terms[n], "images", ())}
     parts = recipe.batch_size // recipe.accumulate.micro_batch if recipe.accumulate.micro_batch else 1
-    encoding = recipe.for_loops() if parts > 1 else recipe
+    whole = recipe.for_one_device() if mesh is None or mesh.size == 1 else recipe
+    encoding = recipe.for_loops() if parts > 1 else whole
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with part("augment"):

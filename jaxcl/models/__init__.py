@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
-from jaxcl.models.convolution import loop_conv
+from jaxcl.models.convolution import loop_conv, parted_conv
 from jaxcl.models.heads import ProjectionHead, check_embeds, check_head
 from jaxcl.models.norms import SET_MOMENTUM, replace, statistics_of
 from jaxcl.models.resnet import ResNet, resnet, tap_stage
@@ -212,9 +212,17 @@ class Model:
 
     def for_loops(self) -> "Model":
         """The same model, to be differentiated inside a loop: see models.convolution."""
+        return self._with(loop_conv)
+
+    def for_one_device(self) -> "Model":
+        """The same model, to be differentiated on a batch that is all on one device: see models.convolution."""
+        return self._with(parted_conv)
+
+    def _with(self, convolution: Callable) -> "Model":
+        """With a convolution for CPUs."""
         if jax.default_backend() != "cpu" or not isinstance(self.encoder, ResNet):
             return self
-        return dataclasses.replace(self, encoder=self.encoder.clone(convolution=loop_conv))
+        return dataclasses.replace(self, encoder=self.encoder.clone(convolution=convolution))
 
     @property
     def embedding_features(self) -> int:

@@ -1,4 +1,4 @@
-"""A convolution for loops: lax's own values and gradients, in a form that no loop slows down."""
+"""Convolutions for CPUs: lax's own values and gradients, in forms that no loop and no batch slows down."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxcl.errors import UserError
 from jaxcl.models import ModelOptions, make_model
-from jaxcl.models.convolution import LAYOUT, loop_conv
+from jaxcl.models.convolution import LAYOUT, MOST, ROWS, loop_conv, parted_conv, rows_of_a_part
 
 # kernel, strides, padding, side: all that a ResNet has, sides that strides do not divide, unequal padding.
 CASES = [
@@ -22,9 +22,10 @@ CASES = [
 ]
 
 
-def test_values_and_gradients_are_those_of_lax():
+@pytest.mark.parametrize("conv, batch", [(loop_conv, 2), (parted_conv, 2), (parted_conv, 3 * ROWS)])
+def test_values_and_gradients_are_those_of_lax(conv, batch):
     inputs = [
-        (tiny.normal(2, side, side, 3, seed=i), tiny.normal(k, k, 3, 4, seed=9))
+        (tiny.normal(batch, side, side, 3, seed=i), tiny.normal(k, k, 3, 4, seed=9))
         for i, (k, _, _, side) in enumerate(CASES)
     ]
 
@@ -39,7 +40,7 @@ def test_values_and_gradients_are_those_of_lax():
         wide = [(x.astype(np.float64), k.astype(np.float64)) for x, k in inputs]
         run = jax.jit(
             lambda inputs: [
-                [value_and_grads(f, c, *i) for c, i in zip(CASES, inputs, strict=True)] for f in (loop_conv, reference)
+                [value_and_grads(f, c, *i) for c, i in zip(CASES, inputs, strict=True)] for f in (conv, reference)
             ]
         )
         ours, theirs = run(wide)
@@ -68,21 +69,53 @@ def test_its_gradients_are_in_the_one_layout_that_is_fast():
     assert len(set(layouts(lambda *a: lax.conv_general_dilated(*a, dimension_numbers=LAYOUT)))) > 1
 
 
+@pytest.mark.parametrize(
+    "batch, rows", [(1, 1), (ROWS - 1, ROWS - 1), (128, 16), (384, 24), (4096, 256), (40, 20), (97, 97), (0, 0)]
+)
+def test_a_batch_falls_into_equal_parts_or_is_one(batch, rows):
+    assert rows_of_a_part(batch) == rows
+    assert not rows or (batch % rows == 0 and batch // rows <= MOST)
+
+
+def test_a_gradient_in_parts_can_be_differentiated_and_vmapped():
+    x, kernel = (a.astype(np.float64) for a in (tiny.normal(2 * ROWS, 5, 5, 2), tiny.normal(3, 3, 2, 3)))
+
+    def reference(x, kernel, strides, padding):
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
+
+    def slope(conv, x, kernel):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel, (2, 2), ((1, 1), (1, 1)))))
+
+        return jnp.sum(jnp.cos(jax.grad(loss, argnums=1)(x, kernel)))
+
+    def both(conv):
+        kernels = jnp.stack([kernel, 2 * kernel])
+        return jax.vmap(jax.grad(lambda k, x: slope(conv, x, k), argnums=(0, 1)), (0, None))(kernels, x)
+
+    with jax.enable_x64(True):
+        for ours, theirs in zip(*jax.jit(lambda: (both(parted_conv), both(reference)))(), strict=True):
+            assert ours.dtype == np.float64
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("conv", [loop_conv, parted_conv])
 @pytest.mark.parametrize("options", [dict(rhs_dilation=(2, 2)), dict(lhs_dilation=(1, 2)), dict(feature_group_count=3)])
-def test_what_it_does_not_know_is_refused(options):
+def test_what_it_does_not_know_is_refused(conv, options):
     with pytest.raises(UserError, match="dilation or groups given"):
-        loop_conv(tiny.normal(1, 4, 4, 3), tiny.normal(3, 3, 3, 3), (1, 1), ((1, 1), (1, 1)), **options)
+        conv(tiny.normal(1, 4, 4, 3), tiny.normal(3, 3, 3, 3), (1, 1), ((1, 1), (1, 1)), **options)
 
 
-def test_a_model_for_loops_is_the_same_function_of_the_same_parameters():
+@pytest.mark.parametrize("name, conv", [("for_loops", loop_conv), ("for_one_device", parted_conv)])
+def test_a_changed_model_is_the_same_function_of_the_same_parameters(name, conv):
     model = make_model(ModelOptions(stage_sizes=(1, 1), stage_widths=(8, 16), head_features=12))
     params, stats = tiny.model_variables(model, side=8)
-    looped = model.for_loops()
-    assert looped.encoder.convolution is loop_conv and model.encoder.convolution is None
+    changed = getattr(model, name)()
+    assert changed.encoder.convolution is conv and model.encoder.convolution is None
 
     def loss(m, params):
-        return jnp.sum(m.encode(params, stats, tiny.normal(4, 8, 8, 3), train=True)[0] ** 2)
+        return jnp.sum(m.encode(params, stats, tiny.normal(32, 8, 8, 3), train=True)[0] ** 2)
 
-    a, b = jax.jit(lambda p: [jax.grad(loss, argnums=1)(m, p) for m in (looped, model)])(params)
+    a, b = jax.jit(lambda p: [jax.grad(loss, argnums=1)(m, p) for m in (changed, model)])(params)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * max(1e-2, float(np.abs(y).max())))
