@@ -68,6 +68,7 @@ class How(NamedTuple):
 
     form: Literal["dense", "tiled", "ring"]
     tile: int
+    asked: bool = True  # for by name, and with it all that it can; False: by "auto", for its speed
 
 
 def choose(loss: str, implementation: str, rows: int, columns: int, axis_name: AxisName) -> How:
@@ -75,10 +76,10 @@ def choose(loss: str, implementation: str, rows: int, columns: int, axis_name: A
     check_choice(loss, "implementation", implementation, IMPLEMENTATIONS)
     if implementation == "ring" and axis_name is None:
         raise UserError(f"{loss}: implementation='ring' without axis_name, expected a mesh axis; or use 'tiled'")
-    if implementation == "auto":
-        large = "tiled" if axis_name is None else "ring"
-        implementation = "dense" if rows * columns <= _limits.dense_logits else large
-    return How(implementation, _limits.tile)
+    if implementation != "auto":
+        return How(implementation, _limits.tile)
+    large = "tiled" if axis_name is None else "ring"
+    return How("dense" if rows * columns <= _limits.dense_logits else large, _limits.tile, asked=False)
 
 
 def is_bounded(unit_vectors: bool, temperature: Any) -> bool:
@@ -93,8 +94,8 @@ def row_sums(
 
     cols None: the rows themselves, without each row's own column. axis_name: inside `jax.shard_map`, `rows` and `cols`
     are this device's parts, and its rows are summed over the columns of all devices: in a "ring", or, "dense" and
-    "tiled", over columns gathered beforehand. "dense" holds the R x C logits and can be differentiated in every way;
-    the others in reverse mode once.
+    "tiled", over columns gathered beforehand. "dense" holds the R x C logits and can be differentiated in every way, if
+    it was asked for; the others in reverse mode once.
     """
     count = len(rows.z)
     if axis_name is not None and how.form != "ring":
@@ -104,7 +105,8 @@ def row_sums(
         cols = jax.tree.map(lambda x: gather(x, axis_name), cols)
         axis_name = None
     if how.form == "dense":
-        return tiles.whole(sums, rows, cols)
+        # Where rows meet themselves our own gradient takes one product, and JAX's two.
+        return _one_tile(sums, rows) if cols is None and not how.asked else tiles.whole(sums, rows, cols)
     rows = tiles.split(rows, how.tile)
     cols = None if cols is None else tiles.split(cols, how.tile)
     rows, cols = jax.tree.map(lambda x: _varying(x, axis_name), (rows, cols))
@@ -120,6 +122,25 @@ def _varying(x: Array, axis_name: AxisName) -> Array:
         except ValueError:  # it is already
             pass
     return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_tile(sums: Sums, rows: Side) -> tuple[Array, ...]:
+    return tiles.finish(sums, tiles.alone(sums, rows))
+
+
+def _one_tile_forward(sums, rows):
+    out = _one_tile(sums, rows)
+    return out, (rows, out)
+
+
+def _one_tile_backward(sums, residuals, cotangents):
+    rows, out = residuals
+    dz, dvalues = tiles.alone_pull(sums, rows, tiles.pulls(sums, out, cotangents))
+    return (Side(dz, fixed=None, values=dvalues, valid=None, element=None),)
+
+
+_one_tile.defvjp(_one_tile_forward, _one_tile_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

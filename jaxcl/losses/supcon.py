@@ -178,7 +178,8 @@ def _supcon(
         z_MxD = _vectors(negatives.reshape(len(negatives), dim), valid, dtype, normalize, shrink)
         batch = batch._replace(negatives=z_MxD, negatives_kept=valid)
 
-    if how.form == "dense" or mask is not None:
+    dense = how.form == "dense" and (how.asked or axis_name is not None)  # otherwise the engine's one tile is faster
+    if dense or mask is not None:
         loss_R, positive_R = by_matrix(batch, anchors=anchors, form=how.form, axis_name=axis_name)
     else:
         loss_R, positive_R = by_engine(batch, anchors=anchors, bounded=bounded, how=how, axis_name=axis_name)

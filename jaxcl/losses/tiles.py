@@ -233,14 +233,29 @@ def _plus(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(jnp.add, a, b)
 
 
+def alone(sums: Sums, side: Side) -> Tree:
+    """Statistics of one tile of rows [T] against itself, without each vector's own column."""
+    return _tile_state(sums, dot(side.z, side.z), side, side, jnp.eye(len(side.z), dtype=bool), 1)
+
+
+def alone_pull(sums: Sums, side: Side, pull: Tree) -> tuple[Array, Tree]:
+    """Backward of `alone`: cotangents of (side.z, side.values).
+
+    The tile is its own transpose, so what its columns get is known in the order of its rows: one product, not two.
+    """
+    s, diagonal = dot(side.z, side.z), jnp.eye(len(side.z), dtype=bool)
+    ds, own, other = _tile_pull(sums, s, side, side, diagonal, 1, pull)
+    ds_t, _, _ = _tile_pull(sums, s, side, side, diagonal, 0, pull)
+    return _times(ds + ds_t, side.z), _plus(own, other)
+
+
 def within(sums: Sums, side: Side, state: Tree) -> Tree:
     """Statistics of a block [n, T] against itself, without each vector's own column; every pair of tiles once."""
-    n, size = side.z.shape[:2]
-    diagonal = jnp.eye(size, dtype=bool)
+    n = len(side.z)
 
     def row(i, state):
         a = take(side, i)
-        own = _tile_state(sums, dot(a.z, a.z), a, a, diagonal, 1)
+        own = alone(sums, a)
 
         def column(j, carry):
             own, state = carry
@@ -258,13 +273,11 @@ def within(sums: Sums, side: Side, state: Tree) -> Tree:
 
 def within_pull(sums: Sums, side: Side, pull: Tree, grads: Tree) -> Tree:
     """Backward of `within`, added to the cotangents of (side.z transposed, side.values); see `zero_grads`."""
-    n, size = side.z.shape[:2]
-    diagonal = jnp.eye(size, dtype=bool)
+    n = len(side.z)
 
     def row(i, grads):
         a, pull_a = take(side, i), take(pull, i)
-        ds, own, other = _tile_pull(sums, dot(a.z, a.z), a, a, diagonal, 1, pull_a)
-        mine = (_times(ds, a.z) + _columns_times(ds, a.z).T, _plus(own, other))
+        mine = alone_pull(sums, a, pull_a)
 
         def column(j, carry):
             mine, grads = carry

@@ -118,10 +118,39 @@ def test_rings_of_any_size(wide, symmetric, bounded, devices):
         np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("how", [How("dense", 3, asked=False), How("dense", 3), How("tiled", 3)], ids=str)
+def test_rows_against_themselves_however_asked_for(wide, how, bounded):
+    p = {k: jnp.asarray(v) for k, v in problem(11, 11).items()}
+
+    def ours(z, bias):
+        return weighted(row_sums(Sums(entries, KINDS, bounded), Side(z, p["label"], bias, p["valid"]), how=how), 0)
+
+    def theirs(z, bias):
+        same = p["label"], bias
+        return weighted(written_out(z, z, *same, *same, p["valid"], symmetric=True), 0)
+
+    (got, got_grads), (want, want_grads) = (
+        jax.jit(jax.value_and_grad(f, (0, 1)))(p["z"], p["bias"]) for f in (ours, theirs)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-11)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        assert np.abs(w).max() > 1e-3
+        np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-11)
+
+
+def test_dense_by_name_is_differentiated_twice_and_forwards(wide):
+    z = np.random.default_rng(0).normal(size=(2, 4, 3))
+    loss = functools.partial(nt_xent, implementation="dense")
+    forward = jax.jacfwd(jax.grad(loss))(*z)
+    assert np.abs(forward).max() > 1e-3
+    np.testing.assert_allclose(forward, jax.jacrev(jax.grad(loss))(*z), rtol=1e-9, atol=1e-12)
+
+
 def test_nan_is_not_taken_for_an_empty_row(wide):
     z = np.random.default_rng(0).normal(size=(12, 2, 5))
     z[3, 1, 2] = np.nan
-    for how in ("dense", "tiled"):
+    for how in ("dense", "tiled", "auto"):
         assert np.isnan(supcon(z, np.arange(12) % 3, implementation=how))
         assert np.isnan(supcon(z, implementation=how))
 
