@@ -65,7 +65,7 @@ def nt_xent(
       implementation: how the [2B, 2B] part is computed; the number is the same. "dense" forms all logits at
         once, "tiled" keeps a few numbers a row and recomputes tiles for the gradient (a first reverse-mode
         derivative only), "ring" is tiled with the blocks going from device to device (needs `axis_name`),
-        "auto" chooses by size (`jaxcl.losses.limits`).
+        "auto" chooses by size (`jaxcl.losses.limits`), and is differentiated as "tiled" is.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the images are split. z1, z2 and
         negatives then hold this device's images; its anchors meet the rows of all devices, and the result is
         the loss of the global batch, equal on every device.

@@ -78,8 +78,8 @@ def supcon(
         numbers a row and recomputes tiles for the gradient: O((N V + M) D) memory, and beyond some thousand
         elements also the fastest; it has a first reverse-mode derivative only. "ring", under `axis_name`, is tiled
         with the blocks of the devices going round instead of being gathered. "auto": dense up to
-        `jaxcl.losses.limits` logits on a device, then tiled, or ring with `axis_name`. A mask is an N x N matrix
-        anyway: for it "tiled" takes tiles of rows, and there is no ring.
+        `jaxcl.losses.limits` logits on a device, then tiled, or ring with `axis_name`; differentiated as "tiled" is.
+        A mask is an N x N matrix anyway: for it "tiled" takes tiles of rows, and there is no ring.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is split. Every row
         argument then holds this device's rows; anchors of this device meet the columns of all devices, and
         the result is the loss of the global batch, equal on every device.

@@ -202,7 +202,7 @@ def by_engine(
         count_N = jnp.full(num_samples, num_views - 1)
     else:
         attract_R = sum(p[1] for p in parts)
-        count_N = _class_sizes(batch.labels, batch.real, axis_name) * num_views - 1
+        count_N = _class_sizes(batch.labels, batch.real, how.form, axis_name) * num_views - 1
     real = jnp.ones(num_samples, bool) if batch.real is None else batch.real
     count_R = jnp.repeat(jnp.where(real, count_N, 0), views)
     has_R = count_R > 0
@@ -218,11 +218,16 @@ def _between_views(z_NxVxD: jax.Array) -> jax.Array:
     return jnp.sum(others_NxVxD * z_NxVxD, axis=-1)
 
 
-def _class_sizes(labels: jax.Array, real: jax.Array | None, axis_name: AxisName) -> jax.Array:
-    """How many real samples of the global batch bear each sample's label [N]; O(N log N), no table of classes."""
+def _class_sizes(labels: jax.Array, real: jax.Array | None, form: str, axis_name: AxisName) -> jax.Array:
+    """How many real samples of the global batch bear each sample's label [N]; no table of classes.
+
+    In O(N log N); where the logits are dense anyway each label is compared with each, without sorting.
+    """
     everyone = gather(labels, axis_name)
-    order = jnp.argsort(everyone)
     counts = jnp.ones(len(everyone), jnp.int32) if real is None else gather(real, axis_name).astype(jnp.int32)
+    if form == "dense":
+        return jnp.sum(jnp.where(labels[:, None] == everyone[None], counts[None], 0), axis=1)
+    order = jnp.argsort(everyone)
     up_to = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts[order])])
     ranks = [jnp.searchsorted(everyone[order], labels, side=s) for s in ("left", "right")]
     return up_to[ranks[1]] - up_to[ranks[0]]
