@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         cache = jax.config.jax_compilation_cache_dir or folder
         jax.config.update("jax_compilation_cache_dir", cache)
         for c in contestants:
-            if c.key in state["memory"] or c.key == "supcon_auto":  # one of the other two
+            if c.key in state["memory"] or c.key == "supcon_auto":  # one of the other two, or as large as the dense one
                 continue
             note(f"memory of {c.name}")
             state["memory"][c.key] = memory_of(c, options, cache)

@@ -44,7 +44,7 @@ def make_plan(
     memory = _state_bytes(state, place_state(recipe, mesh))
     local = _of_one_device(config, facts, devices)
     batch = _batch(facts, b)
-    step = cost(jax.make_jaxpr(make_update(local, phase))(state, batch))
+    step = cost(jax.make_jaxpr(make_update(local, phase, runs_here=False))(state, batch))
     memory["batch"] = sum(x.size * x.dtype.itemsize for x in batch.values())
     memory["activations and gradients"] = step.temporaries
     other = _traffic(recipe, phase, state)

@@ -35,13 +35,16 @@ Metrics = dict[str, Array]
 
 
 def make_update(
-    recipe: Recipe, phase: Phase, mesh: Mesh | None = None
+    recipe: Recipe, phase: Phase, mesh: Mesh | None = None, *, runs_here: bool = True
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure update of one phase of the schedule; jit it with donation (see `compile_update`).
 
     mesh: the one over which the batch is sharded; None for a batch on one device.
+    runs_here: False where it is only looked at: nothing is then in a form for this process's kind of device.
     """
-    return _probe_update(recipe, mesh) if phase.learns == "probe" else _encoder_update(recipe, phase, mesh)
+    if phase.learns == "probe":
+        return _probe_update(recipe, mesh)
+    return _encoder_update(recipe, phase, mesh, runs_here)
 
 
 def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding):
@@ -239,13 +242,16 @@ def _represented(recipe: Recipe, embeddings: dict[str, Embedding], view: str) ->
     return Embedding(jnp.concatenate([x.h for x in e], -1), jnp.concatenate([x.z for x in e], -1), e[0].where)
 
 
-def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None):
+def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: bool):
     names, active = recipe.view_names(phase), recipe.term_names(phase)
     term_values, head_views = make_terms(recipe, mesh, active), recipe.head_views(active)
     shown = {e for n in active for e in getattr(recipe.terms[n], "images", ())}
     parts = recipe.batch_size // recipe.accumulate.micro_batch if recipe.accumulate.micro_batch else 1
-    whole = recipe.for_one_device() if mesh is None or mesh.size == 1 else recipe
-    encoding = recipe.for_loops() if parts > 1 else whole
+    encoding = recipe
+    if parts > 1:
+        encoding = recipe.for_loops()
+    elif runs_here and (mesh is None or mesh.size == 1):
+        encoding = recipe.for_one_device()
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with part("augment"):

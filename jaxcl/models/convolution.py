@@ -111,10 +111,11 @@ def _in_parts_backward(strides, pads, precision, kept, dy_NxhxwxO):
     def conv(x: Array, kernel: Array) -> Array:
         return _plain(x, kernel, pads, precision, strides=strides)
 
-    (dx,) = jax.vjp(lambda x: conv(x, kernel), x_NxHxWxC)[1](dy_NxhxwxO)
+    # Linear in each: transposed alone, where `jax.vjp` would have the convolution itself in the program once more.
+    (dx,) = jax.linear_transpose(lambda x: conv(x, kernel), x_NxHxWxC)(dy_NxhxwxO)
     rows = rows_of_a_part(len(x_NxHxWxC))
     parts = [slice(begin, begin + rows) for begin in range(0, max(1, len(x_NxHxWxC)), max(1, rows))]
-    dk = [jax.vjp(lambda k, p=p: conv(x_NxHxWxC[p], k), kernel)[1](dy_NxhxwxO[p])[0] for p in parts]
+    dk = [jax.linear_transpose(lambda k, p=p: conv(x_NxHxWxC[p], k), kernel)(dy_NxhxwxO[p])[0] for p in parts]
     return dx, functools.reduce(jnp.add, dk)
 
 
