@@ -223,9 +223,10 @@ def resized_crop(
 
 def join(planes: Sequence[jax.Array]) -> jax.Array:
     """One array [N,H,W] a channel -> images [N,H,W,C]."""
+    # A choice and not `stack`: XLA's CPU compiler branches for every value of a concatenation. But a choice reads all
+    # channels for each value, which does not pay for many.
     if len(planes) > 4:
         return jnp.stack(planes, axis=-1)
-    # A choice and not `stack`: XLA's CPU compiler branches for every value of a concatenation.
     *others, last = (plane[..., None] for plane in planes)
     channel, images = jnp.arange(len(planes)), last
     for c, plane in reversed(list(enumerate(others))):

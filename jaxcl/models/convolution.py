@@ -16,7 +16,7 @@ N batch, H W image, C channels in, h w image out, O channels out, k kernel.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def loop_conv(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence
     groups, which it does not know.
     """
     _check("loop_conv", options)
-    return _conv(x, kernel, tuple(strides), tuple(map(tuple, padding)), options.get("precision"))
+    return _conv(x, kernel, tuple(strides), tuple(map(tuple, padding)), options.get("precision"), _in_layout)
 
 
 def parted_conv(
@@ -44,7 +44,7 @@ def parted_conv(
 ) -> Array:
     """As `loop_conv`, for a batch on one CPU and outside of loops."""
     _check("parted_conv", options)
-    return _in_parts(x, kernel, tuple(strides), tuple(map(tuple, padding)), options.get("precision"))
+    return _conv(x, kernel, tuple(strides), tuple(map(tuple, padding)), options.get("precision"), _in_parts)
 
 
 def _check(name: str, options: dict) -> None:
@@ -58,17 +58,23 @@ def _plain(x: Array, kernel: Array, pads: Sequence[tuple[int, int]], precision, 
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=LAYOUT, precision=precision, **options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv(x: Array, kernel: Array, strides: tuple[int, ...], pads: Pads, precision) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _conv(x: Array, kernel: Array, strides: tuple[int, ...], pads: Pads, precision, gradients: Callable) -> Array:
     return _plain(x, kernel, pads, precision, strides=strides)
 
 
-def _forward(x, kernel, strides, pads, precision):
-    return _conv(x, kernel, strides, pads, precision), (x, kernel)
+def _forward(x, kernel, strides, pads, precision, gradients):
+    return _conv(x, kernel, strides, pads, precision, gradients), (x, kernel)
 
 
-def _backward(strides, pads, precision, kept, dy_NxhxwxO):
-    x_NxHxWxC, kernel = kept
+def _backward(strides, pads, precision, gradients, kept, dy):
+    return gradients(*kept, dy, strides, pads, precision)
+
+
+_conv.defvjp(_forward, _backward)
+
+
+def _in_layout(x_NxHxWxC: Array, kernel: Array, dy_NxhxwxO: Array, strides, pads: Pads, precision):
     dx_pads, dk_pads = [], []
     for H, k, h, stride, (low, _) in zip(
         x_NxHxWxC.shape[1:3], kernel.shape[:2], dy_NxhxwxO.shape[1:3], strides, pads, strict=True
@@ -84,9 +90,6 @@ def _backward(strides, pads, precision, kept, dy_NxhxwxO):
     return dx, dk_CxkxkxO.transpose(1, 2, 0, 3)
 
 
-_conv.defvjp(_forward, _backward)
-
-
 ROWS, MOST = 16, 16  # of a part; parts, for each is an operation to compile
 
 
@@ -96,18 +99,7 @@ def rows_of_a_part(batch: int) -> int:
     return next((rows for rows in range(least, batch) if batch % rows == 0), batch)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _in_parts(x: Array, kernel: Array, strides: tuple[int, ...], pads: Pads, precision) -> Array:
-    return _plain(x, kernel, pads, precision, strides=strides)
-
-
-def _in_parts_forward(x, kernel, strides, pads, precision):
-    return _in_parts(x, kernel, strides, pads, precision), (x, kernel)
-
-
-def _in_parts_backward(strides, pads, precision, kept, dy_NxhxwxO):
-    x_NxHxWxC, kernel = kept
-
+def _in_parts(x_NxHxWxC: Array, kernel: Array, dy_NxhxwxO: Array, strides, pads: Pads, precision):
     def conv(x: Array, kernel: Array) -> Array:
         return _plain(x, kernel, pads, precision, strides=strides)
 
@@ -117,6 +109,3 @@ def _in_parts_backward(strides, pads, precision, kept, dy_NxhxwxO):
     parts = [slice(begin, begin + rows) for begin in range(0, max(1, len(x_NxHxWxC)), max(1, rows))]
     dk = [jax.linear_transpose(lambda k, p=p: conv(x_NxHxWxC[p], k), kernel)(dy_NxhxwxO[p])[0] for p in parts]
     return dx, functools.reduce(jnp.add, dk)
-
-
-_in_parts.defvjp(_in_parts_forward, _in_parts_backward)

@@ -10,6 +10,7 @@ from jax import lax
 from jaxcl.errors import UserError
 from jaxcl.models import ModelOptions, make_model
 from jaxcl.models.convolution import LAYOUT, MOST, ROWS, loop_conv, parted_conv, rows_of_a_part
+from jaxcl.program_costs import cost
 
 # kernel, strides, padding, side: all that a ResNet has, sides that strides do not divide, unequal padding.
 CASES = [
@@ -97,6 +98,19 @@ def test_a_gradient_in_parts_can_be_differentiated_and_vmapped():
         for ours, theirs in zip(*jax.jit(lambda: (both(parted_conv), both(reference)))(), strict=True):
             assert ours.dtype == np.float64
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_parts_need_no_more_products_than_the_whole():
+    """Counted before compiling: a convolution that is only there to be transposed would be in it twice."""
+    x, kernel = tiny.normal(4 * ROWS, 6, 6, 2), tiny.normal(3, 3, 2, 5)
+
+    def flops(conv):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel, (1, 1), ((1, 1), (1, 1)))))
+
+        return cost(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel)).flops
+
+    assert flops(parted_conv) == flops(lambda *a: lax.conv_general_dilated(*a, dimension_numbers=LAYOUT)) > 0
 
 
 @pytest.mark.parametrize("conv", [loop_conv, parted_conv])
