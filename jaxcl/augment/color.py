@@ -60,12 +60,14 @@ def adjust_brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
 
 def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
     """clip(factor * x + (1 - factor) * m), m the mean of the grey image; factor [N] >= 0."""
-    return ops.join(_contrast(_split(images, "contrast"), factor))
+    planes = _split(images, "contrast")
+    return ops.join(_blend(planes, factor, _image((1.0 - factor) * jnp.mean(_grey(planes), axis=(1, 2)))))
 
 
 def adjust_saturation(images: jax.Array, factor: jax.Array) -> jax.Array:
     """clip(factor * x + (1 - factor) * grey), factor [N] >= 0."""
-    return ops.join(_blend(_split(images, "saturation"), factor, 1.0 - factor))
+    planes = _split(images, "saturation")
+    return ops.join(_blend(planes, factor, _image(1.0 - factor) * _grey(planes)))
 
 
 def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
@@ -75,75 +77,79 @@ def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def color_jitter(
-    images: jax.Array, factors: jax.Array, order: jax.Array, *, parts: tuple[str, ...] = PARTS
+    images: jax.Array | Planes, factors: jax.Array, order: jax.Array, *, parts: tuple[str, ...] = PARTS
 ) -> jax.Array:
     """Applies brightness, contrast, saturation and hue, each once, in each image's own order.
 
-    Exactly the sequential definition, without a branch an image and without trying every part in every place.
-    Brightness and saturation are pointwise blends clip(a x + b grey); contrast waits for the image's mean, and the hue
-    is the dear one. Every order is a subsequence of
+    Exactly the sequential definition, without a branch an image and without trying every part in every place. Contrast
+    and saturation are one blend, clip(a x + b grey + c), and the hue is the dear part. Every order of these three is a
+    subsequence of
 
-        P P  contrast  P P  hue  P P  contrast  P P
+        blend  blend  hue  blend  blend
 
-    with P P the earlier, then the later of brightness and saturation; what is not an image's turn runs with its
-    identity factors. One hue rotation and two means, where choosing among four parts in each of four rounds takes
-    four of each.
+    and brightness, a product and a minimum, has a place after each of the five and one before them. What is not an
+    image's turn runs with factors that change nothing. One hue rotation, four blends and four means, where choosing
+    among four parts in each of four rounds takes four hues, twelve blends and four means.
 
     Args:
-      images: [N,H,W,3] in [0,1].
+      images: [N,H,W,3] in [0,1]; or its three channels by themselves, each [N,H,W].
       factors: [N,4] brightness, contrast, saturation factor and hue shift in turns; (1, 1, 1, 0) changes no
         bit.
       order: int [N,4], order[n, t] is the part that comes t-th (`PARTS`).
       parts: the parts in the program, static; a part left out is the identity.
 
+    Returns:
+      [N,H,W,3].
+
     Raises:
       UserError: not three channels.
     """
-    planes = _split(images, "colour jitter")
-    bright, contrast, sat, hue = (
+    planes = images if isinstance(images, tuple) else _split(images, "colour jitter")
+    bright, contrast, saturation, hue = (
         factors[:, i] if part in parts else jnp.full_like(factors[:, i], IDENTITY[i]) for i, part in enumerate(PARTS)
     )
+    turns, blends = "hue" in parts, "contrast" in parts or "saturation" in parts
     # The inverse permutation: when each part comes.
-    t_bright, t_contrast, t_sat, t_hue = (jnp.sum(jnp.arange(4) * (order == i), axis=1) for i in range(4))
+    t_bright, t_contrast, t_saturation, t_hue = (jnp.sum(jnp.arange(4) * (order == i), axis=1) for i in range(4))
 
-    special_times = [t for part, t in (("contrast", t_contrast), ("hue", t_hue)) if part in parts]
-    both = len(special_times) == 2
-    hue_first = t_hue < t_contrast
-    bright_first = t_bright < t_sat
+    def step_of(own, other):
+        """Which step of the program a blend is: 0 or 1 before the hue, which is step 2, or 3 or 4."""
+        late, other_late = ((t > t_hue) if turns else jnp.zeros_like(t, bool) for t in (own, other))
+        return 3 * late + ((late == other_late) & (own > other))
 
-    def gap(t):
-        """How many of the special steps of the program come before the part at time t."""
-        count = sum((special < t).astype(jnp.int32) for special in special_times)
-        return count + hue_first if both else count  # hue first: the first contrast is not this image's
+    contrast_step, saturation_step = step_of(t_contrast, t_saturation), step_of(t_saturation, t_contrast)
+    # Brightness comes after the last step of the parts that it follows; -1: first of all.
+    bright_step = jnp.full_like(t_bright, -1)
+    own = [(t_contrast, contrast_step), (t_saturation, saturation_step)] if blends else []
+    for t, step in own + ([(t_hue, 2)] if turns else []):
+        bright_step = jnp.maximum(bright_step, jnp.where(t < t_bright, step, -1))
 
-    earlier = gap(jnp.minimum(t_bright, t_sat)), bright_first
-    later = gap(jnp.maximum(t_bright, t_sat)), ~bright_first
-
-    def pointwise(planes, here):
-        if "brightness" not in parts and "saturation" not in parts:
+    def brighten(planes, now):
+        if "brightness" not in parts:
             return planes
-        for own_gap, is_bright in (earlier, later):
-            now = own_gap == here
-            factor = jnp.where(now, jnp.where(is_bright, bright, sat), 1.0)
-            planes = _blend(planes, factor, jnp.where(now & ~is_bright, 1.0 - sat, 0.0))
-        return planes
+        factor = _image(jnp.where(now, bright, 1.0))
+        return tuple(jnp.minimum(factor * plane, 1.0) for plane in planes)
 
-    planes = pointwise(planes, 0)
-    if not both:
-        if special_times:
-            planes = _contrast(planes, contrast) if "contrast" in parts else _hue(planes, hue)
-            planes = pointwise(planes, 1)
-        return ops.join(planes)
+    def blend(planes, step):
+        planes = brighten(planes, (step == 0) & (bright_step == -1))
+        is_contrast, is_saturation = contrast_step == step, saturation_step == step
+        factor = jnp.where(is_contrast, contrast, jnp.where(is_saturation, saturation, 1.0))
+        grey = _grey(planes)
+        offset = jnp.where(is_contrast, (1.0 - contrast) * jnp.mean(grey, axis=(1, 2)), 0.0)
+        planes = _blend(planes, factor, _image(jnp.where(is_saturation, 1.0 - saturation, 0.0)) * grey + _image(offset))
+        return brighten(planes, bright_step == step), None
 
-    def special_step(planes, here):
-        contrast_here = jnp.where((here == 2) == hue_first, contrast, 1.0)
-        planes = jax.lax.cond(here == 1, lambda: _hue(planes, hue), lambda: _contrast(planes, contrast_here))
-        return pointwise(planes, here + 1), None
-
-    # A loop with a condition and not three calls: XLA's CPU compiler would fuse the unrolled steps and recompute each
-    # in every place that reads it, a hundred times as slow (optimization_barrier does not stop it). Each step ends in
-    # planes: left after the loop, its last blends would be worked out anew for every channel of what reads them.
-    planes, _ = jax.lax.scan(special_step, planes, jnp.arange(3))
+    # Loops and not calls: XLA's CPU compiler would fuse the unrolled steps and recompute each in every place that reads
+    # it, a hundred times as slow (optimization_barrier does not stop it). Each step ends in planes: left after the
+    # loop, its last products would be worked out anew for every channel of what reads them.
+    if blends:
+        planes, _ = jax.lax.scan(blend, planes, jnp.arange(2))
+    else:
+        planes = brighten(planes, bright_step == -1)
+    if turns:
+        planes = brighten(_hue(planes, hue), bright_step == 2)
+    if turns and blends:
+        planes, _ = jax.lax.scan(blend, planes, jnp.arange(3, 5))
     return ops.join(planes)
 
 
@@ -173,17 +179,9 @@ def _select(mask: jax.Array, yes: Planes, no: Planes) -> Planes:
     return tuple(jnp.where(_image(mask), a, b) for a, b in zip(yes, no, strict=True))
 
 
-def _blend(planes: Planes, factor, grey_share) -> Planes:
-    """clip(factor * x + grey_share * grey)."""
-    grey = _image(grey_share) * _grey(planes)
-    return tuple(jnp.clip(_image(factor) * plane + grey, 0.0, 1.0) for plane in planes)
-
-
-def _contrast(planes: Planes, factor: jax.Array) -> Planes:
-    grey = _grey(planes)
-    mean = jnp.mean(grey, axis=(1, 2))
-    offset = _image((1.0 - factor) * mean)
-    return tuple(jnp.clip(_image(factor) * plane + offset, 0.0, 1.0) for plane in planes)
+def _blend(planes: Planes, factor: jax.Array, added) -> Planes:
+    """clip(factor * x + added), factor [N]."""
+    return tuple(jnp.clip(_image(factor) * plane + added, 0.0, 1.0) for plane in planes)
 
 
 def _hue(planes: Planes, shift: jax.Array) -> Planes:
@@ -196,13 +194,15 @@ def _hue(planes: Planes, shift: jax.Array) -> Planes:
     red, green, blue = planes
     top = jnp.maximum(jnp.maximum(red, green), blue)
     spread = top - jnp.minimum(jnp.minimum(red, green), blue)
-    scale = 1.0 / jnp.where(spread > 0, spread, 1.0)
+    # Over the spread last of all: XLA's CPU compiler keeps a quotient, and works out anew what is cheaper for every
+    # channel.
+    safe = jnp.where(spread > 0, spread, 1.0)
     sextant = jnp.where(
         top == red,
-        (green - blue) * scale,
-        jnp.where(top == green, 2.0 + (blue - red) * scale, 4.0 + (red - green) * scale),
+        green - blue,
+        jnp.where(top == green, 2.0 * safe + (blue - red), 4.0 * safe + (red - green)),
     )
-    sextant = sextant + _image(6.0 * shift)
+    sextant = sextant / safe + _image(6.0 * shift)
     turned = []
     for n in (5.0, 3.0, 1.0):
         k = sextant + n

@@ -119,8 +119,7 @@ def resize_weights(
     Returns:
       float32 [..., output_size, input_size].
     """
-    weight, total = _matrix(start, length, input_size=input_size, output_size=output_size, antialias=antialias)
-    return weight / total[..., None]
+    return _matrix(start, length, input_size=input_size, output_size=output_size, antialias=antialias)
 
 
 def resize_taps(
@@ -131,9 +130,7 @@ def resize_taps(
     K is what the filter of an interval as long as the input spans; [start, start + length) lies inside the input.
     """
     count = _taps(input_size, output_size, antialias)
-    start, length, center, radius = _filters(start, length, output_size, antialias)
-    pixel = jnp.floor(center - radius + 0.5) + jnp.arange(count, dtype=jnp.float32)
-    weight = _weights(pixel, start, length, center, radius)
+    pixel, weight = _tap_weights(count, *_filters(start, length, output_size, antialias))
     weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
     return jnp.clip(pixel, 0, input_size - 1).astype(jnp.int32), weight
 
@@ -142,19 +139,29 @@ def _gathers(side: int, taps: int) -> bool:
     return jax.default_backend() == "cpu" and side >= max(2, taps) * GATHER_SIDE
 
 
+def _crop_gathers(shape: tuple[int, ...], size: int, antialias: bool) -> bool:
+    return _gathers(min(shape[1:3]), max(_taps(side, size, antialias) for side in shape[1:3]))
+
+
 def _taps(input_size: int, output_size: int, antialias: bool) -> int:
     return math.ceil(2 * max(input_size / output_size, 1.0)) if antialias else 2
 
 
 def _filters(start, length, output_size: int, antialias: bool, mirrored: jax.Array | None = None):
-    """Interval, and centre and radius of the filter of each output; [..., output_size, 1] or broadcast to that."""
-    start, length = (jnp.asarray(v, jnp.float32)[..., None, None] for v in (start, length))
+    """Interval, and centre and radius of the filter of each output; [..., output_size] or broadcast to that."""
+    start, length = (jnp.asarray(v, jnp.float32)[..., None] for v in (start, length))
     step = length / output_size
     radius = jnp.maximum(step, 1.0) if antialias else jnp.ones_like(step)
-    output = jnp.arange(output_size, dtype=jnp.float32)[:, None]
+    output = jnp.arange(output_size, dtype=jnp.float32)
     if mirrored is not None:
-        output = jnp.where(mirrored[..., None, None], output_size - 1 - output, output)
+        output = jnp.where(mirrored[..., None], output_size - 1 - output, output)
     return start, length, start + (output + 0.5) * step, radius
+
+
+def _tap_weights(count: int, start, length, center, radius) -> tuple[jax.Array, jax.Array]:
+    """The pixels, not clipped to the input, and `_weights` that an output is made of: [..., output_size, count]."""
+    pixel = jnp.floor(center - radius + 0.5)[..., None] + jnp.arange(count, dtype=jnp.float32)
+    return pixel, _weights(pixel, *(v[..., None] for v in (start, length, center, radius)))
 
 
 def _weights(pixel, start, length, center, radius) -> jax.Array:
@@ -169,11 +176,24 @@ def _weights(pixel, start, length, center, radius) -> jax.Array:
     return jnp.where((weight > 0) & (inside > 0), weight * inside, 0.0)
 
 
-def _matrix(start, length, *, input_size: int, output_size: int, antialias: bool, mirrored: jax.Array | None = None):
-    """`_weights` of every pixel of the input, and their sums: [..., output_size, input_size] and [..., output_size]."""
-    start, length, center, radius = _filters(start, length, output_size, antialias, mirrored)
-    weight = _weights(jnp.arange(input_size, dtype=jnp.float32), start, length, center, radius)
-    return weight, jnp.sum(weight, axis=-1)
+def _matrix(
+    start,
+    length,
+    *,
+    input_size: int,
+    output_size: int,
+    antialias: bool,
+    mirrored: jax.Array | None = None,
+    axis: int = -1,
+):
+    """The weight of every pixel of the input in every output; the pixels along `axis`, -1 or -2."""
+    filters = _filters(start, length, output_size, antialias, mirrored)
+    # What the weights sum to, from the few that are not 0: as a sum of the matrix it would take as long as a product.
+    total = jnp.sum(_tap_weights(_taps(input_size, output_size, antialias), *filters)[1], axis=-1)
+    pixel = jnp.arange(input_size, dtype=jnp.float32)
+    pixel = jnp.expand_dims(pixel, -3 - axis)  # [1, input_size] or [input_size, 1]
+    weight = _weights(pixel, *(jnp.expand_dims(v, axis) for v in filters))
+    return weight / jnp.expand_dims(total, axis)
 
 
 def resized_crop(
@@ -197,28 +217,37 @@ def resized_crop(
     Returns:
       [V N,size,size,C], the dtype of images.
     """
-    _, height, width, channels = images.shape
-    if _gathers(min(height, width), max(_taps(side, size, antialias) for side in (height, width))):
+    _, height, width, _ = images.shape
+    if _crop_gathers(images.shape, size, antialias):
         taps = functools.partial(resize_taps, output_size=size, antialias=antialias)
         rows = taps(boxes[:, 0], boxes[:, 2], input_size=height)
         cols = taps(boxes[:, 1], boxes[:, 3], input_size=width)
         crops = _gathered(images, rows, cols)
         return crops if flipped is None else flip(crops, flipped)
+    return join(crop_planes(images, boxes, size, antialias=antialias, flipped=flipped)).astype(images.dtype)
+
+
+def crop_planes(
+    images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True, flipped: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """`resized_crop` as an array float32 [V N,size,size] a channel, which is what its matmuls end in."""
+    _, height, width, channels = images.shape
+    if _crop_gathers(images.shape, size, antialias):
+        crops = resized_crop(images, boxes, size, antialias=antialias, flipped=flipped).astype(jnp.float32)
+        return tuple(crops[..., c] for c in range(channels))
     matrix = functools.partial(_matrix, output_size=size, antialias=antialias)
-    rows_MxSxH, row_sum_MxS = matrix(boxes[:, 0], boxes[:, 2], input_size=height)
-    cols_MxSxW, col_sum_MxS = matrix(boxes[:, 1], boxes[:, 3], input_size=width, mirrored=flipped)
-    # One product a channel of each image for all its rows of weights. What they sum to divides the crops, which are
-    # read and written anyway, and not the weights.
+    rows_MxSxH = matrix(boxes[:, 0], boxes[:, 2], input_size=height)
+    # Pixels first: a CPU's product would turn the other way round before it begins.
+    cols_MxWxS = matrix(boxes[:, 1], boxes[:, 3], input_size=width, mirrored=flipped, axis=-2)
     rows_NxVSxH = rows_MxSxH.reshape(len(images), -1, height)
-    by_row, by_col = (1.0 / row_sum_MxS)[:, :, None], (1.0 / col_sum_MxS)[:, None, :]
     planes = []
     for c in range(channels):
+        # One product for all crops of an image.
         image_NxHxW = images[..., c].astype(jnp.float32)
         tall_NxVSxW = jnp.einsum("nsh,nhw->nsw", rows_NxVSxH, image_NxHxW, precision=_EXACT)
         tall_MxSxW = tall_NxVSxW.reshape(len(boxes), size, width)
-        small_MxSxS = jnp.einsum("msw,mrw->msr", tall_MxSxW, cols_MxSxW, precision=_EXACT)
-        planes.append(small_MxSxS * by_row * by_col)
-    return join(planes).astype(images.dtype)
+        planes.append(jnp.einsum("msw,mwr->msr", tall_MxSxW, cols_MxWxS, precision=_EXACT))
+    return tuple(planes)
 
 
 def join(planes: Sequence[jax.Array]) -> jax.Array:

@@ -57,12 +57,13 @@ class RandomResizedCrop:
         _check_range("crop area", self.area, above=0.0, most=1.0)
         _check_range("crop ratio", self.ratio, above=0.0, most=math.inf)
 
-    def __call__(self, keys, images, flipped=None):
-        """flipped: which crops are mirrored, bool [N]."""
+    def __call__(self, keys, images, flipped=None, planar=False):
+        """flipped: which crops are mirrored, bool [N]. planar: gives a tuple of the channels, each [N,S,S]."""
         _, height, width, _ = images.shape
         boxes = ops.draw_resized_crop(keys, height, width, area=self.area, ratio=self.ratio)
         fractions = boxes / jnp.array([height, width, height, width], jnp.float32)
-        crops = ops.resized_crop(images, boxes, self.size, antialias=self.antialias, flipped=flipped)
+        crop = ops.crop_planes if planar else ops.resized_crop
+        crops = crop(images, boxes, self.size, antialias=self.antialias, flipped=flipped)
         return crops, {"crop": fractions}
 
 
@@ -270,14 +271,17 @@ class Pipeline:
         op_keys = _op_keys(keys, [f"{name}:{nth}" for name, nth in zip(names, nths, strict=True)])
         params: Params = {}
         # A crop is mirrored by its weights, a tenth of a whole view cheaper than its pixels afterwards, with the same
-        # bits; so the flip's coin is drawn before its turn.
+        # bits; so the flip's coin is drawn before its turn. And a jitter takes the channels apart as the crop has them.
         flipped = None
-        for i, (op, nth, following) in enumerate(zip(self.ops, nths, (*self.ops[1:], None), strict=True)):
+        for i, (op, nth) in enumerate(zip(self.ops, nths, strict=True)):
             if flipped is not None:  # by the crop before it
                 drawn, flipped = {"flip": flipped}, None
-            elif isinstance(op, RandomResizedCrop) and isinstance(following, RandomFlip):
-                flipped = following.draw(op_keys[:, i + 1])
-                images, drawn = op(op_keys[:, i], images, flipped)
+            elif isinstance(op, RandomResizedCrop):
+                after = self.ops[i + 1 :]
+                if after and isinstance(after[0], RandomFlip):
+                    flipped, after = after[0].draw(op_keys[:, i + 1]), after[1:]
+                planar = images.shape[-1] == 3 and bool(after) and isinstance(after[0], ColorJitter)
+                images, drawn = op(op_keys[:, i], images, flipped, planar)
             else:
                 images, drawn = op(op_keys[:, i], images)
             params |= {name if nth == 1 else f"{name}_{nth}": value for name, value in drawn.items()}

@@ -253,6 +253,8 @@ def test_jitter_in_each_of_the_24_orders():
         ("brightness", "contrast", "saturation"),
         ("saturation", "hue"),
         ("contrast", "hue"),
+        ("brightness", "hue"),
+        ("brightness", "saturation", "hue"),
         ("brightness",),
         ("hue",),
         (),
