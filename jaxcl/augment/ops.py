@@ -189,7 +189,9 @@ def _matrix(
     """The weight of every pixel of the input in every output; the pixels along `axis`, -1 or -2."""
     filters = _filters(start, length, output_size, antialias, mirrored)
     # What the weights sum to, from the few that are not 0: as a sum of the matrix it would take as long as a product.
-    total = jnp.sum(_tap_weights(_taps(input_size, output_size, antialias), *filters)[1], axis=-1)
+    count = _taps(input_size, output_size, antialias)
+    _, taps = _tap_weights(count, *filters)
+    total = sum(taps[..., k] for k in range(count)) if count <= 8 else jnp.sum(taps, axis=-1)
     pixel = jnp.arange(input_size, dtype=jnp.float32)
     pixel = jnp.expand_dims(pixel, -3 - axis)  # [1, input_size] or [input_size, 1]
     weight = _weights(pixel, *(jnp.expand_dims(v, axis) for v in filters))
