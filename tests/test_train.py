@@ -22,7 +22,7 @@ from jax import monitoring
 
 from jaxcl import run_folder, sharding, train
 from jaxcl.checkpoint import Checkpoints
-from jaxcl.data.loader import Shuffled
+from jaxcl.data.shuffle import Shuffled
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.lock import RunLock
 from jaxcl.report import read_metrics

@@ -9,34 +9,13 @@ from collections.abc import Callable, Iterator
 import grain
 import jax
 import numpy as np
-from grain.experimental import index_shuffle
 
 from jaxcl.data.base import Source
+from jaxcl.data.shuffle import Shuffled
 from jaxcl.errors import UserError
 
 Batch = dict[str, np.ndarray | jax.Array]
 ENDLESS = 2**62  # steps; grain counts in 64 bits, and a run begins at any of them
-
-
-class Shuffled:
-    """The rows of each batch, int64 [B], in an order shuffled anew each epoch; call it with a step.
-
-    Each epoch is cut to whole batches, so no batch mixes two epochs. Any step is at hand, and nothing is kept: each
-    place is found by grain's own shuffle. The order is that of `grain.MapDataset.range(num_examples).seed(seed)
-    .shuffle()`, which gives ids one at a time, at some four times the cost.
-    """
-
-    def __init__(self, num_examples: int, *, batch_size: int, seed: int):
-        self.steps_per_epoch, self._B, self._last = num_examples // batch_size, batch_size, num_examples - 1
-        # Epoch e has seed + e; so seeds are scattered first, as grain does (1: it shuffles one link after the seed), or
-        # a run would be its neighbouring seed's run one epoch later. Negative numbers have no place there.
-        self._seed = int(np.random.SeedSequence([seed % 2**32, 1]).generate_state(1, np.uint32)[0])
-
-    def __call__(self, step: int, part: slice = slice(None)) -> np.ndarray:
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        options = dict(max_index=self._last, seed=(self._seed + epoch) % 2**32, rounds=4)
-        places = range(batch * self._B, (batch + 1) * self._B)
-        return np.array([index_shuffle(i, **options) for i in places[part]], np.int64)
 
 
 class Loader(Iterator[Batch]):
@@ -165,17 +144,16 @@ def _placer(sharding: jax.sharding.Sharding | None) -> Callable[[Batch], Batch]:
     if sharding is None:
         return lambda batch: batch
 
-    def place(batch: Batch) -> Batch:
-        with jax.transfer_guard("allow"):  # this copy is the loader's purpose; the guard is for accidental ones
-            return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
-
-    return place
+    if sharding.is_fully_addressable:  # one process: all in one call, at half the cost
+        return lambda batch: jax.device_put(batch, sharding)
+    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def _produce(made: Iterator[Batch], place: Callable, ready: queue.Queue, stop: threading.Event) -> None:
     try:
-        while not stop.is_set():
-            _put(place(next(made)), ready, stop)
+        with jax.transfer_guard("allow"):  # these copies are the loader's purpose; the guard is for accidental ones
+            while not stop.is_set():
+                _put(place(next(made)), ready, stop)
     except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
         _put(error, ready, stop)
 
