@@ -10,8 +10,8 @@ from the recipe and timed alone, each a program of its own on ready images of th
 * explain: a forward pass and the backward one to the tap (GradCAM);
 * attack: a forward and a backward pass to the images, once a step of an attack.
 
-Each round times some updates of every method and every pass in turn, so a machine that slows down slows all of them;
-ratios are taken round by round and their medians printed with quartiles. Besides, in the same rounds:
+Each round times some updates of every method and as many of every pass in turn, so a machine that slows down slows all
+of them; ratios are taken round by round and their medians printed with quartiles. Besides, in the same rounds:
 
 * the losses alone, with their gradients, at batches of 512, beside a whole update of that size;
 * views a second of each method beside the images a second of a supervised step (one view, cross-entropy).
@@ -77,11 +77,11 @@ def needed(recipe: Recipe) -> list[Passes]:
     return found
 
 
-def program(step: Step, of: Passes) -> Callable[[], object]:
-    """These passes by themselves."""
+def program(step: Step, of: Passes, times: int = 1) -> Callable[[], object]:
+    """These passes by themselves, so many times one after the other and waited for once, as updates are."""
     run, given = function_of(step, of)
     run = jax.jit(run)
-    return lambda: jax.block_until_ready(run(*given))
+    return lambda: jax.block_until_ready([run(*given) for _ in range(times)])
 
 
 def function_of(step: Step, of: Passes) -> tuple[Callable[..., object], tuple]:
@@ -193,7 +193,7 @@ def report(names: list[str], rounds: int, steps: int, batch_size: int = 0) -> st
         timed["large", n] = Whole(large, source).run(1)
         timed["loss", n] = losses(m, LARGE)
         for p in wanted[n]:
-            timed.setdefault(("passes", p), program(m, p))
+            timed.setdefault(("passes", p), program(m, p, steps))
     for run in timed.values():  # compiles
         run(), run()
     times: dict[object, list[float]] = {key: [] for key in timed}
@@ -204,7 +204,7 @@ def report(names: list[str], rounds: int, steps: int, batch_size: int = 0) -> st
     lines = []
     for n, m in methods.items():
         step = np.array(times[n]) / steps
-        bare = sum(np.array(times["passes", p]) for p in wanted[n])
+        bare = sum(np.array(times["passes", p]) for p in wanted[n]) / steps
         B = m.recipe.batch_size
         share = np.array(times["loss", n]) / times["large", n]
         views = sum(p.images for p in wanted[n] if p.kind == "train") / step
