@@ -114,7 +114,7 @@ def resize_weights(
     gives the same.
 
     Args:
-      start, length: [...], pixels; length > 0.
+      start, length: [...], pixels; length > 0, the interval inside the input.
 
     Returns:
       float32 [..., output_size, input_size].
