@@ -22,18 +22,23 @@ class Shuffled:
         # Epoch e has seed + e; so seeds are scattered first, as grain does (1: it shuffles one link after the seed), or
         # a run would be its neighbouring seed's run one epoch later. Negative numbers have no place there.
         self._seed = int(np.random.SeedSequence([seed % 2**32, 1]).generate_state(1, np.uint32)[0])
-        self._steps_per_block = max(1, BLOCK // batch_size)
         # Two: threads that read ahead may be on both sides of a block's end.
         self._block = functools.lru_cache(maxsize=2)(self._rows)
 
     def __call__(self, step: int, part: slice = slice(None)) -> np.ndarray:
+        """The rows of a step, or a part of them, which then is all that is looked for."""
+        first, end, _ = part.indices(self._B)
+        steps = max(1, BLOCK // (end - first))
         epoch, batch = divmod(step, self.steps_per_epoch)
-        block, nth = divmod(batch, self._steps_per_block)
-        return self._block(epoch, block)[nth * self._B : (nth + 1) * self._B][part]
+        block, nth = divmod(batch, steps)
+        return self._block(epoch, block * steps, steps, first, end)[nth]
 
-    def _rows(self, epoch: int, block: int) -> np.ndarray:
-        begin, end = (min((block + i) * self._steps_per_block, self.steps_per_epoch) * self._B for i in (0, 1))
-        return permuted(np.arange(begin, end), last=self._last, seed=(self._seed + epoch) % 2**32)
+    def _rows(self, epoch: int, batch: int, steps: int, first: int, end: int) -> np.ndarray:
+        batches = np.arange(batch, min(batch + steps, self.steps_per_epoch))
+        places = batches[:, None] * self._B + np.arange(first, end)
+        rows = permuted(places.reshape(-1), last=self._last, seed=(self._seed + epoch) % 2**32)
+        rows.flags.writeable = False  # kept, and given to more than one
+        return rows.reshape(places.shape)
 
 
 def permuted(places: np.ndarray, *, last: int, seed: int, rounds: int = 4) -> np.ndarray:
