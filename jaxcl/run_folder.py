@@ -25,6 +25,7 @@ from jaxcl.errors import UserError
 from jaxcl.lock import RunLock
 
 say = logging.getLogger("jaxcl")
+ROW_ORDER = "row_order"  # key of data.json: the name of the order of the training rows
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -53,7 +54,7 @@ def _same_config(workdir: epath.Path, config: dict[str, Any]) -> None:
 def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool) -> RunLock | None:
     """Make the run folder, or check that it is this run's, and lock it; -> the lock, of the process that writes.
 
-    facts: what the recipe was told of the data. Errors: UserError, on all processes where one has it.
+    facts: what the recipe was told of the data, the class names and ROW_ORDER. Errors: UserError, on all processes where one has it.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,12 @@ def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
     if not path.exists():
         return
     old, new = json.loads(path.read_text()), plain(facts)
+    before, now = old.pop(ROW_ORDER, None), new.pop(ROW_ORDER, None)
+    if now is not None and before != now:
+        raise UserError(
+            f"{workdir} began under another order of the training rows ({before or 'of an older jaxcl'} -> {now}), so "
+            "going on would repeat some images and leave out others; use another --workdir (it can still be evaluated)"
+        )
     for key in old.keys() & new.keys():
         if not _close(old[key], new[key]):
             raise UserError(

@@ -20,7 +20,7 @@ from jaxcl import config as configs
 from jaxcl import profile as profiles
 from jaxcl import report, run_folder, sharding, storage
 from jaxcl.checkpoint import Checkpoints, Preemption
-from jaxcl.data import Loader, order_of, source_of
+from jaxcl.data import Loader, order_of, shuffle, source_of
 from jaxcl.durations import to_steps
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.evaluate.suite import Evaluation
@@ -80,7 +80,8 @@ def _run(
     writes = jax.process_index() == 0
     order = order_of(config, source)
     weights = {} if _has_checkpoint(workdir) else starting_weights(config, recipe)
-    if lock := run_folder.claim(workdir, plain, facts | {"class_names": source.class_names}, writes):
+    known = facts | {"class_names": source.class_names, run_folder.ROW_ORDER: order.name if order else shuffle.ORDER}
+    if lock := run_folder.claim(workdir, plain, known, writes):
         held.callback(lock.close)
 
     # ---- state: the newest checkpoint of this workdir, else fresh

@@ -202,6 +202,15 @@ def test_another_config_in_the_same_folder(undisturbed, npz):
     assert "\n" not in text
 
 
+def test_a_run_under_another_order_of_the_rows_is_not_continued(tmp_path, npz):
+    """Runs of before data.json named the order had grain's: going on would repeat images."""
+    c = config(npz=npz)
+    tiny.saved_run(tmp_path, c)
+    with pytest.raises(UserError, match="order of the training rows") as error:
+        train.run(c, tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
 # ---- stopped and resumed
 
 

@@ -29,7 +29,7 @@ class Loader(Iterator[Batch]):
     Args:
       source: a `Source`, or anything with its attributes.
       batch_size: global, over all processes; the last partial batch of an epoch is dropped.
-      seed: of the shuffle, modulo 2^32.
+      seed: of the shuffle, modulo 2^64.
       start_step: the first step to give.
       process_index, process_count: this process's rows, batch_size / process_count of them.
       sharding: of the batch axis; batches are then global `jax.Array`s, otherwise NumPy arrays of the local

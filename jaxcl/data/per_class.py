@@ -31,6 +31,8 @@ class PerClass:
     Any step is at hand, at the cost of its epoch's plan, which is kept. Threads may call it at the same time.
     """
 
+    name = "per_class"  # of the order, in the run folder
+
     def __init__(self, labels: np.ndarray, *, batch_size: int, per_class: int, seed: int):
         """
         Args:

@@ -23,6 +23,7 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Figures
 from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
 from jaxcl.recipe import Recipe, build_recipe, suggestion
+from jaxcl.run_folder import ROW_ORDER
 from jaxcl.train_state import TrainState
 from jaxcl.update import init_state
 
@@ -103,6 +104,7 @@ def open_run(
             raise UserError(f"{workdir} is not a run folder: it has no {path.name}; give the --workdir of a run")
     plain, facts = (json.loads(path.read_text()) for path in files.values())
     class_names = facts.pop("class_names", None)
+    facts.pop(ROW_ORDER, None)  # of the training only
     environment = workdir / "environment.json"
     config = configs.from_dict(plain)
     config.report = False
