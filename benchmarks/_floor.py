@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.program_costs import cost, size
+from jaxcl.commands.plan.program_costs import cost, size
 
 PRODUCTS, MEMORY = "products", "memory"
 SIDE, LENGTH = 2048, 2**26  # of the matrices, in float32; of the array that is passed over, larger than any cache

@@ -31,7 +31,7 @@ from benchmarks._floor import Needs
 from benchmarks._measure import ROOT, installed, seconds_per_call
 from benchmarks._measure import cores as _cores
 from benchmarks._table import Row, Settings
-from jaxcl import huge_pages
+from jaxcl.runtime import huge_pages
 
 TORCH_SHORT = 3.0  # seconds
 

@@ -17,9 +17,9 @@ from benchmarks._floor import Needs
 from benchmarks._measure import cores
 from benchmarks._paired import Contestant, Ready, torch_threads
 from benchmarks._table import Row, Settings
-from jaxcl import models, weights
+from jaxcl import models
 from jaxcl.adversarial import pgd
-from jaxcl.models import torch_layout
+from jaxcl.models import torch_layout, weights
 from jaxcl.saliency import grad_cam
 
 TITLE = "GradCAM and PGD"

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from benchmarks.steps import Step, load_config
-from jaxcl import forward, huge_pages
 from jaxcl.data import make_source
-from jaxcl.recipe import Recipe
-from jaxcl.update import init_state
-from jaxcl.views import View
+from jaxcl.method import forward
+from jaxcl.method.recipe import Recipe
+from jaxcl.method.update import init_state
+from jaxcl.method.views import View
+from jaxcl.runtime import huge_pages
 
 
 def macs(jaxpr) -> int:

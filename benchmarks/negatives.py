@@ -25,10 +25,10 @@ import numpy as np
 
 from benchmarks import _measure
 from benchmarks.steps import Step, load_config
-from jaxcl import huge_pages
-from jaxcl.update import to_pixels
-from jaxcl.views import patch_negatives, quilt_texture
-from jaxcl.views.patches import scaled_range
+from jaxcl.augment import patch_negatives, quilt_texture
+from jaxcl.augment.patches import scaled_range
+from jaxcl.method.update import to_pixels
+from jaxcl.runtime import huge_pages
 
 BATCHES = {32: 128, 64: 64, 96: 32, 224: 8}
 BOUNDS = {"patches": 0.02, "texture": 0.25}  # of a step

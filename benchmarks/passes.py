@@ -32,15 +32,15 @@ from benchmarks._measure import machine
 from benchmarks._report import markdown
 from benchmarks.steps import Step, load_config
 from jaxcl import config as base
-from jaxcl import huge_pages
 from jaxcl.data import Loader, make_source
-from jaxcl.forward import of_encoder
-from jaxcl.recipe import Recipe
-from jaxcl.sharding import make_mesh, rows
-from jaxcl.terms import Embedding
-from jaxcl.update import make_terms
-from jaxcl.views.adversary import Adversary
-from jaxcl.views.saliency import SaliencyMask
+from jaxcl.method.forward import of_encoder
+from jaxcl.method.recipe import Recipe
+from jaxcl.method.sharding import make_mesh, rows
+from jaxcl.method.stages.adversary import Adversary
+from jaxcl.method.stages.saliency import SaliencyMask
+from jaxcl.method.terms import Embedding
+from jaxcl.method.update import make_terms
+from jaxcl.runtime import huge_pages
 
 METHODS = ("simclr", "supcon", "excon", "clae")
 LARGE = 512  # the batch at which the share of the loss is asked for

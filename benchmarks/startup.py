@@ -52,7 +52,7 @@ def child(argv: list[str]) -> None:
     def clocks() -> None:
         from jax import monitoring
 
-        from jaxcl import train
+        from jaxcl.train import loop as train
 
         def heard(name: str, duration: float, **about) -> None:
             if "update" in str(about.get("fun_name")):
@@ -85,7 +85,7 @@ def child(argv: list[str]) -> None:
         train.run, train._Log.add = run_clocked, add_and_end
 
     # The clocks need what main imports late; so they are set where it does.
-    from jaxcl import compile_cache
+    from jaxcl.runtime import compile_cache
 
     turn_on = compile_cache.turn_on
 

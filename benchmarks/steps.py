@@ -17,10 +17,11 @@ import time
 import jax
 import numpy as np
 
-from jaxcl import huge_pages, sharding
 from jaxcl.data import make_source
-from jaxcl.recipe import build_recipe, data_facts
-from jaxcl.update import compile_update, init_state
+from jaxcl.method import sharding
+from jaxcl.method.build import build_recipe, data_facts
+from jaxcl.method.update import compile_update, init_state
+from jaxcl.runtime import huge_pages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -192,7 +192,7 @@ def final_state(workdir: pathlib.Path) -> dict[str, list]:
     import jax
     import numpy as np
 
-    from jaxcl.evaluate.runs import load_run
+    from jaxcl.train.runs import load_run
 
     state = load_run(workdir).state
     state = state.replace(key=jax.random.key_data(state.key))

@@ -22,10 +22,9 @@ from benchmarks._table import Row, Settings
 from benchmarks.explain import torch_network
 from benchmarks.passes import Passes, Whole, function_of, needed, program
 from benchmarks.steps import load_config
-from jaxcl import weights
 from jaxcl.data import make_source
-from jaxcl.forward import of_encoder
-from jaxcl.models import torch_layout
+from jaxcl.method.forward import of_encoder
+from jaxcl.models import torch_layout, weights
 
 TITLE = "Whole updates, with data and augmentation"
 NOTE = (

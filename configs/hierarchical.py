@@ -37,8 +37,8 @@ and are left out.
 """
 
 from jaxcl import config as base
+from jaxcl.augment.ladder import MODES, TYPES, rungs
 from jaxcl.errors import UserError
-from jaxcl.views.ladder import MODES, TYPES, rungs
 
 METHODS = ("simsiam", "byol", "barlow_twins", "supcon")
 DATASETS = ("garments", "cifar10", "imagenet100", "imagenet")

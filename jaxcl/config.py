@@ -8,20 +8,26 @@ def get_config(preset="garments"):
     ...
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from jaxcl import config_check, recipe
-from jaxcl.accumulate import Accumulate
 from jaxcl.errors import UserError
-from jaxcl.grad_cache import GradCache
-from jaxcl.optimizers import OptimizerOptions
+from jaxcl.method import registry
+from jaxcl.method.accumulate import Accumulate
+from jaxcl.method.grad_cache import GradCache
+from jaxcl.method.optimizers import OptimizerOptions
+from jaxcl.method.recipe import Pass
+from jaxcl.models.registry import MODELS
+from jaxcl.runtime.options import POSITIVE, SHARE, Option, Options, Range, defaults, options_of, quoted, suggestion
+from jaxcl.runtime.options import check as check_option
+from jaxcl.runtime.registry import Registry
 
 # Keys that may differ between a run and its continuation: they change nothing of what is learned.
 FREE_KEYS = (
@@ -39,121 +45,171 @@ FREE_KEYS = (
     "data.tfds.data_dir",
 )
 
+# Keys that hold parts, which are checked where they are made: {name: part}, lists of parts, and single parts.
+MAPPINGS, LISTS = ("views", "terms", "memory", "heads", "encoders"), ("stages", "passes")
+PARTS = ("model", "optimizer", "grad_cache", "accumulate")
+FREE_FORM = ("data.options",)  # checked by the source that takes them
+
+Count, Size = Annotated[int, Range(1)], Annotated[int, Range(0)]  # Size: 0 is "automatic" or "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Garments(Options):
+    """`data.garments`"""
+
+    spurious: Annotated[float, SHARE] = 0.0  # how often the texture follows the class in training
+    spurious_on: Literal["background", "fill"] = "background"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds(Options):
+    """`data.tfds`"""
+
+    data_dir: str = ""  # where the prepared folders are; "": TFDS's own default
+    image_size: Size = 0  # resize to this side when images differ in shape
+    label: str = ""  # the feature that labels an image, if not the usual one: an attribute such as Blond_Hair
+    group: str = ""  # a feature that divides every class into groups, such as Male
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Options):
+    """`data.files`: of folder, csv, waterbirds, celeb_a and voc (whose default is 224)"""
+
+    image_size: Size = 0  # side after resizing; 0: unchanged if all have one shape of at most 256, otherwise 64
+
+
+@dataclasses.dataclass(frozen=True)
+class CelebA(Options):
+    """`data.celeb_a`"""
+
+    target: str = "Blond_Hair"  # the attribute that is the class
+    group: str = "Male"  # the attribute that divides each class into groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Options):
+    """`data`"""
+
+    # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME, folder:PATH, csv:PATH, waterbirds:PATH, celeb_a:PATH,
+    # voc:PATH, or one of your own: package.module:Name or package.module:Name:ARGUMENT
+    source: str = "garments"
+    options: dict = dataclasses.field(default_factory=dict)  # of a source of your own
+    validation: Annotated[float, Range(0, below=1)] = 0.0  # share of the training set held out, to select settings on
+    validation_split: Literal["balanced", "released"] = "balanced"  # class by class, or as Thanos's code splits
+    limit: Size = 0  # use only this many training images, class-balanced; 0: all
+    labels: Literal["fine", "coarse"] = "fine"  # coarse: train on the coarse classes, where the source has both
+    imbalance: Literal["", "cifar100u"] = ""  # cifar100u: rare classes in each superclass, in training only
+    per_class: Size = 0  # images of each class in a batch of batch_size / per_class classes; 0: as the order gives
+    textures: str = ""  # a folder by `jaxcl textures`: texture negatives are read there, not made in the update
+    garments: Garments = Garments()
+    tfds: Tfds = Tfds()
+    files: Files = Files()
+    on_bad_image: Literal["raise", "skip"] = "raise"  # of files that cannot be read; skip: train without them
+    celeb_a: CelebA = CelebA()
+    prefetch: Count = 2  # batches on the way to the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(Options):
+    """`eval`"""
+
+    every: str = "50%"  # the quick suite, any duration; 0: never before the end
+    quick: tuple[str, ...] = ("knn", "classifier")  # at each `every`
+    # Evaluators by name (`jaxcl evaluate --help` lists them), or package.module:Name.
+    final: tuple[str, ...] = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
+    split: Literal["test", "validation"] = "test"  # that the final suite is measured on; validation to choose settings
+    batch_size: Count = 500
+    features: Literal["h", "z"] = "h"  # of knn, linear, logistic: h, pooled features; z, embeddings at unit length
+    knn_features: Literal["", "h", "z"] = ""  # knn's own choice of the two; "": as above
+    knn_k: Count = 200
+    knn_temperature: Annotated[float, POSITIVE] = 0.1
+    neighbours: Count = 8  # shown for each image, by the evaluator of that name
+    duplicate_cosine: float = 0.95  # near-duplicates: features at least so similar,
+    duplicate_pixels: float = 0.06  # and pixels no further apart, root mean square, as a share of their range
+    logistic_epochs: Count = 1000
+    logistic_batch_size: Count = 256
+    logistic_lr: Annotated[float, POSITIVE] = 3e-4  # of Adam, constant
+    transfer_epochs: Count = 100  # of transfer_augmented
+    sgd_epochs: Size = 0  # of linear_sgd; 0: as is customary for the data set
+    fgsm: Annotated[tuple[float, ...], Range(0)] = (1, 2, 4, 8)  # epsilon in 1/255
+    pgd: Annotated[tuple[float, ...], Range(0)] = (1, 2, 4, 8)  # the same
+    pgd_steps: Count = 20
+    # Of ood, on the linear probe.
+    corruptions: tuple[str, ...] = ()  # names as of ImageNet-C; (): all there are (computed here: all but frost)
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)  # (): no corruptions
+    # Read instead of computed: a folder of CIFAR-10-C's NumPy files, or any source by its name, such as
+    # "tfds:imagenet2012_corrupted/{corruption}_{severity}" or "folder:PATH/{corruption}/{severity}".
+    corrupted: str = ""
+    ood: tuple[str, ...] = ()  # other sets, classes matched by name: "sketch=folder:PATH"; "sketch@test=..." one split
+    shuffle_grids: Annotated[tuple[int, ...], Range(1)] = (2, 4, 8)  # tiles a side of images with shuffled patches
+    cue_conflict: str = ""  # shape_bias: a folder of stimuli named like airplane/airplane1-bicycle2.png
+    explanation_fraction: Annotated[float, Range(above=0, at_most=1)] = 0.15  # share of pixels kept for drop, increase
+    tap: str = "stage2"  # the layer GradCAM explains
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Options):
+    """`checkpoint`"""
+
+    every: str = "25%"  # any duration; the last step is always saved; 0: only that one
+    keep: Count = 2
+    keep_best: bool = True  # also keep the best by the classifier on the validation split, where there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Base(Options):
+    """The base keys of a config, in order. Views, stages, passes, terms and memory are the method: empty here."""
+
+    name: str = ""  # shown in the report; the config's file name if empty
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    batch_size: Annotated[int, Range(1, 2**31 - 1)] = 256  # images an update, over all devices
+    duration: str = "10 epochs"  # of the encoder's training; any duration: steps, epochs, examples
+    size: Annotated[int, Range(0, 2**15)] = 0  # side of the views in pixels; 0: that of the images
+    devices: Size = 0  # 0: all there are
+    sharding: Literal["data", "zero1", "fsdp"] = "data"  # how the state is split between devices: method/sharding.py
+    hosts: Size = 0  # groups of devices that split a state between them; 0: one a process; 1: all devices are one
+    data: Data = Data()
+    log_every: str = "10 steps"  # any duration, between lines of metrics.jsonl
+    collapse_every: str = "0"  # spread and collapse of the embeddings, any duration; 0: never while training
+    log_examples: bool = False  # the example ids of every update to examples.jsonl
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    wandb: str = ""  # a Weights & Biases project to log to as well, if the package is installed; "": $WANDB_PROJECT
+    report: bool = True  # write report/index.html at the end
+
 
 def default() -> ConfigDict:
-    """Every key a config has, without views, stages, passes, terms and memory: those are the method."""
-    c = ConfigDict()
-    c.name = ""  # shown in the report; the config's file name if empty
-    c.seed = 0
-    c.batch_size = 256  # images an update, over all devices
-    c.duration = "10 epochs"  # of the encoder; any duration: steps, epochs, examples
-    c.size = 0  # side of the views in pixels; 0: the images' own
-    c.devices = 0  # 0: all there are
-    c.sharding = "data"  # or "zero1", "fsdp": state is split between the devices of a host; see jaxcl/sharding.py
-    c.hosts = 0  # groups of devices that split a state between them; 0: one a process; 1: all devices are one
-
-    c.data = ConfigDict()
-    # garments, fashion_mnist, npz:PATH, cifar:PATH, tfds:NAME, folder:PATH, csv:PATH, waterbirds:PATH, celeb_a:PATH,
-    # voc:PATH
-    c.data.source = "garments"
-    c.data.validation = 0.0  # share of the training set held out; evaluation then selects on it, not on the test set
-    c.data.validation_split = "balanced"  # class by class; or "released", as Thanos's code splits
-    c.data.limit = 0  # use only this many training images, class-balanced; 0: all
-    c.data.labels = "fine"  # or "coarse": train on the coarse classes, where the source has both
-    c.data.imbalance = ""  # or "cifar100u": CIFAR-100 with rare classes in each superclass, in training only
-    c.data.per_class = (
-        0  # images of each class in a batch, which then has batch_size / per_class classes; 0: as it comes
-    )
-    c.data.textures = ""  # a folder by jaxcl.data.textures: texture negatives are read there, not made in the update
-    c.data.garments = ConfigDict()
-    c.data.garments.spurious = 0.0  # how often the texture follows the class in training, 0 to 1
-    c.data.garments.spurious_on = "background"  # or "fill"
-    c.data.tfds = ConfigDict()
-    c.data.tfds.data_dir = ""  # where the prepared folders are; "": TFDS's own default
-    c.data.tfds.image_size = 0  # resize to this side when images differ in shape
-    c.data.tfds.label = ""  # the feature that labels an image, if not the usual one: an attribute such as Blond_Hair
-    c.data.tfds.group = ""  # a feature that divides every class into groups, such as Male
-    c.data.files = ConfigDict()  # of folder, csv, waterbirds and celeb_a; and of voc, whose own size is 224
-    c.data.files.image_size = 0  # side after resizing; 0: as they are if all alike and at most 256, otherwise 64
-    c.data.on_bad_image = "raise"  # of files that cannot be read; "skip": train without them
-    c.data.celeb_a = ConfigDict()
-    c.data.celeb_a.target = "Blond_Hair"  # the attribute that is the class
-    c.data.celeb_a.group = "Male"  # the one that divides each class into groups
-    c.data.prefetch = 2  # batches on the way to the devices
-
+    """Every key a config has, with its default; the slots of the method are empty."""
+    c = _node(Base)
     c.model = model("resnet")  # the main encoder
     c.encoders = ConfigDict()  # others beside it, trained in the same update: name -> model(...)
     c.representation = ("",)  # encoders whose features, side by side, classify and are evaluated; "": the main one
-    c.heads = ConfigDict()  # trained parts on top of encoders, which terms read: name -> head(...)
+    c.heads = ConfigDict()  # trained networks on top of encoders, which terms read: name -> head(...)
     c.optimizer = options(OptimizerOptions)
     c.grad_cache = options(GradCache)  # micro_batch above 0: a larger batch than activations have room for
     c.accumulate = options(Accumulate)  # the same for losses that take each image by itself; cheaper
-
     c.views = ConfigDict()  # slot 1: name -> view(...)
     c.stages = ()  # slot 2: stage(...), in this order
     c.passes = ()  # slot 3: encode(...)
     c.terms = ConfigDict()  # slot 4: name -> term(...)
     c.memory = ConfigDict()  # slot 5: name -> memory(...)
-
-    c.log_every = "10 steps"  # any duration, between lines of metrics.jsonl
-    c.collapse_every = "0"  # spread and collapse of the embeddings, any duration; 0: never while training
-    c.log_examples = False  # the example ids of every update to examples.jsonl, to see that none is lost or repeated
-    c.eval = ConfigDict()
-    c.eval.every = "50%"  # the quick suite, any duration; 0: never before the end
-    c.eval.quick = ("knn", "classifier")  # every `every`
-    c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
-    # Also known: logistic (the protocol of CLAE); pgd, and the attacks on the linear probe, linear_fgsm and linear_pgd
-    # (PGD is slow); adversary (what the adversary of the training does to a batch); transfer (fine classes from an
-    # encoder of coarse ones), transfer_augmented (the same by the protocol of its paper); worst_group (where groups are
-    # known); collapse (spread of the embeddings); ood (shifted, corrupted, shuffled and other images); shape_bias
-    # (of images whose texture speaks for another class); linear_sgd (a probe on augmented images, by the data set's
-    # usual schedule); neighbours (the nearest images, and near-duplicates; needs no labels); invariance (of each stage,
-    # to what); color (what is kept of it) and tint (its quickest part); dense (labels of pixels from each stage's map).
-    c.eval.split = "test"  # what the final suite is measured on; "validation" to choose settings by
-    c.eval.batch_size = 500
-    c.eval.features = "h"  # what knn, linear and logistic see: h, pooled features; z, the embedding at unit length
-    c.eval.knn_features = ""  # knn's own choice of the two; "": as above
-    c.eval.knn_k = 200
-    c.eval.knn_temperature = 0.1
-    c.eval.neighbours = 8  # of each image, in the evaluator of that name
-    c.eval.duplicate_cosine = 0.95  # near-duplicates: features at least so alike,
-    c.eval.duplicate_pixels = 0.06  # and pixels no further apart, root mean square, as a share of their range
-    c.eval.logistic_epochs = 1000
-    c.eval.logistic_batch_size = 256
-    c.eval.logistic_lr = 3e-4  # of Adam, constant
-    c.eval.transfer_epochs = 100  # of transfer_augmented
-    c.eval.sgd_epochs = 0  # of linear_sgd; 0: as is customary for the data set
-    c.eval.fgsm = (1, 2, 4, 8)  # epsilon in 1/255
-    c.eval.pgd = (1, 2, 4, 8)  # the same
-    c.eval.pgd_steps = 20
-    # Of ood, on the linear probe; what is made of test images is made at the end, the same for all runs.
-    c.eval.corruptions = ()  # names as of ImageNet-C; (): all there are (computed here: all but frost)
-    c.eval.severities = (1, 2, 3, 4, 5)  # (): no corruptions
-    c.eval.corrupted = ""  # read instead of computed: a folder of CIFAR-10-C's NumPy files, or any source by its name,
-    # such as "tfds:imagenet2012_corrupted/{corruption}_{severity}" or "folder:PATH/{corruption}/{severity}"
-    c.eval.ood = ()  # other sets, classes matched by name: "sketch=folder:PATH"; "sketch@test=..." for one split of it
-    c.eval.shuffle_grids = (2, 4, 8)  # tiles a side of the test images with their patches shuffled
-    c.eval.cue_conflict = ""  # shape_bias: a folder of stimuli named like airplane/airplane1-bicycle2.png
-    c.eval.explanation_fraction = 0.15  # share of pixels kept for drop and increase in confidence
-    c.eval.tap = "stage2"  # the layer GradCAM explains
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = "25%"  # any duration; the last step is always saved; 0: only that one
-    c.checkpoint.keep = 2
-    c.checkpoint.keep_best = True  # also keep the best by the classifier on the validation split, where there is one
-    c.wandb = ""  # a project of Weights & Biases to log to as well, if the package is installed; "": $WANDB_PROJECT
-    c.report = True  # write report/index.html at the end
     return c
+
+
+def _node(schema: type[Options]) -> ConfigDict:
+    values = defaults(schema)
+    return ConfigDict({k: _node(type(v)) if isinstance(v, Options) else v for k, v in values.items()})
 
 
 def options(part: Callable, **overrides: Any) -> ConfigDict:
     """All options of a part with their defaults, some overridden; a misspelt one is refused."""
-    return _options(getattr(part, "__name__", part), recipe.fields(part), overrides)
+    return _options(getattr(part, "__name__", str(part)), defaults(part), overrides)
 
 
 def _options(name: str, known: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigDict:
     for key in overrides:
         if key not in known:
-            raise UserError(f"{name} has no option {key!r}{recipe.suggestion(key, known)}")
+            raise UserError(f"{name} has no option {key!r}{suggestion(key, known)}")
     return ConfigDict({**known, **overrides})
 
 
@@ -176,54 +232,52 @@ __all__ = [
 ]
 
 
-def _part(registry: Mapping[str, Callable], what: str, kind: str, overrides: Mapping[str, Any]) -> ConfigDict:
-    if kind not in registry:
-        raise UserError(f"no {what} is called {kind!r}{recipe.suggestion(kind, registry)}")
-    c = options(registry[kind], **overrides)
+def _part(parts: Registry, kind: str, overrides: Mapping[str, Any]) -> ConfigDict:
+    c = options(parts.resolve(kind), **overrides)
     c.kind = kind
     return c
 
 
 def view(kind: str, **overrides: Any) -> ConfigDict:
     """A view by kind: random, standard, classifier."""
-    return _part(recipe.VIEWS, "view", kind, overrides)
+    return _part(registry.VIEWS, kind, overrides)
 
 
 def stage(kind: str, **overrides: Any) -> ConfigDict:
     """A stage by kind: saliency, adversary, patch_negatives, texture_negatives."""
-    return _part(recipe.STAGES, "stage", kind, overrides)
+    return _part(registry.STAGES, kind, overrides)
 
 
 def model(kind: str, **overrides: Any) -> ConfigDict:
     """An encoder by kind: resnet, vit."""
-    return _part(recipe.MODELS, "model", kind, overrides)
+    return _part(MODELS, kind, overrides)
 
 
 def head(kind: str, **overrides: Any) -> ConfigDict:
     """A head by kind: classifier, decoder, mlp."""
-    return _part(recipe.HEADS, "head", kind, overrides)
+    return _part(registry.HEADS, kind, overrides)
 
 
 def encode(*views: str, **options: Any) -> ConfigDict:
     """A pass: these views are encoded together, by an encoder ("": the main one) and one of its sets of batch norms.
 
     Terms know the embeddings by the views' names: "view1", or "auto/view1" from the encoder called auto. Options:
-    norm_set, encoder, bn_groups, shuffle, depth; see `recipe.Pass`.
+    norm_set, encoder, bn_groups, shuffle, depth; see `jaxcl.method.recipe.Pass`.
     """
-    c = _options("a pass", recipe.fields(recipe.Pass), options)
+    c = _options("a pass", defaults(Pass), options)
     c.views = tuple(views)
     return c
 
 
 def term(kind: str, **overrides: Any) -> ConfigDict:
     """A term by kind: supcon, nt_xent, one_way_infonce, instance_spread, spread, ..."""
-    return _part(recipe.TERMS, "term", kind, overrides)
+    return _part(registry.TERMS, kind, overrides)
 
 
 def memory(kind: str, *, optimizer: Mapping[str, Any] | None = None, **overrides: Any) -> ConfigDict:
     """A memory part by kind: linear_probe, with an optimiser of its own; ema, queue."""
-    c = _part(recipe.MEMORY, "memory", kind, overrides)
-    if recipe.MEMORY[kind].trained:
+    c = _part(registry.MEMORY, kind, overrides)
+    if registry.MEMORY.resolve(kind).trained:
         c.optimizer = options(OptimizerOptions, **(optimizer or {}))
     return c
 
@@ -251,7 +305,7 @@ def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:
     known = [w for axis in axes for w in axis]
     for w in words:
         if w not in known:
-            raise UserError(f"unknown preset {w!r}{recipe.suggestion(w, known)}")
+            raise UserError(f"unknown preset {w!r}{suggestion(w, known)}")
     return tuple(chosen)
 
 
@@ -270,8 +324,52 @@ def extend(config_file: str, sibling: str, preset: str) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """UserError for what no config has; a config file, unlike the command line, can set any key to anything."""
-    config_check.check(config, default())
+    """Check the base keys: names, types, ranges. Parts are checked where they are made.
+
+    Errors: UserError, one line that begins with the key, for anything a config file or the command line set wrongly.
+    """
+    _check_node(config, Base, "", (*MAPPINGS, *LISTS, *PARTS, "representation"))
+    check_option("representation", config.representation, REPRESENTATION)
+    for name in (*MAPPINGS, *PARTS):
+        _check_mapping(name, config[name])
+    for name in MAPPINGS:
+        for key, node in config[name].items():
+            _check_mapping(f"{name}.{key}", node)
+    for name, node in config.memory.items():
+        if "optimizer" in node:
+            _check_mapping(f"memory.{name}.optimizer", node.optimizer)
+    for name in LISTS:
+        if not isinstance(config[name], (tuple, list)):
+            raise UserError(f"{name} is {quoted(config[name])}; expected a tuple of them")
+        for i, node in enumerate(config[name]):
+            _check_mapping(f"{name}[{i}]", node)
+
+
+REPRESENTATION = Option(("",), tuple[str, ...])
+
+
+def _check_node(node: ConfigDict, schema: type[Options], prefix: str, others: Sequence[str] = ()) -> None:
+    known = options_of(schema)
+    for key in node:
+        if key not in known and key not in others:
+            raise UserError(f"unknown config key {prefix}{key}{suggestion(key, [*known, *others])}")
+    for key in (*known, *others):
+        if key not in node:
+            raise UserError(f"config key {prefix}{key} is missing; start from jaxcl.config.default()")
+    for key, option in known.items():
+        name = f"{prefix}{key}"
+        if name in FREE_FORM:
+            _check_mapping(name, node[key])
+        elif isinstance(option.default, Options):
+            _check_mapping(name, node[key])
+            _check_node(node[key], type(option.default), f"{name}.")
+        else:
+            check_option(name, node[key], option)
+
+
+def _check_mapping(name: str, node: Any) -> None:
+    if not isinstance(node, (ConfigDict, Mapping)):
+        raise UserError(f"{name} is {quoted(node)}; expected keys and values, as jaxcl.config makes them")
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

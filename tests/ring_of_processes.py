@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxcl import losses, sharding
+from jaxcl import losses
+from jaxcl.method import sharding
 
 NAMES = ("supcon ring", "supcon tiled", "simclr ring", "one_way ring", "spread ring")
 ROWS = 48

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl import sharding
 from jaxcl.adversarial import fgsm, pgd
 from jaxcl.errors import UserError
+from jaxcl.method import sharding
 
 
 def images(seed=0, shape=(3, 4, 4, 3)):

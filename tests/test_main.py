@@ -10,8 +10,9 @@ from absl import flags
 from absl.testing import flagsaver
 from test_train import ROOT, subprocess_run
 
-from jaxcl import main, train
+from jaxcl import main
 from jaxcl.errors import Diverged, Preempted, UserError
+from jaxcl.train import loop as train
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import numpy as np
 from etils.epath import backend
 
 from jaxcl import config as base
-from jaxcl import run_folder
-from jaxcl.checkpoint import Checkpoints
 from jaxcl.data import source_of
-from jaxcl.recipe import build_recipe, data_facts
-from jaxcl.update import init_state
+from jaxcl.method.build import build_recipe, data_facts
+from jaxcl.method.update import init_state
+from jaxcl.train import run_folder
+from jaxcl.train.checkpoint import Checkpoints
 
 SIDE, BATCH, CLASSES = 16, 16, 4
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)

@@ -1,5 +1,6 @@
 """Jitted, batched image augmentation that also returns the parameters it drew."""
 
+from jaxcl.augment.patches import patch_negatives, tile_patches
 from jaxcl.augment.pipeline import (
     IDENTITY,
     ColorJitter,
@@ -17,6 +18,8 @@ from jaxcl.augment.pipeline import (
     random_view,
     standard_view,
 )
+from jaxcl.augment.quilting import quilt_texture
+from jaxcl.augment.sampling import sample_texture
 
 __all__ = [
     "IDENTITY",
@@ -32,6 +35,10 @@ __all__ = [
     "RandomTilt",
     "Resize",
     "classifier_view",
+    "patch_negatives",
+    "quilt_texture",
     "random_view",
+    "sample_texture",
     "standard_view",
+    "tile_patches",
 ]

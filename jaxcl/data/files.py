@@ -30,7 +30,7 @@ from jaxcl.data.disk import (
     source_in_memory,
 )
 from jaxcl.errors import UserError
-from jaxcl.storage import is_remote
+from jaxcl.runtime.storage import is_remote
 
 say = logging.getLogger("jaxcl")
 

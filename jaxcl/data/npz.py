@@ -9,7 +9,7 @@ from etils import epath
 
 from jaxcl.data.base import TEST_PART, Select, Source, as_rgb, hold_out, moments
 from jaxcl.errors import UserError
-from jaxcl.storage import is_remote
+from jaxcl.runtime.storage import is_remote
 
 # Integer columns beside the images, and the word for one of their values.
 COLUMNS = {"labels": "class", "coarse_labels": "coarse", "groups": "group"}

@@ -18,7 +18,7 @@ from jaxcl.data.base import Source
 from jaxcl.errors import UserError
 
 ABOUT = "textures.json"
-COMMAND = "python -m jaxcl.data.textures --source=... --out=..."
+COMMAND = "python -m jaxcl textures --source=... --out=..."
 
 
 def image_keys(images: np.ndarray) -> np.ndarray:

@@ -222,7 +222,7 @@ def _skip_decoding():
 
 
 def _prepare_command(name: str, data_dir: str | None) -> str:
-    return f"python -m jaxcl.data.prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
+    return f"python -m jaxcl prepare {name}" + (f" --data_dir={data_dir}" if data_dir else "")
 
 
 def _parts(builder, spec: str, part: str) -> list[str]:

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl import sharding
 from jaxcl.augment import standard_view
 from jaxcl.evaluate.base import Figures, LeftOut, accuracy, bins, needs_classifier, needs_labels
 from jaxcl.evaluate.calibration import expected_calibration_error
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
 from jaxcl.losses.common import inner, unit
-from jaxcl.recipe import Phase
-from jaxcl.train_state import TrainState
-from jaxcl.update import make_views, run_stages, to_pixels
-from jaxcl.views.adversary import Adversary
+from jaxcl.method import sharding
+from jaxcl.method.recipe import Phase
+from jaxcl.method.stages.adversary import Adversary
+from jaxcl.method.state import TrainState
+from jaxcl.method.update import make_views, run_stages, to_pixels
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Frozen

@@ -15,8 +15,8 @@ import numpy as np
 from jaxcl.augment import ops
 from jaxcl.evaluate.base import Figures, LeftOut
 from jaxcl.evaluate.linear_probe import LinearProbe, fit_linear_probe, probe_logits
-from jaxcl.train_state import TrainState
-from jaxcl.update import to_pixels
+from jaxcl.method.state import TrainState
+from jaxcl.method.update import to_pixels
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Frozen

@@ -26,8 +26,8 @@ from jaxcl.evaluate.neighbours import check_neighbours, neighbours
 from jaxcl.evaluate.shape_bias import check_stimuli, cue_conflict
 from jaxcl.evaluate.transfer import transfer, transfer_augmented
 from jaxcl.evaluate.worst_group import worst_group
-from jaxcl.train_state import TrainState
-from jaxcl.update import represent, to_pixels
+from jaxcl.method.state import TrainState
+from jaxcl.method.update import represent, to_pixels
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Evaluation, Frozen

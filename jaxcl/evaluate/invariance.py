@@ -14,9 +14,9 @@ from jaxcl.augment import ops
 from jaxcl.augment.color import PARTS
 from jaxcl.evaluate.base import Figures, LeftOut, accuracy
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
-from jaxcl.train_state import TrainState
-from jaxcl.update import represent, to_pixels
-from jaxcl.views import view_keys
+from jaxcl.method.state import TrainState
+from jaxcl.method.update import represent, to_pixels
+from jaxcl.method.views import view_keys
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Frozen

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxcl import augment, losses, sharding
+from jaxcl import augment, losses
 from jaxcl.data import Loader
 from jaxcl.evaluate.base import Figures, accuracy, needs_labels
 from jaxcl.evaluate.linear_probe import LinearProbe, probe_logits
-from jaxcl.train_state import TrainState
-from jaxcl.update import represent, to_pixels
-from jaxcl.views import view_keys
+from jaxcl.method import sharding
+from jaxcl.method.state import TrainState
+from jaxcl.method.update import represent, to_pixels
+from jaxcl.method.views import view_keys
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Frozen

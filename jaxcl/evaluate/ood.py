@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.augment import ops
+from jaxcl.augment import ops, quilt_texture, tile_patches
+from jaxcl.augment.patches import whole
 from jaxcl.data import Source, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate import corruptions
 from jaxcl.evaluate.base import Figures, accuracy, from_files, needs_labels
 from jaxcl.evaluate.categories import plain
 from jaxcl.evaluate.linear_probe import probe_logits
-from jaxcl.views import quilt_texture, tile_patches
-from jaxcl.views.patches import whole
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.suite import Evaluation, Frozen

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import sharding
 from jaxcl.augment import standard_view
 from jaxcl.data import Source, batches, has_own_validation
 from jaxcl.errors import UserError
@@ -23,11 +22,12 @@ from jaxcl.evaluate.linear_probe import LinearProbe as LinearFit
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.evaluate.neighbours import thumbnail
 from jaxcl.losses.common import unit
-from jaxcl.memory import LinearProbe
-from jaxcl.recipe import Phase, Recipe
-from jaxcl.train_state import TrainState
-from jaxcl.update import make_views, represent, run_stages, to_pixels
-from jaxcl.views import view_keys
+from jaxcl.method import sharding
+from jaxcl.method.memory import LinearProbe
+from jaxcl.method.recipe import Phase, Recipe
+from jaxcl.method.state import TrainState
+from jaxcl.method.update import make_views, represent, run_stages, to_pixels
+from jaxcl.method.views import view_keys
 
 say = logging.getLogger("jaxcl")
 

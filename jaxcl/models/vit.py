@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.errors import UserError
+from jaxcl.models.encoder import EncoderOptions
 from jaxcl.models.heads import Dense, dense_init
 from jaxcl.models.resnet import remat_block
 
@@ -29,7 +30,7 @@ NORM = dict(epsilon=1e-5, use_fast_variance=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTOptions:
+class ViTOptions(EncoderOptions):
     """What a config may say of a vision transformer. The rates are probabilities, and act in training only."""
 
     patch: int = 4  # side of a patch in pixels; it must divide the image's
@@ -49,7 +50,7 @@ class ViTOptions:
     head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
     dtype: str = "float32"  # or bfloat16: of activations; parameters, losses and statistics of norms stay float32
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
-    weights: str = ""  # begin with these, not at random: a file by jaxcl.export
+    weights: str = ""  # begin with these, not at random: a file by jaxcl.commands.export
 
 
 def _kept(key: Array | None, N: int, parts: dict[str, tuple[float, tuple[int, ...]]]) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxcl import storage
+from jaxcl.runtime import storage
 
 FILE_NAME = "metrics.jsonl"
 PUT_UP_SECONDS = 30.0

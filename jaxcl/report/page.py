@@ -11,10 +11,10 @@ import matplotlib.figure
 import numpy as np
 from etils import epath
 
-from jaxcl import storage
 from jaxcl.report import figures, neighbours, similarities, step_time, transfer, verdict
 from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI, Titled
+from jaxcl.runtime import storage
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def write_report(
         `thumbnail_map` and `duplicate_grid`, "invariance" that function's own, "embedding" those of `embedding`,
         "transfer" a run's of `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`,
         "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name;
-        "step_time" what `jaxcl.profile` measured, a table.
+        "step_time" what `jaxcl.train.profile` measured, a table.
 
     Returns:
       The path of the page.

@@ -10,7 +10,7 @@ TITLE = "Where the time of an update goes"
 
 
 def section(figures: Mapping[str, Any]) -> str:
-    """HTML of what `jaxcl.profile.step_time` measured, with the updates and the device it was measured on."""
+    """HTML of what `jaxcl.train.profile.step_time` measured, with the updates and the device it was measured on."""
     whole, parts = figures["seconds"], dict(figures["parts"])
     small = {name: s for name, s in parts.items() if s < SMALL * whole}
     rows = {name: s for name, s in parts.items() if name not in small}

@@ -11,8 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from jaxcl import storage
 from jaxcl.report.verdict import flatten
+from jaxcl.runtime import storage
 
 say = logging.getLogger("jaxcl")
 

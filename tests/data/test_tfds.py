@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcl.data import Loader, make_source, prepare
+from jaxcl.commands import prepare
+from jaxcl.data import Loader, make_source
 from jaxcl.data import tfds as reader
 from jaxcl.errors import UserError
 
@@ -220,7 +221,7 @@ def test_a_validation_part_of_its_own(prepared):
 def test_an_unprepared_set_fails_at_once_with_the_command(tmp_path):
     begin = time.perf_counter()
     fails(
-        rf"not prepared in .*cifar10.*python -m jaxcl.data.prepare cifar10 --data_dir={tmp_path}",
+        rf"not prepared in .*cifar10.*python -m jaxcl prepare cifar10 --data_dir={tmp_path}",
         "tfds:cifar10",
         data_dir=str(tmp_path),
     )

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl import sharding
 from jaxcl.errors import UserError
 from jaxcl.evaluate.collapse import collapse_metrics
+from jaxcl.method import sharding
 
 RNG = np.random.default_rng(0)
 

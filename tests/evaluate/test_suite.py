@@ -11,7 +11,6 @@ import pytest
 import tiny
 
 from jaxcl import config as base
-from jaxcl import sharding
 from jaxcl.adversarial import pgd
 from jaxcl.data import Source
 from jaxcl.errors import UserError
@@ -27,7 +26,8 @@ from jaxcl.evaluate.evaluators import EVALUATORS
 from jaxcl.evaluate.ood import shuffle_patches
 from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
 from jaxcl.losses import cross_entropy
-from jaxcl.update import init_state
+from jaxcl.method import sharding
+from jaxcl.method.update import init_state
 
 EVERYTHING = tuple(n for n in EVALUATORS if n not in ("invariance", "color"))  # which need nothing but images
 OF_LABELS = ("knn", "linear", "logistic", "linear_sgd", "raw_pixels", "linear_fgsm", "linear_pgd")

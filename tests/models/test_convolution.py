@@ -7,10 +7,10 @@ import pytest
 import tiny
 from jax import lax
 
+from jaxcl.commands.plan.program_costs import cost
 from jaxcl.errors import UserError
 from jaxcl.models import ModelOptions, make_model
 from jaxcl.models.convolution import LAYOUT, MOST, ROWS, loop_conv, parted_conv, rows_of_a_part
-from jaxcl.program_costs import cost
 
 # kernel, strides, padding, side: all that a ResNet has, sides that strides do not divide, unequal padding.
 CASES = [

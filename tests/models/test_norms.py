@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxcl import grad_cache, sharding
 from jaxcl.errors import UserError
 from jaxcl.losses import nt_xent
+from jaxcl.method import grad_cache, sharding
 from jaxcl.models import ModelOptions, make_model
 from jaxcl.models.norms import replace, statistics_of
 

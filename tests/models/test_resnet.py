@@ -11,7 +11,8 @@ import tiny
 from jax import lax
 
 from jaxcl.errors import UserError
-from jaxcl.memory import LinearProbe, Start
+from jaxcl.method.memory import InitContext as Start
+from jaxcl.method.memory import LinearProbe
 from jaxcl.models import ModelOptions, ProjectionHead, make_model, resnet, tap_stage
 from jaxcl.models.norms import norm_groups
 from jaxcl.models.resnet import BasicBlock, Bottleneck, MatmulConv, ResNet, _conv

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxcl import weights
 from jaxcl.errors import UserError
-from jaxcl.models import ModelOptions, ViTOptions, make_model
+from jaxcl.models import ModelOptions, ViTOptions, make_model, weights
 from jaxcl.models import torch_layout as layout
 
 

@@ -1,0 +1,348 @@
+"""Many runs and one table: `python -m jaxcl sweep --config=FILE[:PRESET] ... --seeds=0,1,2 --out=DIR`.
+
+    python -m jaxcl sweep --config=configs/simclr.py --config=configs/clae.py:clean_pair --seeds=0,1,2 \\
+        --set="eval.final=('knn','linear')" --grid=optimizer.lr=1e-3,3e-3 --out=runs/clae-table
+
+Every run is `python -m jaxcl.main` in a process of its own, its folder DIR/<setting>/seed-N, what it says in seed-N.log
+beside it. All configs are read before the first one starts. All settings of a seed come before the next seed, so that
+a sweep that is broken off has a table that compares. The same command goes on: what is finished or has diverged is not
+repeated. DIR/table.md and DIR/table.json are written anew after every run.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import platform
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from jaxcl import config as configs
+from jaxcl.commands.sweep import table as sweep_table
+from jaxcl.commands.sweep.runs import Run, plan
+from jaxcl.commands.sweep.table import Entry, Row
+from jaxcl.errors import Preempted, UserError
+from jaxcl.report.progress import duration
+from jaxcl.runtime import flags as command_line
+from jaxcl.train import run_folder
+
+say = logging.getLogger("jaxcl")
+
+_FLAGS = flags.FlagValues()
+_string = dict(flag_values=_FLAGS)
+_CONFIGS = flags.DEFINE_multi_string("config", [], "FILE[:PRESET]; once for each config.", **_string)
+_GRID = flags.DEFINE_multi_string(
+    "grid", [], "KEY=VALUE,VALUE,...: a config key and its values; several: their product.", **_string
+)
+_SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for every run, as --config.KEY=VALUE of jaxcl.main.", **_string)
+_SEEDS = flags.DEFINE_string("seeds", "0", "Comma-separated; each becomes config.seed.", **_string)
+_MEASURES = flags.DEFINE_string(
+    "measures", "", "Comma-separated paths into results.json; default: accuracy of knn, linear, classifier.", **_string
+)
+_JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Runs at a time; each gets its share of the cores. 1 on an accelerator: a run takes it whole.", **_string
+)
+_OUT = flags.DEFINE_string("out", "runs/sweep", "The sweep's folder.", **_string)
+
+PROGRAM = (sys.executable, "-m", "jaxcl.main")  # what runs one config
+_POLL_SECONDS = 0.1
+_RESULTS_BESIDE_EVALUATORS = ("best", "seconds", "steps")
+
+
+def run(argv: list[str]) -> int:
+    """Run the sweep; -> exit code. Errors: UserError before anything starts, or of a run; Preempted."""
+    _FLAGS.unparse_flags()
+    command_line.parse(argv, _FLAGS)
+    out = pathlib.Path(_OUT.value)
+    runs = plan(_CONFIGS.value, grids=_GRID.value, sets=_SET.value, seeds=_seeds(_SEEDS.value), out=out)
+    measures = _measures(_MEASURES.value, runs)
+    if _JOBS.value < 1:
+        raise UserError(f"--jobs is {_JOBS.value}; expected 1 or more")
+    sweep = Sweep(runs, out, measures, command=shlex.join(["python", "-m", "jaxcl.commands.sweep.main", *argv[1:]]))
+    try:
+        sweep.run(_JOBS.value)
+    finally:
+        if any(e.state != "waiting" for e in sweep.entries.values()):
+            print(sweep.write_table(), end="", flush=True)
+    return 1 if any(e.state == "failed" for e in sweep.entries.values()) else 0
+
+
+def _seeds(text: str) -> list[int]:
+    words = [w.strip() for w in text.split(",")]
+    if not all(re.fullmatch("[0-9]+", w) for w in words):
+        raise UserError(f"--seeds is {text!r}; expected whole numbers from 0, separated by commas")
+    return [int(w) for w in words]
+
+
+def _measures(text: str, runs: Sequence[Run]) -> list[str]:
+    """A measure that no run will have is a column of dashes, known after hours."""
+    measures = [w.strip() for w in text.split(",") if w.strip()]
+    evaluators = {name for r in runs for name in r.config["eval"]["final"]}
+    for measure in measures:
+        head = measure.partition(".")[0]
+        if head not in evaluators.union(_RESULTS_BESIDE_EVALUATORS):
+            raise UserError(
+                f"--measures names {measure!r}, but no config's eval.final has {head!r}; "
+                f"add it by --set=\"eval.final=('knn','{head}')\"; there now: {', '.join(sorted(evaluators)) or 'none'}"
+            )
+    return measures
+
+
+@dataclasses.dataclass
+class _Job:
+    run: Run
+    process: subprocess.Popen
+    slot: int
+    began: float
+    log_start: int  # bytes that earlier processes wrote
+
+
+class Sweep:
+    """The runs, what became of each, and their table."""
+
+    def __init__(self, runs: Sequence[Run], out: pathlib.Path, measures: Sequence[str], command: str):
+        self.runs, self.out, self.measures, self.command = runs, out, measures, command
+        self.entries: dict[Run, Entry] = {r: self._recorded(r) for r in runs}
+        self._failures: list[str] = []
+        self._mistakes: list[str] = []
+        self._seconds: list[float] = []
+        self._asked: list[int] = []  # signals
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make --out {out}: {error.strerror}; choose a folder you may write to") from None
+
+    def run(self, jobs: int) -> None:
+        """Start what is left, `jobs` at a time, and wait for it. Errors: UserError, Preempted."""
+        waiting = collections.deque(r for r in self.runs if self.entries[r].state == "waiting")
+        say.info("%d runs into %s, %d of them done before", len(self.runs), self.out, len(self.runs) - len(waiting))
+        running: list[_Job] = []
+        told = 0
+        with self._signals():
+            try:
+                while running or (waiting and not self._halted):
+                    while waiting and len(running) < jobs and not self._halted:
+                        slot = min(set(range(jobs)) - {j.slot for j in running})
+                        running.append(self._start(waiting.popleft(), slot, jobs))
+                    if len(self._asked) > told:
+                        told = len(self._asked)
+                        self._stop(running)
+                    time.sleep(_POLL_SECONDS)
+                    for job in [j for j in running if j.process.poll() is not None]:
+                        running.remove(job)
+                        self._ended(job, len(waiting), running, jobs)
+            finally:
+                for job in running:  # only if something went wrong here, as a full disk
+                    job.process.terminate()
+                    job.process.wait()
+        for line in self._failures:
+            print(f"jaxcl: {line}", file=sys.stderr)
+        if self._mistakes:
+            raise UserError(self._mistakes[0])
+        if self._asked:
+            done = sum(e.state in ("finished", "diverged") for e in self.entries.values())
+            raise Preempted(f"stopped on request, {done} of {len(self.runs)} runs done; run the same command to go on")
+
+    # ---- before and after a process
+
+    def _recorded(self, run: Run) -> Entry:
+        """What an earlier sweep left. Errors: UserError where the folder is another run's."""
+        path = run.workdir / "config.json"
+        old = json.loads(path.read_text()) if path.exists() else run.config
+        if changed := configs.differences(old, run.config):
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise UserError(
+                f"{run.workdir} holds a run of another config, {changed[0]}{more}; "
+                "use another --out, or the same options to go on"
+            )
+        if (run.workdir / "results.json").exists():
+            if old["eval"] != run.config["eval"]:
+                a, b = configs.flatten(old["eval"], "eval"), configs.flatten(run.config["eval"], "eval")
+                key = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
+                say.warning(
+                    "%s was evaluated with %s = %s, not %s: its results stay as they are; remove %s to evaluate again",
+                    run.title, key, a.get(key), b.get(key), run.workdir / "results.json",
+                )  # fmt: skip
+            return self._finished(run)
+        if (mark := _mark(run)).exists():
+            record = json.loads(mark.read_text())
+            if record["config"] == configs.fingerprint(run.config):
+                say.info("%s diverged before (%s); remove %s to try it again", run.title, record["why"], mark)
+                return self._entry(run, "diverged")
+        return self._entry(run, "waiting")
+
+    def _entry(self, run: Run, state: str, results: dict[str, Any] | None = None) -> Entry:
+        return Entry(run.seed, str(run.workdir.relative_to(self.out)), state, results)
+
+    def _finished(self, run: Run) -> Entry:
+        return self._entry(run, "finished", json.loads((run.workdir / "results.json").read_text()))
+
+    def _start(self, run: Run, slot: int, jobs: int) -> _Job:
+        run.workdir.parent.mkdir(parents=True, exist_ok=True)
+        # A session of its own: Ctrl-C in a terminal reaches the sweep alone, which then asks its runs to save.
+        with run.log.open("ab") as log, _affinity(slot, jobs):
+            start = log.tell()
+            process = subprocess.Popen(
+                [*PROGRAM, *run.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return _Job(run, process, slot, time.monotonic(), start)
+
+    def _ended(self, job: _Job, waiting: int, running: Sequence[_Job], jobs: int) -> None:
+        run, code, seconds = job.run, job.process.returncode, time.monotonic() - job.began
+        why = _last_words(job)
+        if code == 0 and (run.workdir / "results.json").exists():
+            self.entries[run] = self._finished(run)
+            self._seconds.append(seconds)
+            what = self._figures(self.entries[run])
+        elif code == 3:
+            self.entries[run] = self._entry(run, "diverged")
+            run_folder.write_json(_mark(run), {"why": why, "config": configs.fingerprint(run.config)})
+            what = f"diverged: {why}"
+        elif code == 2:
+            self._mistakes.append(f"{why} ({run.title}, see {run.log})")
+            what = f"{why}; no other run is started"
+        elif code == 75 or (self._asked and code in (-signal.SIGTERM, -signal.SIGKILL)):
+            self._asked = self._asked or [signal.SIGTERM]  # a scheduler that stops one of us means all
+            what = "stopped"
+        else:
+            self.entries[run] = self._entry(run, "failed")
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            what = f"failed ({how}): {why or 'no message'}"
+            self._failures.append(f"{run.title} {what}; see {run.log}")
+        ended = sum(e.state != "waiting" for e in self.entries.values())
+        left = self._left(waiting, running, jobs)
+        say.info("[%d/%d] %s: %s (%s)%s", ended, len(self.runs), run.title, what, duration(seconds), left)
+        self.write_table()
+
+    def _figures(self, entry: Entry) -> str:
+        shown = self.measures or sweep_table.DEFAULT
+        values = [(m, sweep_table.value(entry.results, m)) for m in shown]
+        words = [f"{sweep_table.short(m)} {sweep_table.number(m, v)}" for m, v in values if v is not None]
+        return ", ".join(words[:4]) or "finished"
+
+    def _left(self, waiting: int, running: Sequence[_Job], jobs: int) -> str:
+        if not self._seconds or self._halted or not (waiting or running):
+            return ""
+        usual, now = statistics.fmean(self._seconds), time.monotonic()
+        seconds = waiting * usual + sum(max(0.0, usual - (now - j.began)) for j in running)
+        return f"; about {duration(seconds / min(jobs, waiting + len(running)))} left"
+
+    # ---- ending early
+
+    @property
+    def _halted(self) -> bool:
+        return bool(self._asked or self._mistakes)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        wanted = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+        wanted = [s for s in wanted if signal.getsignal(s) != signal.SIG_IGN]  # nohup
+        previous = {s: signal.signal(s, lambda signum, frame: self._asked.append(signum)) for s in wanted}
+        try:
+            yield
+        finally:
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _stop(self, running: Sequence[_Job]) -> None:
+        impatient = self._asked.count(signal.SIGINT) > 1
+        for job in running:
+            job.process.kill() if impatient else job.process.terminate()
+        if running and not impatient:
+            say.info("stopping: waiting for %d to save (Ctrl-C again: do not wait)", len(running))
+
+    # ---- the table
+
+    def write_table(self) -> str:
+        """table.md and table.json; -> the table in Markdown."""
+        rows = []
+        for setting in dict.fromkeys(r.setting for r in self.runs):
+            grid = {setting.labels[k]: v for k, v in setting.grid.items()}
+            rows.append(Row(setting.name, grid, [self.entries[r] for r in self.runs if r.setting is setting]))
+        content = sweep_table.table(rows, self.measures)
+        about = self.origin()
+        run_folder.write_json(self.out / "table.json", about | content)
+        temporary = self.out / "table.md.tmp"
+        temporary.write_text(sweep_table.page(about | content), encoding="utf-8")
+        os.replace(temporary, self.out / "table.md")
+        return sweep_table.markdown(content)
+
+    def origin(self) -> dict[str, Any]:
+        """Where the numbers come from: "command", "commits", "machine" and "seeds"."""
+        environments = self._environments()
+        return {
+            "command": self.command,
+            "commits": list(dict.fromkeys(e["commit"] for e in environments if e.get("commit"))),
+            "machine": _machine(environments),
+            "seeds": list(dict.fromkeys(r.seed for r in self.runs)),
+        }
+
+    def _environments(self) -> list[dict[str, Any]]:
+        """What the finished runs say of where they ran: asking JAX here would take the accelerator from them."""
+        paths = [r.workdir / "environment.json" for r, e in self.entries.items() if e.state == "finished"]
+        return [json.loads(p.read_text()) for p in paths if p.exists()]
+
+
+def _mark(run: Run) -> pathlib.Path:
+    """Where it is kept that a run diverged: it would do so again, and has no results.json to say so."""
+    return run.workdir.with_name(f"{run.workdir.name}.diverged.json")
+
+
+def _last_words(job: _Job) -> str:
+    """The process's own last line, without the "jaxcl: " before a plain one."""
+    with job.run.log.open("rb") as log:
+        log.seek(job.log_start)
+        lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    plain = [line for line in lines if line.startswith("jaxcl: ")]
+    return (plain or lines or [""])[-1].removeprefix("jaxcl: ")
+
+
+@contextlib.contextmanager
+def _affinity(slot: int, jobs: int) -> Iterator[None]:
+    """What is started inside has its share of the cores. A process inherits it, so it holds before XLA counts them."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if jobs == 1 or not cores:
+        yield
+        return
+    os.sched_setaffinity(0, cores[slot::jobs] or [cores[slot % len(cores)]])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _machine(environments: Sequence[dict[str, Any]]) -> str:
+    """ "AMD EPYC 7B13, 2 cores, cpu:cpu, jax 0.10.2"."""
+    processor, info = platform.processor() or platform.machine(), pathlib.Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)):
+        processor = found[1]
+    devices = collections.Counter(d for e in environments[:1] for d in e.get("devices", ()))
+    versions = dict.fromkeys(f"jax {e['packages']['jax']}" for e in environments if "jax" in e.get("packages", {}))
+    kinds = [f"{count} x {kind}" if count > 1 else kind for kind, count in devices.items()]
+    return ", ".join([processor, f"{os.cpu_count()} cores", *kinds, *versions])
+
+
+def cli() -> None:
+    """Exit codes: 0 done, also where runs diverged; 1 runs failed; 2 a mistake to mend; 75 stopped on request, run the
+    same command to go on."""
+    command_line.leave(run)
+
+
+if __name__ == "__main__":
+    cli()

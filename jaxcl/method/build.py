@@ -1,0 +1,124 @@
+"""From a config to a recipe. Whatever cannot work is refused here, in one line, before anything compiles."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxcl.errors import UserError
+from jaxcl.method import registry
+from jaxcl.method import sharding as shardings
+from jaxcl.method.accumulate import Accumulate
+from jaxcl.method.check import check, check_paths
+from jaxcl.method.grad_cache import GradCache
+from jaxcl.method.optimizers import OptimizerOptions, make_optimizer, make_schedule
+from jaxcl.method.recipe import Pass, Recipe
+from jaxcl.models.model import make_model
+from jaxcl.models.registry import MODELS
+from jaxcl.runtime.durations import to_steps
+from jaxcl.runtime.options import construct
+from jaxcl.runtime.registry import Registry
+
+
+def make_part(name: str, node: Mapping[str, Any], parts: Registry, **supplied: Any) -> Any:
+    """The part a config node means: `kind` chooses it, the other keys are its options. Errors: UserError."""
+    part = parts.resolve(node.get("kind"), f"{name}.kind")
+    return construct(name, part, {k: v for k, v in node.items() if k not in ("kind", "optimizer")}, **supplied)
+
+
+def data_facts(source: Any) -> dict[str, Any]:
+    """The facts of a training source that `build_recipe` takes."""
+    return dict(
+        num_examples=len(source),
+        image_shape=source.image_shape,
+        mean=source.mean,
+        std=source.std,
+        num_classes=source.num_classes,
+        labelled=source.labelled,
+    )
+
+
+def build_recipe(
+    config: ConfigDict,
+    *,
+    num_examples: int,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    num_classes: int,
+    labelled: bool,
+    num_devices: int = 1,
+) -> Recipe:
+    """Parts from a config and the facts of its data. Errors: UserError, one line, naming the config key."""
+    B = config.batch_size
+    if config.sharding not in shardings.KINDS:
+        raise UserError(f"sharding is {config.sharding!r}; expected one of {', '.join(shardings.KINDS)}")
+    if B < 1 or B % num_devices:
+        raise UserError(f"batch_size {B} does not divide over {num_devices} devices; use a multiple of {num_devices}")
+    if B > num_examples:
+        raise UserError(f"batch_size {B} is larger than the training set ({num_examples} images); use a smaller one")
+    per_epoch = num_examples // B
+    unit = dict(steps_per_epoch=per_epoch, batch_size=B)
+    steps = to_steps(config.duration, name="duration", **unit)
+    if steps < 1:
+        raise UserError(f"duration {config.duration!r} is less than one step; expected at least one")
+
+    size = config.size or image_shape[0]
+    pixels = dict(size=size, mean=mean, std=std)
+    views = {n: make_part(f"views.{n}", v, registry.VIEWS, **pixels) for n, v in config.views.items()}
+    stages = tuple(make_part(f"stages[{i}]", s, registry.STAGES) for i, s in enumerate(config.stages))
+    passes = tuple(construct(f"passes[{i}]", Pass, p) for i, p in enumerate(config.passes))
+    terms = {n: make_part(f"terms.{n}", t, registry.TERMS) for n, t in config.terms.items()}
+    memory = {n: make_part(f"memory.{n}", m, registry.MEMORY) for n, m in config.memory.items()}
+
+    heads = {n: make_part(f"heads.{n}", h, registry.HEADS) for n, h in config.heads.items()}
+
+    model = make_model(make_part("model", config.model, MODELS))
+    encoders = {n: make_model(make_part(f"encoders.{n}", node, MODELS)) for n, node in config.encoders.items()}
+    options = construct("optimizer", OptimizerOptions, config.optimizer)
+    check_paths("optimizer.constant_lr", options.constant_lr, heads, encoders)
+    schedule = make_schedule(options, name="optimizer", steps=steps, **unit)
+    memory_schedule, memory_tx = {}, {}
+    for n, node in config.memory.items():
+        name = f"memory.{n}.optimizer"
+        if not memory[n].trained:
+            continue
+        own = construct(name, OptimizerOptions, node.get("optimizer", {}))
+        if own.constant_lr:
+            raise UserError(f"{name}.constant_lr is {own.constant_lr}; expected (): all of it has one rate")
+        memory_schedule[n] = make_schedule(own, name=name, steps=steps, **unit)
+        memory_tx[n] = make_optimizer(own, memory_schedule[n], name=name)
+
+    recipe = Recipe(
+        model=model,
+        encoders=encoders,
+        representation=tuple(config.representation),
+        heads=heads,
+        views=views,
+        stages=stages,
+        stage_kinds=tuple(node.kind.rpartition(":")[2] for node in config.stages),
+        stage_starts=tuple(
+            to_steps(s.start, name=f"stages[{i}].start", total=steps, **unit) for i, s in enumerate(stages)
+        ),
+        passes=passes,
+        terms=terms,
+        memory=memory,
+        tx=make_optimizer(options, schedule, name="optimizer"),
+        schedule=schedule,
+        memory_tx=memory_tx,
+        memory_schedule=memory_schedule,
+        grad_cache=construct("grad_cache", GradCache, config.grad_cache),
+        accumulate=construct("accumulate", Accumulate, config.accumulate),
+        sharding=config.sharding,
+        seed=config.seed,
+        batch_size=B,
+        steps_per_epoch=per_epoch,
+        encoder_steps=steps,
+        image_shape=(size, size, image_shape[2]),
+        mean=tuple(mean),
+        std=tuple(std),
+        num_classes=num_classes,
+        labelled=labelled,
+    )
+    check(recipe, num_devices=num_devices)
+    return recipe

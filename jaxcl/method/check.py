@@ -1,0 +1,136 @@
+"""What cannot work in a recipe, refused in one plain line before anything compiles."""
+
+from collections.abc import Iterable
+
+from jaxcl.errors import UserError
+from jaxcl.method.recipe import Pass, Recipe
+from jaxcl.method.terms.base import embedding_name, split_name
+from jaxcl.runtime.options import suggestion
+
+
+def check_paths(where: str, paths: Iterable[str], heads: Iterable[str], encoders: Iterable[str]) -> None:
+    """UserError for a path that no parameters of such a recipe have."""
+    known = ["encoder", "head", "branches", *(f"heads/{n}" for n in heads), *(f"encoders/{n}" for n in encoders)]
+    for path in paths:
+        if not any(f"{path}/".startswith(f"{k}/") for k in known):
+            raise UserError(f"{where} holds {path!r}, where no parameters are{suggestion(path, known)}")
+
+
+def check(recipe: Recipe, *, num_devices: int) -> None:
+    """Refuse names that nothing makes and parts whose needs are not met."""
+    for model in (recipe.model, *recipe.encoders.values()):
+        recipe.grad_cache.check(model, recipe.batch_size, num_devices)
+    for n, part in recipe.memory.items():
+        part.check(f"memory.{n}", recipe)
+    for name in set(recipe.encoders) & set(recipe.targets):
+        raise UserError(f"encoders.{name} and memory.{name} are two encoders of one name; rename one")
+    for name in (*recipe.views, *recipe.encoders, *recipe.targets):
+        if "/" in name:
+            raise UserError(f"{name!r} may not contain '/', which joins an encoder's name and a view's")
+    for name in recipe.representation:
+        _known_encoder(recipe, "representation", name, trained=True)
+    if not recipe.representation:
+        raise UserError("representation names no encoder; expected ('',) for the main one")
+    made = set(recipe.views) | {n for s in recipe.stages for n in s.writes}
+
+    def exists(name: str, where: str, known: set[str]) -> None:
+        if name not in known:
+            raise UserError(f"{where} names view {name!r}, which nothing makes{suggestion(name, sorted(known))}")
+
+    available = set(recipe.views)
+    for i, stage in enumerate(recipe.stages):
+        for name in stage.reads:
+            exists(name, f"stages[{i}]", available)
+        for name in stage.creates:
+            if name in available:
+                raise UserError(f"stages[{i}] makes view {name!r}, which is a view already; choose a new name")
+        available |= set(stage.writes)
+        stage.check(f"stages[{i}]", recipe, num_devices)
+    if not recipe.passes or not recipe.terms:
+        raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
+    encoded: set[str] = set()
+    shallow: set[str] = set()  # of them, those of a part of the network
+    for i, p in enumerate(recipe.passes):
+        _known_encoder(recipe, f"passes[{i}].encoder", p.encoder)
+        recipe.encoder(p.encoder).check_norm_set(f"passes[{i}].norm_set", p.norm_set)
+        recipe.encoder(p.encoder).check_depth(f"passes[{i}].depth", p.depth)
+        if p.depth and recipe.grad_cache.micro_batch:
+            raise UserError(f"passes[{i}].depth with grad_cache.micro_batch: it knows whole networks only; use one")
+        _check_groups(recipe, f"passes[{i}]", p)
+        for name, embedding in zip(p.views, p.embeddings, strict=True):
+            exists(name, f"passes[{i}]", made)
+            if embedding in encoded:
+                raise UserError(f"passes[{i}] encodes view {embedding!r} a second time; name it once")
+            encoded.add(embedding)
+            if p.depth:
+                shallow.add(embedding)
+    for name, part in recipe.heads.items():
+        for encoder in part.encoders:
+            _known_encoder(recipe, f"heads.{name}.encoders", encoder, trained=True)
+        if not part.encoders:
+            raise UserError(f"heads.{name}.encoders is empty; expected ('',) for the main one")
+        part.check(f"heads.{name}", recipe.head_input(name))
+    for n, term in recipe.terms.items():
+        for name in (*term.reads, *term.optional):
+            exists(name, f"terms.{n}", encoded)
+        for embedding, head in term.heads:
+            _check_head(recipe, n, embedding, head, encoded)
+    recipe.accumulate.check(recipe, num_devices)
+    used = recipe.head_views(tuple(recipe.terms))
+    for name in recipe.heads:
+        if name not in used:
+            raise UserError(f"heads.{name} is read by no term; remove it, or name it as the head of a term")
+    for n, term in recipe.terms.items():
+        for name in term.memories:
+            if name not in recipe.memory:
+                raise UserError(f"terms.{n} reads memory.{name}, which the config lacks; add it to memory")
+    for n, part in recipe.memory.items():
+        for name in part.reads:
+            exists(name, f"memory.{n}", encoded)
+        for name in part.represented:
+            for encoder in recipe.representation:
+                exists(embedding_name(encoder, name), f"memory.{n}", encoded)
+                if embedding_name(encoder, name) in shallow:
+                    raise UserError(f"memory.{n} reads view {name!r}, which ends at a stage; name one that does not")
+            exists(name, f"memory.{n}", set(recipe.views))
+        if part.own_view:
+            exists(part.own_view, f"memory.{n}", set(recipe.views))
+    needs = [f"terms.{n}" for n, t in recipe.terms.items() if t.needs_labels]
+    needs += [f"memory.{n}" for n, part in recipe.memory.items() if part.needs_labels]
+    if needs and not recipe.labelled:
+        raise UserError(
+            f"{needs[0]} needs a label on every training image, which the data lacks; give labels, or use a "
+            "config without labels, such as configs/simclr.py:unlabelled"
+        )
+
+
+def _known_encoder(recipe: Recipe, where: str, name: str, trained: bool = False) -> None:
+    names = ("", *recipe.encoders, *(() if trained else recipe.targets))
+    if name not in names:
+        known = ", ".join(map(repr, names))
+        raise UserError(f"{where} names encoder {name!r}; expected one of {known} ('' is the main one)")
+
+
+def _check_groups(recipe: Recipe, where: str, p: Pass) -> None:
+    if p.bn_groups == 1:
+        return
+    if not recipe.encoder(p.encoder).batch_norm:
+        raise UserError(f"{where}.bn_groups is {p.bn_groups}, but its encoder has no batch norm; use 1")
+    if recipe.grad_cache.micro_batch:
+        raise UserError(f"{where}.bn_groups with grad_cache.micro_batch: both divide the batch norm; use one of them")
+    if recipe.batch_size % p.bn_groups:
+        raise UserError(
+            f"{where}.bn_groups {p.bn_groups} does not divide batch_size {recipe.batch_size}; use a divisor"
+        )
+
+
+def _check_head(recipe: Recipe, term: str, embedding: str, head: str, encoded: set[str]) -> None:
+    if head not in recipe.heads:
+        raise UserError(f"terms.{term}.head is {head!r}, which the config lacks{suggestion(head, recipe.heads)}")
+    part, (encoder, view) = recipe.heads[head], split_name(embedding)
+    if encoder != part.encoders[0]:
+        expected = embedding_name(part.encoders[0], view)
+        raise UserError(f"terms.{term} reads heads.{head} of {embedding!r}; that head is of {expected!r}")
+    for other in part.encoders:
+        if embedding_name(other, view) not in encoded:
+            raise UserError(f"heads.{head} reads {embedding_name(other, view)!r}, which no pass encodes")

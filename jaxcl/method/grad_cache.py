@@ -1,0 +1,216 @@
+"""GradCache: the encoder takes a batch in micro-batches and keeps no activations; the losses still see all of it.
+
+Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983. A scan
+over micro-batches embeds a pass, every term runs on all embeddings as without it, and the backward pass encodes each
+micro-batch once more before it differentiates it. That costs one more forward of the encoder. Only what the terms read
+is changed, so it holds for any term; accumulated gradients are something else, each micro-batch then having its own
+negatives only.
+
+Stages (a saliency map, an attack) keep the whole batch: what they need of memory is not reduced.
+
+N rows of a pass, C micro-batches, G groups (C divides G) of N/G neighbouring rows that stay in one micro-batch,
+D features.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxcl.errors import UserError
+from jaxcl.method.sharding import AXIS
+from jaxcl.models import Model
+from jaxcl.runtime.options import Options, Range
+
+Array = jax.Array
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class GradCache(Options):
+    """What a config may say of it."""
+
+    micro_batch: Annotated[int, Range(0)] = (
+        0  # images encoded at a time, over all devices; 0: the whole batch at once, no GradCache
+    )
+    batch_norm: Literal["refuse", "first_pass"] = (
+        "refuse"  # with batch norm: "refuse", or "first_pass" for its statistics (see `encode`)
+    )
+
+    def chunks(self, batch_size: int) -> int:
+        """Micro-batches a batch is encoded in; 0 without GradCache."""
+        return batch_size // self.micro_batch if self.micro_batch else 0
+
+    def check(self, model: Model, batch_size: int, num_devices: int) -> None:
+        """UserError for a micro-batch that does not fit the batch, the devices or the encoder."""
+        m = self.micro_batch
+        if not m:
+            return
+        if batch_size % m:
+            raise UserError(f"grad_cache.micro_batch {m} does not divide batch_size {batch_size}; use a divisor of it")
+        if m % num_devices:
+            raise UserError(
+                f"grad_cache.micro_batch {m} does not divide over {num_devices} devices; "
+                f"use a multiple of {num_devices}"
+            )
+        if model.batch_norm and self.batch_norm == "refuse":
+            raise UserError(
+                "grad_cache with batch norm: the statistics of a micro-batch are not those of the batch; use "
+                "model.norm=group, or accept fixed statistics from a first pass with grad_cache.batch_norm=first_pass"
+            )
+
+    def check_rows(self, what: str, rows: int, batch_size: int, num_devices: int) -> None:
+        """UserError unless a view of another length than the batch falls into as many equal parts."""
+        parts = self.chunks(batch_size)
+        if parts and rows % (parts * num_devices):
+            raise UserError(
+                f"{what} gives {rows} rows, which do not divide into {parts} micro-batches over {num_devices} devices; "
+                f"use a multiple of {parts * num_devices} rows, or a larger grad_cache.micro_batch"
+            )
+
+
+def encode(
+    model: Model,
+    params: Tree,
+    stats: Tree,
+    images: Array,
+    *,
+    where: Array | None = None,
+    norm_set: str = "",
+    chunks: int,
+    groups: int,
+    mesh: Mesh | None = None,
+    key: Array | None = None,
+) -> tuple[Array, Tree]:
+    """`Model.encode` with train=True, in micro-batches: images -> (features [N,D] in their order, new statistics).
+
+    Without batch norm the features and their gradient are those of `Model.encode`, up to rounding.
+
+    With batch norm a first pass, not differentiated, finds the statistics of each micro-batch in each layer, normalised
+    by its own as in training. Pooled over the micro-batches (`pool`) they become constants by which the differentiated
+    pass normalises, and the running statistics move by them once. Two things differ from batch norm on the whole batch.
+    No gradient flows through the statistics, so the gradient keeps the components along each channel's shift and
+    scale which batch norm's own gradient lacks. And from the second layer on the statistics are of activations that
+    each micro-batch had normalised by its own; with one micro-batch the features are equal, the gradient is not.
+
+    Args:
+      images: [N, H, W, C], sharded by rows where the mesh has more than one device.
+      where: [N] bool, rows that count in the statistics. A layer keeps its running statistics where none does.
+      norm_set: the set of batch norms to use, "" the clean one; no statistics but its own move.
+      chunks: number of micro-batches; with the number of devices it must divide `groups`.
+      groups: N/groups neighbouring rows (an image's views) stay together. Group j joins micro-batch j mod chunks
+        in the first pass, whatever the number of devices.
+      key: of what an encoder without batch norm drops at random; each micro-batch on each device draws its own.
+      mesh: the mesh of the update, or None for one device. No image moves between devices, and the gradient of the
+        parameters is summed over them once, not once a micro-batch.
+    """
+    encoder = {"encoder": params["encoder"]}
+    devices = 1 if mesh is None else mesh.size
+    if groups % (chunks * devices):
+        raise UserError(
+            f"grad_cache: a pass of {len(images)} rows in {groups} equal parts does not divide into {chunks} "
+            f"micro-batches over {devices} devices; use a larger grad_cache.micro_batch"
+        )
+    model.check_norm_set("norm_set", norm_set)
+    looped = model.for_loops()
+    if not model.batch_norm:
+
+        def whole(params: Tree, _: Tree, x: Array, key: Array | None) -> Array:
+            return looped.encode(params, {}, x, train=True, key=key)[0]
+
+        return _by_rows(whole, chunks, mesh, key)(encoder, {}, images), stats
+    parts = dict(where=where, norm_set=norm_set, chunks=chunks, groups=groups, mesh=mesh)
+    batch = batch_statistics(model, encoder, stats, images, **parts)
+
+    def one(params: Tree, stats: Tree, x: Array, _: None) -> Array:
+        return looped.encode(params, stats, x, train=False, norm_set=norm_set)[0]
+
+    h = _by_rows(one, chunks, mesh)(encoder, batch, images)
+    return h, model.move_statistics(stats, batch, norm_set)
+
+
+def _by_rows(f: Callable[..., Array], chunks: int, mesh: Mesh | None, key: Array | None = None):
+    """f(params, constants, rows, key) -> rows, for an f of each row by itself, in chunks that are recomputed."""
+
+    def scan(params: Tree, constants: Tree, rows: Array, keys: Array | None) -> Array:
+        # Within a scan nothing is merged with the forward pass anyway, so the barriers of prevent_cse would be idle.
+        again = jax.checkpoint(f, prevent_cse=False)
+        x = rows.reshape(chunks, -1, *rows.shape[1:])
+        _, y = lax.scan(lambda _, of: (None, again(params, constants, *of)), None, (x, keys))
+        return y.reshape(-1, *y.shape[2:])
+
+    if mesh is None or mesh.size == 1:
+        keys = None if key is None else jax.random.split(key, chunks)
+        return lambda params, constants, rows: scan(params, constants, rows, keys)
+
+    def local(params: Tree, constants: Tree, rows: Array, keys: Array | None) -> Array:
+        # Made varying out here, not by each use in the loop: the sum of the gradient over devices is its transpose.
+        params = jax.tree.map(lambda p: lax.pcast(p, AXIS, to="varying"), params)
+        return scan(params, constants, rows, keys)
+
+    keys = None if key is None else jax.random.split(key, chunks * mesh.size)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(AXIS), P(AXIS)), out_specs=P(AXIS))
+    return lambda params, constants, rows: sharded(params, constants, rows, keys)
+
+
+def batch_statistics(
+    model: Model,
+    params: Tree,
+    stats: Tree,
+    images: Array,
+    *,
+    where: Array | None = None,
+    norm_set: str = "",
+    chunks: int,
+    groups: int,
+    mesh: Mesh | None = None,
+) -> Tree:
+    """Pooled batch statistics of a pass, each micro-batch normalised by its own; under stop-gradient. See `encode`.
+
+    Of the set of batch norms used only, as `Model.batch_statistics`.
+    """
+
+    def deal(x: Array) -> Array:
+        """[N, ...] -> [C, G/C, N/G, ...]: every chunks-th group, so every device gives rows of its own to each."""
+        x = jnp.moveaxis(x.reshape(groups // chunks, chunks, len(x) // groups, *x.shape[1:]), 1, 0)
+        if mesh is None or mesh.size == 1:
+            return x
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, AXIS)))
+
+    def one(_: None, chunk: tuple[Array, Array | None]) -> tuple[None, tuple[Tree, Array]]:
+        x, exists = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunk)
+        count = jnp.asarray(len(x)) if exists is None else exists.sum()
+        return None, (model.batch_statistics(params, stats, x, where=exists, norm_set=norm_set), count)
+
+    params, images = lax.stop_gradient((params, images))
+    _, (each, count_C) = lax.scan(one, None, jax.tree.map(deal, (images, where)))
+    pooled = pool(each, count_C)
+    running = model.statistics_of(stats, norm_set)
+    return jax.tree.map(lambda new, old: jnp.where(count_C.sum() > 0, new, old), pooled, running)
+
+
+def pool(statistics: Tree, count_C: Array) -> Tree:
+    """Statistics of equal or unequal parts -> those of the whole.
+
+    Mean: the parts' means by their counts. Variance: the mean of their variances plus the variance of their means.
+
+    Args:
+      statistics: {"mean": [C, M], "var": [C, M]} for each layer, at any depth of the tree.
+      count_C: [C] rows that each part counts; a part without any may hold NaN.
+    """
+    weight_C = count_C / jnp.maximum(count_C.sum(), 1)
+
+    def average(x_CxM: Array) -> Array:
+        counts = (count_C > 0)[:, None]
+        return jnp.sum(jnp.where(counts, weight_C.astype(x_CxM.dtype)[:, None] * x_CxM, 0), axis=0)
+
+    def layer(s: dict[str, Array]) -> dict[str, Array]:
+        mean_M = average(s["mean"])
+        return {"mean": mean_M, "var": average(s["var"] + (s["mean"] - mean_M) ** 2)}
+
+    return jax.tree.map(layer, statistics, is_leaf=lambda s: isinstance(s, dict) and "mean" in s)

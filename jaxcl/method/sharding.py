@@ -1,0 +1,119 @@
+"""The mesh, and how things lie on it: rows of a batch over all devices, a state whole on each or split between some.
+
+The mesh has two axes, hosts and the devices of a host. Rows of a batch go over both. "data": every device holds the
+whole state. "zero1": optimiser state and moving averages are split between the devices of a host, parameters are
+whole. "fsdp": parameters too; the update gathers them where it uses them, and each device keeps its share of the
+gradient. All three learn the same.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxcl.errors import UserError
+from jaxcl.method.state import TrainState
+
+Tree = Any
+AXIS = ("host", "device")  # rows lie over both, so this is what losses sum over
+WITHIN = "device"  # the axis that state is split over
+KINDS = ("data", "zero1", "fsdp")
+SMALLEST = 2**14  # elements; smaller arrays are not worth a gather, and stay whole
+
+
+def make_mesh(devices: int | None = None, hosts: int = 0) -> Mesh:
+    """Hosts x devices, over the first `devices` devices (None: all of them, over all processes).
+
+    hosts: rows of the mesh; 0: one a process. State is split within a row: 1 splits it over all devices.
+    Errors: UserError for rows of unequal length.
+    """
+    chosen = jax.devices()[:devices]
+    processes = len({d.process_index for d in chosen})
+    hosts = hosts or processes
+    if hosts < 1 or len(chosen) % hosts:
+        raise UserError(f"hosts is {hosts}, which does not divide {len(chosen)} devices; use 0 for one a process")
+    shape = (hosts, len(chosen) // hosts)
+    # Auto, spelled out: make_mesh's own default is Explicit, which rejects z @ z.T on sharded rows.
+    kinds = (AxisType.Auto,) * 2
+    if processes == 1:
+        return jax.make_mesh(shape, AXIS, axis_types=kinds, devices=chosen)
+    # A process's devices side by side: the rows that it loads are then neighbours in the batch.
+    chosen = sorted(chosen, key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(chosen).reshape(shape), AXIS, axis_types=kinds)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """The leading axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def split(mesh: Mesh, tree: Tree) -> Tree:
+    """For each array, its longest axis that divides over the devices of a host; small arrays stay whole."""
+    count = mesh.shape[WITHIN]
+
+    def one(x: Any) -> NamedSharding:
+        shape = () if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.shape
+        axes = [i for i, n in enumerate(shape) if n % count == 0]
+        if count == 1 or np.prod(shape) < SMALLEST or not axes:
+            return replicated(mesh)
+        axis = max(axes, key=lambda i: (shape[i], i))
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, WITHIN))
+
+    return jax.tree.map(one, tree)
+
+
+def of_state(mesh: Mesh, state: TrainState, kind: str = "data", averages: Iterable[str] = ()) -> TrainState:
+    """How each array of a state (or of its shapes) lies. averages: the parts of memory with parameters of their own."""
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    if kind == "data":
+        return whole
+    memory = {n: {**whole.memory[n], "params": split(mesh, state.memory[n]["params"])} for n in averages}
+    return whole.replace(
+        params=split(mesh, state.params) if kind == "fsdp" else whole.params,
+        opt_state=split(mesh, state.opt_state),
+        memory={**whole.memory, **memory},
+    )
+
+
+def gathered(mesh: Mesh | None, kind: str, tree: Tree) -> Tree:
+    """Parameters, whole on every device for the use at hand; their gradient is split again, as the optimiser wants it.
+
+    Said outright: left to itself, XLA may split the computation as the parameters are, and gather activations instead.
+    """
+    if mesh is None or mesh.size == 1 or kind == "data":
+        return tree
+    return jax.tree.map(functools.partial(_gathered, mesh), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(mesh: Mesh, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+
+_gathered.defvjp(
+    lambda mesh, x: (_gathered(mesh, x), None),
+    lambda mesh, _, g: (jax.lax.with_sharding_constraint(g, split(mesh, g)),),
+)
+
+
+def put(tree: Tree, sharding: NamedSharding) -> Tree:
+    """Host arrays to devices, on one process or many (each process holds the same full values)."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
+            data = place(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,184 @@
+"""One run in one folder: `lock.json` names the process that writes there.
+
+A kill leaves the file behind, so it counts only while its owner lives. On the same machine the process table tells at
+once. Of a process elsewhere only signs of life can be seen: its owner touches the file every 10 s, and one that lies
+still for 60 s is dead. Clocks are never compared. In an object store two that start in the same second may both pass.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from jaxcl.errors import UserError
+from jaxcl.runtime import storage
+
+say = logging.getLogger("jaxcl")
+NAME = "lock.json"
+TOUCH_SECONDS, STILL_SECONDS = 10.0, 60.0
+_held: set[str] = set()  # tokens of the locks of this process
+
+
+class RunLock:
+    """Hold the folder until `close`. Errors: UserError where another process that lives holds it."""
+
+    def __init__(self, workdir: str | os.PathLike, *, still: float = STILL_SECONDS, touch: float = TOUCH_SECONDS):
+        self._path = epath.Path(workdir) / NAME
+        self._still, self._touch_every = still, touch
+        self._mine = {**_identity(), "token": uuid.uuid4().hex, "touched": 0}
+        self._stop, self._lost = threading.Event(), ""
+        self._take()
+        _held.add(self._mine["token"])
+        self._thread = threading.Thread(target=self._keep, name="jaxcl-lock", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> None:
+        if _create(self._path, self._mine):
+            return
+        found = _read(self._path)
+        if found is not None and not self._dead(found):
+            raise UserError(
+                f"{self._path.parent} is in use by process {found.get('pid')} on {found.get('host')}; wait for it, "
+                "end it, or use another --workdir"
+            )
+        # Of two that take over at the same moment the later one's file stays, and the other sees it.
+        storage.write_whole(self._path, json.dumps(self._mine))
+        time.sleep(0.2)
+        now = _read(self._path) or {}
+        if now.get("token") != self._mine["token"]:
+            raise UserError(f"{self._path.parent} was taken by process {now.get('pid')} on {now.get('host')} just now")
+
+    def _dead(self, found: dict[str, Any]) -> bool:
+        if found.get("token") in _held:
+            return False
+        if all(found.get(k) == self._mine[k] for k in ("host", "boot")):
+            return found.get("pid") == os.getpid() or _started(found.get("pid")) != found.get("started")
+        say.info(
+            "%s: process %s on %s held it last; watching for %d s whether it lives",
+            self._path.parent,
+            found.get("pid"),
+            found.get("host"),
+            self._still,
+        )
+        before, until = _sign(self._path), time.monotonic() + self._still
+        while time.monotonic() < until:
+            time.sleep(min(1.0, self._still / 20))
+            now = _sign(self._path)
+            if now is None:
+                return True  # it has just ended
+            if now != before:
+                return False
+        return True
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self._touch_every):
+            try:
+                now = _read(self._path)
+                if now is not None and now.get("token") != self._mine["token"]:
+                    self._lost = f"process {now.get('pid')} on {now.get('host')}"
+                    return
+                if storage.is_remote(self._path) or now is None:
+                    self._mine["touched"] += 1
+                    storage.write_whole(self._path, json.dumps(self._mine))
+                else:
+                    os.utime(self._path)  # needs no room on a full disk
+            except Exception:  # noqa: BLE001 - a store may be out of reach for a while; the next touch will tell
+                continue
+
+    def check(self) -> None:
+        """UserError where this process stood still so long that another one took the folder over."""
+        if self._lost:
+            raise UserError(f"{self._path.parent} was taken over by {self._lost} while this process stood still")
+
+    def close(self) -> None:
+        """Give the folder free; may be called twice."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join(timeout=5)
+        _held.discard(self._mine["token"])
+        try:
+            if (_read(self._path) or {}).get("token") == self._mine["token"]:
+                self._path.unlink(missing_ok=True)
+        except OSError:
+            pass  # it will lie still
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _identity() -> dict[str, Any]:
+    """Who this process is. boot: of the machine and the container, in which a process number means something."""
+    boot = [_first(lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())]
+    boot.append(_first(lambda: os.readlink("/proc/self/ns/pid")))
+    return {"host": socket.gethostname(), "boot": " ".join(boot), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _first(ask: Callable[[], str]) -> str:
+    try:
+        return ask()
+    except OSError:  # no /proc, as on a Mac
+        return ""
+
+
+def _started(pid: Any) -> str:
+    """When a living process was started, in the kernel's ticks; "" for none. A number that came round is another."""
+    if not isinstance(pid, int):
+        return ""
+    if pathlib.Path("/proc/self/stat").exists():
+        fields = _first(lambda: pathlib.Path(f"/proc/{pid}/stat").read_text()).rpartition(")")[2].split()
+        return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""  # a zombie writes nothing
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
+
+
+def _create(path: epath.Path, content: dict[str, Any]) -> bool:
+    """Whether there was no such file, and it is now ours."""
+    if storage.is_remote(path):
+        if path.exists():
+            return False
+        storage.write_whole(path, json.dumps(content))
+        return True
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(json.dumps(content))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    """None where there is none; {} where it is not whole, as when its writer was killed."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return None
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sign(path: epath.Path) -> Any:
+    """Changes when the owner gives a sign of life; None where the file is gone."""
+    try:
+        return path.read_text(), None if storage.is_remote(path) else os.stat(path).st_mtime_ns
+    except OSError:
+        return None

@@ -1,0 +1,304 @@
+"""Checkpoints of a TrainState with Orbax, and the notice that the machine wants this process to end.
+
+A checkpoint holds the whole state; its step is the position in the data, so nothing else is needed to go on exactly.
+`manifest.json` beside it says of which run it is and has a hash of every file, checked when it is read.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from jaxcl.errors import Preempted, UserError
+from jaxcl.method.state import TrainState
+from jaxcl.runtime import distributed, storage
+
+say = logging.getLogger("jaxcl")
+Tree = Any
+MANIFEST = "manifest.json"
+_KEY = "key_data"
+
+
+def _plain(state: TrainState) -> dict[str, Tree]:
+    """The state with the typed key as its bits: a checkpoint holds plain arrays only."""
+    tree = {f: getattr(state, f) for f in ("step", "params", "batch_stats", "opt_state", "memory")}
+    return tree | {_KEY: jax.random.key_data(state.key)}
+
+
+class Checkpoints:
+    """Asynchronous saves under `directory`, the newest `keep` of them kept; a half-written one is never the latest.
+
+    Errors of every method that writes: UserError where the disk is full or refuses, with the last good checkpoint.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+        about: Mapping[str, Any] | None = None,
+    ):
+        """read_only: to look at the checkpoints of a run that may be going on. about: what the manifests say of it."""
+        self.directory = storage.folder(directory)
+        self._read_only, self._about = read_only, dict(about or {})
+        training = ocp.training
+        self._checkpointer = training.Checkpointer(
+            self.directory,
+            # The loop decides when; Orbax's own defaults are "whenever idle" and "keep everything".
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=not read_only,  # what a killed save left behind
+        )
+        self._finishing: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the complete checkpoints, ascending."""
+        return tuple(sorted(c.step for c in self._checkpointer.checkpoints))
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Copy the state off the devices, write it in the background. Saving a step twice does nothing."""
+        if self.latest == step:
+            return
+        # Also because Orbax deletes old checkpoints as it saves: none may vanish while its manifest is made.
+        self._finish()
+        try:
+            response = self._checkpointer.save_async(step, _plain(state))
+        except Exception as error:
+            raise self._refused(error) from error
+        if response is not None:
+            self._finishing = threading.Thread(target=self._seal, args=(step, response), name="jaxcl-manifest")
+            self._finishing.start()
+
+    def _seal(self, step: int, response: Any) -> None:
+        """When the files of a save are all there, write the manifest of their hashes."""
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                _write_manifest(self.directory / str(step), {"step": step} | self._about)
+        except BaseException as error:  # noqa: BLE001 - it belongs to the loop, which asks before its next save
+            self._error = error
+
+    def _finish(self) -> None:
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise self._refused(error) from error
+
+    def _refused(self, error: BaseException) -> BaseException:
+        reason = storage.refusal(error)
+        if not reason:
+            return error
+        return UserError(
+            f"cannot save a checkpoint in {self.directory}: {reason}; {self.last_good()}; make room, "
+            "then the same command goes on"
+        )
+
+    def last_good(self) -> str:
+        """Which checkpoint there is to go back to, for a message."""
+        whole = [s for s in self.steps if (self.directory / str(s) / MANIFEST).exists()]
+        return f"the last good checkpoint is step {whole[-1]}" if whole else "no checkpoint was saved yet"
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+        """The state at `step`, placed as `abstract` (arrays or ShapeDtypeStructs) is sharded, on any number of devices.
+
+        step None: the newest that is as it was saved; one that is damaged is set aside, and that is said.
+
+        Errors: UserError when the checkpoint is of another model, or damaged where `step` asks for it, or all are.
+        """
+        odd: dict[int, str] = {}
+        for candidate in sorted(self.steps, reverse=True) if step is None else [step]:
+            where = self.directory / str(candidate)
+            fault = distributed.agreed(lambda where=where: _fault(where))
+            if not fault:
+                try:
+                    state = self._load(candidate, abstract)
+                except UserError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - tensorstore, json, zarr: what a broken file raises varies
+                    fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+                else:
+                    self._set_aside(odd)
+                    return state
+            odd[candidate] = fault
+            if step is None:
+                say.warning("checkpoint %s is damaged: %s; trying the one before", where, fault)
+        raise UserError(
+            f"no checkpoint in {self.directory} can be read: "
+            + "; ".join(f"step {s}: {fault}" for s, fault in odd.items())
+            + "; put a copy back, or use another --workdir to begin anew"
+        )
+
+    def _load(self, step: int, abstract: TrainState) -> TrainState:
+        wanted = jax.eval_shape(_plain, abstract)
+        shardings = _plain_shardings(abstract)
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, shardings)
+        # Compared before loading: a load that fails half way leaves its threads complaining at exit.
+        stored = self._checkpointer.metadata(step).metadata
+        if stored is None:
+            raise ValueError("what is in it cannot be read")
+        there, here = _shapes(stored), _shapes(wanted)
+        if odd := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+            raise UserError(
+                f"checkpoint {self.directory}/{step} does not fit this model: {odd[0]} is "
+                f"{there.get(odd[0], 'absent')} there and {here.get(odd[0], 'absent')} here; use another --workdir"
+            )
+        tree = self._checkpointer.load(step, wanted)
+        return TrainState(key=jax.random.wrap_key_data(tree.pop(_KEY), impl="threefry2x32"), **tree)
+
+    def _set_aside(self, odd: Mapping[int, str]) -> None:
+        """Rename what is damaged, so that its step can be saved again; it stays for whoever wants to look."""
+        if not odd or self._read_only:
+            return
+        if jax.process_index() == 0:
+            for step in odd:
+                storage.move_folder(self.directory / str(step), self.directory / f"damaged-{step}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("jaxcl damaged checkpoints set aside")
+        self._checkpointer.reload()
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._finish()
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        try:
+            self._finish()
+        finally:
+            try:
+                self._checkpointer.close()
+            except Exception as error:  # Orbax says again what went wrong with the last save
+                raise self._refused(error) from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _hashes(folder: epath.Path) -> dict[str, list]:
+    """{name: [bytes, BLAKE2b]} of all files of a checkpoint but its manifest."""
+
+    def read(path: epath.Path) -> list:
+        digest, size = hashlib.blake2b(digest_size=16), 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+        return [size, digest.hexdigest()]
+
+    paths = {os.fspath(p.relative_to(folder)): p for p in storage.files(folder)}
+    paths = {name: paths[name] for name in sorted(paths) if not name.startswith(MANIFEST)}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return dict(zip(paths, pool.map(read, paths.values()), strict=True))
+
+
+def _write_manifest(folder: epath.Path, about: Mapping[str, Any]) -> None:
+    storage.write_whole(folder / MANIFEST, json.dumps({**about, "files": _hashes(folder)}, indent=1) + "\n")
+
+
+def _fault(folder: epath.Path) -> str:
+    """How the files differ from what was saved; "" where they do not, or where a kill came before the manifest."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return ""
+    try:
+        wanted = json.loads(path.read_text())["files"]
+        found = _hashes(folder)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} was not in it when it was saved"
+        if wanted[name] != found[name]:
+            sizes = wanted[name][0], found[name][0]
+            return f"{name} has {sizes[1]} of {sizes[0]} bytes" if sizes[0] != sizes[1] else f"{name} has changed"
+    return ""
+
+
+def _plain_shardings(abstract: TrainState) -> Tree:
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    tree = {f: getattr(shardings, f) for f in ("step", "params", "batch_stats", "opt_state", "memory")}
+    return tree | {_KEY: shardings.key}
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """{"params.encoder.stem_conv.kernel": (4, 4, 3, 64), ...}; the same for a state and for what is stored of it."""
+
+    def name(entry: Any) -> str:
+        return str(next(getattr(entry, a) for a in ("key", "name", "idx") if hasattr(entry, a)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
+
+
+class Preemption:
+    """Whether this run has been asked to end: SIGTERM, on any host of a multi-process run.
+
+    In the loop the request is noted, and `reached` answers it between two steps. Before and after the loop (`at_once`)
+    there is nothing to save, and the notice raises Preempted wherever it finds the main thread.
+    """
+
+    def __init__(self, *, at_once: bool = False):
+        self._asked, self._at_once = False, at_once
+        # With several processes JAX's coordination service catches the signal and makes all hosts agree on one step.
+        # One process needs no agreement, nor a service that looks at the signal once a second.
+        self._distributed = jax.process_count() > 1
+        self._previous = None
+        self._catches = False
+        if not self._distributed:
+            self._catch()
+
+    def _catch(self) -> None:
+        # Python lets only the main thread catch signals; a run in another thread (a notebook's) goes without.
+        if not self._catches and threading.current_thread() is threading.main_thread():
+            self._previous, self._catches = signal.signal(signal.SIGTERM, self._notice), True
+
+    def _notice(self, signum: int, frame: Any) -> None:
+        asked, self._asked = self._asked, True
+        if self._at_once and not asked:
+            raise Preempted("stopped on request outside of the training loop; the same command goes on from there")
+
+    def loop_begins(self) -> None:
+        """From now on `reached` is asked after every step."""
+        self._at_once = False
+
+    def loop_ended(self) -> None:
+        """From now on nobody asks: end at once. JAX's agreement of hosts has no use any more."""
+        self._at_once = True
+        self._catch()
+
+    def reached(self, step: int) -> bool:
+        """Ask once after every step, on every process."""
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def close(self) -> None:
+        if self._catches:
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+            self._previous, self._catches = None, False

@@ -1,0 +1,39 @@
+"""Figures about the embeddings while a run goes on: is the encoder collapsing? One small program beside the update.
+
+B batch, V views, D features.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.evaluate.collapse import collapse_metrics
+from jaxcl.method.recipe import Phase, Recipe
+from jaxcl.method.sharding import replicated
+from jaxcl.method.state import TrainState
+from jaxcl.method.update import gathered_state, make_views, represent
+
+Array = jax.Array
+VIEWS = 2  # of an image: alignment is between two
+
+
+def compile_monitor(
+    recipe: Recipe, state_sharding, batch_sharding
+) -> Callable[[TrainState, dict[str, Array]], dict[str, Array]]:
+    """(state, batch) -> {"collapse/within_class_cosine": ..., ...} of the batch's first two views, in inference mode.
+
+    What needs labels or a second view is left out where there is none. See `evaluate.collapse.collapse_metrics`.
+    """
+    names = recipe.whole_view_names(Phase("encoder"))[:VIEWS]
+
+    def monitor(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+        state = gathered_state(recipe, batch_sharding.mesh, state)
+        views = make_views(recipe, state, batch, names)
+        h_BxVxD = jnp.stack(
+            [represent(recipe, state.params, state.batch_stats, views[n].image)[0] for n in names], axis=1
+        )
+        return {f"collapse/{k}": v for k, v in collapse_metrics(h_BxVxD, batch["label"]).items()}
+
+    everywhere = replicated(batch_sharding.mesh)
+    return jax.jit(monitor, in_shardings=(state_sharding, batch_sharding), out_shardings=everywhere)

@@ -1,0 +1,139 @@
+"""Run folders opened again: the same numbers as the run's own, several joined, other data, and ways to be wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from jaxcl.commands import evaluate as command
+from jaxcl.data import source_of
+from jaxcl.errors import UserError
+from jaxcl.evaluate import fit_linear_probe, probe_logits
+from jaxcl.method.build import data_facts
+from jaxcl.train import run_folder
+from jaxcl.train.runs import Joined, evaluate_runs, load_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return [tiny.colours(folder / f"{name}.npz", seed=seed) for seed, name in enumerate(("one", "two"))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data):
+    """Two run folders with a checkpoint each of a network that was never trained; their seeds differ."""
+    folders = []
+    for seed in range(2):
+        c = tiny.config(stage=False, background=False)
+        with c.ignore_type():
+            c.data.source = f"npz:{data[0]}"
+        c.seed, c.eval.batch_size, c.eval.knn_k, c.eval.tap = seed, 16, 5, "stage1"
+        c.eval.final = ("knn", "linear", "classifier")
+        folder = tmp_path_factory.mktemp("run")
+        tiny.saved_run(folder, c, seed)
+        folders.append(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def opened(runs):
+    return [load_run(folder) for folder in runs]
+
+
+def test_a_run_and_several_joined(opened):
+    alone = [evaluate_runs([run]) for run in opened]
+    assert [set(r) for r in alone] == [{"knn", "linear", "classifier"}] * 2
+    assert all(run.step == 3 for run in opened)
+
+    joined = evaluate_runs(opened)
+    assert set(joined) == {"knn", "linear"}  # a classifier has one encoder
+    features = {}
+    for split in ("train", "test"):
+        parts = [run.frozen().features(split) for run in opened]
+        assert not np.allclose(*parts)
+        features[split] = np.concatenate(parts, -1)
+    train, test = (opened[0].frozen().source(s).labels for s in ("train", "test"))
+    probe = fit_linear_probe(features["train"], train, num_classes=tiny.CLASSES)
+    right = np.argmax(probe_logits(probe, features["test"]), -1) == test
+    assert joined["linear"]["accuracy"] == pytest.approx(right.mean())
+
+
+def test_augmented_features_are_another_view_for_each_draw(opened):
+    """Those of joined runs lie side by side; without a draw of its own, a run gives the same ones again."""
+    parts = [run.frozen().augmented_features("train", 0) for run in opened]
+    joined = Joined(opened).augmented_features("train", 0)
+    np.testing.assert_array_equal(joined, np.concatenate(parts, -1))
+    again, other = (opened[0].frozen().augmented_features("train", draw) for draw in (0, 1))
+    np.testing.assert_array_equal(parts[0], again)
+    plain = opened[0].frozen().features("train")
+    assert not np.allclose(again, other) and not np.allclose(again, plain) and again.shape == plain.shape
+
+
+def test_images_made_anew_of_joined_runs(opened):
+    """Features of a source of its own lie side by side, too: in domain the figure is that of the linear probe."""
+    f = Joined(opened)
+    np.testing.assert_array_equal(f.features_of(f.test), f.features("test"))
+    for run in opened:
+        run.evaluation.options.severities = ()
+    found = evaluate_runs(opened, ("linear", "ood"))
+    assert found["ood"]["accuracy"] == found["linear"]["accuracy"] and len(found["ood"]["shuffled"]) == 3
+
+
+def test_options_of_an_evaluation(runs):
+    run = load_run(runs[0], options=("knn_k=3", "eval.severities=(2, 4)", "corrupted=some/folder", "knn_temperature=1"))
+    options = run.config.eval
+    assert options.knn_k == 3 and options.severities == (2, 4) and options.corrupted == "some/folder"
+    assert isinstance(options.knn_temperature, float)
+    for text, words in (
+        ("knn_kk=3", "with a key of config.eval; did you mean 'knn_k'"),
+        ("knn_k", "expected KEY=VALUE"),
+        ("knn_k=many", "'many' is no int; expected one like 5"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_run(runs[0], options=(text,))
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_split(opened, runs):
+    with pytest.raises(UserError, match="nothing is held out; set data.validation"):
+        evaluate_runs(opened, split="validation")
+    with pytest.raises(UserError, match="the split is 'train'; expected 'test' or 'validation'"):
+        evaluate_runs(opened, split="train")
+    assert opened[0].frozen().held_out is None
+
+
+def test_the_command(runs, data, capsys, monkeypatch, tmp_path):
+    out = tmp_path / "results.json"
+    argv = ["evaluate", f"--workdir={runs[0]}", "--suite=linear", f"--source=npz:{data[1]}", f"--out={out}"]
+    assert command.run(argv) == 0
+    printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
+    assert written["results"] == printed and set(printed) == {"linear"}
+    assert written["source"] == f"npz:{data[1]}" and written["runs"][0]["step"] == 3
+
+
+def test_images_are_normalised_as_in_training(opened, runs, data):
+    other = load_run(runs[0], source=f"npz:{data[1]}")
+    assert other.recipe.mean == opened[0].recipe.mean
+    assert source_of(other.config, "train").mean != opened[0].recipe.mean
+
+
+def test_mistakes(runs, data, tmp_path, opened):
+    def says(text, f, *args, **options):
+        with pytest.raises(UserError) as error:
+            f(*args, **options)
+        assert text in str(error.value) and "\n" not in str(error.value)
+
+    says("is not a run folder", load_run, tmp_path)
+    empty = tmp_path / "empty"
+    run_folder.claim(
+        empty, json.loads((runs[0] / "config.json").read_text()), data_facts(opened[0].frozen().test), True
+    )
+    says("has no checkpoint yet", load_run, empty)
+    says("the suite names 'knnn'", evaluate_runs, opened[:1], ("knnn",))
+    says("classifier cannot take several runs", evaluate_runs, opened, ("classifier",))
+    other = load_run(runs[1], source=f"npz:{data[1]}")
+    says("were trained on different data", evaluate_runs, [opened[0], other])
+    says("no --workdir", command.run, ["evaluate"])
+    says("has no checkpoint of step 7", load_run, runs[0], step=7)
