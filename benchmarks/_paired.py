@@ -57,7 +57,7 @@ class Ready:
     needs: Needs | None = None  # of a call of the task, given by our own contestant; None: not counted
 
 
-class LeftOut(Exception):
+class NotApplicable(Exception):
     """Raised by `prepare`: why this contestant cannot do this task."""
 
 
@@ -218,7 +218,7 @@ def work(module: str, key: str, arguments: str, cores: str) -> None:
         ready.run()
         answer = None if ready.answer is None else np.asarray(ready.answer, np.float64).ravel().tolist()
         say(answer=answer, needs=ready.needs, work=ready.work)
-    except LeftOut as reason:
+    except NotApplicable as reason:
         return say(left_out=str(reason))
     except Exception as error:  # whatever a library does: the row says so
         return say(left_out=f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
@@ -257,5 +257,7 @@ def torch_threads() -> Any:
 if __name__ == "__main__":
     from benchmarks import _paired
 
-    _paired.work(*sys.argv[1:])  # not this module's own, whose LeftOut is another class than the one that is raised
+    _paired.work(
+        *sys.argv[1:]
+    )  # not this module's own, whose NotApplicable is another class than the one that is raised
     os._exit(0)  # what libraries do on leaving takes seconds, and the next task waits for it

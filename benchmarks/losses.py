@@ -235,7 +235,7 @@ def prepare(contestant: str, *, rows: int, dim: int) -> _paired.Ready:
     makers = {c.key: c.prepare for c in CONTESTANTS} | {"nt_xent_auto": jax_loss(nt_xent("auto"), "pairs_B")}
     ready = makers[contestant](make_data(rows, dim), _measure.parse_bytes(MEMORY_BUDGET))
     if ready.run is None:
-        raise _paired.LeftOut(f"would need {_measure.size(ready.need)}")
+        raise _paired.NotApplicable(f"would need {_measure.size(ready.need)}")
     value, gradient = numbers(ready.run())
     some = gradient[:32].ravel() * rows  # a gradient's size goes with 1/N
     # z z^T, and one product of a matrix of N x N with z for its gradient; z read, the gradient written.

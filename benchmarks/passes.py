@@ -35,7 +35,7 @@ from jaxcl import config as base
 from jaxcl.data import Loader, make_source
 from jaxcl.method.forward import of_encoder
 from jaxcl.method.recipe import Recipe
-from jaxcl.method.sharding import make_mesh, rows
+from jaxcl.method.sharding import make_mesh
 from jaxcl.method.stages.adversary import Adversary
 from jaxcl.method.stages.saliency import SaliencyMask
 from jaxcl.method.terms import Embedding
@@ -117,7 +117,7 @@ class Whole(Step):
 
     def __init__(self, config, source):
         super().__init__(config, source)
-        self.loader = Loader(source, batch_size=config.batch_size, seed=0, sharding=rows(make_mesh(1)))
+        self.loader = Loader(source, batch_size=config.batch_size, seed=0, sharding=batch_sharding(make_mesh(1)))
 
     def run(self, steps: int) -> Callable[[], None]:
         def several():

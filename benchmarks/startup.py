@@ -63,7 +63,7 @@ def child(argv: list[str]) -> None:
 
         monitoring.register_event_duration_secs_listener(heard)
         monitoring.register_event_listener(counted)
-        for part, names in {PARTS[1]: ("source_of",), PARTS[2]: ("place_state", "_initial_state")}.items():
+        for part, names in {PARTS[1]: ("source_of",), PARTS[2]: ("state_shardings", "_initial_state")}.items():
             for name in names:
                 setattr(train, name, _timed(getattr(train, name), seconds, part))
         run, add = train.run, train._Log.add

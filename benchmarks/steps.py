@@ -40,9 +40,9 @@ class Step:
     def __init__(self, config, source):
         self.recipe = build_recipe(config, **data_facts(source))
         mesh = sharding.make_mesh(1)
-        replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+        replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         self.state = jax.jit(lambda s: init_state(self.recipe, s), out_shardings=replicated)(0)
-        self.batch = sharding.put(source.batch(np.arange(config.batch_size)), rows)
+        self.batch = sharding.device_put(source.batch(np.arange(config.batch_size)), rows)
         phase = self.recipe.phase(self.recipe.total_steps - self.recipe.steps_per_epoch - 1)
         self.update = compile_update(self.recipe, phase, replicated, rows)
 

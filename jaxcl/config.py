@@ -23,7 +23,6 @@ from jaxcl.method import registry
 from jaxcl.method.accumulate import Accumulate
 from jaxcl.method.grad_cache import GradCache
 from jaxcl.method.optimizers import OptimizerOptions
-from jaxcl.method.recipe import Pass
 from jaxcl.models.registry import MODELS
 from jaxcl.runtime.options import POSITIVE, SHARE, Option, Options, Range, defaults, options_of, quoted, suggestion
 from jaxcl.runtime.options import check as check_option
@@ -262,9 +261,9 @@ def encode(*views: str, **options: Any) -> ConfigDict:
     """A pass: these views are encoded together, by an encoder ("": the main one) and one of its sets of batch norms.
 
     Terms know the embeddings by the views' names: "view1", or "auto/view1" from the encoder called auto. Options:
-    norm_set, encoder, bn_groups, shuffle, depth; see `jaxcl.method.recipe.Pass`.
+    norm_set, encoder, bn_groups, shuffle, depth; see `jaxcl.method.recipe.ForwardPass`.
     """
-    c = _options("a pass", defaults(Pass), options)
+    c = _options("a pass", defaults(ForwardPass), options)
     c.views = tuple(views)
     return c
 

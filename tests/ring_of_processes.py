@@ -48,7 +48,7 @@ def main() -> None:
     mesh = sharding.make_mesh()
     local = functools.partial(values, axis_name=sharding.AXIS)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=P(sharding.AXIS), out_specs=P())
-    arrays = sharding.put((z, labels), sharding.rows(mesh))
+    arrays = sharding.device_put((z, labels), sharding.batch_sharding(mesh))
     with losses.limits(tile=7):
         everywhere = sharding.replicated(mesh)
         out, grads = jax.jit(lambda *a: (sharded(*a), jax.jacrev(sharded)(*a)), out_shardings=everywhere)(*arrays)

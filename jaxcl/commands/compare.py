@@ -27,7 +27,7 @@ from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.errors import UserError
 from jaxcl.runtime import flags as command_line
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 _FLAGS = flags.FlagValues()
 _own = dict(flag_values=_FLAGS)
@@ -122,14 +122,14 @@ def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str,
     Raises:
       UserError: no run there, runs that cannot be joined, or data of one level of labels.
     """
-    from jaxcl.evaluate.base import LeftOut
+    from jaxcl.evaluate.base import NotApplicable
     from jaxcl.evaluate.evaluators import EVALUATORS
     from jaxcl.train.runs import Joined, load_run
 
     runs = [load_run(folder, source=source) for folder in group]
     try:
         found, panels = EVALUATORS["transfer"](Joined(runs) if len(runs) > 1 else runs[0].frozen())
-    except LeftOut as reason:
+    except NotApplicable as reason:
         raise UserError(f"{group[0]}: {reason}; a comparison needs fine classes inside coarse ones") from None
     path = group[0] / "results.json"
     results = json.loads(path.read_text()) if len(group) == 1 and path.is_file() and not source else {}
@@ -191,7 +191,7 @@ def read_sweep(folder: str | os.PathLike) -> tuple[dict[str, dict[float, list[fl
         for run_folder, cosine in _values(folder, row, COSINES).items():
             config = _config(run_folder)
             if (weights := _weights(config)) is None:
-                say.info("%s has no single term that attracts or spreads, so it is left out", run_folder)
+                logger.info("%s has no single term that attracts or spreads, so it is left out", run_folder)
                 continue
             alpha, term = weights
             points.setdefault(name, {}).setdefault(round(alpha, 9), []).append(cosine)
@@ -330,7 +330,7 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 
 def _told(path: pathlib.Path) -> None:
-    say.info("%s", path)
+    logger.info("%s", path)
 
 
 def cli() -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxcl.data import Source
     from jaxcl.train.runs import Run
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 _FLAGS = flags.FlagValues()
 _own = dict(flag_values=_FLAGS)
@@ -88,7 +88,7 @@ def embed(runs: Sequence["Run"], out: str | os.PathLike, *, split: str = "", lay
             write(file, features, sources, about)
     except OSError as error:
         raise UserError(f"cannot write {out}: {storage.refusal(error) or error.strerror or error}") from error
-    say.info("%s: %s images, %s features each", out, f"{N:,}", f"{D:,}")
+    logger.info("%s: %s images, %s features each", out, f"{N:,}", f"{D:,}")
     return about
 
 

@@ -22,7 +22,7 @@ from jaxcl.runtime import flags as command_line
 if TYPE_CHECKING:
     from jaxcl.train.runs import Saved
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 _FLAGS = flags.FlagValues()
 _own = dict(flag_values=_FLAGS)
@@ -93,7 +93,7 @@ def _class_names(saved: "Saved") -> tuple[str, ...]:
     try:
         return source_of(saved.config, "train").class_names
     except UserError as error:
-        say.info("without class names: the run did not write them down, and %s", error)
+        logger.info("without class names: the run did not write them down, and %s", error)
         return ()
 
 
@@ -109,7 +109,7 @@ def run(argv: list[str]) -> int:
     compile_cache.turn_on()
     saved = open_run(_WORKDIR.value, step=_STEP.value)
     path = export(saved, _OUT.value, encoder=_ENCODER.value, layout=_FORMAT.value)
-    say.info("%s", path)
+    logger.info("%s", path)
     return 0
 
 

@@ -21,7 +21,7 @@ from jaxcl.errors import UserError
 from jaxcl.runtime import compile_cache, distributed
 from jaxcl.runtime import flags as command_line
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 _FLAGS = flags.FlagValues()
 _own = dict(flag_values=_FLAGS)
@@ -171,7 +171,7 @@ def run(argv: list[str]) -> int:
         process_index=index,
         process_count=count,
     )
-    say.info("textures of %d images: --config.data.textures=%s", len(source), _OUT.value)
+    logger.info("textures of %d images: --config.data.textures=%s", len(source), _OUT.value)
     return 0
 
 

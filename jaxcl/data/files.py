@@ -32,7 +32,7 @@ from jaxcl.data.disk import (
 from jaxcl.errors import UserError
 from jaxcl.runtime.storage import is_remote
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 PARTS = {
     "train": ("train", "training"),
@@ -283,7 +283,7 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
             files.images[i], files.sums[i] = image, channel_sums(image)  # summed while it is in the cache
 
     if skip and not fits:
-        say.info("%s: every one of %s images is decoded once to find the bad ones", spec, f"{len(good):,}")
+        logger.info("%s: every one of %s images is decoded once to find the bad ones", spec, f"{len(good):,}")
     if fits or skip:
         _each(decode, good, bad, listing.threads)
     if not skip or len(bad) == count:
@@ -291,11 +291,11 @@ def _look(listing: Listing, image_size: int | None, skip: bool, bad: dict[int, s
     files.keep(np.array(_good(count, bad)))
 
     for i, reason in sorted(bad.items())[:NAMED]:
-        say.warning("%s: %s left out: %s", spec, listing.names[i], reason)
+        logger.warning("%s: %s left out: %s", spec, listing.names[i], reason)
     left_out = f", {len(bad):,} left out that cannot be read" if bad else ""
     notes = "".join(f"; {note}" for note in listing.notes)
     kinds = f"{len(files.class_names)} classes" if files.class_names else "no labels"
-    say.info(
+    logger.info(
         "%s: %s images, %s, each %dx%d%s%s%s", spec, f"{len(files):,}", kinds, shape[1], shape[0], why, left_out, notes
     )
     return files

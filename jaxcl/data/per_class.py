@@ -19,7 +19,7 @@ from jaxcl.data import hashing
 from jaxcl.data.base import rank_within_class
 from jaxcl.errors import UserError
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 # Hash streams, beside those of `base`.
 CLASSES, ORDER, DEAL, PASS, LEFT_OUT, WITHIN = range(11, 17)
@@ -57,7 +57,7 @@ class PerClass:
         counts = np.bincount(labels)
         classes = np.flatnonzero(counts >= per_class)
         if few := int(((counts > 0) & (counts < per_class)).sum()):
-            say.info("%s: %s classes have fewer images, and are left out", where, f"{few:,}")
+            logger.info("%s: %s classes have fewer images, and are left out", where, f"{few:,}")
         if len(classes) < self._P:
             raise UserError(
                 f"{where} makes batches of {self._P} classes (batch_size {batch_size}), and {len(classes)} have so "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.augment import standard_view
-from jaxcl.evaluate.base import Figures, LeftOut, accuracy, bins, needs_classifier, needs_labels
+from jaxcl.evaluate.base import Metrics, NotApplicable, accuracy, bins, needs_classifier, needs_labels
 from jaxcl.evaluate.calibration import expected_calibration_error
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
 from jaxcl.losses.common import inner, unit
@@ -22,13 +22,13 @@ from jaxcl.method.state import TrainState
 from jaxcl.method.update import make_views, run_stages, to_pixels
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
 Array = jax.Array
 SHOWN = 8  # images of the adversary's picture
 
 
-def fgsm(f: "Frozen") -> tuple[Figures, dict]:
+def fgsm(f: "EvalContext") -> tuple[Metrics, dict]:
     """Accuracy and calibration of the classifier under one-step white-box attacks (papers/excon.md d.3)."""
     needs_classifier(f)
     figures, by_epsilon = _attacked(f, "fgsm", f.options.fgsm, fgsm_examples, f.logits_fn)
@@ -36,37 +36,37 @@ def fgsm(f: "Frozen") -> tuple[Figures, dict]:
     return figures, {"robustness": {"classifier, FGSM": figures}, "reliability_fgsm": reliability}
 
 
-def pgd(f: "Frozen") -> tuple[Figures, dict]:
+def pgd(f: "EvalContext") -> tuple[Metrics, dict]:
     """The same under many smaller steps: 20 by default, of 2.5 * epsilon / 20, from the image itself."""
     needs_classifier(f)
     figures, _ = _attacked(f, "pgd", f.options.pgd, _pgd(f), f.logits_fn)
     return figures, {"robustness": {f"classifier, PGD-{f.options.pgd_steps}": figures}}
 
 
-def linear_fgsm(f: "Frozen") -> tuple[Figures, dict]:
+def linear_fgsm(f: "EvalContext") -> tuple[Metrics, dict]:
     """`fgsm` on the linear probe fitted to the frozen features, which every method has; only for labelled data."""
     figures, _ = _attacked(f, "linear_fgsm", f.options.fgsm, fgsm_examples, f.probe_fn, _probe(f))
     return figures, {"robustness": {"linear probe, FGSM": figures}}
 
 
-def linear_pgd(f: "Frozen") -> tuple[Figures, dict]:
+def linear_pgd(f: "EvalContext") -> tuple[Metrics, dict]:
     """`pgd` on the same probe."""
     figures, _ = _attacked(f, "linear_pgd", f.options.pgd, _pgd(f), f.probe_fn, _probe(f))
     return figures, {"robustness": {f"linear probe, PGD-{f.options.pgd_steps}": figures}}
 
 
-def _probe(f: "Frozen") -> Any:
+def _probe(f: "EvalContext") -> Any:
     needs_labels(f, "train", "test")
     return f.fitted_probe()
 
 
-def _pgd(f: "Frozen") -> Callable:
+def _pgd(f: "EvalContext") -> Callable:
     return lambda *args, **options: pgd_examples(*args, num_steps=f.options.pgd_steps, **options)
 
 
 def _attacked(
-    f: "Frozen", name: str, epsilons: tuple, make: Callable, logits_of: Callable, *weights: Any
-) -> tuple[Figures, dict]:
+    f: "EvalContext", name: str, epsilons: tuple, make: Callable, logits_of: Callable, *weights: Any
+) -> tuple[Metrics, dict]:
     """-> (accuracy and calibration, reliability) of logits_of(state, *weights), by epsilon in 1/255.
 
     `make` makes the attacked images, with the true labels.
@@ -102,7 +102,7 @@ def _attacked(
     return figures, by_epsilon
 
 
-def adversary(f: "Frozen") -> tuple[Figures, dict]:
+def adversary(f: "EvalContext") -> tuple[Metrics, dict]:
     """What the training's adversary does to a batch: how far images move towards each other, and which.
 
     Similarities are cosines of embeddings as the attack sees them (training mode, its own batch norms), of the first
@@ -110,7 +110,7 @@ def adversary(f: "Frozen") -> tuple[Figures, dict]:
     """
     stage = next((s for s in f.recipe.stages if isinstance(s, Adversary)), None)
     if stage is None:
-        raise LeftOut("the config has no adversary stage")
+        raise NotApplicable("the config has no adversary stage")
     recipe, model = f.recipe, f.recipe.model
     last = Phase("encoder", tuple(range(len(recipe.stages))))
     names = recipe.view_names(last)
@@ -139,7 +139,7 @@ def adversary(f: "Frozen") -> tuple[Figures, dict]:
     batch = train.batch(np.arange(count))
     # Replicated outputs: what is shown is read by the host.
     jitted = f.evaluation.compiled("adversary", lambda: jax.jit(attack, out_shardings=sharding.replicated(f.mesh)))
-    out = jax.device_get(jitted(f.state, sharding.put(batch, sharding.rows(f.mesh))))
+    out = jax.device_get(jitted(f.state, sharding.device_put(batch, sharding.batch_sharding(f.mesh))))
 
     others = np.where(np.eye(count, dtype=bool), -np.inf, 0)
     before, after = out["before"] + others, out["after"] + others

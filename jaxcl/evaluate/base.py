@@ -10,35 +10,35 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.calibration import reliability
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
-class LeftOut(Exception):
+class NotApplicable(Exception):
     """An evaluator that cannot run on this data or recipe; its text says what is missing."""
 
 
 @contextlib.contextmanager
 def from_files() -> Iterator[None]:
-    """A UserError becomes LeftOut: files that have gone since training began must not cost the run its results."""
+    """A UserError becomes NotApplicable: files that have gone since training began must not cost the run its results."""
     try:
         yield
     except UserError as error:
-        raise LeftOut(str(error)) from error
+        raise NotApplicable(str(error)) from error
 
 
-def needs_labels(f: "Frozen", *splits: str) -> None:
-    """LeftOut where no image of one of the splits has a label."""
+def needs_labels(f: "EvalContext", *splits: str) -> None:
+    """NotApplicable where no image of one of the splits has a label."""
     for split in splits:
         if not (f.source(split).labels >= 0).any():
-            raise LeftOut(f"no {'training' if split == 'train' else 'test'} image has a label")
+            raise NotApplicable(f"no {'training' if split == 'train' else 'test'} image has a label")
 
 
-def needs_classifier(f: "Frozen") -> None:
-    """LeftOut where no classifier was trained along with the encoder."""
+def needs_classifier(f: "EvalContext") -> None:
+    """NotApplicable where no classifier was trained along with the encoder."""
     if f.evaluation.classifier is None:
-        raise LeftOut("the config trains no classifier (no linear_probe in memory)")
+        raise NotApplicable("the config trains no classifier (no linear_probe in memory)")
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:

@@ -12,11 +12,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Figures
+from jaxcl.evaluate.base import Metrics
 from jaxcl.losses.common import inner, unit, widened
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
 Array = jax.Array
 TILE_ENTRIES = 2**22  # distances held at once (16 MiB in float32)
@@ -166,7 +166,7 @@ def _ratio(total: Array, count: Array) -> Array:
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.nan)
 
 
-def collapse(f: "Frozen") -> tuple[Figures, dict]:
+def collapse(f: "EvalContext") -> tuple[Metrics, dict]:
     """`collapse_metrics` of the test images, of the features h and of the embedding z, without augmentation."""
     figures = {}
     for kind in ("h", "z"):

@@ -1,4 +1,4 @@
-"""Frozen dense probe: what each stage's map says about where things are, by a linear classifier on its cells.
+"""EvalContext dense probe: what each stage's map says about where things are, by a linear classifier on its cells.
 
 Ours: a cheap stand-in for the detection and segmentation by which papers judge features (papers/
 hierarchical_augmentation.md 8.2), whose figures it does not reproduce. Nothing of the encoder is tuned.
@@ -13,36 +13,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.augment import ops
-from jaxcl.evaluate.base import Figures, LeftOut
+from jaxcl.evaluate.base import Metrics, NotApplicable
 from jaxcl.evaluate.linear_probe import LinearProbe, fit_linear_probe, probe_logits
 from jaxcl.method.state import TrainState
 from jaxcl.method.update import to_pixels
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
 Array = jax.Array
 TRAIN_IMAGES, CELLS = 2000, 32  # images the probe is fitted on, at most, and cells of each, drawn at random
 
 
-def dense(f: "Frozen") -> tuple[Figures, dict]:
+def dense(f: "EvalContext") -> tuple[Metrics, dict]:
     """Intersection over union of the labels of pixels, per stage, by a linear probe on the cells of the stage's map.
 
     A cell's label is the commonest of its pixels'. To predict, logits are enlarged (bilinear) to the size of the
     labels; a coarse map cannot draw a fine border, whatever it knows. Labels are extras["segmentation"], int [N,S,S]
     with -1 for pixels that do not count, or extras["mask"], the object against the rest.
 
-    Figures, for each stage: "iou", the mean over the classes that occur (of masks: of the object alone), and
+    Metrics, for each stage: "iou", the mean over the classes that occur (of masks: of the object alone), and
     "pixel_accuracy"; "iou" at the top is the best stage's.
     """
     model = f.recipe.model
     if not model.num_stages:
-        raise LeftOut("the network has no stages")
+        raise NotApplicable("the network has no stages")
     (train, _), (test, first) = _labels(f.source("train")), _labels(f.test)
     classes = max(int(max(train.max(), test.max())) + 1, 2)
     rows = np.sort(np.random.default_rng(f.recipe.seed).permutation(len(train))[:TRAIN_IMAGES])
     features, labels = _cells(f, f.source("train").take(rows), train[rows], classes)
-    figures: Figures = {}
+    figures: Metrics = {}
     for k, (x, y) in enumerate(zip(features, labels, strict=True)):
         probe = fit_linear_probe(x, y, num_classes=classes, max_steps=100)
         counted = _confusion(f, k, probe, test, classes)
@@ -60,7 +60,7 @@ def _labels(source: Any) -> tuple[np.ndarray, int]:
     for name, first in (("segmentation", 0), ("mask", 1)):
         if (labels := source.extras.get(name)) is not None and len(labels):
             return np.asarray(labels, np.int32), first
-    raise LeftOut("the data has no labels of pixels (garments and voc:PATH have)")
+    raise NotApplicable("the data has no labels of pixels (garments and voc:PATH have)")
 
 
 def cell_labels(labels_NxSxS: np.ndarray, size: int, classes: int) -> np.ndarray:
@@ -78,7 +78,9 @@ def cell_labels(labels_NxSxS: np.ndarray, size: int, classes: int) -> np.ndarray
     return np.where(counts.sum(-1) > 0, counts.argmax(-1), -1).astype(np.int32).reshape(N, size, size)
 
 
-def _cells(f: "Frozen", source: Any, labels: np.ndarray, classes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _cells(
+    f: "EvalContext", source: Any, labels: np.ndarray, classes: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Features [n,M] and labels [n] of some cells of each image, for each stage."""
     rng, features, of_cells, begin = np.random.default_rng(f.recipe.seed), [], [], 0
     for maps, where in f.run(source, "maps", _maps(f)):
@@ -99,14 +101,14 @@ def _cells(f: "Frozen", source: Any, labels: np.ndarray, classes: int) -> tuple[
     ]
 
 
-def _maps(f: "Frozen"):
+def _maps(f: "EvalContext"):
     def maps(state: TrainState, batch: dict[str, Array]) -> list[Array]:
         return f.recipe.model.maps(state.params, state.batch_stats, f.normalize(to_pixels(batch["image"])))
 
     return maps
 
 
-def _confusion(f: "Frozen", stage: int, probe: LinearProbe, labels: np.ndarray, classes: int) -> np.ndarray:
+def _confusion(f: "EvalContext", stage: int, probe: LinearProbe, labels: np.ndarray, classes: int) -> np.ndarray:
     """Pixels [K,K] by true and predicted class."""
     side = labels.shape[1]
 

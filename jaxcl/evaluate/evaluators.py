@@ -1,4 +1,4 @@
-"""Evaluators: one frozen encoder -> (figures, panels of the report). What lacks its labels says so by `LeftOut`.
+"""Evaluators: one frozen encoder -> (figures, panels of the report). What lacks its labels says so by `NotApplicable`.
 
 N images, S side, K classes.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcl import saliency
 from jaxcl.evaluate import attacked, ood
-from jaxcl.evaluate.base import Figures, accuracy, bins, needs_classifier, needs_labels
+from jaxcl.evaluate.base import Metrics, accuracy, bins, needs_classifier, needs_labels
 from jaxcl.evaluate.calibration import expected_calibration_error
 from jaxcl.evaluate.collapse import collapse
 from jaxcl.evaluate.dense import dense
@@ -30,13 +30,13 @@ from jaxcl.method.state import TrainState
 from jaxcl.method.update import represent, to_pixels
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Evaluation, Frozen
+    from jaxcl.evaluate.suite import EvalContext, Evaluation
 
 Array = jax.Array
 PICTURED = 200  # test images from which the shown explanations are taken
 
 
-def knn(f: "Frozen") -> tuple[Figures, dict]:
+def knn(f: "EvalContext") -> tuple[Metrics, dict]:
     """Weighted nearest neighbours in the training features."""
     needs_labels(f, "train", "test")
     kind = f.options.knn_features or f.options.features
@@ -52,14 +52,14 @@ def knn(f: "Frozen") -> tuple[Figures, dict]:
     return {"accuracy": right, "k": f.options.knn_k}, {}
 
 
-def linear(f: "Frozen") -> tuple[Figures, dict]:
+def linear(f: "EvalContext") -> tuple[Metrics, dict]:
     """Multinomial logistic regression on frozen features, fitted to its optimum."""
     needs_labels(f, "train", "test")
     logits = np.asarray(probe_logits(f.fitted_probe(), f.features("test")))
     return {"accuracy": accuracy(logits.argmax(-1), f.test.labels)}, {}
 
 
-def logistic(f: "Frozen") -> tuple[Figures, dict]:
+def logistic(f: "EvalContext") -> tuple[Metrics, dict]:
     """The same by Adam for many epochs, the protocol of CLAE (papers/clae.md d); the accuracy is the last epoch's."""
     needs_labels(f, "train", "test")
     fit = fit_logistic(
@@ -79,7 +79,7 @@ def logistic(f: "Frozen") -> tuple[Figures, dict]:
     return figures | {"best_epoch_accuracy": float(accuracies[best]), "best_epoch": best + 1}, {}
 
 
-def raw_pixels(f: "Frozen") -> tuple[Figures, dict]:
+def raw_pixels(f: "EvalContext") -> tuple[Metrics, dict]:
     """The same regression on the pixels themselves, with a penalty that suits them: what an encoder has to beat."""
     needs_labels(f, "train", "test")
     train = f.source("train")
@@ -90,7 +90,7 @@ def raw_pixels(f: "Frozen") -> tuple[Figures, dict]:
     return {"accuracy": accuracy(np.asarray(probe_logits(probe, flat[1])).argmax(-1), f.test.labels)}, {}
 
 
-def classifier(f: "Frozen") -> tuple[Figures, dict]:
+def classifier(f: "EvalContext") -> tuple[Metrics, dict]:
     """The classifier trained along with the encoder."""
     needs_classifier(f)
     needs_labels(f, "test")
@@ -102,7 +102,7 @@ def classifier(f: "Frozen") -> tuple[Figures, dict]:
     return {"accuracy": accuracy(predicted, labels)}, panel
 
 
-def explanation(f: "Frozen") -> tuple[Figures, dict]:
+def explanation(f: "EvalContext") -> tuple[Metrics, dict]:
     """Drop and increase in confidence for the predicted class (papers/excon.md d.2), and the true masks where known."""
     needs_classifier(f)
     S = f.recipe.image_shape[0]
@@ -127,7 +127,7 @@ def explanation(f: "Frozen") -> tuple[Figures, dict]:
     return figures, {"saliency": _explained(f, truth)} if (f.test.labels >= 0).any() else {}
 
 
-def _maps(f: "Frozen", state: TrainState, image: Array, target: Array) -> Array:
+def _maps(f: "EvalContext", state: TrainState, image: Array, target: Array) -> Array:
     """GradCAM maps [N,S,S] in [0,1] of the frozen network."""
     name = f.evaluation.classifier
     activations, tail, _ = f.recipe.model.split_at(state.params, state.batch_stats, image, f.options.tap, train=False)
@@ -140,7 +140,7 @@ def _maps(f: "Frozen", state: TrainState, image: Array, target: Array) -> Array:
     return saliency.normalize_map(cam, image.shape[1])
 
 
-def _explained(f: "Frozen", truth: np.ndarray | None) -> dict[str, Any]:
+def _explained(f: "EvalContext", truth: np.ndarray | None) -> dict[str, Any]:
     """Some test images, their map for the true class, the masked image, and whether that still passes as its class."""
 
     def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
@@ -168,7 +168,7 @@ def _explained(f: "Frozen", truth: np.ndarray | None) -> dict[str, Any]:
     return out
 
 
-def calibration(f: "Frozen") -> tuple[Figures, dict]:
+def calibration(f: "EvalContext") -> tuple[Metrics, dict]:
     """Expected calibration error on the test split and, where the source has one, on its shifted form."""
     needs_classifier(f)
     needs_labels(f, "test")
@@ -187,7 +187,7 @@ def calibration(f: "Frozen") -> tuple[Figures, dict]:
     return figures, {"reliability": diagrams}
 
 
-EVALUATORS: dict[str, Callable[["Frozen"], tuple[Figures, dict]]] = {
+EVALUATORS: dict[str, Callable[["EvalContext"], tuple[Metrics, dict]]] = {
     "knn": knn,
     "linear": linear,
     "logistic": logistic,

@@ -12,14 +12,14 @@ import numpy as np
 from jaxcl import augment
 from jaxcl.augment import ops
 from jaxcl.augment.color import PARTS
-from jaxcl.evaluate.base import Figures, LeftOut, accuracy
+from jaxcl.evaluate.base import Metrics, NotApplicable, accuracy
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.method.state import TrainState
 from jaxcl.method.update import represent, to_pixels
 from jaxcl.method.views import view_keys
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
 Array = jax.Array
 IMAGES = 2000  # of the test split, at most
@@ -45,7 +45,7 @@ def cosines(features_NxD: np.ndarray, copies_NxD: np.ndarray, centre_D: np.ndarr
     return np.sum(a * b, axis=1) / np.where(lengths > 0, lengths, 1)
 
 
-def invariance(f: "Frozen") -> tuple[Figures, dict]:
+def invariance(f: "EvalContext") -> tuple[Metrics, dict]:
     """Mean cosine between the pooled features of an image and of its transformed copy, per transformation and stage.
 
     "cosine" is of the features as they are. They are not negative, so that any two images are much alike: "centred" is
@@ -54,7 +54,7 @@ def invariance(f: "Frozen") -> tuple[Figures, dict]:
     """
     model, size = f.recipe.model, f.recipe.image_shape[0]
     if not model.num_stages:
-        raise LeftOut("the network has no stages")
+        raise NotApplicable("the network has no stages")
     pipelines = transformations(size, f.recipe.image_shape[2] == 3)
 
     def copies(pixels: Array, index: Array) -> dict[str, Array]:
@@ -75,7 +75,7 @@ def invariance(f: "Frozen") -> tuple[Figures, dict]:
         return {name: [m[i] for m in images] for i, name in enumerate(made)}
 
     if len(f.test) < 2:
-        raise LeftOut("there are no two test images")
+        raise NotApplicable("there are no two test images")
     out = some(f, f.test, "invariance", pooled, IMAGES)
     plain = out.pop("")
     out = {name: out[name] for name in (*pipelines, "rotation")} | {OTHER: [np.roll(x, 1, axis=0) for x in plain]}
@@ -96,7 +96,7 @@ def invariance(f: "Frozen") -> tuple[Figures, dict]:
     return figures, {"invariance": tables | {"stages": stages, "transformations": list(out)}}
 
 
-def some(f: "Frozen", source: Any, name: str, fn: Any, count: int) -> Any:
+def some(f: "EvalContext", source: Any, name: str, fn: Any, count: int) -> Any:
     """fn(state, batch) on the first images of a source, at most `count` -> its results, one after the other."""
     parts, have = [], 0
     for out, where in f.run(source, name, fn):
@@ -107,7 +107,7 @@ def some(f: "Frozen", source: Any, name: str, fn: Any, count: int) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
 
 
-def color(f: "Frozen") -> tuple[Figures, dict]:
+def color(f: "EvalContext") -> tuple[Metrics, dict]:
     """How much of an image's colour the frozen features have kept: jitter told from them, and the object's tint.
 
     Two copies of each image are jittered, and a linear classifier sees the features of both, side by side. It tells how
@@ -117,7 +117,7 @@ def color(f: "Frozen") -> tuple[Figures, dict]:
     regression explains, the mean of the four. "tint", where the data knows it: a linear probe for the tint.
     """
     if f.recipe.image_shape[2] != 3:
-        raise LeftOut("the images have no colour")
+        raise NotApplicable("the images have no colour")
     size = f.recipe.image_shape[0]
     pipeline = augment.Pipeline((augment.Resize(size=size), augment.ColorJitter(**JITTER, p=1.0)))
 
@@ -133,12 +133,12 @@ def color(f: "Frozen") -> tuple[Figures, dict]:
     sides = {}
     for split, most in (("train", 5 * IMAGES), ("test", IMAGES)):
         if not len(f.source(split)):
-            raise LeftOut(f"there are no {'training' if split == 'train' else 'test'} images")
+            raise NotApplicable(f"there are no {'training' if split == 'train' else 'test'} images")
         out = some(f, f.source(split), "color", two, most)
         sides[split] = (np.concatenate(out["h"], axis=1), np.stack(out["jitter"]))
     (train_x, train_a), (test_x, test_a) = sides["train"], sides["test"]
     labels, test_labels = _distances(train_a), _distances(test_a)
-    figures: Figures = {}
+    figures: Metrics = {}
     majority = []
     for i, part in enumerate(PARTS):
         probe = fit_linear_probe(train_x, labels[:, i], num_classes=BINS, max_steps=100)
@@ -152,14 +152,14 @@ def color(f: "Frozen") -> tuple[Figures, dict]:
     return figures, {}
 
 
-def tint(f: "Frozen") -> tuple[Figures, dict]:
+def tint(f: "EvalContext") -> tuple[Metrics, dict]:
     """The tint of `color` by itself: a linear probe on the frozen features for the object's tint."""
     if (kept := _tint(f)) is None:
-        raise LeftOut("the data does not know the tints of its objects (garments does)")
+        raise NotApplicable("the data does not know the tints of its objects (garments does)")
     return {"accuracy": kept}, {}
 
 
-def _tint(f: "Frozen") -> float | None:
+def _tint(f: "EvalContext") -> float | None:
     tints = [f.source(split).extras.get("tint") for split in ("train", "test")]
     if any(t is None for t in tints):
         return None

@@ -14,7 +14,7 @@ import optax
 
 from jaxcl import augment, losses
 from jaxcl.data import Loader
-from jaxcl.evaluate.base import Figures, accuracy, needs_labels
+from jaxcl.evaluate.base import Metrics, accuracy, needs_labels
 from jaxcl.evaluate.linear_probe import LinearProbe, probe_logits
 from jaxcl.method import sharding
 from jaxcl.method.state import TrainState
@@ -22,7 +22,7 @@ from jaxcl.method.update import represent, to_pixels
 from jaxcl.method.views import view_keys
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
 Array = jax.Array
 BATCH = 256
@@ -62,7 +62,7 @@ def schedule(protocol: Protocol, *, batch_size: int, steps_per_epoch: int) -> op
     return optax.piecewise_constant_schedule(protocol.lr * batch_size / 256, at)
 
 
-def linear_sgd(f: "Frozen") -> tuple[Figures, dict]:
+def linear_sgd(f: "EvalContext") -> tuple[Metrics, dict]:
     """A linear layer on frozen features of augmented images: accuracy on the test split after the last epoch.
 
     Weights begin normal, of deviation 0.01. Test images are the standard view, resized whole. "best_epoch_accuracy" is
@@ -92,7 +92,7 @@ def linear_sgd(f: "Frozen") -> tuple[Figures, dict]:
         updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(probe, updates), opt_state, count + 1
 
-    replicated, rows = sharding.replicated(f.mesh), sharding.rows(f.mesh)
+    replicated, rows = sharding.replicated(f.mesh), sharding.batch_sharding(f.mesh)
     jitted = f.evaluation.compiled(
         f"linear_sgd {protocol} {B}",
         lambda: jax.jit(step, in_shardings=(replicated, replicated, rows), out_shardings=replicated),
@@ -100,7 +100,7 @@ def linear_sgd(f: "Frozen") -> tuple[Figures, dict]:
     D = f.features("test", "h").shape[1]
     weights = 0.01 * jax.random.normal(jax.random.fold_in(key, 1), (D, recipe.num_classes))
     probe = LinearProbe(weights, jnp.zeros(recipe.num_classes))
-    carry = sharding.put((probe, tx.init(probe), jnp.zeros((), jnp.int32)), replicated)
+    carry = sharding.device_put((probe, tx.init(probe), jnp.zeros((), jnp.int32)), replicated)
     accuracies = []
     with Loader(train, batch_size=B, seed=recipe.seed, sharding=rows) as loader:
         for _ in range(protocol.epochs):

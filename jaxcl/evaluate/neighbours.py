@@ -13,11 +13,11 @@ import numpy as np
 from jaxcl.data import Source
 from jaxcl.data.base import cut_down
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Figures
+from jaxcl.evaluate.base import Metrics
 from jaxcl.evaluate.knn import nearest_neighbours
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Evaluation, Frozen
+    from jaxcl.evaluate.suite import EvalContext, Evaluation
 
 THUMBNAIL = 8  # side of what stands for an image while all pairs are compared
 TILE = 1024  # rows and columns of the pairs that are held at once
@@ -27,7 +27,7 @@ PICTURED, MAPPED = 8, 1000  # queries in the report; images on its map
 GROUPS, OF_GROUP = 12, 8  # near-duplicates in the report
 
 
-def neighbours(f: "Frozen") -> tuple[Figures, dict]:
+def neighbours(f: "EvalContext") -> tuple[Metrics, dict]:
     """The nearest training images of each test image, and near-duplicates among all of them."""
     kind = f.options.knn_features or f.options.features
     train, test = f.source("train"), f.test

@@ -17,22 +17,22 @@ from jaxcl.augment.patches import whole
 from jaxcl.data import Source, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate import corruptions
-from jaxcl.evaluate.base import Figures, accuracy, from_files, needs_labels
+from jaxcl.evaluate.base import Metrics, accuracy, from_files, needs_labels
 from jaxcl.evaluate.categories import plain
 from jaxcl.evaluate.linear_probe import probe_logits
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Evaluation, Frozen
+    from jaxcl.evaluate.suite import EvalContext, Evaluation
 
 Array = jax.Array
 # What TFDS calls differently in cifar10_corrupted.
 _IN_TFDS = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}
 
 
-def ood(f: "Frozen") -> tuple[Figures, dict]:
+def ood(f: "EvalContext") -> tuple[Metrics, dict]:
     """Accuracy of the linear probe where the images are not as in training; nothing is adapted to them.
 
-    Figures: "accuracy" in domain; "shifted", the data's own shifted test split; "corruption", the mean over corruptions
+    Metrics: "accuracy" in domain; "shifted", the data's own shifted test split; "corruption", the mean over corruptions
     and severities (not the mCE), and each of them; "shuffled", test images cut into GRID x GRID tiles in random order;
     "texture", texture quilted from each test image: of these two, lower is less reliant on texture; "sets", those that
     eval.ood names, see `by_class_name`.
@@ -43,7 +43,7 @@ def ood(f: "Frozen") -> tuple[Figures, dict]:
     options, labels, side = f.options, f.test.labels, f.recipe.image_shape[0]
     chance = 1 / f.recipe.num_classes
     # In domain first: the features of the test split are those that other evaluators have, too.
-    figures: Figures = {"accuracy": accuracy(_predicted(f, f.features("test")), labels)}
+    figures: Metrics = {"accuracy": accuracy(_predicted(f, f.features("test")), labels)}
     panel: dict[str, Any] = {"In domain": {"value": figures["accuracy"]}}
     if (shifted := f.source("test_shifted")) is not None:
         figures["shifted"] = {"accuracy": accuracy(_predicted(f, f.features("test_shifted")), shifted.labels)}
@@ -84,14 +84,14 @@ def check(evaluation: "Evaluation") -> None:
         _shared(f"eval.ood: {name}", source, evaluation.source("train").class_names)
 
 
-def _predicted(f: "Frozen", features: np.ndarray) -> np.ndarray:
+def _predicted(f: "EvalContext", features: np.ndarray) -> np.ndarray:
     return np.asarray(probe_logits(f.fitted_probe(), features)).argmax(-1)
 
 
 # ---- corruptions
 
 
-def _corruptions(f: "Frozen") -> Figures:
+def _corruptions(f: "EvalContext") -> Metrics:
     """{"accuracy": mean, name: {"accuracy": mean, severity: {"accuracy"}}}."""
     by_name: dict[str, dict[str, Any]] = {}
     for name, severity in _asked(f.options):
@@ -104,7 +104,7 @@ def _corruptions(f: "Frozen") -> Figures:
             value = accuracy(_predicted(f, f.features_of(changed)), f.test.labels)
         by_name.setdefault(name, {})[str(severity)] = {"accuracy": value}
     means = {name: float(np.mean([v["accuracy"] for v in values.values()])) for name, values in by_name.items()}
-    figures: Figures = {"accuracy": float(np.mean(list(means.values())))}
+    figures: Metrics = {"accuracy": float(np.mean(list(means.values())))}
     return figures | {name: {"accuracy": means[name]} | values for name, values in by_name.items()}
 
 
@@ -171,7 +171,7 @@ def _from_numpy(folder: pathlib.Path, name: str, severity: int, train: Source) -
 # ---- sets of their own
 
 
-def by_class_name(f: "Frozen", source: Source) -> Figures:
+def by_class_name(f: "EvalContext", source: Source) -> Metrics:
     """Accuracy on a set whose classes are found among the probe's by their names; images of other classes do not count.
 
     "accuracy" is that of the largest of all logits, "masked_accuracy" of those only whose classes the set has; "images"

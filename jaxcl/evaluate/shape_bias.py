@@ -14,12 +14,12 @@ from PIL import Image
 from jaxcl.data import Source
 from jaxcl.data.label_levels import coarse_of_fine
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Figures, LeftOut, from_files, needs_labels
+from jaxcl.evaluate.base import Metrics, NotApplicable, from_files, needs_labels
 from jaxcl.evaluate.categories import CATEGORIES, category_of
 from jaxcl.evaluate.linear_probe import probe_logits
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Evaluation, Frozen
+    from jaxcl.evaluate.suite import EvalContext, Evaluation
 
 
 def shape_bias(
@@ -81,22 +81,24 @@ def coarse_probabilities(probs: np.ndarray, fine_to_coarse: np.ndarray) -> np.nd
     return np.where(size_C > 0, probs @ member_KxC / np.maximum(size_C, 1), -np.inf)
 
 
-def cue_conflict(f: "Frozen") -> tuple[Figures, dict]:
+def cue_conflict(f: "EvalContext") -> tuple[Metrics, dict]:
     """Shape bias of the linear probe on the data's own cue-conflict images, and on stimuli from a folder.
 
     On garments the textures in conflict are those that `spurious` ties to the classes. "texture_taught" says whether
     they were tied in training: if not, no texture speaks for a class there, decisions for the texture's class are
     mistakes like any other (a ninth of them by chance), and the bias says no more than "shape_accuracy" does.
 
-    Figures: those of `shape_bias` on the data's images, and under "stimuli" those on eval.cue_conflict, with the
+    Metrics: those of `shape_bias` on the data's images, and under "stimuli" those on eval.cue_conflict, with the
     "categories" that classes of the data belong to; stimuli of the others do not count.
     """
     needs_labels(f, "train")
     own = f.source("cue_conflict")
     own = own if own is not None and {"shape", "texture"} <= own.extras.keys() else None
     if own is None and not f.options.cue_conflict:
-        raise LeftOut("the data has no cue-conflict images (garments has; eval.cue_conflict names a folder of them)")
-    figures: Figures = {}
+        raise NotApplicable(
+            "the data has no cue-conflict images (garments has; eval.cue_conflict names a folder of them)"
+        )
+    figures: Metrics = {}
     panel = {}
     if own is not None:
         figures |= shape_bias(_probabilities(f, own), np.arange(f.recipe.num_classes), *_cues(own))
@@ -180,7 +182,7 @@ def _files(folder: str) -> list[tuple[pathlib.Path, int, int]]:
     return found
 
 
-def _probabilities(f: "Frozen", source: Source) -> np.ndarray:
+def _probabilities(f: "EvalContext", source: Source) -> np.ndarray:
     return np.asarray(jax.nn.softmax(probe_logits(f.fitted_probe(), f.features_of(source))))
 
 

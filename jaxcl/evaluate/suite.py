@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxcl.augment import standard_view
 from jaxcl.data import Source, batches, has_own_validation
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Figures, LeftOut
+from jaxcl.evaluate.base import Metrics, NotApplicable
 from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe as LinearFit
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
@@ -29,7 +29,7 @@ from jaxcl.method.state import TrainState
 from jaxcl.method.update import make_views, represent, run_stages, to_pixels
 from jaxcl.method.views import view_keys
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 Array = jax.Array
 FEATURES = {"h": "pooled features", "z": "the embedding, scaled to unit length"}
@@ -73,17 +73,17 @@ class Evaluation:
         self._compiled: dict[Any, Callable] = {}
         self._said: set[str] = set()
 
-    def quick(self, state: TrainState, mesh: jax.sharding.Mesh, split: str | None = None) -> Figures:
+    def quick(self, state: TrainState, mesh: jax.sharding.Mesh, split: str | None = None) -> Metrics:
         """{"eval/knn_accuracy": ...} on the validation split, or the test split where nothing is held out."""
-        frozen = Frozen(self, state, mesh, split or self.selects_on)
+        frozen = EvalContext(self, state, mesh, split or self.selects_on)
         results, _ = self._run(self.options.quick, frozen)
         return {
             f"eval/{n}_{k}": v for n, figures in results.items() for k, v in figures.items() if isinstance(v, float)
         }
 
-    def final(self, state: TrainState, mesh: jax.sharding.Mesh) -> tuple[dict[str, Figures], dict[str, Any]]:
+    def final(self, state: TrainState, mesh: jax.sharding.Mesh) -> tuple[dict[str, Metrics], dict[str, Any]]:
         """-> (results by evaluator, on the split that the config says; panels for the report)."""
-        frozen = Frozen(self, state, mesh, self.options.split)
+        frozen = EvalContext(self, state, mesh, self.options.split)
         results, panels = self._run(self.options.final, frozen)
         if not self._pictures:
             return results, {}
@@ -103,19 +103,19 @@ class Evaluation:
             if name in CHECKS:
                 CHECKS[name](self)
 
-    def evaluate(self, names: tuple[str, ...], frozen: "Frozen") -> dict[str, Figures]:
+    def evaluate(self, names: tuple[str, ...], frozen: "EvalContext") -> dict[str, Metrics]:
         """Results of some evaluators by name. Errors: UserError for one that nobody knows, or its options."""
         check_names("the suite", names)
         self.check_options(names)
         return self._run(names, frozen)[0]
 
-    def _run(self, names: tuple[str, ...], frozen: "Frozen") -> tuple[dict[str, Figures], dict[str, Any]]:
+    def _run(self, names: tuple[str, ...], frozen: "EvalContext") -> tuple[dict[str, Metrics], dict[str, Any]]:
         """-> (figures by evaluator, panels); what cannot be evaluated is left out, with one line a reason."""
         results, panels, left_out = {}, {}, {}
         for name in names:
             try:
                 figures, pictures = EVALUATORS[name](frozen)
-            except LeftOut as reason:
+            except NotApplicable as reason:
                 left_out.setdefault(str(reason), []).append(name)
                 continue
             if figures:
@@ -125,7 +125,7 @@ class Evaluation:
         for reason, without in left_out.items():
             line = f"evaluation: {reason}, so there is no {', '.join(without)}"
             if line not in self._said:
-                say.info(line)
+                logger.info(line)
                 self._said.add(line)
         return results, panels
 
@@ -146,7 +146,7 @@ class Evaluation:
         return self._compiled[name]
 
 
-class Frozen:
+class EvalContext:
     """One state to be evaluated: features and logits of whole sources, batch by batch, over the mesh."""
 
     def __init__(self, evaluation: Evaluation, state: TrainState, mesh: jax.sharding.Mesh, split: str):
@@ -209,12 +209,12 @@ class Frozen:
 
         What differs between states is an argument: the program is compiled once, by its name.
         """
-        replicated, rows = sharding.replicated(self.mesh), sharding.rows(self.mesh)
+        replicated, rows = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
         shardings = (replicated, rows, *(replicated for _ in args))
         jitted = self.evaluation.compiled(name, lambda: jax.jit(fn, in_shardings=shardings, out_shardings=replicated))
         for batch in batches(source, self.batch_size):
             batch |= {k: np.full(self.batch_size, v) for k, v in extra.items()}
-            yield jax.device_get(jitted(self.state, sharding.put(batch, rows), *args)), batch["where"]
+            yield jax.device_get(jitted(self.state, sharding.device_put(batch, rows), *args)), batch["where"]
 
     def collect(self, source: Source, name: str, fn: Callable, *args: Any, **extra: Any) -> Any:
         """`run`, padding cut off, concatenated over the batches."""
@@ -287,7 +287,7 @@ class Frozen:
             return shown | {f"{n}.where": v.where for n, v in views.items() if v.where is not None}
 
         count = min(len(source), recipe.batch_size) // self.mesh.size * self.mesh.size
-        batch = sharding.put(source.batch(np.arange(count)), sharding.rows(self.mesh))
+        batch = sharding.device_put(source.batch(np.arange(count)), sharding.batch_sharding(self.mesh))
         jitted = self.evaluation.compiled("views", lambda: jax.jit(show, out_shardings=sharding.replicated(self.mesh)))
         out = jax.device_get(jitted(self.state, batch))
         images = {"image": source.images[:SHOWN] / np.float32(255)} if source.in_memory else {}

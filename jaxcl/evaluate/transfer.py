@@ -13,25 +13,25 @@ from jax import lax
 
 from jaxcl.data import Source
 from jaxcl.data.label_levels import coarse_of_fine
-from jaxcl.evaluate.base import Figures, LeftOut, accuracy
+from jaxcl.evaluate.base import Metrics, NotApplicable, accuracy
 from jaxcl.evaluate.knn import knn_predict
 from jaxcl.evaluate.linear_probe import LinearProbe, fit_linear_probe, probe_logits
 from jaxcl.losses import cross_entropy
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
 SHOWN = 1500  # test images of the panel
 
 
-def transfer(f: "Frozen") -> tuple[Figures, dict]:
+def transfer(f: "EvalContext") -> tuple[Metrics, dict]:
     """A linear probe on the fine labels, fitted to its optimum on frozen features without augmentation.
 
     This is the cheap, exact variant of the protocol of "Perfectly Balanced" (arXiv:2204.07596), which is
     `transfer_augmented`; its figures need not be equal to these. Of an encoder trained on the fine labels themselves
     it is the ceiling that transfer can reach.
 
-    Figures: "accuracy" on the fine labels; "coarse_accuracy" of the coarse class of the predicted fine one;
+    Metrics: "accuracy" on the fine labels; "coarse_accuracy" of the coarse class of the predicted fine one;
     "balanced_accuracy", the mean over the fine classes of the test images; "knn_accuracy" on the fine labels by
     weighted nearest neighbours (`eval.knn_k`), which, unlike the probe, cannot amplify directions of little variance.
     """
@@ -64,14 +64,14 @@ def transfer(f: "Frozen") -> tuple[Figures, dict]:
     return figures, {"transfer": panel}
 
 
-def transfer_augmented(f: "Frozen") -> tuple[Figures, dict]:
+def transfer_augmented(f: "EvalContext") -> tuple[Metrics, dict]:
     """The protocol of "Perfectly Balanced": one linear layer, AdamW, on the training views of the images.
 
     Each of `eval.transfer_epochs` encodes the training set anew, one view an image, in inference mode (the released
     code leaves dropout on and lets batch statistics drift), and passes over it in batches of 128: rate 1e-3 along a
     cosine by epoch, decay 0.01. Encodes the training set as often as there are epochs.
 
-    Figures: "accuracy" on the fine labels of the epoch that is best on the validation split, or without one of the
+    Metrics: "accuracy" on the fine labels of the epoch that is best on the validation split, or without one of the
     last epoch; "last_accuracy"; "best_epoch", from 1, where there is a validation split.
     """
     fine, _ = _levels(f.source("train"), "training")
@@ -136,8 +136,8 @@ def balanced_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
 def _levels(source: Source, which: str) -> tuple[np.ndarray, np.ndarray]:
     """Fine and coarse labels, int [N] each, whichever of them are the source's own."""
     if "coarse" not in source.extras:
-        raise LeftOut("the data has one level of labels")
+        raise NotApplicable("the data has one level of labels")
     fine = source.extras["fine"] if "fine" in source.extras else source.labels
     if not (fine >= 0).any():
-        raise LeftOut(f"no {which} image has a fine label")
+        raise NotApplicable(f"no {which} image has a fine label")
     return fine, source.extras["coarse"]

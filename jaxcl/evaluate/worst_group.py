@@ -20,12 +20,12 @@ from jax.typing import ArrayLike
 
 from jaxcl.data.base import hold_out
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Figures, LeftOut, needs_labels
+from jaxcl.evaluate.base import Metrics, NotApplicable, needs_labels
 from jaxcl.evaluate.linear_probe import MIN_STD, LinearProbe, probe_logits
 from jaxcl.losses import cross_entropy
 
 if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import Frozen
+    from jaxcl.evaluate.suite import EvalContext
 
 METHODS = ("gmm", "kmeans")
 # What `robust_probe` chooses from. A rate of 0 for the weights is sampling that balances the groups, nothing more.
@@ -341,7 +341,7 @@ def cluster_quality(pseudo: np.ndarray, true: np.ndarray) -> dict[str, Any]:
     return {k: float(v) for k, v in means.items()} | {"by_group": by_group}
 
 
-def worst_group(f: "Frozen") -> tuple[Figures, dict]:
+def worst_group(f: "EvalContext") -> tuple[Metrics, dict]:
     """Accuracy on the worst true group of the test images, without and with robust training of the last layer.
 
     "erm" is the linear probe; "dro" is `robust_probe` on the groups that `find_groups` makes of the training features,
@@ -351,7 +351,9 @@ def worst_group(f: "Frozen") -> tuple[Figures, dict]:
     needs_labels(f, "train", "test")
     train = f.source("train")
     if not all((s.extras.get("group", np.array([-1])) >= 0).any() for s in (train, f.test)):
-        raise LeftOut("the data has no groups (those with some: spurious garments, waterbirds, celeb_a, npz, csv)")
+        raise NotApplicable(
+            "the data has no groups (those with some: spurious garments, waterbirds, celeb_a, npz, csv)"
+        )
     features, test = f.features("train"), f.features("test")
     pseudo = find_groups(features, train.labels, seed=f.recipe.seed)
     options = dict(num_classes=f.recipe.num_classes, seed=f.recipe.seed)

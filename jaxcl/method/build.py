@@ -12,7 +12,7 @@ from jaxcl.method.accumulate import Accumulate
 from jaxcl.method.check import check, check_paths
 from jaxcl.method.grad_cache import GradCache
 from jaxcl.method.optimizers import OptimizerOptions, make_optimizer, make_schedule
-from jaxcl.method.recipe import Pass, Recipe
+from jaxcl.method.recipe import ForwardPass, Recipe
 from jaxcl.models.model import make_model
 from jaxcl.models.registry import MODELS
 from jaxcl.runtime.durations import to_steps
@@ -67,7 +67,7 @@ def build_recipe(
     pixels = dict(size=size, mean=mean, std=std)
     views = {n: make_part(f"views.{n}", v, registry.VIEWS, **pixels) for n, v in config.views.items()}
     stages = tuple(make_part(f"stages[{i}]", s, registry.STAGES) for i, s in enumerate(config.stages))
-    passes = tuple(construct(f"passes[{i}]", Pass, p) for i, p in enumerate(config.passes))
+    passes = tuple(construct(f"passes[{i}]", ForwardPass, p) for i, p in enumerate(config.passes))
     terms = {n: make_part(f"terms.{n}", t, registry.TERMS) for n, t in config.terms.items()}
     memory = {n: make_part(f"memory.{n}", m, registry.MEMORY) for n, m in config.memory.items()}
 

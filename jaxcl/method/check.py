@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from jaxcl.errors import UserError
-from jaxcl.method.recipe import Pass, Recipe
+from jaxcl.method.recipe import ForwardPass, Recipe
 from jaxcl.method.terms.base import embedding_name, split_name
 from jaxcl.runtime.options import suggestion
 
@@ -111,7 +111,7 @@ def _known_encoder(recipe: Recipe, where: str, name: str, trained: bool = False)
         raise UserError(f"{where} names encoder {name!r}; expected one of {known} ('' is the main one)")
 
 
-def _check_groups(recipe: Recipe, where: str, p: Pass) -> None:
+def _check_groups(recipe: Recipe, where: str, p: ForwardPass) -> None:
     if p.bn_groups == 1:
         return
     if not recipe.encoder(p.encoder).batch_norm:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxcl.method import grad_cache
-from jaxcl.method.recipe import Pass, Recipe
+from jaxcl.method.recipe import ForwardPass, Recipe
 from jaxcl.method.terms import Embedding
 from jaxcl.method.terms.base import embedding_name
 from jaxcl.method.views import View
 from jaxcl.models import Model
-from jaxcl.models.heads import drawn_numbers
+from jaxcl.models.heads import aug_param_numbers
 
 Array = jax.Array
 
@@ -28,7 +28,7 @@ Array = jax.Array
 _BESIDE = ("encoders", "heads", "targets")
 
 
-def put(tree: dict, place: str, name: str, value: dict) -> dict:
+def set_in(tree: dict, place: str, name: str, value: dict) -> dict:
     return {**tree, place: {**tree.get(place, {}), name: value}}
 
 
@@ -38,7 +38,7 @@ def of_encoder(tree: dict, name: str) -> dict:
 
 
 def _with_encoder(tree: dict, name: str, value: dict) -> dict:
-    return put(tree, _place(tree, name), name, value) if name else {**tree, **value}
+    return set_in(tree, _place(tree, name), name, value) if name else {**tree, **value}
 
 
 def _place(tree: dict, name: str) -> str:
@@ -71,7 +71,7 @@ def run_pass(
     params,
     stats,
     views: dict[str, View],
-    spec: Pass,
+    spec: ForwardPass,
     mesh: Mesh | None = None,
     key: Array | None = None,
 ) -> tuple[dict[str, Embedding], dict]:
@@ -93,23 +93,23 @@ def run_pass(
         encode = functools.partial(_by_groups, encode, spec)
     h, new = encode(own, of_encoder(stats, spec.encoder), rows, where=where, norm_set=spec.norm_set, key=key)
     mode = dict(train=True, where=where, norm_set=spec.norm_set, depth=spec.depth)
-    z, new = model.embed(own, new, h, drawn=_drawn(model, parts, groups), **mode)
+    z, new = model.embed(own, new, h, aug_params=_aug_params(model, parts, groups), **mode)
     return {
         embedding_name(spec.encoder, n): Embedding(hh, zz, views[n].where)
         for n, hh, zz in zip(names, _split(h, sizes, groups), _split(z, sizes, groups), strict=True)
     }, _with_encoder(stats, spec.encoder, new)
 
 
-def _drawn(model: Model, parts: list[View], groups: int) -> dict[str, Array]:
+def _aug_params(model: Model, parts: list[View], groups: int) -> dict[str, Array]:
     """What the heads are told of several views' rows, stacked as `_together` stacks the rows themselves."""
     told = {}
     for name in model.head.embeds:
-        each = [drawn_numbers(name, view.params, len(view.image)) for view in parts]
+        each = [aug_param_numbers(name, view.params, len(view.image)) for view in parts]
         told[name] = _merge(each, groups)
     return told
 
 
-def _by_groups(encode, spec: Pass, params, stats, rows, *, where, norm_set, key):
+def _by_groups(encode, spec: ForwardPass, params, stats, rows, *, where, norm_set, key):
     """`encode` on equal parts of the rows, each with batch norms of its own, as so many devices would; -> the same.
 
     Running statistics move to the mean of what the parts make of them.
@@ -161,7 +161,7 @@ def run_heads(
             rows, where, sizes, groups = _together(inputs[part])
             own = stats.get("heads", {}).get(name, {})
             out, new = head.apply(facts, params["heads"][name], own, rows, train=True, where=where)
-            stats = put(stats, "heads", name, new)
+            stats = set_in(stats, "heads", name, new)
             for view, y in zip(of[part], _split(out, sizes, groups), strict=True):
                 to = embedding_name(head.encoders[0], view)
                 embeddings[to] = embeddings[to]._replace(out={**embeddings[to].out, name: y})

@@ -19,7 +19,7 @@ from jaxcl.runtime.options import OptionError, Options, Range
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass(Options):
+class ForwardPass(Options):
     """Views encoded together, as one batch of the batch norms; views that no stage has made yet are left out.
 
     Terms know an embedding by its view's name, with the encoder's name before it unless that is the main one: "view1",
@@ -65,7 +65,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     stage_kinds: tuple[str, ...]  # as the config calls them
     stage_starts: tuple[int, ...]  # in encoder steps
-    passes: tuple[Pass, ...]
+    passes: tuple[ForwardPass, ...]
     terms: dict[str, Term]
     memory: dict[str, MemoryPart]
     tx: optax.GradientTransformation

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-_MARK = "part:"
+_MARK = "scope:"
 _MARKED = re.compile(_MARK + r"([^/()\"]+)")
 # Operations that are only a place where others run.
 _AROUND = re.compile(r"\s(while|conditional|call)\(")
@@ -21,21 +21,21 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computa
 BACKWARD = ", backward"
 
 
-def part(name: str):
+def scope(name: str):
     """Everything traced within counts for this part of the update; of parts within parts the outermost counts."""
     return jax.named_scope(_MARK + re.sub(r"[/()\"]", ".", name))
 
 
-def part_of(op_name: str) -> str:
-    """The part in the metadata of an operation such as jit(update)/transpose(jvp(part:encode x))/dot; "" without."""
+def scope_of(op_name: str) -> str:
+    """The part in the metadata of an operation such as jit(update)/transpose(jvp(scope:encode x))/dot; "" without."""
     found = _MARKED.search(op_name)
     if not found:
         return ""
-    # What a gradient runs back through. Parts that are nobody's gradient may take one of their own within.
+    # What a gradient runs back through. Scopes that are nobody's gradient may take one of their own within.
     return found[1] + (BACKWARD if "transpose(" in op_name[: found.start()] else "")
 
 
-class Parts(NamedTuple):
+class Scopes(NamedTuple):
     """module: the program's name. of: operation -> part, "" where the program does not tell. around: operations that
     only hold others."""
 
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     around: frozenset[str]
 
 
-def parts_of(program: str) -> Parts:
+def scopes_of(program: str) -> Scopes:
     """From the text of a compiled program (`jax.stages.Compiled.as_text`)."""
     own: dict[str, str] = {}
     called: dict[str, list[str]] = {}
@@ -53,7 +53,7 @@ def parts_of(program: str) -> Parts:
     for line in program.splitlines():
         if found := _OPERATION.match(line):
             name, op_name = found[1], re.search(r'op_name="([^"]*)"', line)
-            own[name] = part_of(op_name[1]) if op_name else ""
+            own[name] = scope_of(op_name[1]) if op_name else ""
             called[name] = [c.strip().lstrip("%") for m in _CALLED.finditer(line) for c in m[1].split(",")]
             if own[name]:
                 within[computation][own[name]] += 1
@@ -62,10 +62,10 @@ def parts_of(program: str) -> Parts:
         elif found := _COMPUTATION.match(line):
             computation = found[1]
 
-    def part_named(name: str) -> str:
+    def scope_named(name: str) -> str:
         """Its own; of a fusion whose last operation has none, that of most of the others."""
         inside = sum((within[c] for c in called[name]), collections.Counter())
         return own[name] or (inside.most_common(1)[0][0] if inside else "")
 
     module = re.match(r"HloModule ([^\s,]+)", program)
-    return Parts(module[1] if module else "", {n: part_named(n) for n in own}, frozenset(around))
+    return Scopes(module[1] if module else "", {n: scope_named(n) for n in own}, frozenset(around))

@@ -50,12 +50,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def split(mesh: Mesh, tree: Tree) -> Tree:
+def split_sharding(mesh: Mesh, tree: Tree) -> Tree:
     """For each array, its longest axis that divides over the devices of a host; small arrays stay whole."""
     count = mesh.shape[WITHIN]
 
@@ -70,41 +70,41 @@ def split(mesh: Mesh, tree: Tree) -> Tree:
     return jax.tree.map(one, tree)
 
 
-def of_state(mesh: Mesh, state: TrainState, kind: str = "data", averages: Iterable[str] = ()) -> TrainState:
+def state_sharding(mesh: Mesh, state: TrainState, kind: str = "data", averages: Iterable[str] = ()) -> TrainState:
     """How each array of a state (or of its shapes) lies. averages: the parts of memory with parameters of their own."""
     whole = jax.tree.map(lambda _: replicated(mesh), state)
     if kind == "data":
         return whole
-    memory = {n: {**whole.memory[n], "params": split(mesh, state.memory[n]["params"])} for n in averages}
+    memory = {n: {**whole.memory[n], "params": split_sharding(mesh, state.memory[n]["params"])} for n in averages}
     return whole.replace(
-        params=split(mesh, state.params) if kind == "fsdp" else whole.params,
-        opt_state=split(mesh, state.opt_state),
+        params=split_sharding(mesh, state.params) if kind == "fsdp" else whole.params,
+        opt_state=split_sharding(mesh, state.opt_state),
         memory={**whole.memory, **memory},
     )
 
 
-def gathered(mesh: Mesh | None, kind: str, tree: Tree) -> Tree:
+def all_gather_params(mesh: Mesh | None, kind: str, tree: Tree) -> Tree:
     """Parameters, whole on every device for the use at hand; their gradient is split again, as the optimiser wants it.
 
     Said outright: left to itself, XLA may split the computation as the parameters are, and gather activations instead.
     """
     if mesh is None or mesh.size == 1 or kind == "data":
         return tree
-    return jax.tree.map(functools.partial(_gathered, mesh), tree)
+    return jax.tree.map(functools.partial(_all_gather, mesh), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(mesh: Mesh, x: jax.Array) -> jax.Array:
+def _all_gather(mesh: Mesh, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 
-_gathered.defvjp(
-    lambda mesh, x: (_gathered(mesh, x), None),
-    lambda mesh, _, g: (jax.lax.with_sharding_constraint(g, split(mesh, g)),),
+_all_gather.defvjp(
+    lambda mesh, x: (_all_gather(mesh, x), None),
+    lambda mesh, _, g: (jax.lax.with_sharding_constraint(g, split_sharding(mesh, g)),),
 )
 
 
-def put(tree: Tree, sharding: NamedSharding) -> Tree:
+def device_put(tree: Tree, sharding: NamedSharding) -> Tree:
     """Host arrays to devices, on one process or many (each process holds the same full values)."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)

@@ -18,16 +18,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcl.losses.common import AxisName
 from jaxcl.method import accumulate
-from jaxcl.method.forward import of_encoder, put, represent, run_heads, run_pass, with_targets
+from jaxcl.method.forward import of_encoder, represent, run_heads, run_pass, set_in, with_targets
 from jaxcl.method.memory import InitContext, StepOutput
 from jaxcl.method.recipe import Phase, Recipe
-from jaxcl.method.scopes import part
-from jaxcl.method.sharding import AXIS, gathered, of_state, replicated
+from jaxcl.method.scopes import scope
+from jaxcl.method.sharding import AXIS, all_gather_params, replicated, state_sharding
 from jaxcl.method.stages.base import StageContext
 from jaxcl.method.state import TrainState
 from jaxcl.method.terms import Embedding
 from jaxcl.method.terms.base import embedding_name, split_name
-from jaxcl.method.terms.similarity import similarity_figures
+from jaxcl.method.terms.similarity import similarity_metrics
 from jaxcl.method.views import View, view_keys
 
 Array = jax.Array
@@ -51,7 +51,7 @@ def make_update(
 def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding):
     """`make_update` under jit: the state is donated, so on an accelerator it is updated in place.
 
-    state_sharding: one for all of the state, or a TrainState of them (`place_state`).
+    state_sharding: one for all of the state, or a TrainState of them (`state_shardings`).
     """
     return jax.jit(
         make_update(recipe, phase, batch_sharding.mesh),
@@ -61,15 +61,17 @@ def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding)
     )
 
 
-def place_state(recipe: Recipe, mesh: Mesh) -> TrainState:
+def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
     """The sharding of each array of a state, as the recipe's `sharding` wants it."""
     shapes = jax.eval_shape(lambda seed: init_state(recipe, seed), jax.ShapeDtypeStruct((), jnp.uint32))
-    return of_state(mesh, shapes, recipe.sharding, recipe.targets)
+    return state_sharding(mesh, shapes, recipe.sharding, recipe.targets)
 
 
-def gathered_state(recipe: Recipe, mesh: Mesh | None, state: TrainState) -> TrainState:
+def replicate_params(recipe: Recipe, mesh: Mesh | None, state: TrainState) -> TrainState:
     """The state with all parameters whole, for stages and whatever else looks at it without a gradient."""
-    params, memory = gathered(mesh, recipe.sharding, (state.params, {n: state.memory[n] for n in recipe.targets}))
+    params, memory = all_gather_params(
+        mesh, recipe.sharding, (state.params, {n: state.memory[n] for n in recipe.targets})
+    )
     return state.replace(params=params, memory={**state.memory, **memory})
 
 
@@ -97,11 +99,13 @@ def init_state(
     for name, model in recipe.encoders.items():
         of = begun(name, *model.init(named(f"encoders/{name}"), recipe.image_shape))
         params, batch_stats = (
-            put(tree, "encoders", name, x) for tree, x in zip((params, batch_stats), of, strict=True)
+            set_in(tree, "encoders", name, x) for tree, x in zip((params, batch_stats), of, strict=True)
         )
     for name, head in recipe.heads.items():
         of = head.init(named(f"heads/{name}"), recipe.head_input(name))
-        params, batch_stats = (put(tree, "heads", name, x) for tree, x in zip((params, batch_stats), of, strict=True))
+        params, batch_stats = (
+            set_in(tree, "heads", name, x) for tree, x in zip((params, batch_stats), of, strict=True)
+        )
     context = InitContext(
         features=recipe.features_of(recipe.representation),
         num_classes=recipe.num_classes,
@@ -191,7 +195,7 @@ def run_stages(
             keys=lambda name: view_keys(state.key, state.step, batch["index"], name),
             textures=to_pixels(batch["texture"]) if "texture" in batch else None,
         )
-        with part(recipe.stage_name(i)):
+        with scope(recipe.stage_name(i)):
             out = jax.lax.stop_gradient(stage(context, views))
         views = {**views, **out.views}
         stats = stats if out.batch_stats is None else out.batch_stats
@@ -205,7 +209,7 @@ def _embed(recipe: Recipe, state: TrainState, stats: dict, encoder: str, view: V
     stats = of_encoder(with_targets(recipe, stats, state.memory, "batch_stats"), encoder)
     model, mode = recipe.encoder(encoder), dict(train=True, where=view.where, norm_set=norm_set)
     h, _ = model.encode(params, stats, view.image, **mode)
-    return Embedding(h, model.embed(params, stats, h, drawn=view.params, **mode)[0], view.where)
+    return Embedding(h, model.embed(params, stats, h, aug_params=view.params, **mode)[0], view.where)
 
 
 def make_terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Callable[..., Metrics]:
@@ -215,7 +219,7 @@ def make_terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Calla
 
     def values(embeddings: dict[str, Embedding], label: Array, memory: dict, axis_name: AxisName = None) -> Metrics:
         def value(n: str) -> Array:
-            with part(f"term {n}"):
+            with scope(f"term {n}"):
                 return terms[n](embeddings, label, memory=memory, axis_name=axis_name)
 
         return {n: value(n) for n in terms}
@@ -252,28 +256,28 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         encoding = recipe.for_one_device()
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with part("augment"):
+        with scope("augment"):
             views = make_views(recipe, state, batch, names)
-        seen = gathered_state(recipe, mesh, state)
+        seen = replicate_params(recipe, mesh, state)
         views, stats_before, metrics = run_stages(recipe, phase, seen, batch, views, mesh)
         progress = state.step / jnp.float32(recipe.total_steps)
         memory = {}
         for n, own in recipe.memory.items():
-            with part(f"memory {n}"):
+            with scope(f"memory {n}"):
                 memory[n] = own.before(state.memory[n], lambda e: of_encoder(state.params, e), progress)
 
         def objective(params, rows, stats, key):
             (views, label), embeddings = rows, {}
-            params = gathered(mesh, recipe.sharding, with_targets(recipe, params, memory, "params"))
+            params = all_gather_params(mesh, recipe.sharding, with_targets(recipe, params, memory, "params"))
             for spec in recipe.passes:
                 # Known by what it encodes first, not by its place: a pass more changes nothing in the others.
                 own = jax.random.fold_in(key, zlib.crc32(f"pass {spec.embeddings[0]}".encode()))
-                with part(f"encode {' + '.join(n for n in spec.embeddings if split_name(n)[1] in views)}"):
+                with scope(f"encode {' + '.join(n for n in spec.embeddings if split_name(n)[1] in views)}"):
                     encoded, stats = run_pass(encoding, params, stats, views, spec, mesh, own)
                 embeddings.update(encoded)
             for name in shown:
                 embeddings[name] = embeddings[name]._replace(image=views[split_name(name)[1]].image)
-            with part("heads"):
+            with scope("heads"):
                 embeddings, stats = run_heads(recipe, params, stats, embeddings, head_views)
             terms = term_values(embeddings, label, memory)
             loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
@@ -286,14 +290,14 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
             loss, terms, embeddings, stats, grads = accumulate.gradients(differentiate, *given, parts=parts, mesh=mesh)
         else:
             (loss, (terms, embeddings, stats)), grads = differentiate(*given)
-        with part("optimizer"):
+        with scope("optimizer"):
             updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
 
-        with part("figures"):
+        with scope("metrics"):
             shown_to_terms = {m: recipe.memory[m].exposed(memory[m]) for n in active for m in recipe.terms[n].memories}
             terms_by_name = {n: recipe.terms[n] for n in active}
-            metrics |= similarity_figures(terms_by_name, embeddings, len(batch["label"]), shown_to_terms)
+            metrics |= similarity_metrics(terms_by_name, embeddings, len(batch["label"]), shown_to_terms)
             metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         for name, own in stats.pop("targets", {}).items():
             memory[name] = {**memory[name], "batch_stats": own}
@@ -307,7 +311,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         )
         for name, own in recipe.memory.items():
             if own.schedule == "online":
-                with part(f"memory {name}"):
+                with scope(f"memory {name}"):
                     memory[name], figures = own.after(memory[name], out._replace(tx=recipe.memory_tx.get(name)))
                 metrics.update(figures)
         if len(terms) > 1:
@@ -328,14 +332,14 @@ def _probe_update(recipe: Recipe, mesh: Mesh | None = None):
     learners = {n: own for n, own in recipe.memory.items() if own.schedule != "online"}
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        memory, metrics, params = dict(state.memory), {}, gathered_state(recipe, mesh, state).params
+        memory, metrics, params = dict(state.memory), {}, replicate_params(recipe, mesh, state).params
         for name, own in learners.items():
-            with part("augment"):
+            with scope("augment"):
                 view = make_views(recipe, state, batch, (own.own_view,))[own.own_view]
-            with part(f"encode {own.own_view}"):
+            with scope(f"encode {own.own_view}"):
                 h, z = represent(recipe, params, state.batch_stats, view.image)
             e = [Embedding(h, z, view.where)]
-            with part(f"memory {name}"):
+            with scope(f"memory {name}"):
                 memory[name], figures = own.learn(memory[name], e, batch["label"], recipe.memory_tx[name])
             metrics.update(figures)
         return state.replace(step=state.step + 1, memory=memory), metrics

@@ -99,11 +99,11 @@ class ProjectionHead(nn.Module):
         train: bool = False,
         where: Array | None = None,
         norm_set: str = "",
-        drawn: dict[str, Array] | None = None,
+        aug_params: dict[str, Array] | None = None,
     ) -> Array:
         """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use.
 
-        drawn: by name, what was drawn for each view, [N] or [N,P], as it was drawn; what is not there was not done.
+        aug_params: by name, what was drawn for each view, [N] or [N,P], as it was drawn; what is not there was not done.
         """
         if not self.features:
             return h
@@ -113,7 +113,9 @@ class ProjectionHead(nn.Module):
         told = []
         for name in self.embeds:
             # No bias: the batch norm has one. It also takes parameters of any scale.
-            a = Dense(self.embed_features, self.dtype, False, name=f"{EMBED}{name}")(drawn_numbers(name, drawn, len(h)))
+            a = Dense(self.embed_features, self.dtype, False, name=f"{EMBED}{name}")(
+                aug_param_numbers(name, aug_params, len(h))
+            )
             told.append(relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
         h = zero_rows(h, where)  # not finite, it would spoil the kernels' gradients
         h = jnp.concatenate([h, *told], -1) if told else h
@@ -145,8 +147,8 @@ class ProjectionHead(nn.Module):
         return out
 
 
-def drawn_numbers(name: str, drawn: dict[str, Array] | None, count: int) -> Array:
+def aug_param_numbers(name: str, aug_params: dict[str, Array] | None, count: int) -> Array:
     """What was drawn for each view as numbers [N,P]; of a view that drew nothing of the kind, the identity."""
-    if drawn is None or name not in drawn:
+    if aug_params is None or name not in aug_params:
         return jnp.broadcast_to(jnp.array(IDENTITY[name], jnp.float32), (count, len(IDENTITY[name])))
-    return drawn[name].astype(jnp.float32).reshape(count, -1)
+    return aug_params[name].astype(jnp.float32).reshape(count, -1)

@@ -230,18 +230,18 @@ class Model:
         train: bool,
         where: Array | None = None,
         norm_set: str = "",
-        drawn: dict[str, Array] | None = None,
+        aug_params: dict[str, Array] | None = None,
         depth: int = 0,
     ) -> tuple[Array, Tree]:
         """features [N,D] -> (embedding [N,E], not normalised, new batch statistics); options as for `encode`.
 
-        drawn: what was drawn for each view, [N,...] by name, for a head that is told; None: as if nothing was done.
+        aug_params: what was drawn for each view, [N,...] by name, for a head that is told; None: as if nothing was done.
         """
         name = f"stage{depth}"
         head = self._branch(depth)[1] if depth else self.head
         params, own = (tree.get(BRANCHES, {}).get(name, {}) if depth else tree for tree in (params, stats))
         variables = {"params": params.get(HEAD, {}), "batch_stats": own.get(HEAD, {})}
-        options = dict(norm_set=norm_set, drawn=drawn)
+        options = dict(norm_set=norm_set, aug_params=aug_params)
         if not train:
             return head.apply(variables, h, **options), stats
         z, new = head.apply(variables, h, mutable=["batch_stats"], train=True, where=where, **options)

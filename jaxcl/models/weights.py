@@ -25,7 +25,7 @@ from jaxcl.method.recipe import Recipe
 from jaxcl.models import BRANCHES, HEAD, Model, torch_layout
 from jaxcl.runtime import storage
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 Tree = Any
 Variables = dict[str, np.ndarray]  # by dotted names
@@ -183,5 +183,5 @@ def starting_weights(config: ConfigDict, recipe: Recipe) -> dict[str, tuple[Tree
             out[name] = fit(f"{where}.weights {path}", variables, recipe.encoder(name), recipe.image_shape)
             origin = about.get("provenance", {})
             of = f", of {origin.get('name')} at step {origin.get('step')}" if origin else ""
-            say.info("%s begins with the weights in %s%s", where, path, of)
+            logger.info("%s begins with the weights in %s%s", where, path, of)
     return out

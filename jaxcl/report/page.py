@@ -16,7 +16,7 @@ from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI, Titled
 from jaxcl.runtime import storage
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Panel -> (title, what to look for, how its panel's dict is drawn), in the order of the page.
 _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | Titled]]] = {
@@ -180,7 +180,7 @@ def write_report(
     panels = {k: v for k, v in panels.items() if k != "step_time"}
     panels = {"curves": metrics, "similarities": similarities.rows(metrics), **panels}
     for name in panels.keys() - _SECTIONS.keys():
-        _log.warning("the report has no section for the panel %r", name)
+        logger.warning("the report has no section for the panel %r", name)
     sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]
 
     title = str(config.get("name") or storage.folder(workdir).name)
@@ -218,7 +218,7 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
         figure, titles = drawn if isinstance(drawn, Titled) else (drawn, ())
         figures.save(figure, folder / f"{name}.png")
     except Exception as error:  # the weeks of training behind the page are worth more than one of its pictures
-        _log.warning("the figure %r of the report could not be drawn", name, exc_info=True)
+        logger.warning("the figure %r of the report could not be drawn", name, exc_info=True)
         said = f"This figure could not be drawn: {type(error).__name__}: {error}"
         return f'<section id="{name}"><h2>{escape(title)}</h2><p class=missing>{escape(said)}</p></section>'
     # Fewer pixels on the page than in the file keep it sharp on dense screens; CSS shrinks it on narrow ones.

@@ -14,7 +14,7 @@ from etils import epath
 from jaxcl.report.verdict import flatten
 from jaxcl.runtime import storage
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 ID_FILE = "wandb_id.txt"
 FINISH_SECONDS = 60.0  # for what is still to be sent
@@ -43,7 +43,7 @@ class WandbRun:
         thread.start()
         thread.join(FINISH_SECONDS)
         if thread.is_alive():
-            say.warning("W&B takes longer than %.0f s to finish; `wandb sync` sends what is missing", FINISH_SECONDS)
+            logger.warning("W&B takes longer than %.0f s to finish; `wandb sync` sends what is missing", FINISH_SECONDS)
         self._run = None
 
     def _try(self, what: str, do: Callable[[Any], Any]) -> None:
@@ -53,7 +53,7 @@ class WandbRun:
             do(self._run)
         except Exception as error:  # its library raises what it likes
             self._run = None
-            say.warning("W&B %s: %s; the run goes on without it", what, _reason(error))
+            logger.warning("W&B %s: %s; the run goes on without it", what, _reason(error))
 
 
 def open_wandb(project: str, workdir: str | os.PathLike, config: Mapping[str, Any]) -> WandbRun | None:
@@ -76,7 +76,7 @@ def open_wandb(project: str, workdir: str | os.PathLike, config: Mapping[str, An
     except Exception as error:  # a broken one raises more than ImportError
         missing = isinstance(error, ModuleNotFoundError)
         why = "the package is not installed: pip install wandb" if missing else _reason(error)
-        say.warning("no W&B (%s): %s", project, why)
+        logger.warning("no W&B (%s): %s", project, why)
         return None
     workdir = storage.folder(workdir)
     try:
@@ -90,7 +90,7 @@ def open_wandb(project: str, workdir: str | os.PathLike, config: Mapping[str, An
             config=dict(config),
         )
     except Exception as error:
-        say.warning("no W&B (%s): %s; the run goes on without it", project, _reason(error))
+        logger.warning("no W&B (%s): %s; the run goes on without it", project, _reason(error))
         return None
     return None if run is None else WandbRun(run)
 

@@ -27,7 +27,7 @@ import warnings
 import zlib
 from collections.abc import MutableMapping
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 MAX_BYTES = 2**30  # of programs for all kinds of CPU; those of a default run have 4 MiB
 MIN_SECONDS = 0.0  # of compiling: even the smallest program is read in less (a default run has about 50)
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)", re.S)
@@ -135,7 +135,7 @@ def _say_failures_once(folder: pathlib.Path | None) -> None:
         if not said:
             said.append(reason)
             line = (reason.splitlines() or [""])[0][:200]
-            say.warning("a compiled program could not be kept, or read again; compiling instead: %s", line)
+            logger.warning("a compiled program could not be kept, or read again; compiling instead: %s", line)
 
     show.of_compile_cache = True
     warnings.showwarning = show

@@ -21,7 +21,7 @@ from etils import epath
 from jaxcl.errors import UserError
 from jaxcl.runtime import storage
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 NAME = "lock.json"
 TOUCH_SECONDS, STILL_SECONDS = 10.0, 60.0
 _held: set[str] = set()  # tokens of the locks of this process
@@ -61,7 +61,7 @@ class RunLock:
             return False
         if all(found.get(k) == self._mine[k] for k in ("host", "boot")):
             return found.get("pid") == os.getpid() or _started(found.get("pid")) != found.get("started")
-        say.info(
+        logger.info(
             "%s: process %s on %s held it last; watching for %d s whether it lives",
             self._path.parent,
             found.get("pid"),

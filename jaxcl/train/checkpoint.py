@@ -23,7 +23,7 @@ from jaxcl.errors import Preempted, UserError
 from jaxcl.method.state import TrainState
 from jaxcl.runtime import distributed, storage
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 Tree = Any
 MANIFEST = "manifest.json"
 _KEY = "key_data"
@@ -142,7 +142,7 @@ class Checkpoints:
                     return state
             odd[candidate] = fault
             if step is None:
-                say.warning("checkpoint %s is damaged: %s; trying the one before", where, fault)
+                logger.warning("checkpoint %s is damaged: %s; trying the one before", where, fault)
         raise UserError(
             f"no checkpoint in {self.directory} can be read: "
             + "; ".join(f"step {s}: {fault}" for s, fault in odd.items())

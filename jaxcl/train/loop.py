@@ -25,7 +25,7 @@ from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe, data_facts
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import compile_update, init_state, place_state
+from jaxcl.method.update import compile_update, init_state, state_shardings
 from jaxcl.models.weights import starting_weights
 from jaxcl.report import JsonLines, MetricsWriter, Progress, read_metrics
 from jaxcl.runtime import storage
@@ -35,7 +35,7 @@ from jaxcl.train import run_folder
 from jaxcl.train.checkpoint import Checkpoints, Preemption
 from jaxcl.train.monitor import compile_monitor
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _run(
 
     # ---- state: the newest checkpoint of this workdir, else fresh
     mesh = sharding.make_mesh(devices, config.hosts)
-    placed, rows = place_state(recipe, mesh), sharding.rows(mesh)
+    placed, rows = state_shardings(recipe, mesh), sharding.batch_sharding(mesh)
     # Evaluation wants all of a state on every device.
     gather = jax.jit(lambda state: state, out_shardings=sharding.replicated(mesh))
     whole = gather if recipe.sharding != "data" else lambda state: state
@@ -99,7 +99,7 @@ def _run(
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, about=about)
     state, step = _initial_state(recipe, checkpoints, placed, weights)
     if step:
-        say.info("resuming %s from step %d", workdir, step)
+        logger.info("resuming %s from step %d", workdir, step)
 
     # ---- loop
     total = recipe.total_steps
@@ -205,7 +205,7 @@ def _run(
                 panels=panels | {"step_time": profiles.read_step_time(workdir)},
             )
             results["seconds"]["report"] = round(time.monotonic() - begun, 1)
-            say.info("report: %s", page)
+            logger.info("report: %s", page)
         run_folder.write_json(workdir / "results.json", results)  # last: its presence means the run is finished
     if wandb:
         wandb.finish(results)
@@ -232,7 +232,7 @@ def _profile(workdir: epath.Path, count: int, recipe: Recipe, first: int, every:
     begin = profiles.window(first, recipe.total_steps, count, recipe.phase, pauses) if count else None
     if count and begin is None:
         left = max(0, recipe.total_steps - first - profiles.WARM)
-        say.info("no profile: %d updates are left to be traced, %d are asked for", left, count)
+        logger.info("no profile: %d updates are left to be traced, %d are asked for", left, count)
     return profiles.Profile(workdir, count, begin)
 
 

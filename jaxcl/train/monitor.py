@@ -12,7 +12,7 @@ from jaxcl.evaluate.collapse import collapse_metrics
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.sharding import replicated
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import gathered_state, make_views, represent
+from jaxcl.method.update import make_views, replicate_params, represent
 
 Array = jax.Array
 VIEWS = 2  # of an image: alignment is between two
@@ -28,7 +28,7 @@ def compile_monitor(
     names = recipe.whole_view_names(Phase("encoder"))[:VIEWS]
 
     def monitor(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-        state = gathered_state(recipe, batch_sharding.mesh, state)
+        state = replicate_params(recipe, batch_sharding.mesh, state)
         views = make_views(recipe, state, batch, names)
         h_BxVxD = jnp.stack(
             [represent(recipe, state.params, state.batch_stats, views[n].image)[0] for n in names], axis=1

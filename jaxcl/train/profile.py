@@ -20,10 +20,10 @@ import jax
 from etils import epath
 
 from jaxcl.errors import UserError
-from jaxcl.method.scopes import Parts, parts_of
+from jaxcl.method.scopes import Scopes, scopes_of
 from jaxcl.runtime import storage
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 WARM = 3  # updates of a process before its trace: compiling and first touches of memory are over
 FILE = "step_time.json"
 _WAIT = "jaxcl: wait for data"
@@ -87,7 +87,7 @@ class Profile:
         try:
             jax.profiler.start_trace(folder, profiler_options=options)
         except RuntimeError as error:  # somebody else's trace is on
-            say.warning("no profile: %s", str(error).splitlines()[0])
+            logger.warning("no profile: %s", str(error).splitlines()[0])
             return
         self._tracing, self._since = folder, time.perf_counter()
 
@@ -109,19 +109,19 @@ class Profile:
         where = f"updates {self._begin + 1} to {self._end}"
         found = _newest(folder)
         if found is None:
-            say.warning("the profiler wrote nothing of %s", where)
+            logger.warning("the profiler wrote nothing of %s", where)
             return
         figures = {"updates": [self._begin + 1, self._end], "device": jax.devices()[0].device_kind}
         try:
             program = update.lower(state, batch).compile()  # the one that ran: nothing is compiled
-            figures |= step_time(found, parts_of(program.as_text()), self._end - self._begin, seconds)
+            figures |= step_time(found, scopes_of(program.as_text()), self._end - self._begin, seconds)
         except Exception as error:  # noqa: BLE001 - every platform writes its own kind of trace, and a run goes on
-            say.warning(
+            logger.warning(
                 "the times of its parts could not be read from the profile: %s: %s", type(error).__name__, error
             )
             figures = None
         self._keep(folder, figures)
-        say.info(
+        logger.info(
             "profile of %s: %s; open it with `xprof --logdir=%s` (pip install xprof), or its .trace.json.gz at "
             "ui.perfetto.dev",
             *(where, self._folder, self._folder),
@@ -167,11 +167,11 @@ def _newest(folder: str) -> str | None:
 class _Op(NamedTuple):
     start: float
     end: float
-    part: str
+    scope: str
     around: bool
 
 
-def step_time(trace: str, parts: Parts, updates: int, seconds: float) -> dict[str, Any]:
+def step_time(trace: str, parts: Scopes, updates: int, seconds: float) -> dict[str, Any]:
     """Seconds an update of each part of it, from a trace of so many updates.
 
     Args:
@@ -181,7 +181,7 @@ def step_time(trace: str, parts: Parts, updates: int, seconds: float) -> dict[st
       seconds: that one took, by the host's clock.
 
     Returns:
-      {"seconds": as given, "parts": {part: seconds, most first}, "data": seconds in which the device had nothing to do
+      {"seconds": as given, "parts": {scope: seconds, most first}, "data": seconds in which the device had nothing to do
       and the loop waited for a batch, "rest": what is left of `seconds`: nothing ran, or nothing that the trace knows}.
       A moment in which several operations run is shared between them; of several devices the mean.
     """
@@ -201,7 +201,7 @@ def step_time(trace: str, parts: Parts, updates: int, seconds: float) -> dict[st
     }
 
 
-def _read(trace: str, parts: Parts) -> tuple[list[list[_Op]], list[tuple[float, float]]]:
+def _read(trace: str, parts: Scopes) -> tuple[list[list[_Op]], list[tuple[float, float]]]:
     """Operations of each device, and the times in which the loop waited for a batch; in nanoseconds."""
     devices: dict[Any, list[_Op]] = collections.defaultdict(list)
     waits, begun, ended = [], [], {}
@@ -231,7 +231,7 @@ def _read(trace: str, parts: Parts) -> tuple[list[list[_Op]], list[tuple[float, 
     return list(devices.values()), waits
 
 
-def _op(start: float, end: float, name: str, found: dict[str, Any], parts: Parts) -> _Op:
+def _op(start: float, end: float, name: str, found: dict[str, Any], parts: Scopes) -> _Op:
     if found.get("hlo_module", parts.module) != parts.module:
         return _Op(start, end, OTHER, False)
     return _Op(start, end, parts.of.get(name) or UNNAMED, name in parts.around)

@@ -24,7 +24,7 @@ from jaxcl.errors import UserError
 from jaxcl.runtime import distributed, storage
 from jaxcl.runtime.lock import RunLock
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 ROW_ORDER = "row_order"  # key of data.json: the name of the order of the training rows
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -34,7 +34,7 @@ def finished(workdir: epath.Path, config: dict[str, Any]) -> dict[str, Any] | No
     if not (workdir / "results.json").exists():
         return None
     _same_config(workdir, config)
-    say.info("%s is finished; its results are in results.json. Use another --workdir to run again.", workdir)
+    logger.info("%s is finished; its results are in results.json. Use another --workdir to run again.", workdir)
     return json.loads((workdir / "results.json").read_text())
 
 

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from jaxcl import config as configs
 from jaxcl.data import FILES, Source, source_of
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Figures
-from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
+from jaxcl.evaluate.base import Metrics
+from jaxcl.evaluate.suite import EvalContext, Evaluation, check_split
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe
 from jaxcl.method.recipe import Recipe
@@ -69,8 +69,8 @@ class Run(Saved):
 
     evaluation: Evaluation
 
-    def frozen(self, split: str = "test") -> Frozen:
-        return Frozen(self.evaluation, self.state, self.mesh, split)
+    def frozen(self, split: str = "test") -> EvalContext:
+        return EvalContext(self.evaluation, self.state, self.mesh, split)
 
 
 def load_run(
@@ -159,7 +159,7 @@ def _set(options: ConfigDict, text: str) -> None:
     options[key] = wanted(value)
 
 
-class Joined(Frozen):
+class Joined(EvalContext):
     """Several runs as one encoder: features side by side. Labels and options are those of the first."""
 
     def __init__(self, runs: Sequence[Run], split: str = "test"):
@@ -183,7 +183,7 @@ class Joined(Frozen):
         return np.concatenate([part.features_of(source) for part in self._parts], axis=-1)
 
     def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
-        """float32 [n,D], as of `Frozen.stream`."""
+        """float32 [n,D], as of `EvalContext.stream`."""
         for parts in zip(*(part.stream(source, kind) for part in self._parts), strict=True):
             yield np.concatenate(parts, axis=-1)
 
@@ -199,7 +199,7 @@ def _same_images(a: Source, b: Source) -> bool:
     return np.array_equal(a.batch(some)["image"], b.batch(some)["image"])
 
 
-def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = (), *, split: str = "") -> dict[str, Figures]:
+def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = (), *, split: str = "") -> dict[str, Metrics]:
     """Results by evaluator of one run, or of several joined.
 
     Args:
@@ -222,7 +222,7 @@ def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = (), *, split: str 
     return evaluation.evaluate(names, Joined(runs, split))
 
 
-def summary(runs: Sequence[Run], results: dict[str, Figures]) -> dict[str, Any]:
+def summary(runs: Sequence[Run], results: dict[str, Metrics]) -> dict[str, Any]:
     """The results and what they are of, ready for JSON."""
     of = [{"workdir": str(r.workdir), "step": r.step, "config": r.config.name} for r in runs]
     return {"runs": of, "source": runs[0].config.data.source, "results": results}

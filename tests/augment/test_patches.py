@@ -191,7 +191,7 @@ def test_sharded_over_devices():
     images, keys = tiny.normal(8, S, S, 3), jax.random.split(jax.random.key(1), 8)
     make = functools.partial(patch_negatives, min_patch=LOW, max_patch=HIGH, count=2)
     want = make(keys, images)
-    rows = sharding.rows(sharding.make_mesh(8))
+    rows = sharding.batch_sharding(sharding.make_mesh(8))
     compiled = jax.jit(make, out_shardings=rows).lower(*jax.device_put((keys, images), rows)).compile()
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "all-reduce", "permute"))
     np.testing.assert_array_equal(compiled(*jax.device_put((keys, images), rows)), want)

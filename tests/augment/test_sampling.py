@@ -143,7 +143,7 @@ def test_an_image_depends_on_its_own_key_only():
 def test_sharded_over_devices():
     images, keys = colours(8, 8, 8), jax.random.split(jax.random.key(1), 8)
     make = functools.partial(sample_texture, exemplar=4, radius=2, randoms=2, passes=1)
-    rows = sharding.rows(sharding.make_mesh(8))
+    rows = sharding.batch_sharding(sharding.make_mesh(8))
     compiled = jax.jit(make, out_shardings=rows).lower(*jax.device_put((keys, images), rows)).compile()
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "all-reduce", "permute"))
     np.testing.assert_array_equal(compiled(*jax.device_put((keys, images), rows)), make(keys, images))

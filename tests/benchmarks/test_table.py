@@ -89,7 +89,7 @@ def test_releases_are_kept_part_by_part(tmp_path):
 def prepare(contestant, *, answers):
     """What the processes of the next test do."""
     if contestant == "cannot":
-        raise _paired.LeftOut("would need 18 GiB")
+        raise _paired.NotApplicable("would need 18 GiB")
     if contestant == "broken":
         raise RuntimeError("no such operator\nsecond line")
     print("a library that talks")

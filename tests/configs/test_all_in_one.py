@@ -87,11 +87,11 @@ def steps(c, count=2):
     """-> (metrics of each update, the state after them), as NumPy arrays."""
     recipe = tiny.recipe(shrink(c))
     mesh = sharding.make_mesh(1)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
     compiled, metrics = compile_update(recipe, last_phase(recipe), replicated, rows), []
     for seed in range(count):
-        state, figures = compiled(state, sharding.put(tiny.batch(seed=seed), rows))
+        state, figures = compiled(state, sharding.device_put(tiny.batch(seed=seed), rows))
         metrics.append(jax.device_get(figures))
     state = state.replace(key=jax.random.key_data(state.key))
     return metrics, jax.device_get(state)
@@ -207,11 +207,11 @@ def first_update(c):
     """-> (parameters as they are drawn, losses by term in the first update)."""
     recipe = tiny.recipe(shrink(c))
     mesh = sharding.make_mesh(1)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     state = jax.jit(lambda seed: init_state(recipe, seed), out_shardings=replicated)(np.uint32(0))
     params = jax.device_get(state.params)
     compiled = compile_update(recipe, last_phase(recipe), replicated, rows)
-    _, metrics = compiled(state, sharding.put(tiny.batch(), rows))
+    _, metrics = compiled(state, sharding.device_put(tiny.batch(), rows))
     return params, {k.removeprefix("loss/"): np.asarray(v) for k, v in metrics.items() if k.startswith("loss/")}
 
 
@@ -234,13 +234,13 @@ def compiled_update(c, devices):
     """-> seed -> (metrics, parameters) of one update of the state and batch of that seed."""
     recipe = tiny.recipe(shrink(c), num_devices=devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     shapes = jax.eval_shape(lambda: init_state(recipe))
     compiled = compile_update(recipe, last_phase(recipe), replicated, rows)
 
     def run(seed):
-        state = sharding.put(tiny.fill(shapes, seed), replicated)
-        new, metrics = compiled(state, sharding.put(tiny.batch(seed=seed), rows))
+        state = sharding.device_put(tiny.fill(shapes, seed), replicated)
+        new, metrics = compiled(state, sharding.device_put(tiny.batch(seed=seed), rows))
         return jax.device_get(metrics), jax.device_get(new.params)
 
     return run

@@ -115,8 +115,8 @@ def test_golden_steps(golden, method, devices):
     d = golden("clae", f"clae_step_{method}")
     recipe = recipe_of(method, d, devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(initial(recipe, d), replicated)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(initial(recipe, d), replicated)
     phase = Phase("encoder", (0,))
     update = compile_update(recipe, phase, replicated, rows)
 
@@ -126,7 +126,7 @@ def test_golden_steps(golden, method, devices):
         return run_stages(recipe, phase, state, batch, views, mesh)[0]["adversarial"].image
 
     for step in range(len(d["view_1"])):
-        batch = sharding.put(batch_of(step), rows)
+        batch = sharding.device_put(batch_of(step), rows)
         adversarial = np.asarray(attack(state, batch))
         # Exactly in sign: a pixel moves up, down or not at all.
         moved = np.round((adversarial - d["view_1"][step]) / d["epsilon"])
@@ -150,7 +150,7 @@ def test_golden_gradients(golden):
     # SGD with rate 1 and nothing else: what is subtracted is the gradient.
     recipe = dataclasses.replace(recipe_of("simclr", d), tx=optax.sgd(1.0))
     mesh = sharding.make_mesh(1)
-    update = compile_update(recipe, Phase("encoder", (0,)), sharding.replicated(mesh), sharding.rows(mesh))
+    update = compile_update(recipe, Phase("encoder", (0,)), sharding.replicated(mesh), sharding.batch_sharding(mesh))
     before = nested(d, "param_before")
     state, _ = update(initial(recipe, d), batch_of(0))
     got = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, state.params)
@@ -165,8 +165,8 @@ def stage_views(changes, d, devices=1, state_step=0):
     stage = dataclasses.replace(recipe.stages[0], **changes)
     recipe = dataclasses.replace(recipe, stages=(stage,))
     mesh = sharding.make_mesh(devices)
-    state = sharding.put(initial(recipe, d), sharding.replicated(mesh))
-    batch = sharding.put(batch_of(0), sharding.rows(mesh))
+    state = sharding.device_put(initial(recipe, d), sharding.replicated(mesh))
+    batch = sharding.device_put(batch_of(0), sharding.batch_sharding(mesh))
 
     @jax.jit
     def run(state, batch):

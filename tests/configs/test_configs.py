@@ -161,15 +161,15 @@ def shrink(c):
 def test_two_steps_of_it(preset):
     recipe = tiny.recipe(shrink(config("clae", preset)), labelled="unlabelled" not in preset)
     mesh = sharding.make_mesh(1)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     abstract = jax.eval_shape(lambda: init_state(recipe))
-    state = sharding.put(tiny.fill(abstract), replicated)
+    state = sharding.device_put(tiny.fill(abstract), replicated)
     phase = recipe.phase(0)
     assert phase == Phase("encoder", () if "clean_pair" in preset else (0,))
     update = compile_update(recipe, phase, replicated, rows)
     before = jax.tree.map(np.array, state.params)  # the state is donated
     for seed in range(2):
-        state, metrics = update(state, sharding.put(tiny.batch(seed=seed), rows))
+        state, metrics = update(state, sharding.device_put(tiny.batch(seed=seed), rows))
     metrics = {k: float(v) for k, v in metrics.items()}
     third = "clean_pair" if "clean_pair" in preset else "adversarial"
     assert all(np.isfinite(v) for v in metrics.values())

@@ -169,12 +169,12 @@ def test_two_steps_of_it(method):
         head.features = c.model.head_features
     recipe = tiny.recipe(c, labelled=False)
     mesh = sharding.make_mesh(1)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
     update = compile_update(recipe, Phase("encoder"), replicated, rows)
     before = jax.tree.map(np.array, state.params["branches"])
     for seed in range(2):
-        state, metrics = update(state, sharding.put(tiny.batch(seed=seed), rows))
+        state, metrics = update(state, sharding.device_put(tiny.batch(seed=seed), rows))
     parts = [float(metrics[f"loss/{n}"]) for n in (method, "stage1", "stage2", "stage3")]
     assert float(metrics["loss"]) == pytest.approx(sum(parts), rel=1e-5) and np.isfinite(parts).all()
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.params["branches"]))

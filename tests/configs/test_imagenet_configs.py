@@ -8,7 +8,7 @@ import tiny
 from test_configs import config
 
 from jaxcl.method import sharding
-from jaxcl.method.update import compile_update, init_state, place_state
+from jaxcl.method.update import compile_update, init_state, state_shardings
 from jaxcl.train import loop as train
 
 METHODS = ("supcon", "simclr", "moco")
@@ -49,7 +49,7 @@ def shrink(c):
 def test_two_steps(method):
     recipe = tiny.recipe(shrink(config(method, "imagenet")), image_shape=(40, 40, 3), num_devices=8)
     mesh = sharding.make_mesh(8)
-    placed, rows = place_state(recipe, mesh), sharding.rows(mesh)
+    placed, rows = state_shardings(recipe, mesh), sharding.batch_sharding(mesh)
     fresh = jax.eval_shape(lambda: init_state(recipe))
     zero = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (fresh.opt_state, fresh.memory.get("queue")))
     state = tiny.fill(fresh).replace(step=np.int32(0), opt_state=zero[0], key=jax.random.key(0))
@@ -63,7 +63,7 @@ def test_two_steps(method):
     before = jax.device_get(state.params)
     update = compile_update(recipe, recipe.phase(0), placed, rows)
     for seed in range(2):
-        state, metrics = update(state, sharding.put(tiny.batch(side=40, seed=seed), rows))
+        state, metrics = update(state, sharding.device_put(tiny.batch(side=40, seed=seed), rows))
         assert all(np.isfinite(np.asarray(v)).all() for v in metrics.values())
     after = jax.tree.leaves(jax.device_get(state.params))
     assert all(x.dtype == np.float32 for x in after)

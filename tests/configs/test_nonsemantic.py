@@ -21,7 +21,7 @@ from jaxcl.method import sharding
 from jaxcl.method.recipe import Phase
 from jaxcl.method.terms import Embedding
 from jaxcl.method.terms.momentum import BYOL
-from jaxcl.method.terms.similarity import similarity_figures
+from jaxcl.method.terms.similarity import similarity_metrics
 from jaxcl.method.update import compile_update, init_state
 from jaxcl.report import read_metrics
 from jaxcl.train import loop as train
@@ -122,12 +122,12 @@ def updated(preset, devices=1, steps=1, **changes):
     """-> (the states before and after every step, metrics of the last)."""
     recipe = tiny.recipe(small(preset, **changes), num_devices=devices, labelled=False)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
     states = [jax.device_get(state)]
     update = compile_update(recipe, Phase("encoder", tuple(range(len(recipe.stages)))), replicated, rows)
     for step in range(steps):
-        state, metrics = update(state, sharding.put(tiny.batch(seed=step), rows))
+        state, metrics = update(state, sharding.device_put(tiny.batch(seed=step), rows))
         states.append(jax.device_get(state))
     return states, jax.device_get(metrics)
 
@@ -198,7 +198,7 @@ def test_byol_one_sided():
     want = losses.byol(*rows, negatives=(own, None), alpha=0.3)
     assert term(e, np.zeros(4, np.int32)) == want
     cosine = (unit(rows[0]) * unit(own[:, 0])).sum(-1).mean()
-    figures = similarity_figures({"byol": term}, e, 4, {})
+    figures = similarity_metrics({"byol": term}, e, 4, {})
     assert float(figures["similarity/own negative"]) == pytest.approx(float(cosine), abs=1e-6)
 
 

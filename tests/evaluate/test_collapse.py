@@ -152,7 +152,7 @@ def test_memory_is_bounded():
 def test_sharded_batches():
     z, labels = RNG.normal(size=(24, 2, 7)).astype(np.float32), RNG.integers(-1, 3, 24)
     mesh = sharding.make_mesh(8)
-    placed = sharding.put((z, labels), sharding.rows(mesh))
+    placed = sharding.device_put((z, labels), sharding.batch_sharding(mesh))
     a, b = collapse_metrics(z, labels), jax.jit(collapse_metrics)(*placed)
     for key, value in a.items():
         np.testing.assert_allclose(b[key], value, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcl.data import Source
-from jaxcl.evaluate.base import LeftOut
+from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.dense import cell_labels, dense
 
 SIDE = 8
@@ -82,9 +82,9 @@ def test_classes_of_pixels():
 
 
 def test_left_out():
-    with pytest.raises(LeftOut, match="the data has no labels of pixels"):
+    with pytest.raises(NotApplicable, match="the data has no labels of pixels"):
         dense(frozen(source(9, 0, ""), source(9, 1, ""), MAPS))
-    with pytest.raises(LeftOut, match="the network has no stages"):
+    with pytest.raises(NotApplicable, match="the network has no stages"):
         dense(frozen(source(9, 0), source(9, 1), ()))
 
 

@@ -12,7 +12,7 @@ from jaxcl import config as base
 from jaxcl.data import Source, batches
 from jaxcl.errors import UserError
 from jaxcl.evaluate import corruptions
-from jaxcl.evaluate.base import LeftOut
+from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe
 from jaxcl.evaluate.ood import Changed, check, ood, shuffle_patches, texture_only
@@ -168,7 +168,7 @@ def test_corrupted_sets_from_numpy_files(frozen, tmp_path):
     (tmp_path / "frost.npy").unlink()
     with pytest.raises(UserError, match="no file at .*frost.npy"):
         check(f.evaluation)
-    with pytest.raises(LeftOut, match="no file at .*frost.npy"):  # after training: not the end of the run
+    with pytest.raises(NotApplicable, match="no file at .*frost.npy"):  # after training: not the end of the run
         ood(f)
     np.save(tmp_path / "frost.npy", np.zeros((7, S, S, 3), np.uint8))
     with pytest.raises(UserError, match=r"expected uint8 \[5N,H,W,3\]"):
@@ -261,7 +261,7 @@ def test_unlabelled_data_is_left_out(frozen):
     f = frozen()
     unlabelled = dataclasses.replace(f.test, labels=np.full(30, -1, np.int32))
     f.source = {"train": unlabelled, "test": f.test}.get
-    with pytest.raises(LeftOut, match="no training image has a label"):
+    with pytest.raises(NotApplicable, match="no training image has a label"):
         ood(f)
 
 

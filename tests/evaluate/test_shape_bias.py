@@ -10,7 +10,7 @@ from PIL import Image
 from jaxcl.data import Source, make_source
 from jaxcl.errors import UserError
 from jaxcl.evaluate import shape_bias
-from jaxcl.evaluate.base import LeftOut
+from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.categories import CATEGORIES, category_of
 from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe
@@ -194,10 +194,10 @@ def test_stimuli_from_a_folder(stimuli):
 def test_what_is_missing(stimuli, tmp_path):
     names = tuple("ab")
     f = frozen({"train": source([0], names), "test": source([0], names)}, None, None)
-    with pytest.raises(LeftOut, match="no cue-conflict images"):
+    with pytest.raises(NotApplicable, match="no cue-conflict images"):
         cue_conflict(f)
     unlabelled = source([-1], names)
-    with pytest.raises(LeftOut, match="no training image has a label"):
+    with pytest.raises(NotApplicable, match="no training image has a label"):
         cue_conflict(frozen({"train": unlabelled, "test": unlabelled}, None, None))
     for folder, words in (
         (tmp_path / "none", "which is no folder"),

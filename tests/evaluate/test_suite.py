@@ -24,7 +24,7 @@ from jaxcl.evaluate import (
 )
 from jaxcl.evaluate.evaluators import EVALUATORS
 from jaxcl.evaluate.ood import shuffle_patches
-from jaxcl.evaluate.suite import Evaluation, Frozen, check_split
+from jaxcl.evaluate.suite import EvalContext, Evaluation, check_split
 from jaxcl.losses import cross_entropy
 from jaxcl.method import sharding
 from jaxcl.method.update import init_state
@@ -71,7 +71,7 @@ def evaluation(
         c.terms.supcon.labels = False
     recipe = tiny.recipe(c, num_devices=2, labelled=train_labels)
     mesh = sharding.make_mesh(2)
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), sharding.replicated(mesh))
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), sharding.replicated(mesh))
 
     def make_source(split):
         if split not in ("test", "validation"):
@@ -313,7 +313,7 @@ def test_images_made_anew_go_through_the_same_network(caplog):
         predicted = np.argmax(probe_logits(fitted, encoded(e, state, "test", change)[0]), 1)
         assert figures["accuracy"] == pytest.approx(np.mean(predicted == source("test").labels))
     assert set(results["ood"]) == {"accuracy", "shuffled", "texture"} and "ood" in panels
-    assert e.evaluate(("ood",), Frozen(e, state, mesh, "test")) == {"ood": results["ood"]}
+    assert e.evaluate(("ood",), EvalContext(e, state, mesh, "test")) == {"ood": results["ood"]}
     assert json.loads(json.dumps(results)) == results
 
 
@@ -321,7 +321,7 @@ def test_options_are_checked_of_the_evaluators_that_run():
     e, state, mesh = evaluation(final=("linear",), corruptions=("rain",))
     e.check_options()
     with pytest.raises(UserError, match="corruption 'rain'"):
-        e.evaluate(("ood",), Frozen(e, state, mesh, "test"))
+        e.evaluate(("ood",), EvalContext(e, state, mesh, "test"))
 
 
 # ---- adversarial views
@@ -366,7 +366,7 @@ def test_evaluation_of_adversarial_training_is_clean():
     e = Evaluation(c, recipe, train=source("train"), make_source=source)
     shown, features = [], []
     for state in (plain, other):
-        state = sharding.put(state, sharding.replicated(mesh))
+        state = sharding.device_put(state, sharding.replicated(mesh))
         results, panels = e.final(state, mesh)
         _check_adversary(results["adversary"], panels["adversary"])
         images = panels["views"]["images"]

@@ -8,7 +8,7 @@ import pytest
 
 from jaxcl.data import Source
 from jaxcl.evaluate import transfer as module
-from jaxcl.evaluate.base import LeftOut
+from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.evaluators import EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe
 from jaxcl.evaluate.transfer import balanced_accuracy, transfer, transfer_augmented
@@ -94,12 +94,12 @@ def test_the_panel_shows_so_many():
 
 
 def test_left_out():
-    with pytest.raises(LeftOut, match="the data has one level of labels"):
+    with pytest.raises(NotApplicable, match="the data has one level of labels"):
         transfer(frozen(*data(False), levels=False))
     train, fine, test, test_fine = data(False)
-    with pytest.raises(LeftOut, match="no test image has a fine label"):
+    with pytest.raises(NotApplicable, match="no test image has a fine label"):
         transfer(frozen(train, fine, test, np.full_like(test_fine, -1)))
-    with pytest.raises(LeftOut, match="no training image has a fine label"):
+    with pytest.raises(NotApplicable, match="no training image has a fine label"):
         transfer(frozen(train, np.full_like(fine, -1), test, test_fine))
     assert EVALUATORS["transfer"] is transfer
 

@@ -18,7 +18,7 @@ from jaxcl.evaluate import (
     probe_logits,
     robust_probe,
 )
-from jaxcl.evaluate.base import LeftOut
+from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.worst_group import FITTED_ROWS, worst_group
 
 
@@ -249,11 +249,11 @@ def test_worst_group_without_knowing_the_groups():
 
 def test_left_out():
     train, test = shortcut(50, 0.9, seed=0), shortcut(50, 0.5, seed=1)
-    with pytest.raises(LeftOut, match="the data has no groups"):
+    with pytest.raises(NotApplicable, match="the data has no groups"):
         worst_group(frozen(train, test, groups=False))
-    with pytest.raises(LeftOut, match="the data has no groups"):
+    with pytest.raises(NotApplicable, match="the data has no groups"):
         worst_group(frozen(train, (*test[:2], np.full(50, -1))))
-    with pytest.raises(LeftOut, match="no test image has a label"):
+    with pytest.raises(NotApplicable, match="no test image has a label"):
         worst_group(frozen(train, (test[0], np.full(50, -1), test[2])))
 
 

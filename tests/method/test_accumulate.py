@@ -39,12 +39,12 @@ def update_once(micro_batch, devices, norm="group"):
     how = {"batch_norm": "micro_batch"} if norm == "batch" else {}
     recipe = tiny.recipe(config(micro_batch, norm, **how), num_devices=devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     state = tiny.fill(jax.eval_shape(lambda: init_state(recipe)))
     queue = {**state.memory["queue"], "pointer": np.int32(0)}
     state = state.replace(step=np.int32(0), key=jax.random.key(0), memory={**state.memory, "queue": queue})
     update = compile_update(recipe, Phase("encoder"), replicated, rows)
-    new, metrics = update(sharding.put(state, replicated), sharding.put(tiny.batch(), rows))
+    new, metrics = update(sharding.device_put(state, replicated), sharding.device_put(tiny.batch(), rows))
     return jax.device_get((new.params, new.memory, metrics))
 
 

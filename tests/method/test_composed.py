@@ -45,10 +45,10 @@ def attacked(c, devices):
     """-> (views after the stages, metrics, state) of one update, and the attacked term's value before the attack."""
     recipe = tiny.recipe(c, num_devices=devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     phase = Phase("encoder", tuple(range(len(recipe.stages))))
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
-    batch = sharding.put(tiny.batch(), rows)
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
+    batch = sharding.device_put(tiny.batch(), rows)
 
     @jax.jit
     def views(state, batch):

@@ -69,7 +69,7 @@ def start_state(recipe, double=False):
 
 def compiled(recipe, phase, devices=1, batch=tiny.BATCH):
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     update = compile_update(recipe, phase, replicated, rows)
     return update, replicated, rows
 
@@ -77,8 +77,8 @@ def compiled(recipe, phase, devices=1, batch=tiny.BATCH):
 def one_update(recipe, phase, devices=1, double=False):
     """-> (state, metrics) after one update; with SGD's first step the momentum is the gradient."""
     update, replicated, rows = compiled(recipe, phase, devices)
-    state = sharding.put(start_state(recipe, double), replicated)
-    return jax.device_get(update(state, sharding.put(tiny.batch(), rows)))
+    state = sharding.device_put(start_state(recipe, double), replicated)
+    return jax.device_get(update(state, sharding.device_put(tiny.batch(), rows)))
 
 
 def gradient(state):
@@ -143,8 +143,8 @@ def large():
         c.batch_size, c.model.stem = 64, "cifar"
         recipe = make_recipe(c)
         update, replicated, rows = compiled(recipe, PLAIN)
-        state = sharding.put(start_state(recipe), replicated)
-        batch = sharding.put(tiny.batch(64), rows)
+        state = sharding.device_put(start_state(recipe), replicated)
+        batch = sharding.device_put(tiny.batch(64), rows)
         program = update.lower(state, batch).compile()
         out[micro] = program.memory_analysis().temp_size_in_bytes, jax.device_get(program(state, batch))
     return out

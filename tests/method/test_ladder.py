@@ -50,11 +50,11 @@ def config(kind="simsiam"):
 def update_once(c, devices=1):
     recipe = tiny.recipe(c, num_devices=devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
     before = jax.device_get(state)
     update = compile_update(recipe, Phase("encoder"), replicated, rows)
-    new, metrics = update(state, sharding.put(tiny.batch(), rows))
+    new, metrics = update(state, sharding.device_put(tiny.batch(), rows))
     return before, jax.device_get(new), {k: float(v) for k, v in metrics.items()}
 
 
@@ -160,7 +160,7 @@ def test_views_encoded_together_are_told_apart():
         both, _ = forward.run_pass(recipe, state.params, state.batch_stats, views, spec)
         rows = [jnp.concatenate([getattr(both[n], k) for n in ALL[2:]]) for k in "hz"]
         drawn = {"crop": jnp.concatenate([views[n].params["crop"] for n in ALL[2:]])}
-        z, _ = recipe.model.embed(state.params, state.batch_stats, rows[0], train=True, drawn=drawn)
+        z, _ = recipe.model.embed(state.params, state.batch_stats, rows[0], train=True, aug_params=drawn)
         return rows[1], z
 
     np.testing.assert_allclose(*run(views), rtol=1e-4, atol=1e-5)

@@ -121,11 +121,11 @@ def test_golden_steps(golden, devices):
     d = golden("non_semantic_negatives", "moco_train_steps")
     recipe = moco_recipe(d, devices=devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     update = compile_update(recipe, Phase("encoder"), replicated, rows)
-    state = sharding.put(initial(recipe, d), replicated)
+    state = sharding.device_put(initial(recipe, d), replicated)
     for t in range(len(d["loss"])):
-        state, metrics = update(state, sharding.put(batch_of(t, 4, 8), rows))
+        state, metrics = update(state, sharding.device_put(batch_of(t, 4, 8), rows))
         np.testing.assert_allclose(metrics["loss"], d["loss"][t], rtol=1e-5)
         assert_trees_close(state.params, nested(d, "q_", t), f"query after {t}")
         assert_trees_close(state.memory["target"]["params"], nested(d, "k_", t), f"target after {t}")
@@ -161,7 +161,7 @@ def test_golden_shuffled_groups(golden, monkeypatch):
 
 def _on_one():
     mesh = sharding.make_mesh(1)
-    return sharding.replicated(mesh), sharding.rows(mesh)
+    return sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
 
 @pytest.mark.parametrize("name", ["queue_wrap", "queue_wrap_uneven_extension"])
@@ -214,11 +214,11 @@ def byol(kind="byol"):
 def update_once(c, devices=1):
     recipe = tiny.recipe(c, num_devices=devices, labelled=False)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
     before = jax.device_get(state)
     update = compile_update(recipe, Phase("encoder"), replicated, rows)
-    new, metrics = update(state, sharding.put(tiny.batch(), rows))
+    new, metrics = update(state, sharding.device_put(tiny.batch(), rows))
     return before, jax.device_get(new), {k: float(v) for k, v in metrics.items()}
 
 

@@ -15,7 +15,7 @@ from jaxcl.commands.plan.collectives import collectives, totals
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, gathered_state, init_state, place_state
+from jaxcl.method.update import compile_update, init_state, replicate_params, state_shardings
 from jaxcl.report import read_metrics
 from jaxcl.train import loop as train
 
@@ -50,7 +50,7 @@ def program(method="supcon", kind="data", mesh="8", per_device=0):
     batch = per_device * devices or tiny.BATCH
     recipe = tiny.recipe(config(method, sharding=kind, batch_size=batch), num_devices=devices, num_examples=1024)
     over = sharding.make_mesh(devices, hosts)
-    placed, rows = place_state(recipe, over), sharding.rows(over)
+    placed, rows = state_shardings(recipe, over), sharding.batch_sharding(over)
     state = jax.eval_shape(lambda: init_state(recipe))
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tiny.batch(batch)))
     return recipe, over, placed, compile_update(recipe, FIRST, placed, rows).lower(state, shapes).compile()
@@ -70,7 +70,7 @@ def three_steps(method, kind, mesh):
     state = state.replace(step=np.int32(0), opt_state=zero(state.opt_state), memory=memory, key=jax.random.key(0))
     state, losses = jax.device_put(state, placed), []
     for seed in range(3):
-        state, metrics = update(state, sharding.put(tiny.batch(seed=seed), sharding.rows(over)))
+        state, metrics = update(state, sharding.device_put(tiny.batch(seed=seed), sharding.batch_sharding(over)))
         losses.append(float(metrics["loss"]))
     assert jax.tree.map(lambda x: x.sharding, state) == placed
     return losses, jax.device_get((state.params, state.opt_state, state.batch_stats))
@@ -102,7 +102,7 @@ def test_a_split_state_learns_the_same(method, kind, mesh):
 def test_what_is_split():
     recipe, over, placed, _ = program("byol", "fsdp", "2 x 4")
     shapes = jax.eval_shape(lambda: init_state(recipe))
-    split = place_state(dataclasses.replace(recipe, sharding="zero1"), over)
+    split = state_shardings(dataclasses.replace(recipe, sharding="zero1"), over)
     assert split.opt_state == placed.opt_state and split.memory == placed.memory
     assert all(s.is_fully_replicated for s in jax.tree.leaves(split.params))
     share = {"params": 0, "opt_state": 0, "target": 0}
@@ -183,7 +183,7 @@ def test_what_a_step_sends(method, kind, mesh):
 def test_an_accidental_gather_is_seen():
     """The test above is not blind: the same count of a program that gathers its images."""
     mesh = sharding.make_mesh(8)
-    rows, x = sharding.rows(mesh), jax.ShapeDtypeStruct((64, 16, 16, 3), jnp.float32)
+    rows, x = sharding.batch_sharding(mesh), jax.ShapeDtypeStruct((64, 16, 16, 3), jnp.float32)
 
     def f(x):
         return jax.lax.with_sharding_constraint(x, sharding.replicated(mesh))[::-1].sum((1, 2, 3))
@@ -221,7 +221,7 @@ def test_memory_of_a_device_does_not_grow_with_their_number(kind):
 def test_a_gathered_state_is_whole():
     recipe, over, placed, _ = program("byol", "fsdp", "2 x 4")
     state = jax.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), placed)
-    seen = jax.jit(lambda s: gathered_state(recipe, over, s))(state)
+    seen = jax.jit(lambda s: replicate_params(recipe, over, s))(state)
     for tree in (seen.params, seen.memory["target"]["params"]):
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree))
 

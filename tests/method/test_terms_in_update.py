@@ -25,10 +25,10 @@ def update_once(devices=1, micro_batch=0):
     c.optimizer = base.options(base.OptimizerOptions, kind="sgd", lr=0.1, momentum=0.0, schedule="constant")
     recipe = tiny.recipe(c, num_devices=devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), replicated)
     update = compile_update(recipe, Phase("encoder"), replicated, rows)
-    state, metrics = update(state, sharding.put(tiny.batch(), rows))
+    state, metrics = update(state, sharding.device_put(tiny.batch(), rows))
     return {k: float(v) for k, v in metrics.items()}, jax.tree.map(np.asarray, state.params)
 
 

@@ -71,16 +71,16 @@ def recipe_of(method):
 def compiled(method, phase, devices=1):
     """-> (update, replicated, rows), compiled once for all tests."""
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     return compile_update(recipe_of(method), phase, replicated, rows), replicated, rows
 
 
 def run(method, phase, *, steps=1, devices=1):
     """-> (state after some steps, metrics of each), on the host."""
     update, replicated, rows = compiled(method, phase, devices)
-    state, values = sharding.put(start_state(recipe_of(method)), replicated), []
+    state, values = sharding.device_put(start_state(recipe_of(method)), replicated), []
     for step in range(steps):
-        state, metrics = update(state, sharding.put(tiny.batch(seed=step), rows))
+        state, metrics = update(state, sharding.device_put(tiny.batch(seed=step), rows))
         values.append(jax.device_get(metrics))
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
     assert len(state.step.sharding.device_set) == devices and int(state.step) == steps
@@ -246,9 +246,9 @@ def test_before_its_start_the_stage_changes_no_bit():
 
 def test_compiled_once_donated_and_no_transfers(caplog):
     update, replicated, rows = compiled("exconb", EXPLAINED, 2)
-    state, metrics = sharding.put(start_state(recipe_of("exconb")), replicated), {}
+    state, metrics = sharding.device_put(start_state(recipe_of("exconb")), replicated), {}
     for step in range(3):
-        before, batch = state, sharding.put(tiny.batch(seed=step), rows)
+        before, batch = state, sharding.device_put(tiny.batch(seed=step), rows)
         caplog.clear()
         with jax.log_compiles(), jax.transfer_guard("disallow"):
             state, metrics = update(state, batch)

@@ -50,9 +50,11 @@ def fresh(recipe):
 def update_once(c, devices=1, state=None):
     recipe = tiny.recipe(c, num_devices=devices)
     mesh = sharding.make_mesh(devices)
-    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    state = sharding.put(fresh(recipe) if state is None else state, replicated)
-    new, metrics = compile_update(recipe, Phase("encoder"), replicated, rows)(state, sharding.put(tiny.batch(), rows))
+    replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = sharding.device_put(fresh(recipe) if state is None else state, replicated)
+    new, metrics = compile_update(recipe, Phase("encoder"), replicated, rows)(
+        state, sharding.device_put(tiny.batch(), rows)
+    )
     return {k: float(v) for k, v in metrics.items()}, jax.device_get(new)
 
 

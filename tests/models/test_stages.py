@@ -148,7 +148,7 @@ def test_what_a_head_is_told():
         return np.maximum(x @ hidden["kernel"] + hidden["bias"], 0) @ out["kernel"] + out["bias"]
 
     for depth, p in ((0, params["head"]), (2, params["branches"]["stage2"]["head"])):
-        z, _ = model.embed(params, stats, h, train=True, drawn=drawn, depth=depth)
+        z, _ = model.embed(params, stats, h, train=True, aug_params=drawn, depth=depth)
         np.testing.assert_allclose(z, by_hand(p, h, drawn), rtol=1e-4, atol=1e-5)
     nothing = {"jitter": np.tile([1.0, 1, 1, 0], (8, 1)), "grayscale": np.zeros(8)}
     np.testing.assert_allclose(

@@ -30,7 +30,7 @@ def shapes(features=12):
 
 def state_of(seed=0, *, step=0, devices=1, features=12):
     state = tiny.fill(shapes(features), seed).replace(step=np.int32(step))
-    return sharding.put(state, sharding.replicated(sharding.make_mesh(devices)))
+    return sharding.device_put(state, sharding.replicated(sharding.make_mesh(devices)))
 
 
 def abstract(devices=1, features=12):

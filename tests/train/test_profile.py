@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxcl.errors import UserError
-from jaxcl.method.scopes import part, part_of, parts_of
+from jaxcl.method.scopes import scope, scope_of, scopes_of
 from jaxcl.train import profile
 from jaxcl.train.profile import OTHER, UNNAMED, _Op, _overlap, _shares
 
@@ -60,36 +60,36 @@ def test_moments_are_shared_and_counted_once():
 @pytest.mark.parametrize(
     "op_name, want",
     [
-        ("jit(update)/jvp(part:encode a + b)/dot_general", "encode a + b"),
-        ("jit(update)/transpose(jvp(part:encode a + b))/dot_general", "encode a + b, backward"),
-        ("jit(update)/transpose(jvp())/shard_map/part:term t/mul", "term t, backward"),
-        ("jit(update)/part:saliency view1/transpose(jvp(part:term t))/mul", "saliency view1"),  # the outermost
+        ("jit(update)/jvp(scope:encode a + b)/dot_general", "encode a + b"),
+        ("jit(update)/transpose(jvp(scope:encode a + b))/dot_general", "encode a + b, backward"),
+        ("jit(update)/transpose(jvp())/shard_map/scope:term t/mul", "term t, backward"),
+        ("jit(update)/scope:saliency view1/transpose(jvp(scope:term t))/mul", "saliency view1"),  # the outermost
         ("jit(update)/add", ""),
     ],
 )
 def test_parts_in_the_metadata(op_name, want):
-    assert part_of(op_name) == want
+    assert scope_of(op_name) == want
 
 
 def test_a_trace_of_a_program_with_known_parts(tmp_path):
     def update(w, x):
-        with part("made/of (x)"):
+        with scope("made/of (x)"):
             x = jax.lax.fori_loop(0, 30, lambda i, y: jnp.tanh(y @ y), x)
 
         def objective(w):
-            with part("encode"):
+            with scope("encode"):
                 y = x @ w
-            with part("loss"):
+            with scope("loss"):
                 return jnp.sum(jax.nn.logsumexp(y, axis=1))
 
         grads = jax.grad(objective)(w)
-        with part("optimizer"):
+        with scope("optimizer"):
             return w - 0.1 * grads
 
     update, other = jax.jit(update), jax.jit(lambda x: jnp.sin(x) @ x)
     w = x = jnp.eye(256)
     program = update.lower(w, x).compile()
-    parts = parts_of(program.as_text())
+    parts = scopes_of(program.as_text())
     assert parts.module == "jit_update" and parts.around
     assert {"made.of .x.", "encode", "encode, backward", "optimizer"} <= set(parts.of.values())
 

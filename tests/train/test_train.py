@@ -330,7 +330,7 @@ def test_a_checkpoint_of_another_model(npz, tmp_path):
     c.model.head_features = 20
     state = tiny.fill(jax.eval_shape(lambda: init_state(tiny.recipe(c))))
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(1, sharding.put(state, sharding.replicated(sharding.make_mesh(1))))
+        checkpoints.save(1, sharding.device_put(state, sharding.replicated(sharding.make_mesh(1))))
     done = subprocess_run(["--config=shrunk.py", "--workdir=run"], tmp_path, ("-c", DRIVER))
     assert done.returncode == 2 and "does not fit this model" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -153,7 +153,7 @@ def run(argv: list[str]) -> int:
     finally:
         if any(e.state != "waiting" for e in judged.entries.values()):
             judged.write_table()
-            sweep.say.info("%s\n%s", claims_table.counts(judged.content()), out / "index.html")
+            sweep.logger.info("%s\n%s", claims_table.counts(judged.content()), out / "index.html")
     return 1 if any(e.state == "failed" for e in judged.entries.values()) else 0
 
 
@@ -197,7 +197,7 @@ def say_plan(planned: Sequence[Planned], source: str, budget: str, jobs: int) ->
     """How long it will take, by counting."""
     seconds = estimate(planned, source, budget) / jobs
     said = f"about {duration(seconds)} with {jobs} at a time, a quiet core each" if source == "garments" else "untimed"
-    sweep.say.info("%d runs of %s: %s", len(planned), budget, said)
+    sweep.logger.info("%d runs of %s: %s", len(planned), budget, said)
 
 
 def estimate(planned: Sequence[Planned], source: str, budget: str) -> float:

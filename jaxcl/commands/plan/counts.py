@@ -20,7 +20,7 @@ from jaxcl.method.build import build_recipe
 from jaxcl.method.forward import run_heads
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.terms import Embedding
-from jaxcl.method.update import init_state, make_terms, make_update, make_views, place_state, run_stages
+from jaxcl.method.update import init_state, make_terms, make_update, make_views, run_stages, state_shardings
 from jaxcl.report.style import BLUE, MUTED, VERMILLION, new_figure, save, styled
 
 Tree = Any
@@ -42,7 +42,7 @@ def make_plan(
     b = recipe.batch_size // devices
 
     state = jax.eval_shape(lambda seed: init_state(recipe, seed), jax.ShapeDtypeStruct((), jnp.uint32))
-    memory = _state_bytes(state, place_state(recipe, mesh))
+    memory = _state_bytes(state, state_shardings(recipe, mesh))
     local = _of_one_device(config, facts, devices)
     batch = _batch(facts, b)
     step = cost(jax.make_jaxpr(make_update(local, phase, runs_here=False))(state, batch))
@@ -198,7 +198,7 @@ def _loss(recipe: Recipe, phase: Phase, shapes: dict, state: Any, n: int, b: int
 
         return jax.value_and_grad(of)(embeddings)
 
-    rows, whole = sharding.rows(mesh), sharding.replicated(mesh)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     jitted = jax.jit(program, in_shardings=(rows, rows, rows, whole), out_shardings=(whole, rows))
     compiled = jitted.lower(embeddings, wheres, label, state.memory).compile()
     return compiled.memory_analysis().temp_size_in_bytes, totals(collectives(compiled.as_text()))

@@ -38,7 +38,7 @@ from jaxcl.report.progress import duration
 from jaxcl.runtime import flags as command_line
 from jaxcl.train import run_folder
 
-say = logging.getLogger("jaxcl")
+logger = logging.getLogger("jaxcl")
 
 _FLAGS = flags.FlagValues()
 _string = dict(flag_values=_FLAGS)
@@ -127,7 +127,7 @@ class Sweep:
     def run(self, jobs: int) -> None:
         """Start what is left, `jobs` at a time, and wait for it. Errors: UserError, Preempted."""
         waiting = collections.deque(r for r in self.runs if self.entries[r].state == "waiting")
-        say.info("%d runs into %s, %d of them done before", len(self.runs), self.out, len(self.runs) - len(waiting))
+        logger.info("%d runs into %s, %d of them done before", len(self.runs), self.out, len(self.runs) - len(waiting))
         running: list[_Job] = []
         told = 0
         with self._signals():
@@ -171,7 +171,7 @@ class Sweep:
             if old["eval"] != run.config["eval"]:
                 a, b = configs.flatten(old["eval"], "eval"), configs.flatten(run.config["eval"], "eval")
                 key = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
-                say.warning(
+                logger.warning(
                     "%s was evaluated with %s = %s, not %s: its results stay as they are; remove %s to evaluate again",
                     run.title, key, a.get(key), b.get(key), run.workdir / "results.json",
                 )  # fmt: skip
@@ -179,7 +179,7 @@ class Sweep:
         if (mark := _mark(run)).exists():
             record = json.loads(mark.read_text())
             if record["config"] == configs.fingerprint(run.config):
-                say.info("%s diverged before (%s); remove %s to try it again", run.title, record["why"], mark)
+                logger.info("%s diverged before (%s); remove %s to try it again", run.title, record["why"], mark)
                 return self._entry(run, "diverged")
         return self._entry(run, "waiting")
 
@@ -227,7 +227,7 @@ class Sweep:
             self._failures.append(f"{run.title} {what}; see {run.log}")
         ended = sum(e.state != "waiting" for e in self.entries.values())
         left = self._left(waiting, running, jobs)
-        say.info("[%d/%d] %s: %s (%s)%s", ended, len(self.runs), run.title, what, duration(seconds), left)
+        logger.info("[%d/%d] %s: %s (%s)%s", ended, len(self.runs), run.title, what, duration(seconds), left)
         self.write_table()
 
     def _figures(self, entry: Entry) -> str:
@@ -265,7 +265,7 @@ class Sweep:
         for job in running:
             job.process.kill() if impatient else job.process.terminate()
         if running and not impatient:
-            say.info("stopping: waiting for %d to save (Ctrl-C again: do not wait)", len(running))
+            logger.info("stopping: waiting for %d to save (Ctrl-C again: do not wait)", len(running))
 
     # ---- the table
 

@@ -96,10 +96,10 @@ class Adversary(Stage):
         epsilon_C = jnp.asarray(self.epsilon) / std_C
         bounds = ((0 - mean_C) / std_C, (1 - mean_C) / std_C) if self.clip else None
 
-        def embed(image: Array, stats, drawn: dict[str, Array]) -> tuple[Embedding, dict]:
+        def embed(image: Array, stats, aug_params: dict[str, Array]) -> tuple[Embedding, dict]:
             mode = dict(train=True, norm_set=self.norm_set)
             h, stats = context.model.encode(context.params, stats, image, **mode)
-            z, stats = context.model.embed(context.params, stats, h, drawn=drawn, **mode)
+            z, stats = context.model.embed(context.params, stats, h, aug_params=aug_params, **mode)
             return Embedding(h, z), stats
 
         # Each by itself, so that its batch statistics are its own.

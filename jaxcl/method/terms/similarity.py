@@ -37,7 +37,7 @@ def of_views(
     }
 
 
-def similarity_figures(terms: dict[str, Any], embeddings: dict[str, Any], count: int, memory: dict) -> dict[str, Array]:
+def similarity_metrics(terms: dict[str, Any], embeddings: dict[str, Any], count: int, memory: dict) -> dict[str, Array]:
     """{"similarity/KIND": mean cosine, "similarity_histogram/KIND": shares [BINS] of the cosines from -1 to 1}.
 
     Of the terms with something to compare (`Term.similarities`); where several have, the term's name goes before the
