@@ -23,6 +23,7 @@ from jaxcl.method import registry
 from jaxcl.method.accumulate import Accumulate
 from jaxcl.method.grad_cache import GradCache
 from jaxcl.method.optimizers import OptimizerOptions
+from jaxcl.method.recipe import ForwardPass
 from jaxcl.models.registry import MODELS
 from jaxcl.runtime.options import POSITIVE, SHARE, Option, Options, Range, defaults, options_of, quoted, suggestion
 from jaxcl.runtime.options import check as check_option

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 # Most of the suite's time is compilation, and its arrays are small: no LLVM optimisations, the older of XLA's two
 # generators of fused loops (users get the newer one), and programs in one piece. The last two saved about half of
@@ -29,15 +29,10 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def golden():
-    """`golden(paper, name)` -> dict of arrays; skips where the vectors are not at hand (a user's clone)."""
+    """`golden(paper, name)` -> dict of arrays of tests/golden/PAPER/NAME.npz; the README beside it defines them."""
 
     def load(paper: str, name: str) -> dict[str, np.ndarray]:
-        path = GOLDEN / paper / f"{name}.npz"
-        if not path.exists():
-            if os.environ.get("JAXCL_REQUIRE_GOLDEN"):
-                pytest.fail(f"golden vectors required but absent: {path}")
-            pytest.skip(f"golden vectors not found at {path.parent}; tests/data_sample holds a small sample")
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(GOLDEN / paper / f"{name}.npz", allow_pickle=False) as arrays:
             return {k: arrays[k] for k in arrays.files}
 
     return load

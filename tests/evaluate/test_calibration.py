@@ -1,7 +1,5 @@
 """Calibration error against the reference library's numbers and a loop over bins."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,10 @@ import pytest
 from jaxcl.errors import UserError
 from jaxcl.evaluate import expected_calibration_error, reliability
 
-SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data_sample"
-
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
-def test_golden(wide):
-    with np.load(SAMPLE / "ece_10bins.npz", allow_pickle=False) as d:
-        d = dict(d)
+def test_golden(golden, wide):
+    d = golden("excon", "ece_10bins")
     n_bins = int(d["n_bins"])
     with jax.enable_x64(wide):
         probs = jnp.asarray(d["probs"], jnp.float64 if wide else jnp.float32)

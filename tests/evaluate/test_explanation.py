@@ -1,7 +1,5 @@
 """Drop and increase of confidence, and agreement with a true mask."""
 
-import pathlib
-
 import golden_net
 import jax
 import jax.numpy as jnp
@@ -12,14 +10,12 @@ from jaxcl import saliency
 from jaxcl.errors import UserError
 from jaxcl.evaluate import drop_increase, mask_agreement
 
-SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data_sample"
 FIGURES = ("average_drop", "rate_of_drop", "average_increase", "rate_of_increase")
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
-def test_golden_formula(wide):
-    with np.load(SAMPLE / "explain_metrics_formula.npz", allow_pickle=False) as d:
-        d = dict(d)
+def test_golden_formula(golden, wide):
+    d = golden("excon", "explain_metrics_formula")
     with jax.enable_x64(wide):
         got = drop_increase(d["p_original"], d["p_masked"])
     assert set(got) == set(FIGURES)

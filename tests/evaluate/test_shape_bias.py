@@ -1,6 +1,5 @@
 """Shape bias: the golden file, a loop, the sixteen categories, stimuli from a folder, and the evaluator on both."""
 
-import pathlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +15,9 @@ from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
 from jaxcl.evaluate.linear_probe import LinearProbe
 from jaxcl.evaluate.shape_bias import check_stimuli, coarse_probabilities, cue_conflict, read_stimuli
 
-SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data_sample"
 
-
-def test_golden():
-    with np.load(SAMPLE / "shape_bias.npz", allow_pickle=False) as d:
-        d = dict(d)
+def test_golden(golden):
+    d = golden("non_semantic_negatives", "shape_bias")
     out = shape_bias(d["probs"], d["fine_to_coarse"], d["shape_label"], d["texture_label"])
     assert out["shape_bias"] == pytest.approx(float(d["shape_bias"]), abs=1e-12)
     assert (out["conflicts"], out["shape"], out["texture"]) == tuple(

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ import pytest
 from jaxcl.errors import UserError
 from jaxcl.losses import supcon
 
-SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data_sample"
 GOLDEN_FILES = (
     "supcon_all_2view",
     "supcon_all_2view_tempratio",
@@ -48,21 +46,10 @@ def value_and_grad(features, labels=None, **options):
 # ---- against the authors' code
 
 
-@pytest.fixture
-def vectors(golden):
-    def load(name):
-        if not (SAMPLE / f"{name}.npz").exists():
-            return golden("excon", name)
-        with np.load(SAMPLE / f"{name}.npz", allow_pickle=False) as d:
-            return {k: d[k] for k in d.files}
-
-    return load
-
-
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", GOLDEN_FILES)
-def test_golden(vectors, name, wide):
-    d = vectors(name)
+def test_golden(golden, name, wide):
+    d = golden("excon", name)
     loss = functools.partial(
         supcon,
         labels=d["labels"] if d["has_labels"] else None,
@@ -83,17 +70,6 @@ def test_golden(vectors, name, wide):
         assert value.dtype == grad.dtype == features.dtype
         for got, want in ((value, d["expected_loss"]), (grad, d["expected_grad"])):
             np.testing.assert_allclose(got, want, rtol=rtol, atol=atol * max(1, np.abs(want).max()))
-
-
-def test_the_sample_is_what_it_says(golden):
-    files = sorted(SAMPLE.glob("*.npz"))
-    assert len([f for f in files if f.stem in GOLDEN_FILES]) >= 5
-    for file in files:
-        original = golden("non_semantic_negatives" if file.stem == "shape_bias" else "excon", file.stem)
-        with np.load(file, allow_pickle=False) as d:
-            assert set(d.files) == set(original)
-            for k in d.files:
-                np.testing.assert_array_equal(d[k], original[k])
 
 
 # ---- against the definition, element by element
