@@ -33,14 +33,11 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class GradCache(Options):
-    """What a config may say of it."""
+    """Options of `grad_cache` in a config."""
 
-    micro_batch: Annotated[int, Range(0)] = (
-        0  # images encoded at a time, over all devices; 0: the whole batch at once, no GradCache
-    )
-    batch_norm: Literal["refuse", "first_pass"] = (
-        "refuse"  # with batch norm: "refuse", or "first_pass" for its statistics (see `encode`)
-    )
+    micro_batch: Annotated[int, Range(0)] = 0  # images encoded at a time, over all devices; 0: no GradCache
+    # With batch norm: refuse, or fixed statistics from a first pass (see `encode`).
+    batch_norm: Literal["refuse", "first_pass"] = "refuse"
 
     def chunks(self, batch_size: int) -> int:
         """Micro-batches a batch is encoded in; 0 without GradCache."""
