@@ -49,8 +49,8 @@ class Accumulate(Options):
         for name, term in recipe.terms.items():
             if not term.per_image:
                 raise UserError(
-                    f"accumulate.micro_batch with terms.{name}: images meet in its loss, and each micro-batch would have "
-                    "its own negatives only; use grad_cache.micro_batch, which is exact"
+                    f"accumulate.micro_batch with terms.{name}: images meet in its loss; a micro-batch would have its "
+                    "own negatives only; use grad_cache.micro_batch, which is exact"
                 )
         if recipe.stages:
             raise UserError("accumulate.micro_batch with stages, which take whole batches; use grad_cache.micro_batch")
