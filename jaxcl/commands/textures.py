@@ -56,7 +56,7 @@ def build(
     """Makes the parts of this process that are not there yet.
 
     Args:
-      source: a `Source` or `RecordSource`; labels are not read.
+      source: the images; labels are not read.
       out: the folder.
       batch_size: images at once, rounded up to a multiple of this host's devices.
       search: options of `jaxcl.augment.sampling.sample_texture`.
@@ -122,7 +122,7 @@ def build(
                 images.append(image)
                 done += 1
                 bar.update(done)
-            texture_set.write_part(out, p, np.concatenate(images), np.concatenate(textures))
+            texture_set.write_shard(out, p, np.concatenate(images), np.concatenate(textures))
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:

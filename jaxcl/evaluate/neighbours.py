@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.data import Source
-from jaxcl.data.base import cut_down
+from jaxcl.data.selection import cut_down
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Metrics
 from jaxcl.evaluate.knn import nearest_neighbours

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcl.augment import ops, quilt_texture, tile_patches
 from jaxcl.augment.patches import whole
-from jaxcl.data import Source, source_of
+from jaxcl.data import ArraySource, Source, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate import corruptions
 from jaxcl.evaluate.base import Metrics, accuracy, from_files, needs_labels
@@ -162,7 +162,7 @@ def _from_numpy(folder: pathlib.Path, name: str, severity: int, train: Source) -
             f"eval.corrupted: labels of {folder} run from {labels.min()} to {labels.max()}, and the data has "
             f"{train.num_classes} classes; expected the same ones"
         )
-    return Source(
+    return ArraySource(
         images=images[rows], labels=labels, class_names=train.class_names, mean=train.mean, std=train.std,
         name=f"{folder}/{name}", split=str(severity),
     )  # fmt: skip
@@ -242,7 +242,7 @@ def _open(evaluation: "Evaluation", spec: str, split: str) -> Source:
     return parts[0] if len(parts) == 1 else Both(*parts)
 
 
-class Both:
+class Both(Source):
     """Two parts of one set, one after the other."""
 
     def __init__(self, first: Source, second: Source):
@@ -272,7 +272,7 @@ class Both:
 # ---- test images made anew
 
 
-class Changed:
+class Changed(Source):
     """A source whose images go through a function: (uint8 [B,S,S,3], index [B]) -> the same, of always one shape."""
 
     def __init__(self, source: Source, side: int, change: Callable, batch_size: int):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image
 
-from jaxcl.data import Source
+from jaxcl.data import ArraySource, Source
 from jaxcl.data.label_levels import coarse_of_fine
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Metrics, NotApplicable, from_files, needs_labels
@@ -153,7 +153,7 @@ def read_stimuli(folder: str, side: int) -> Source:
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{path} cannot be read as an image ({error}); copy it again") from error
     shape, texture = (np.array([file[k] for file in files], np.int32) for k in (1, 2))
-    return Source(
+    return ArraySource(
         images=images,
         labels=shape,
         class_names=CATEGORIES,

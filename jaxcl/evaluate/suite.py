@@ -67,7 +67,7 @@ class Evaluation:
         self.classifier = next((n for n, part in recipe.memory.items() if isinstance(part, LinearProbe)), None)
         self.training, self._make_source = train, make_source  # batches of `training` are those of the update
         self.selects_on = "validation" if config.data.validation else "test"
-        self._sources: dict[str, Source | None] = {"train": getattr(train, "plain", train)}
+        self._sources: dict[str, Source | None] = {"train": train.plain}
         if config.eval.split == "validation" and not config.data.validation:
             self.source("validation")  # now, as only reading the data tells whether there is one
         self._compiled: dict[Any, Callable] = {}

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxcl.data.base import hold_out
+from jaxcl.data.selection import hold_out
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Metrics, NotApplicable, needs_labels
 from jaxcl.evaluate.linear_probe import MIN_STD, LinearProbe, probe_logits

@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
-from jaxcl.data import FILES, Source, source_of
+from jaxcl.data import Source, keeps_size, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Metrics
 from jaxcl.evaluate.suite import EvalContext, Evaluation, check_split
@@ -114,7 +114,7 @@ def open_run(
     config.data.textures = ""  # of the training only
     if source:
         config.data.source = source
-        if source.partition(":")[0] in FILES:
+        if keeps_size(source):
             # Not at a size of their own: small images enlarged, or large ones decoded for nothing.
             config.data.files.image_size = config.data.files.image_size or facts["image_shape"][0]
     for option in options:

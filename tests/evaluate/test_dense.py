@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxcl.data import Source
+from jaxcl.data import ArraySource
 from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.dense import cell_labels, dense
 
@@ -21,7 +21,7 @@ def source(n, seed, extra="mask", classes=2):
     images = np.repeat((labels * 60 + rng.integers(0, 9, labels.shape))[..., None], 3, -1).astype(np.uint8)
     if extra == "segmentation":
         labels[:, -1] = -1  # does not count
-    return Source(
+    return ArraySource(
         images=images,
         labels=np.zeros(n, np.int32),
         class_names=("a",),

@@ -9,7 +9,7 @@ import tiny
 from PIL import Image
 
 from jaxcl import config as base
-from jaxcl.data import Source, batches
+from jaxcl.data import ArraySource, batches
 from jaxcl.errors import UserError
 from jaxcl.evaluate import corruptions
 from jaxcl.evaluate.base import NotApplicable
@@ -23,7 +23,7 @@ S, NAMES = tiny.SIDE, ("red", "green", "blue", "yellow")
 def source(n, *, seed=0, names=NAMES, side=S, **options):
     part = tiny.batch(n, seed=seed, side=side)
     fields = dict(images=part["image"], labels=part["label"], class_names=names, mean=tiny.MEAN, std=tiny.STD)
-    return Source(**fields | options)
+    return ArraySource(**fields | options)
 
 
 def pixels(of):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcl.data import Source, make_source
+from jaxcl.data import ArraySource, make_source
 from jaxcl.errors import UserError
 from jaxcl.evaluate import shape_bias
 from jaxcl.evaluate.base import NotApplicable
@@ -117,7 +117,7 @@ def source(labels, names, **extras):
     n = len(labels)
     images = np.zeros((n, 4, 4, 3), np.uint8)
     options = dict(mean=(0.5,) * 3, std=(0.5,) * 3, extras=extras)
-    return Source(images=images, labels=np.asarray(labels, np.int32), class_names=names, **options)
+    return ArraySource(images=images, labels=np.asarray(labels, np.int32), class_names=names, **options)
 
 
 def test_on_the_data_itself():

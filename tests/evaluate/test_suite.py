@@ -12,7 +12,7 @@ import tiny
 
 from jaxcl import config as base
 from jaxcl.adversarial import pgd
-from jaxcl.data import Source
+from jaxcl.data import ArraySource
 from jaxcl.errors import UserError
 from jaxcl.evaluate import (
     collapse_metrics,
@@ -39,7 +39,7 @@ OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
 
 def source(split, labelled=True, side=tiny.SIDE):
     part = tiny.batch({"train": 48, "test": 20, "validation": 20}[split], seed=len(split), side=side)
-    return Source(
+    return ArraySource(
         images=part["image"],
         labels=part["label"] if labelled else np.full_like(part["label"], -1),
         class_names=tuple("abcd"),
@@ -393,5 +393,5 @@ def test_a_validation_part_that_the_data_brings_along():
     def make_source(split):
         raise UserError(f"no {split} part")
 
-    with pytest.raises(UserError, match="no validation part"):  # before anything is compiled
+    with pytest.raises(UserError, match="no validation split"):  # before anything is compiled
         Evaluation(c, tiny.recipe(c), train=source("train"), make_source=make_source)

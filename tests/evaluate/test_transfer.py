@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl.data import Source
+from jaxcl.data import ArraySource
 from jaxcl.evaluate import transfer as module
 from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.evaluators import EVALUATORS
@@ -22,7 +22,7 @@ def source(fine, *, labels="coarse", levels=True):
     coarse = np.where(fine >= 0, OF_CLASS[fine], -1)
     by = {"coarse": (coarse, COARSE), "fine": (fine, FINE)}[labels]
     extras = {"coarse": coarse} if levels else {}
-    return Source(
+    return ArraySource(
         images=np.zeros((n, 2, 2, 3), np.uint8),
         labels=by[0],
         class_names=by[1],

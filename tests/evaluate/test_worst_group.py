@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.data import Source
-from jaxcl.data.base import hold_out
+from jaxcl.data import ArraySource
+from jaxcl.data.selection import hold_out
 from jaxcl.errors import UserError
 from jaxcl.evaluate import (
     cluster_quality,
@@ -212,7 +212,7 @@ def test_cluster_quality_by_hand():
 
 def frozen(train, test, *, groups=True):
     def source(labels, group):
-        return Source(
+        return ArraySource(
             images=np.zeros((len(labels), 2, 2, 3), np.uint8),
             labels=labels,
             class_names=("a", "b"),
