@@ -80,7 +80,7 @@ def init_state(
 ) -> TrainState:
     """A fresh TrainState; a function of the seed (None: the recipe's) and of weights alone.
 
-    weights: (parameters, batch statistics) that encoders begin with, by name, "" the main one (`jaxcl.models.weights`).
+    weights: (parameters, batch statistics) that encoders begin with, by name, "" the main one (`method.initial_weights`).
     Under jit, pass the seed as an argument: from a constant the compiler draws every weight itself, slowly.
     """
     # Threefry, whatever the process's default: other generators draw an image's numbers together with its neighbours'.
