@@ -101,7 +101,7 @@ def _flat(images: np.ndarray, contestant: str) -> np.ndarray:
 
 def make_network(options: Mapping[str, Any]) -> tuple[models.Model, dict[str, np.ndarray], np.ndarray]:
     """A model, its encoder's variables by name, the kernel [D,K] of a linear classifier; the same in each process."""
-    model = models.make_model(models.ModelOptions(**options, head_features=0))
+    model = models.make_model(models.ResNetOptions(**options, head_features=0))
     params, stats = model.init(jax.random.key(0), (SIZE, SIZE, 3))
     variables = {k: np.asarray(v) for k, v in weights.flat(params["encoder"], model.statistics_of(stats)).items()}
     rng = np.random.default_rng(0)

@@ -47,7 +47,7 @@ class SepConv(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A stage's map [N,h,w,M] -> features [N,D]: squeeze, gate, reduce to the last stage's planes, expand to D, pool."""
+    """A stage's map [N,h,w,M] -> features [N,D]: squeeze, gate, reduce to the last stage's planes, expand, pool."""
 
     planes: Sequence[int]  # c of this stage and of the later ones
     strides: Sequence[int]  # of the later stages

@@ -1,4 +1,4 @@
-"""Forms of the networks' operations for CPUs: the same functions as on other backends, in a form that XLA compiles well.
+"""Operations in forms for CPUs: the same functions as on other backends, written so that XLA compiles them well.
 
 Nothing here is needed on a GPU or TPU. `jaxcl.models.layers` and `Model.for_loops` choose between these forms and the
 usual ones. docs/benchmarks.md has the measured times.
@@ -92,7 +92,7 @@ def loop_conv(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence
 def chunked_conv(
     x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]], **options
 ) -> Array:
-    """As `loop_conv`, outside of loops and for a batch on one device: the kernel's gradient is a sum over chunks of rows.
+    """As `loop_conv`, for a batch on one device and outside of loops: sums the kernel's gradient over chunks of rows.
 
     Do not use it where a batch is split over devices: each chunk would lie on one of them.
     """

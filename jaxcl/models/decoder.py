@@ -85,7 +85,7 @@ def _conv(features: int, kernel: int, dtype: Any, name: str) -> nn.Module:
 class Decoder(nn.Module):
     """Features [N,D] -> images [N,S,S,C], float32 at least, of any range (there is no activation at the end).
 
-    Each stage but the last doubles the side, from g = floor(S / growth), growth = patch * 2**(stages - 1). If S is not a
+    Each stage but the last doubles the side, from g = floor(S / growth), growth = patch * 2**(stages - 1). If S is no
     multiple of the growth, a bilinear resize enlarges the smaller result to S: for the 28 pixels of MNIST, 3 becomes 24
     in four stages. One-channel images are the mean of three channels, as in the original. With a patch above 1 the last
     map is smaller by that factor, and a linear layer turns each of its positions into a square of pixels, the inverse

@@ -1,7 +1,7 @@
 """The contracts of an encoder: the network (`Encoder`) and what a config says of it (`EncoderOptions`).
 
-A new encoder is one file with a subclass of each, and a line in jaxcl/models/registry.py; or no line, if configs name it
-as "package.module:MyOptions". The smallest one:
+A new encoder is one file with a subclass of each, and a line in jaxcl/models/registry.py (none if configs name it as
+"package.module:MyOptions"). The smallest one:
 
     class Pixels(Encoder):
         features: int = 8
@@ -105,7 +105,7 @@ class Encoder(Contract, nn.Module):
 
     @nn.nowrap
     def adapter(self, stage: int) -> nn.Module:
-        """A module (map of a stage, counted from 1, train=, where=, norm_set=) -> features [N,D]: see `model.branches`."""
+        """For `model.branches`: a module (map of this stage, from 1, train=, where=, norm_set=) -> features [N,D]."""
         raise NotImplementedError(f"{type(self).__name__} must define `adapter` to have branches")
 
     @nn.nowrap

@@ -126,7 +126,9 @@ class ProjectionHead(nn.Module):
             return x
         out = x = zero_rows(x, mode["where"])  # a layer with a bias may precede this norm
         for one in ("", *self.norm_sets):
-            if one != norm_set and not self.is_initializing():  # flax makes variables only of the modules that are called
+            if (
+                one != norm_set and not self.is_initializing()
+            ):  # flax makes variables only of the modules that are called
                 continue
             norm = BatchNorm(
                 momentum=self.norm_set_momentum if one else self.momentum,

@@ -1,12 +1,12 @@
 """Where the parameters and batch statistics of a model, and of several models, lie in their trees.
 
-    params                                     batch statistics
-    encoder/...                                ... (those of the encoder, at the top)
-    head/...                                   head/...
-    branches/stageK/{adapter,head}/...         branches/stageK/{adapter,head}/...
-    encoders/NAME/ (a tree like this one)      encoders/NAME/
-    heads/NAME/...                             heads/NAME/...
-    targets/NAME/ (only within an update)      targets/NAME/
+params                                     batch statistics
+encoder/...                                ... (those of the encoder, at the top)
+head/...                                   head/...
+branches/stageK/{adapter,head}/...         branches/stageK/{adapter,head}/...
+encoders/NAME/ (a tree like this one)      encoders/NAME/
+heads/NAME/...                             heads/NAME/...
+targets/NAME/ (only within an update)      targets/NAME/
 """
 
 from typing import Any
