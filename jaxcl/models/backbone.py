@@ -48,7 +48,7 @@ def model_of(architecture: Mapping[str, Any]) -> Model:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Backbone:
-    """A frozen encoder with its preprocessing, in inference mode. Train it further with `module`, `variables`, `normalize`.
+    """A frozen encoder with its preprocessing, in inference mode. `module`, `variables` and `normalize` train it on.
 
     Attributes:
       model: the encoder behind jaxcl's functional interface; its head is the identity.

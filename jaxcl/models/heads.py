@@ -60,7 +60,7 @@ class Dense(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense - [norm] - ReLU, then Dense.
+    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense - [norm] - ReLU, Dense.
 
     With features 0 there is no head: the embedding is the features themselves.
 
@@ -126,9 +126,8 @@ class ProjectionHead(nn.Module):
             return x
         out = x = zero_rows(x, mode["where"])  # a layer with a bias may precede this norm
         for one in ("", *self.norm_sets):
-            if (
-                one != norm_set and not self.is_initializing()
-            ):  # flax makes variables only of the modules that are called
+            # flax makes variables only of the modules that are called
+            if one != norm_set and not self.is_initializing():
                 continue
             norm = BatchNorm(
                 momentum=self.norm_set_momentum if one else self.momentum,

@@ -213,7 +213,7 @@ class Model:
         return self.embed(params, stats, h, train=False)[0]
 
     def maps(self, params: Tree, stats: Tree, images: Array) -> list[Array]:
-        """images [N,H,W,C] -> the output [N,h,w,M] of each stage, in inference mode. Raises UserError without stages."""
+        """images [N,H,W,C] -> outputs [N,h,w,M] of the stages, in inference mode. Raises UserError without stages."""
         if not self.num_stages:
             raise UserError("this encoder has no stages; expected one with stages, such as a resnet")
         return self._apply(params, stats, images, train=False, where=None, norm_set="", method="maps")[0]

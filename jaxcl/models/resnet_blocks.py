@@ -2,8 +2,8 @@
 
 N batch, h w M height, width and channels of a feature map.
 
-Source: He et al. 2016, arXiv 1512.03385, in the form of the SupCon and ExCon code: symmetric padding 1 for 3x3 and 0 for
-1x1 convolutions, the stride on the first 3x3 of a basic block and on the 3x3 of a bottleneck.
+Source: He et al. 2016, arXiv 1512.03385, in the form of the SupCon and ExCon code: symmetric padding 1 for 3x3 and 0
+for 1x1 convolutions, the stride on the first 3x3 of a basic block and on the 3x3 of a bottleneck.
 """
 
 from collections.abc import Callable, Sequence

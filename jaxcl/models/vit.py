@@ -135,7 +135,7 @@ class Block(nn.Module):
         q, k, v = jnp.moveaxis(self.qkv(x_NxTxD).reshape(N, T, 3, self.heads, d), 2, 0)  # [N,T,A,d]
         s_NxAxQxK = jnp.einsum("NQAd,NKAd->NAQK", q * d**-0.5, k)
         s_NxAxQxK = s_NxAxQxK.astype(jnp.promote_types(self.dtype, jnp.float32))
-        # It acts on the logits: a dropped query has logit 0 for all keys, so its output is the plain mean of the values.
+        # On the logits: a dropped query has logit 0 for all keys, so its output is the plain mean of the values.
         s_NxAxQxK = _drop(s_NxAxQxK, self.query_dropout, keep("query"))
         p_NxAxQxK = _drop(jax.nn.softmax(s_NxAxQxK), self.attention_dropout, keep("attention"))
         return jnp.einsum("NAQK,NKAd->NQAd", p_NxAxQxK.astype(self.dtype), v).reshape(N, T, D)

@@ -12,8 +12,9 @@ import tiny
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 from jaxcl.train import loop as train
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"

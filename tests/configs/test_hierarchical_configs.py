@@ -11,8 +11,9 @@ from test_configs import config, shrink
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 
 METHODS = ("simsiam", "byol", "barlow_twins")
 IMAGENET = dict(num_examples=1_281_167, num_classes=1000, image_shape=(256, 256, 3))

@@ -11,10 +11,12 @@ from test_momentum_update import assert_trees_close
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import forward, sharding
+from jaxcl.method.init_state import init_state
+from jaxcl.method.inputs import make_views
 from jaxcl.method.memory import EMA
 from jaxcl.method.optimizers import make_optimizer, rate_labels
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state, make_views
+from jaxcl.method.update import compile_update
 
 STAGE1 = ("stage1_view1", "stage1_view2")
 ALL = (*STAGE1, "view1", "view2")
