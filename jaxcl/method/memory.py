@@ -241,7 +241,7 @@ class Queue(MemoryPart):
 
 
 def enqueue(memory: Tree, keys_BxE: Array) -> Tree:
-    """Write unit keys [B,E], B <= K, to slots pointer ... pointer + B - 1, modulo K, of {"columns" [E,K], "pointer"}."""
+    """Write unit keys [B,E], B <= K, to slots pointer ... pointer + B - 1 (mod K) of {"columns" [E,K], "pointer"}."""
     columns_ExK, pointer = memory["columns"], memory["pointer"]
     size = columns_ExK.shape[1]
     # A scatter, since dynamic_update_slice clamps at the end instead of wrapping around.
