@@ -195,7 +195,7 @@ def test_one_classifier_on_both_encoders():
         (lambda c: c.heads.update(spare=base.head("classifier")), "heads.spare is read by no term"),
         (lambda c: c.update(representation=("", "other")), "names encoder 'other'"),
         (lambda c: c.heads.decoder.update(widths=(8,) * 9), "heads.decoder: decoder: 8 stages make images of at least"),
-        (lambda c: c.update(passes=(base.encode(*VIEWS),)), "which nothing makes"),
+        (lambda c: c.update(passes=(base.encode(*VIEWS),)), "names view 'auto/view1'"),
     ],
 )
 def test_mistakes(change, text):
