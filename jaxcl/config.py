@@ -381,6 +381,8 @@ def from_dict(plain: Mapping[str, Any]) -> ConfigDict:
     """A config from what `to_dict` gave; keys that have come since have their defaults."""
     config = default()
     with config.unlocked():
+        if plain.get("model", {}).get("kind", config.model.kind) != config.model.kind:
+            del config.model  # else options of the default kind would remain beside those of this one
         _fill(config, plain)
     return config
 

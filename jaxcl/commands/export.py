@@ -46,7 +46,7 @@ def export(saved: "Saved", out: str | os.PathLike, *, encoder: str = "", layout:
       UserError: no such encoder or layout, or one that the layout cannot express.
     """
     from jaxcl.method.forward import of_encoder, with_targets
-    from jaxcl.models import torch_layout, weights
+    from jaxcl.models import weights
     from jaxcl.models.backbone import architecture, model_of
 
     if layout not in weights.LAYOUTS:
@@ -58,8 +58,9 @@ def export(saved: "Saved", out: str | os.PathLike, *, encoder: str = "", layout:
     followed = recipe.memory[encoder].of if encoder in recipe.targets else encoder
     options = architecture(config.encoders[followed] if followed else config.model)
     model = model_of(options)
-    if layout == "torch":
-        torch_layout.check_encoder(model.encoder)
+    torch = weights.torch_layout(options["kind"]) if layout == "torch" else None
+    if torch:
+        torch.check(model.encoder)
     trees = (saved.state.params, "params"), (saved.state.batch_stats, "batch_stats")
     params, stats = (of_encoder(with_targets(recipe, tree, saved.state.memory, part), encoder) for tree, part in trees)
     variables = weights.flat(params["encoder"], recipe.encoder(encoder).statistics_of(stats))
@@ -80,9 +81,9 @@ def export(saved: "Saved", out: str | os.PathLike, *, encoder: str = "", layout:
             "config": json.loads(config.to_json_best_effort()),
         },
     }
-    if layout == "torch":
-        about["torch"] = torch_layout.stem_in_torch(model.encoder)
-    return weights.write(out, variables, about, layout=layout)
+    if torch:
+        about["torch"] = torch.changes(model.encoder)
+    return weights.write(out, variables, about, torch=torch)
 
 
 def _class_names(saved: "Saved") -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from jaxcl.method.sharding import all_gather_params, replicated
 from jaxcl.method.state import TrainState
 from jaxcl.method.terms.base import Embedding, embedding_name, split_name
 from jaxcl.method.terms.similarity import similarity_metrics
+from jaxcl.models.trees import TARGETS
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -109,7 +110,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         with scope("metrics"):
             metrics |= _similarities(recipe, active, embeddings, len(batch["label"]), memory)
             metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        for name, target_stats in stats.pop("targets", {}).items():
+        for name, target_stats in stats.pop(TARGETS, {}).items():
             memory[name] = {**memory[name], "batch_stats": target_stats}
         out = StepOutput(
             represented=lambda v: _represented(recipe, embeddings, v),

@@ -23,10 +23,10 @@ from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.evaluate.suite import Evaluation
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe, data_facts
+from jaxcl.method.initial_weights import starting_weights
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.state import TrainState
 from jaxcl.method.update import compile_update, init_state, state_shardings
-from jaxcl.models.weights import starting_weights
 from jaxcl.report import JsonLines, MetricsWriter, Progress, read_metrics
 from jaxcl.runtime import storage
 from jaxcl.runtime.durations import to_steps
