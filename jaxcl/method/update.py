@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxcl.augment import to_float as to_pixels
 from jaxcl.losses.common import AxisName
 from jaxcl.method import accumulate
 from jaxcl.method.forward import of_encoder, represent, run_heads, run_pass, set_in, with_targets
@@ -125,11 +126,6 @@ def init_state(
         opt_state=recipe.tx.init(params),
         memory=memory,
     )
-
-
-def to_pixels(image: Array) -> Array:
-    """uint8 [B,H,W,C] -> float32 in [0, 1]."""
-    return image.astype(jnp.float32) / 255
 
 
 def make_views(recipe: Recipe, state: TrainState, batch: Batch, names: tuple[str, ...]) -> dict[str, View]:
