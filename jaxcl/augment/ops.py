@@ -353,7 +353,7 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array, *, kernel_size: int | Non
         pad[axis] = (radius, radius)
         padded = jnp.pad(out, pad, mode="reflect")
         shifted = [jax.lax.slice_in_dim(padded, k, k + side, axis=axis) for k in range(taps)]
-        out = functools.reduce(jnp.add, (kernel_NxK[:, k, None, None, None] * part for k, part in enumerate(shifted)))
+        out = functools.reduce(jnp.add, (kernel_NxK[:, k, None, None, None] * x for k, x in enumerate(shifted)))
     return jnp.where(blurred[:, None, None, None], out, images)
 
 
