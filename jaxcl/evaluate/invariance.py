@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcl import augment
 from jaxcl.augment import ops
-from jaxcl.augment.color import PARTS
+from jaxcl.augment.color import PROPERTIES
 from jaxcl.evaluate.base import Metrics, NotApplicable, accuracy
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
 from jaxcl.method.state import TrainState
@@ -140,7 +140,7 @@ def color(f: "EvalContext") -> tuple[Metrics, dict]:
     labels, test_labels = _distances(train_a), _distances(test_a)
     figures: Metrics = {}
     majority = []
-    for i, part in enumerate(PARTS):
+    for i, part in enumerate(PROPERTIES):
         probe = fit_linear_probe(train_x, labels[:, i], num_classes=BINS, max_steps=100)
         predicted = np.asarray(probe_logits(probe, test_x)).argmax(-1)
         figures[part] = accuracy(predicted, test_labels[:, i])
@@ -169,7 +169,7 @@ def _tint(f: "EvalContext") -> float | None:
 
 def _distances(jitter_2xNx4: np.ndarray) -> np.ndarray:
     """How many bins apart the factors of two copies are, int [N,4] in 0..BINS - 1."""
-    strength = np.array([JITTER[part] for part in PARTS])
+    strength = np.array([JITTER[part] for part in PROPERTIES])
     low = np.array([1, 1, 1, 0]) - strength
     bins = np.clip(((jitter_2xNx4 - low) / (2 * strength) * BINS).astype(np.int64), 0, BINS - 1)
     return np.abs(bins[0] - bins[1])
