@@ -38,7 +38,7 @@ SMALL = f"{SUPCON}:fashion_mnist", "--config.data.source=npz:{npz}", "--config.b
         ([SUPCON, "--config.views.view1.crop_aera=(0.1,1.0)"], ["views.view1.crop_aera", "views.view1.crop_area"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py"]),
         ([f"{SUPCON}:fashion_mnist", "--config.data.source=npz:nothing.npz"], ["nothing.npz"]),
-        ([SUPCON, "--config.data.source=garmets"], ["data.source", "garmets", "garments"]),
+        ([SUPCON, "--config.data.source=garmets"], ["garmets", "garments"]),
         ([*SMALL, "--config.batch_size=30", "--config.devices=8"], ["batch_size", "30", "8 devices"]),
         ([*SMALL, "--config.devices=9"], ["devices", "9", "8"]),
         ([*SMALL, "--config.duration=4 weeks"], ["duration", "4 weeks"]),

@@ -1,6 +1,8 @@
 """Download a TFDS set and write it in ArrayRecord form, so that `tfds:NAME` reads it without TensorFlow.
 
-jaxcl prepare cifar10 --data_dir=~/tensorflow_datasets
+    jaxcl prepare cifar10 --data_dir=~/tensorflow_datasets
+
+The command itself needs TensorFlow: pip install 'jaxcl[prepare]'.
 """
 
 import importlib.util

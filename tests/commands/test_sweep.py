@@ -14,12 +14,12 @@ import pytest
 import tiny
 
 from jaxcl import config as configs
+from jaxcl.commands import config_file
 from jaxcl.commands.sweep import main as sweep
 from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.commands.sweep.runs import folder_name, plan, split_values
 from jaxcl.commands.sweep.table import Entry, Row
 from jaxcl.errors import UserError
-from jaxcl.runtime import flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -102,7 +102,7 @@ def test_the_runs_of_a_sweep(here):
     # What the process gets is what was read here.
     argument, workdir, *overrides = runs[13].arguments
     assert workdir == "--workdir=out/a-wide_lr=1e-3_depth=34/seed-7"
-    again = flags.read_config(argument.removeprefix("--config="), overrides)
+    again = config_file.read_config(argument.removeprefix("--config="), overrides)
     assert configs.to_dict(again) == c
 
 
