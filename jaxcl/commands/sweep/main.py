@@ -150,7 +150,7 @@ class Sweep:
         if self._asked:
             done = sum(e.state in ("finished", "diverged") for e in self.entries.values())
             raise Preempted(
-                f"stopped on request, {done} of {len(self.runs)} runs done; run the same command again to resume"
+                f"stopped on request, {done} of {len(self.runs)} runs done; the same command resumes"
             )
 
     # ---- before and after a process
