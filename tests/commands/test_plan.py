@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiled_updates import config, program
 from processes import ROOT
-from test_sharding import config, program, small  # noqa: F401 - a fixture
 
 from jaxcl.commands.plan import counts as plan_counts
 from jaxcl.commands.plan import figure, text
@@ -19,10 +19,16 @@ from jaxcl.commands.plan.collectives import collectives, totals
 from jaxcl.commands.plan.main import main as plan_command
 from jaxcl.commands.plan.program_costs import cost
 from jaxcl.errors import UserError
+from jaxcl.method import sharding
 
 FACTS = dict(
     num_examples=1024, image_shape=(16, 16, 3), mean=tiny.MEAN, std=tiny.STD, num_classes=tiny.CLASSES, labelled=True
 )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 64)  # otherwise nothing of the tiny network would be sharded
 
 
 @pytest.fixture(scope="module")
