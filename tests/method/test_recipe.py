@@ -111,7 +111,7 @@ def drop(path):
         (set_("size", -1), "-1"),
         # Durations.
         (set_("duration", "4 epoches"), "duration is '4 epoches'; expected a duration"),
-        (set_("duration", "50%"), "duration is '50%', but there is nothing to take a percentage of"),
+        (set_("duration", "50%"), "duration is '50%', but percent"),
         (set_("duration", "1 example"), "duration '1 example' is less than one step"),
         (set_("stages.0.start", "some"), "stages[0].start is 'some'; expected a duration"),
         (set_("stages.0.start", "120%"), "stages[0].start is '120%'; expected at most 100%"),
