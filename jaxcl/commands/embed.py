@@ -62,7 +62,7 @@ def embed(runs: Sequence["Run"], out: str | os.PathLike, *, split: str = "", lay
     Raises:
       UserError: another layer, split or kind of file, or one that cannot be written.
     """
-    from jaxcl.evaluate.suite import FEATURES
+    from jaxcl.evaluate.context import FEATURES
     from jaxcl.train.runs import Joined
 
     write = _writer_for(out)

@@ -11,10 +11,10 @@ from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.losses.common import inner, unit
 from jaxcl.method import sharding
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase
 from jaxcl.method.stages.adversary import Adversary
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import make_views, run_stages
 
 Array = jax.Array
 SHOWN = 8  # images in the panel

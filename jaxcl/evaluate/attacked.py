@@ -15,8 +15,8 @@ from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
 from jaxcl.evaluate.calibration import bins, expected_calibration_error
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import to_pixels
 
 Array = jax.Array
 

@@ -3,6 +3,7 @@
 N images, K classes.
 """
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ class Metric:
     meaning: str = ""
 
 
-class Evaluator(Contract):
+class Evaluator(Contract, abc.ABC):
     """Measures one frozen encoder. A subclass is made without arguments; its options are keys of `config.eval`.
 
     Attributes:
@@ -81,6 +82,7 @@ class Evaluator(Contract):
           UserError: an option that cannot work; the message begins with its config key.
         """
 
+    @abc.abstractmethod
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
         """Measures.
 
@@ -91,7 +93,6 @@ class Evaluator(Contract):
         Raises:
           NotApplicable: the data or the recipe lack something beyond the needs that the attributes declare.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `__call__`")
 
     def check_needs(self, context: EvalContext) -> None:
         """Raises NotApplicable unless the needs that the attributes declare are met."""

@@ -13,8 +13,8 @@ from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panel
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.invariance import IMAGES, JITTER
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import to_pixels
 from jaxcl.method.views import view_keys
 
 Array = jax.Array

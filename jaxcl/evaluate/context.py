@@ -20,9 +20,9 @@ from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logit
 from jaxcl.losses.common import unit
 from jaxcl.method import sharding
 from jaxcl.method.forward import represent
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import to_pixels
 from jaxcl.method.views import view_keys
 
 Array = jax.Array

@@ -24,6 +24,7 @@ from scipy import ndimage, special
 
 from jaxcl.errors import UserError
 from jaxcl.evaluate.severities import CONSTANTS, SIDES
+from jaxcl.runtime.options import quoted, suggestion
 
 Array = jax.Array
 GROUPS = {
@@ -55,7 +56,8 @@ def corrupt(images: np.ndarray, name: str, severity: int, index: np.ndarray) -> 
     References:
       Hendrycks and Dietterich 2019, arXiv 1903.12261, appendix B, and their released code.
     """
-    check("corrupt", (name,), (severity,))
+    check_name("corrupt: name is", name)
+    check_severity("corrupt: severity is", severity)
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise UserError(f"corrupt takes uint8 images [B,S,S,3], got {images.dtype} {list(images.shape)}")
@@ -70,15 +72,17 @@ def corrupt(images: np.ndarray, name: str, severity: int, index: np.ndarray) -> 
     return np.asarray(_corrupt(name, images, np.uint32(severity), np.asarray(index, np.int32), values))
 
 
-def check(where: str, names: tuple[str, ...], severities: tuple[int, ...], known: tuple[str, ...] = COMPUTED) -> None:
-    """Raises UserError for a corruption or a severity that does not exist. where: the config key, for messages."""
-    for name in names:
-        if name not in known:
-            reason = " is not computed here: it needs photographs" if name in NAMES else ""
-            raise UserError(f"{where}: corruption {name!r}{reason}; expected names among {', '.join(known)}")
-    for severity in severities:
-        if severity not in SEVERITIES:
-            raise UserError(f"{where}: severity {severity!r}; expected whole numbers from 1 to 5")
+def check_name(where: str, name: str, known: tuple[str, ...] = COMPUTED) -> None:
+    """Raises UserError for a corruption that does not exist. where: the start of the message."""
+    if name not in known:
+        reason = ", which is not computed here: it needs photographs" if name in NAMES else ""
+        raise UserError(f"{where} {quoted(name)}{reason}{suggestion(name, known)}")
+
+
+def check_severity(where: str, severity: int) -> None:
+    """Raises UserError for a severity that does not exist; `where` as in `check_name`."""
+    if severity not in SEVERITIES:
+        raise UserError(f"{where} {quoted(severity)}; expected whole numbers from 1 to 5")
 
 
 @functools.partial(jax.jit, static_argnames="name")

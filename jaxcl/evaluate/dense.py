@@ -17,8 +17,8 @@ from jaxcl.augment import ops
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logits
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import to_pixels
 
 Array = jax.Array
 TRAIN_IMAGES, CELLS = 2000, 32  # at most so many images to fit the probe on, and random cells of each image

@@ -16,8 +16,8 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import EvalContext, EvalSetup
 from jaxcl.method.forward import represent
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import to_pixels
 
 Array = jax.Array
 PICTURED = 200  # test images from which the shown explanations are chosen

@@ -11,8 +11,8 @@ from jaxcl import augment
 from jaxcl.augment import ops
 from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import to_pixels
 from jaxcl.method.views import view_keys
 
 Array = jax.Array

@@ -18,8 +18,8 @@ from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.linear_probe import LinearFit, probe_logits
 from jaxcl.method import sharding
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import to_pixels
 from jaxcl.method.views import view_keys
 
 Array = jax.Array

@@ -62,7 +62,10 @@ class OutOfDomain(Evaluator):
     def check(self, setup: EvalSetup) -> None:
         options = setup.options
         known = corruptions.NAMES if options.corrupted else corruptions.COMPUTED
-        corruptions.check("eval", options.corruptions, options.severities, known)
+        for name in options.corruptions:
+            corruptions.check_name("eval.corruptions has", name, known)
+        for severity in options.severities:
+            corruptions.check_severity("eval.severities has", severity)
         side = setup.recipe.image_shape[0]
         for grid in options.shuffle_grids:
             if not whole(grid) or not 2 <= grid <= side:

@@ -46,6 +46,16 @@ EVALUATORS = Registry(
 )
 
 
+def make_evaluator(kind: str, where: str = "eval.final") -> Evaluator:
+    """One evaluator by its kind; arguments and errors as in `make_suite`."""
+    evaluator = construct(f"{where}: {kind}", EVALUATORS.resolve(kind, where), {})
+    for attribute, known in (("needs_labels", SPLITS), ("feature_kinds", KINDS)):
+        for value in getattr(evaluator, attribute):
+            if value not in known:
+                raise UserError(f"{where}: {kind}.{attribute} has {value!r}{suggestion(value, known)}")
+    return evaluator
+
+
 def make_suite(where: str, kinds: Iterable[str]) -> dict[str, Evaluator]:
     """The evaluators of a suite, by the names of their results, in order.
 
@@ -59,24 +69,21 @@ def make_suite(where: str, kinds: Iterable[str]) -> dict[str, Evaluator]:
     """
     suite: dict[str, Evaluator] = {}
     for kind in dict.fromkeys(kinds):
-        evaluator = construct(f"{where} {kind}", EVALUATORS.resolve(kind, where), {})
-        for attribute, known in (("needs_labels", SPLITS), ("feature_kinds", KINDS)):
-            for value in getattr(evaluator, attribute):
-                if value not in known:
-                    raise UserError(f"{where}: {kind}.{attribute} has {value!r}{suggestion(value, known)}")
-        name = result_name(kind, evaluator)
+        evaluator = make_evaluator(kind, where)
+        name = _result_name(kind, evaluator)
         if name in suite or (name != kind and name in EVALUATORS):
             raise UserError(f"{where} has {kind!r}, whose results are {name!r} like another's; give it another `name`")
         suite[name] = evaluator
     return suite
 
 
-def result_name(kind: str, evaluator: Evaluator | type[Evaluator] | None = None) -> str:
+def result_name(kind: str) -> str:
     """The key of an evaluator's results: its name in the registry, its attribute `name`, or what follows the colon."""
-    if kind in EVALUATORS:
-        return kind
-    evaluator = EVALUATORS.resolve(kind) if evaluator is None else evaluator
-    return evaluator.name or kind.rpartition(":")[2].rpartition(".")[2]
+    return kind if kind in EVALUATORS else _result_name(kind, make_evaluator(kind))
+
+
+def _result_name(kind: str, evaluator: Evaluator) -> str:
+    return kind if kind in EVALUATORS else evaluator.name or kind.rpartition(":")[2].rpartition(".")[2]
 
 
 # ---- what results mean
@@ -89,8 +96,8 @@ def declared_metrics(kinds: Iterable[str] = ()) -> dict[str, Metric]:
     """
     found: dict[str, Metric] = {}
     for kind in dict.fromkeys((*EVALUATORS, *kinds)):
-        evaluator = EVALUATORS.resolve(kind, "eval.final")
-        found |= {f"{result_name(kind, evaluator)}.{key}": metric for key, metric in evaluator.metrics.items()}
+        evaluator = make_evaluator(kind)
+        found |= {f"{_result_name(kind, evaluator)}.{key}": metric for key, metric in evaluator.metrics.items()}
     return found
 
 

@@ -19,9 +19,9 @@ from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import FEATURES, EvalContext, EvalSetup
 from jaxcl.evaluate.registry import make_suite
 from jaxcl.method import sharding
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import make_views, run_stages
 
 logger = logging.getLogger("jaxcl")
 
@@ -92,24 +92,28 @@ class Evaluation(EvalSetup):
             }
         return results, panels
 
-    def evaluate(self, kinds: Iterable[str], context: EvalContext) -> dict[str, Metrics]:
+    def evaluate(self, kinds: Iterable[str], context: EvalContext, *, where: str = "suite") -> dict[str, Metrics]:
         """Results of some evaluators by name.
+
+        Args:
+          kinds: names of ours, or "package.module:Name".
+          context: the state to evaluate.
+          where: the config key or flag that holds the kinds, for messages.
 
         Raises:
           UserError: an evaluator that does not exist, or options that it cannot use.
         """
-        suite = make_suite("the suite", kinds)
-        self.check_suite(suite)
+        suite = make_suite(where, kinds)
+        self._check_suite(suite)
         self._ask_for(suite)
         return self._run(suite, context)[0]
 
     def check_options(self) -> None:
         """Raises UserError for options, or files they name, that the evaluators of the config cannot use."""
         for suite in self._suites.values():
-            self.check_suite(suite)
+            self._check_suite(suite)
 
-    def check_suite(self, suite: dict[str, Evaluator]) -> None:
-        """The same for the evaluators of one suite."""
+    def _check_suite(self, suite: dict[str, Evaluator]) -> None:
         for evaluator in suite.values():
             if self.classifier is not None or not evaluator.needs_classifier:  # otherwise it will be left out
                 evaluator.check(self)
