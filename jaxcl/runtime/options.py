@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from jaxcl.errors import UserError
 
-SUPPLIED = ("size", "mean", "std")  # keywords of view factories that the data decides, not a config
+SUPPLIED = ("size", "mean", "std")  # keywords of view factories (functions) that the data decides, not a config
 
 
 class Range(NamedTuple):
@@ -82,7 +82,7 @@ def options_of(part: Callable) -> dict[str, Option]:
     return {
         name: Option(_default(part, name, p.default), hints.get(name, Any))
         for name, p in inspect.signature(part).parameters.items()
-        if name not in SUPPLIED and p.default is not inspect.Parameter.empty
+        if p.default is not inspect.Parameter.empty and (name not in SUPPLIED or inspect.isclass(part))
     }
 
 
