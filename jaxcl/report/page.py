@@ -149,6 +149,7 @@ def write_report(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     panels: Mapping[str, Any],
+    images: Mapping[str, int] | None = None,
 ) -> epath.Path:
     """Writes `workdir/report/index.html` and its PNG files.
 
@@ -156,7 +157,7 @@ def write_report(
 
     Args:
       workdir: the run folder.
-      config: the whole config; its "name" is the title.
+      config: the whole config; its "name" and "data.source" make the title.
       environment: packages, devices, commit.
       results: nested dict of the final figures, fractions in [0,1]; those known to `verdict` are explained at
         the top, and all are listed below.
@@ -168,6 +169,7 @@ def write_report(
         "transfer" a run's of `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`,
         "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name;
         "step_time" what `jaxcl.train.profile` measured, a table.
+      images: number of images by split, for example {"training": 10000, "test": 2000}.
 
     Returns:
       The path of the page.
@@ -183,10 +185,10 @@ def write_report(
         logger.warning("the report has no section for the panel %r", name)
     sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]
 
-    title = str(config.get("name") or storage.folder(workdir).name)
+    title = verdict.title(config) or storage.folder(workdir).name
     command = results.get("command") or environment.get("command")
     body = [
-        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(verdict.sentence(config, results))}</p></header>",
+        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(verdict.sentence(config, results, images or {}))}</p></header>",
         _verdict_table(results),
         *sections,
         step_time.section(measured) if measured else "",

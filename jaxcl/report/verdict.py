@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.report.progress import duration
 
+DEFAULT_SOURCE = "garments"  # of a config; part of the names of presets that do not choose another one
 HIGHER, LOWER = "↑ higher", "↓ lower"
 
 
@@ -185,13 +187,31 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     return found
 
 
-def sentence(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """One sentence that says what was run and how it went."""
-    said = "Trained"
+def title(config: Mapping[str, Any]) -> str:
+    """The config's name and the data source that was used; "" for a config without a name.
+
+    A name contains the data set of its preset, which is not the one used if `data.source` was set by hand: "simclr
+    garments unlabelled" on a folder of photos is "simclr unlabelled on folder:photos".
+    """
+    name, source = str(config.get("name") or ""), _source(config)
+    if not (name and source):
+        return name
+    words = [word for word in name.split() if word != DEFAULT_SOURCE and word not in re.split(r"\W+", source)]
+    return f"{' '.join(words)} on {source}"
+
+
+def _source(config: Mapping[str, Any]) -> str:
     data = config.get("data")
-    source = data.get("source") if hasattr(data, "get") else data
-    if isinstance(source, str) and source:
+    return str((data.get("source") if hasattr(data, "get") else data) or "")
+
+
+def sentence(config: Mapping[str, Any], results: Mapping[str, Any], images: Mapping[str, int]) -> str:
+    """One sentence that says what was run and how it went; images: their number by split."""
+    said = "Trained"
+    if source := _source(config):
         said += f" on {source}"
+    if images:
+        said += f" ({' and '.join(f'{count:,} {split}' for split, count in images.items())} images)"
     steps = results.get("steps")
     if isinstance(steps, int):
         said += f" for {steps:,} steps"

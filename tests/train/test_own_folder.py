@@ -7,8 +7,8 @@ import time
 
 import photos
 import pytest
+from processes import ROOT, subprocess_run
 from test_main import cli
-from test_train import ROOT, subprocess_run
 
 from jaxcl.report import read_metrics
 

@@ -29,14 +29,13 @@ from typing import Any
 
 from absl import flags
 
-from jaxcl import config as configs
 from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.commands.sweep.runs import Run, plan
 from jaxcl.commands.sweep.table import Entry, Row
 from jaxcl.errors import Preempted, UserError
 from jaxcl.report.progress import duration
 from jaxcl.runtime import flags as command_line
-from jaxcl.train import run_folder
+from jaxcl.train import config_diff, run_folder
 
 logger = logging.getLogger("jaxcl")
 
@@ -161,7 +160,7 @@ class Sweep:
         """What an earlier sweep left. Errors: UserError where the folder is another run's."""
         path = run.workdir / "config.json"
         old = json.loads(path.read_text()) if path.exists() else run.config
-        if changed := configs.differences(old, run.config):
+        if changed := config_diff.differences(old, run.config):
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
                 f"{run.workdir} holds a run of another config, {changed[0]}{more}; "
@@ -169,7 +168,7 @@ class Sweep:
             )
         if (run.workdir / "results.json").exists():
             if old["eval"] != run.config["eval"]:
-                a, b = configs.flatten(old["eval"], "eval"), configs.flatten(run.config["eval"], "eval")
+                a, b = config_diff.flatten(old["eval"], "eval"), config_diff.flatten(run.config["eval"], "eval")
                 key = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
                 logger.warning(
                     "%s was evaluated with %s = %s, not %s: its results stay as they are; remove %s to evaluate again",
@@ -178,7 +177,7 @@ class Sweep:
             return self._finished(run)
         if (mark := _mark(run)).exists():
             record = json.loads(mark.read_text())
-            if record["config"] == configs.fingerprint(run.config):
+            if record["config"] == config_diff.fingerprint(run.config):
                 logger.info("%s diverged before (%s); remove %s to try it again", run.title, record["why"], mark)
                 return self._entry(run, "diverged")
         return self._entry(run, "waiting")
@@ -212,7 +211,7 @@ class Sweep:
             what = self._figures(self.entries[run])
         elif code == 3:
             self.entries[run] = self._entry(run, "diverged")
-            run_folder.write_json(_mark(run), {"why": why, "config": configs.fingerprint(run.config)})
+            run_folder.write_json(_mark(run), {"why": why, "config": config_diff.fingerprint(run.config)})
             what = f"diverged: {why}"
         elif code == 2:
             self._mistakes.append(f"{why} ({run.title}, see {run.log})")
