@@ -22,7 +22,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
       metrics: the dicts of `read_metrics`. Known metrics get panels in a fixed order (loss, learning rate, accuracy,
         saliency, collapse, speed, data wait), the others one panel for each prefix before "/".
     """
-    panels = _panels(_series(metrics))
+    panels = grouped(read_series(metrics))
     if not panels:
         return message("No metrics were recorded.")
     columns = 1 if len(panels) == 1 else 2
@@ -42,7 +42,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
     return figure
 
 
-def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Name -> (steps [n], values [n]) in the order of the steps, of all metrics that are numbers, finite or not."""
     found: dict[str, dict[int, float]] = {}
     for row in metrics:
@@ -54,7 +54,7 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray,
     return {name: tuple(np.array(points, float).T) for name, points in ordered.items()}
 
 
-def _panels(series: dict) -> list[tuple[str, dict, str]]:
+def grouped(series: dict) -> list[tuple[str, dict, str]]:
     """[(title, {label: (steps, values)}, kind)]; kind "number" | "percent" | "schedule"."""
     rest = dict(series)
 
@@ -118,7 +118,7 @@ def _draw_lines(ax, lines: dict, kind: str, last: float) -> None:
         shown = np.where(finite, values, np.nan)
         if smooth:
             ax.plot(steps, shown, color=color, alpha=0.25, linewidth=0.8)
-            shown = _running_mean(shown, max(3, len(values) // 25))
+            shown = running_mean(shown, max(3, len(values) // 25))
         sparse = len(values) < 25
         ax.plot(steps, shown, color=color, marker="o" if sparse else None, markersize=3.5)
         ends.append((float(shown[np.flatnonzero(np.isfinite(shown))[-1]]), name, color))
@@ -165,7 +165,7 @@ def _label_ends(ax, ends: list[tuple[float, str, str]], kind: str) -> None:
         )  # fmt: skip
 
 
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Mean of the finite values in a centred window, cut off at the ends."""
     half = width // 2
     good = np.isfinite(values)

@@ -59,7 +59,7 @@ def neighbour_grid(
     for r in range(n):
         y = _MARGIN + head + r * high
         sheet.image(queries[r], _MARGIN, y, size, title=names[r])
-        sheet.text(_MARGIN, y + size[1] + _TEXT // 2, _fitted(names[r], step), color=MUTED, fontsize=7.5)
+        sheet.text(_MARGIN, y + size[1] + _TEXT // 2, shortened(names[r], step), color=MUTED, fontsize=7.5)
         for c in range(k):
             x = _MARGIN + (c + 1) * step + aside
             sheet.image(found[r, c], x, y, size, title=f"{found_names[r][c]}, cosine {cosine[r, c]:.3f}")
@@ -126,13 +126,13 @@ def duplicate_grid(images: Sequence[np.ndarray], names: Sequence[Sequence[str]])
     for group, called, (x, y) in zip(groups, names, places, strict=True):
         for c, image in enumerate(group):
             sheet.image(image, x + c * step, y, size, title=called[c])
-            sheet.text(x + c * step, y + size[1] + _TEXT // 2, _fitted(called[c], step), color=MUTED, fontsize=7.5)
+            sheet.text(x + c * step, y + size[1] + _TEXT // 2, shortened(called[c], step), color=MUTED, fontsize=7.5)
         if more := len(called) - len(group):
             sheet.text(x + len(group) * step, y + size[1] / 2, f"and {more:,} more", color=MUTED, fontsize=8)
     return sheet.titled()
 
 
-def _fitted(name: str, room: int) -> str:
+def shortened(name: str, room: int) -> str:
     """A file name shortened to `room` dots; it keeps both ends, as names often differ in one of them."""
     name, length = short(name.rsplit("/", 1)[-1], 200), room // 13
     if len(name) <= length:

@@ -250,18 +250,18 @@ def test_expected_calibration_error_by_hand():
 def test_curves_group_what_is_there():
     rows = [{"step": s, "time": 0.0, "loss": 1.0, "loss/a": 1.0, "lr": 0.1, "extra/x": 2.0} for s in range(1, 9)]
     rows += [{"step": 4, "eval/knn_accuracy": 0.5, "note": "text", "flag": True}]
-    panels = {title: set(lines) for title, lines, _ in curves_module._panels(curves_module._series(rows))}
+    panels = {title: set(lines) for title, lines, _ in curves_module.grouped(curves_module.read_series(rows))}
     # A single term of weight 1 is the loss itself and is not drawn twice.
     assert panels == {"Loss": {"loss"}, "Learning rate": {"lr"}, "Accuracy": {"knn"}, "Extra": {"x"}}
     rows[0]["loss/b"] = 0.5
-    panels = {title: set(lines) for title, lines, _ in curves_module._panels(curves_module._series(rows))}
+    panels = {title: set(lines) for title, lines, _ in curves_module.grouped(curves_module.read_series(rows))}
     assert panels["Loss"] == {"total", "a", "b"}
 
 
 def test_running_mean_by_loop():
     values = np.random.default_rng(0).normal(size=30)
     values[[4, 29]] = np.nan
-    got = curves_module._running_mean(values, 7)
+    got = curves_module.running_mean(values, 7)
     for i in range(30):
         window = values[max(0, i - 3) : i + 4]
         want = np.nanmean(window) if np.isfinite(values[i]) else np.nan
@@ -363,7 +363,7 @@ def test_similarities_over_training(tmp_path):
     assert -0.6 < low < -0.2 and 0.7 < high <= 1
     page = write_report(tmp_path, config={}, environment={}, results={}, metrics=metrics, panels={}).read_text()
     assert 'id="similarities"' in page and (tmp_path / "report" / "similarities.png").exists()
-    lines = curves_module._series(metrics)  # a row of numbers is no curve
+    lines = curves_module.read_series(metrics)  # a row of numbers is no curve
     assert set(lines) == {"loss", "similarity/queue", "eval/knn_accuracy"}
     plain = [{"step": 1, "loss": 1.0}]
     page = write_report(tmp_path / "b", config={}, environment={}, results={}, metrics=plain, panels={}).read_text()

@@ -239,7 +239,7 @@ def test_collapse_curve_of_several_settings_and_of_none():
 def test_collapse_metrics_have_two_panels_when_there_are_any():
     names = ("within_class_cosine", "between_class_cosine", "class_spread", "effective_rank", "alignment", "uniformity")
     rows = [{"step": s, "loss": 1.0} | {f"collapse/{n}": float(s) for n in names} for s in range(3)]
-    found = {title: lines for title, lines, _ in curves_module._panels(curves_module._series(rows))}
+    found = {title: lines for title, lines, _ in curves_module.grouped(curves_module.read_series(rows))}
     first, second = "Cosines within and between classes", "All embeddings: spread and alignment"
     assert list(found) == ["Loss", first, second]
     assert list(found[first]) == ["within", "between", "class spread"]
@@ -247,8 +247,8 @@ def test_collapse_metrics_have_two_panels_when_there_are_any():
     np.testing.assert_allclose(found[second]["log eff. rank"][1], np.log([1, 1, 2]))
     figures.curves(rows)
     only = [{"step": 1, "loss": 1.0, "collapse/uniformity": -2.0}]
-    assert [t for t, *_ in curves_module._panels(curves_module._series(only))] == ["Loss", second]
-    assert [t for t, *_ in curves_module._panels(curves_module._series([{"step": 1, "loss": 1.0}]))] == ["Loss"]
+    assert [t for t, *_ in curves_module.grouped(curves_module.read_series(only))] == ["Loss", second]
+    assert [t for t, *_ in curves_module.grouped(curves_module.read_series([{"step": 1, "loss": 1.0}]))] == ["Loss"]
 
 
 def test_verdict_of_transfer_and_worst_group():
