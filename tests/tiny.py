@@ -12,7 +12,7 @@ from etils.epath import backend
 from jaxcl import config as base
 from jaxcl.data import source_of
 from jaxcl.method.build import build_recipe, data_facts
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 from jaxcl.train import run_folder
 from jaxcl.train.checkpoint import Checkpoints
 

@@ -1,12 +1,11 @@
-"""Micro-batching: a batch whose gradient is the mean of its parts' gradients, each part by itself from view to loss.
+"""Gradient accumulation: the gradient of a batch as the mean of its micro-batches' gradients.
 
-Only for terms that take each image by itself (`per_image`: BYOL, SimSiam, MoCo against its queue, cross-entropy,
-reconstruction): there it is the gradient of the whole batch, without the second forward pass of GradCache. Where images
-of a batch meet in a loss, each part would have its own negatives only; that is refused (see `grad_cache`). Batch norm
-is another meeting: it is refused too, unless the config says that each part may normalise by its own statistics, as
-so many smaller steps would.
+It needs terms that are a mean over images (`Term.per_image`: BYOL, SimSiam, MoCo against its queue, cross-entropy,
+reconstruction). For them it gives the gradient of the whole batch without GradCache's second forward pass. Where images
+of a batch meet in a loss, each micro-batch would see its own negatives only; that is refused (see `grad_cache`). Batch
+norm is refused too, unless the config accepts that each micro-batch is normalised by its own statistics.
 
-N rows, C parts.
+N rows, C micro-batches.
 """
 
 import dataclasses
@@ -29,15 +28,14 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Accumulate(Options):
-    """What a config may say of it."""
+    """Options of `accumulate` in a config."""
 
-    micro_batch: Annotated[int, Range(0)] = 0  # images at a time, over all devices; 0: the whole batch at once
-    batch_norm: Literal["refuse", "micro_batch"] = (
-        "refuse"  # with batch norm: "refuse", or "micro_batch": each part by its own statistics
-    )
+    micro_batch: Annotated[int, Range(0)] = 0  # images at a time, over all devices; 0: the whole batch
+    # What to do with batch norm: refuse, or let each micro-batch use its own statistics.
+    batch_norm: Literal["refuse", "micro_batch"] = "refuse"
 
     def check(self, recipe: Any, num_devices: int) -> None:
-        """UserError for parts that do not fit the batch or the devices, and for whatever couples the images of one."""
+        """Errors: UserError if it does not divide the batch and the devices, or if anything couples images."""
         m = self.micro_batch
         if not m:
             return
@@ -51,8 +49,8 @@ class Accumulate(Options):
         for name, term in recipe.terms.items():
             if not term.per_image:
                 raise UserError(
-                    f"accumulate.micro_batch with terms.{name}: its images meet in the loss, and each part would have "
-                    "its own negatives only; use grad_cache.micro_batch, which is exact"
+                    f"accumulate.micro_batch with terms.{name}: images meet in its loss; a micro-batch would have its "
+                    "own negatives only; use grad_cache.micro_batch, which is exact"
                 )
         if recipe.stages:
             raise UserError("accumulate.micro_batch with stages, which take whole batches; use grad_cache.micro_batch")
@@ -60,13 +58,13 @@ class Accumulate(Options):
             raise UserError("accumulate.micro_batch with bn_groups: both divide the batch norm; use one of them")
         if self.batch_norm == "refuse" and (where := _batch_norms(recipe)):
             raise UserError(
-                f"accumulate.micro_batch with batch norm ({where}): the statistics of a part are not those of the "
-                "batch; use norms without, or accept that with accumulate.batch_norm=micro_batch"
+                f"accumulate.micro_batch with batch norm ({where}): a micro-batch's statistics differ from the "
+                "batch's; use other norms, or accept that with accumulate.batch_norm=micro_batch"
             )
 
 
 def _batch_norms(recipe: Any) -> str:
-    """Where the first of them is; "" without any."""
+    """The config key of the first network with batch norm; "" without any."""
     for name, model in {"model": recipe.model, **{f"encoders.{n}": m for n, m in recipe.encoders.items()}}.items():
         if model.batch_norm or model.head.embeds or "none" != model.head.norm or "none" != model.head.out_norm:
             return name
@@ -78,20 +76,25 @@ def _batch_norms(recipe: Any) -> str:
 
 
 def gradients(
-    f: Callable, params: Tree, rows: Tree, stats: Tree, key: Array, *, parts: int, mesh: Mesh | None
+    grad_fn: Callable, params: Tree, rows: Tree, stats: Tree, key: Array, *, micro_batches: int, mesh: Mesh | None
 ) -> tuple[Array, Tree, Tree, Tree, Tree]:
-    """f(params, rows, stats, key) -> ((loss, (figures, outputs, stats)), gradients) part by part.
+    """Accumulate `grad_fn(params, rows, stats, key) -> ((loss, (metrics, outputs, stats)), gradients)`.
 
-    -> (mean loss, mean figures, outputs in the order of the rows, last stats, mean gradients). Running statistics move
-    once a part. On several devices the gradients are summed over them once a part, which is more to send than without.
+    Running statistics move once a micro-batch. On several devices gradients are summed over them once a micro-batch,
+    which sends more than without accumulation. No row moves between devices.
 
     Args:
-      rows: arrays [N, ...], sharded by rows where the mesh has more than one device. No row moves between devices.
+      rows: arrays [N, ...], sharded by rows where the mesh has more than one device.
+      micro_batches: C, a divisor of N.
+
+    Returns:
+      (mean loss, mean metrics, outputs in the order of the rows, last statistics, mean gradients)
     """
+    C = micro_batches
 
     def deal(x: Array) -> Array:
-        """[N, ...] -> [C, N/C, ...]: every C-th row, so that every device has rows of its own in each part."""
-        x = jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
+        """[N, ...] -> [C, N/C, ...]: every C-th row, so that each device keeps rows in every micro-batch."""
+        x = jnp.moveaxis(x.reshape(len(x) // C, C, *x.shape[1:]), 1, 0)
         if mesh is None or mesh.size == 1:
             return x
         return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, AXIS)))
@@ -99,14 +102,14 @@ def gradients(
     def collect(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    def one(carry: tuple[Tree, Tree], part: tuple[Tree, Array]) -> tuple[tuple[Tree, Tree], Tree]:
+    def step(carry: tuple[Tree, Tree], xs: tuple[Tree, Array]) -> tuple[tuple[Tree, Tree], Tree]:
         grads, stats = carry
-        part, i = part
-        (loss, (figures, outputs, stats)), own = f(params, part, stats, jax.random.fold_in(key, i))
-        return (jax.tree.map(jnp.add, grads, own), stats), (loss, figures, outputs)
+        micro_batch, i = xs
+        (loss, (metrics, outputs, stats)), new = grad_fn(params, micro_batch, stats, jax.random.fold_in(key, i))
+        return (jax.tree.map(jnp.add, grads, new), stats), (loss, metrics, outputs)
 
     zero = jax.tree.map(jnp.zeros_like, params)
-    dealt = (jax.tree.map(deal, rows), jnp.arange(parts))
-    (grads, stats), (loss, figures, outputs) = lax.scan(one, (zero, stats), dealt)
-    loss, figures = jax.tree.map(lambda x: x.mean(0), (loss, figures))
-    return loss, figures, jax.tree.map(collect, outputs), stats, jax.tree.map(lambda g: g / parts, grads)
+    dealt = (jax.tree.map(deal, rows), jnp.arange(C))
+    (grads, stats), (loss, metrics, outputs) = lax.scan(step, (zero, stats), dealt)
+    loss, metrics = jax.tree.map(lambda x: x.mean(0), (loss, metrics))
+    return loss, metrics, jax.tree.map(collect, outputs), stats, jax.tree.map(lambda g: g / C, grads)

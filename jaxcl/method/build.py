@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
 from jaxcl.method import registry
-from jaxcl.method import sharding as shardings
 from jaxcl.method.accumulate import Accumulate
 from jaxcl.method.check import check, check_paths
 from jaxcl.method.grad_cache import GradCache
@@ -49,10 +48,11 @@ def build_recipe(
     labelled: bool,
     num_devices: int = 1,
 ) -> Recipe:
-    """Parts from a config and the facts of its data. Errors: UserError, one line, naming the config key."""
+    """Build a recipe from a config and the facts of its data (`data_facts`).
+
+    Errors: UserError, one line that begins with the config key, for whatever cannot work.
+    """
     B = config.batch_size
-    if config.sharding not in shardings.KINDS:
-        raise UserError(f"sharding is {config.sharding!r}; expected one of {', '.join(shardings.KINDS)}")
     if B < 1 or B % num_devices:
         raise UserError(f"batch_size {B} does not divide over {num_devices} devices; use a multiple of {num_devices}")
     if B > num_examples:
@@ -83,11 +83,13 @@ def build_recipe(
         name = f"memory.{n}.optimizer"
         if not memory[n].trained:
             continue
-        own = construct(name, OptimizerOptions, node.get("optimizer", {}))
-        if own.constant_lr:
-            raise UserError(f"{name}.constant_lr is {own.constant_lr}; expected (): all of it has one rate")
-        memory_schedule[n] = make_schedule(own, name=name, steps=steps, **unit)
-        memory_tx[n] = make_optimizer(own, memory_schedule[n], name=name)
+        probe_options = construct(name, OptimizerOptions, node.get("optimizer", {}))
+        if probe_options.constant_lr:
+            raise UserError(
+                f"{name}.constant_lr is {probe_options.constant_lr}; expected (): a memory part has one rate"
+            )
+        memory_schedule[n] = make_schedule(probe_options, name=name, steps=steps, **unit)
+        memory_tx[n] = make_optimizer(probe_options, memory_schedule[n])
 
     recipe = Recipe(
         model=model,
@@ -103,7 +105,7 @@ def build_recipe(
         passes=passes,
         terms=terms,
         memory=memory,
-        tx=make_optimizer(options, schedule, name="optimizer"),
+        tx=make_optimizer(options, schedule),
         schedule=schedule,
         memory_tx=memory_tx,
         memory_schedule=memory_schedule,

@@ -1,4 +1,4 @@
-"""What cannot work in a recipe, refused in one plain line before anything compiles."""
+"""Refuses what cannot work in a recipe, in one plain line, before anything compiles."""
 
 from collections.abc import Iterable
 
@@ -9,15 +9,15 @@ from jaxcl.runtime.options import suggestion
 
 
 def check_paths(where: str, paths: Iterable[str], heads: Iterable[str], encoders: Iterable[str]) -> None:
-    """UserError for a path that no parameters of such a recipe have."""
+    """Errors: UserError for a path at which no parameters are."""
     known = ["encoder", "head", "branches", *(f"heads/{n}" for n in heads), *(f"encoders/{n}" for n in encoders)]
     for path in paths:
         if not any(f"{path}/".startswith(f"{k}/") for k in known):
-            raise UserError(f"{where} holds {path!r}, where no parameters are{suggestion(path, known)}")
+            raise UserError(f"{where} holds {path!r}, which has no parameters{suggestion(path, known)}")
 
 
 def check(recipe: Recipe, *, num_devices: int) -> None:
-    """Refuse names that nothing makes and parts whose needs are not met."""
+    """Check that every name a part reads exists, and that every part's needs are met. Errors: UserError."""
     for model in (recipe.model, *recipe.encoders.values()):
         recipe.grad_cache.check(model, recipe.batch_size, num_devices)
     for n, part in recipe.memory.items():
@@ -35,7 +35,7 @@ def check(recipe: Recipe, *, num_devices: int) -> None:
 
     def exists(name: str, where: str, known: set[str]) -> None:
         if name not in known:
-            raise UserError(f"{where} names view {name!r}, which nothing makes{suggestion(name, sorted(known))}")
+            raise UserError(f"{where} names view {name!r}, which does not exist{suggestion(name, sorted(known))}")
 
     available = set(recipe.views)
     for i, stage in enumerate(recipe.stages):
@@ -49,13 +49,15 @@ def check(recipe: Recipe, *, num_devices: int) -> None:
     if not recipe.passes or not recipe.terms:
         raise UserError("a recipe needs at least one pass and one term; see configs/supcon.py")
     encoded: set[str] = set()
-    shallow: set[str] = set()  # of them, those of a part of the network
+    shallow: set[str] = set()  # embeddings by the first stages of a network only
     for i, p in enumerate(recipe.passes):
         _known_encoder(recipe, f"passes[{i}].encoder", p.encoder)
         recipe.encoder(p.encoder).check_norm_set(f"passes[{i}].norm_set", p.norm_set)
         recipe.encoder(p.encoder).check_depth(f"passes[{i}].depth", p.depth)
         if p.depth and recipe.grad_cache.micro_batch:
-            raise UserError(f"passes[{i}].depth with grad_cache.micro_batch: it knows whole networks only; use one")
+            raise UserError(
+                f"passes[{i}].depth with grad_cache.micro_batch: GradCache encodes whole networks only; use one of them"
+            )
         _check_groups(recipe, f"passes[{i}]", p)
         for name, embedding in zip(p.views, p.embeddings, strict=True):
             exists(name, f"passes[{i}]", made)

@@ -1,12 +1,11 @@
-"""GradCache: the encoder takes a batch in micro-batches and keeps no activations; the losses still see all of it.
+"""GradCache: the encoder runs in micro-batches and keeps no activations, while the losses see the whole batch.
 
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983. A scan
-over micro-batches embeds a pass, every term runs on all embeddings as without it, and the backward pass encodes each
-micro-batch once more before it differentiates it. That costs one more forward of the encoder. Only what the terms read
-is changed, so it holds for any term; accumulated gradients are something else, each micro-batch then having its own
-negatives only.
+over micro-batches embeds a pass, every term runs on all embeddings, and the backward pass encodes each micro-batch
+again before it differentiates it. That costs one more forward pass of the encoder, and works for any term. Accumulated
+gradients differ: there each micro-batch has its own negatives only.
 
-Stages (a saliency map, an attack) keep the whole batch: what they need of memory is not reduced.
+Stages (a saliency map, an attack) still use the whole batch, so the memory they need is not reduced.
 
 N rows of a pass, C micro-batches, G groups (C divides G) of N/G neighbouring rows that stay in one micro-batch,
 D features.
@@ -33,21 +32,18 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class GradCache(Options):
-    """What a config may say of it."""
+    """Options of `grad_cache` in a config."""
 
-    micro_batch: Annotated[int, Range(0)] = (
-        0  # images encoded at a time, over all devices; 0: the whole batch at once, no GradCache
-    )
-    batch_norm: Literal["refuse", "first_pass"] = (
-        "refuse"  # with batch norm: "refuse", or "first_pass" for its statistics (see `encode`)
-    )
+    micro_batch: Annotated[int, Range(0)] = 0  # images encoded at a time, over all devices; 0: no GradCache
+    # With batch norm: refuse, or fixed statistics from a first pass (see `encode`).
+    batch_norm: Literal["refuse", "first_pass"] = "refuse"
 
     def chunks(self, batch_size: int) -> int:
         """Micro-batches a batch is encoded in; 0 without GradCache."""
         return batch_size // self.micro_batch if self.micro_batch else 0
 
     def check(self, model: Model, batch_size: int, num_devices: int) -> None:
-        """UserError for a micro-batch that does not fit the batch, the devices or the encoder."""
+        """Errors: UserError if micro-batches do not fit the batch, the devices or the encoder."""
         m = self.micro_batch
         if not m:
             return
@@ -65,12 +61,12 @@ class GradCache(Options):
             )
 
     def check_rows(self, what: str, rows: int, batch_size: int, num_devices: int) -> None:
-        """UserError unless a view of another length than the batch falls into as many equal parts."""
-        parts = self.chunks(batch_size)
-        if parts and rows % (parts * num_devices):
+        """Errors: UserError unless a view with its own number of rows divides into micro-batches."""
+        chunks = self.chunks(batch_size)
+        if chunks and rows % (chunks * num_devices):
             raise UserError(
-                f"{what} gives {rows} rows, which do not divide into {parts} micro-batches over {num_devices} devices; "
-                f"use a multiple of {parts * num_devices} rows, or a larger grad_cache.micro_batch"
+                f"{what} gives {rows} rows, which do not divide into {chunks} micro-batches over {num_devices} "
+                f"devices; use a multiple of {chunks * num_devices} rows, or a larger grad_cache.micro_batch"
             )
 
 
@@ -87,33 +83,33 @@ def encode(
     mesh: Mesh | None = None,
     key: Array | None = None,
 ) -> tuple[Array, Tree]:
-    """`Model.encode` with train=True, in micro-batches: images -> (features [N,D] in their order, new statistics).
+    """`Model.encode` with train=True, in micro-batches: images -> (features [N,D] in order, new statistics).
 
     Without batch norm the features and their gradient are those of `Model.encode`, up to rounding.
 
-    With batch norm a first pass, not differentiated, finds the statistics of each micro-batch in each layer, normalised
-    by its own as in training. Pooled over the micro-batches (`pool`) they become constants by which the differentiated
-    pass normalises, and the running statistics move by them once. Two things differ from batch norm on the whole batch.
-    No gradient flows through the statistics, so the gradient keeps the components along each channel's shift and
-    scale which batch norm's own gradient lacks. And from the second layer on the statistics are of activations that
-    each micro-batch had normalised by its own; with one micro-batch the features are equal, the gradient is not.
+    With batch norm, a first pass without gradient computes each layer's statistics of each micro-batch, which is
+    normalised by its own statistics as in training. Pooled over the micro-batches (`pool`) they become constants that
+    the differentiated pass normalises by, and the running statistics move by them once. Two things differ from batch
+    norm on the whole batch. First, no gradient flows through the statistics, so the gradient keeps components along
+    each channel's shift and scale. Second, from the second layer on the statistics are of activations that each
+    micro-batch normalised by itself. With one micro-batch the features are equal; the gradient is not.
 
     Args:
       images: [N, H, W, C], sharded by rows where the mesh has more than one device.
-      where: [N] bool, rows that count in the statistics. A layer keeps its running statistics where none does.
-      norm_set: the set of batch norms to use, "" the clean one; no statistics but its own move.
-      chunks: number of micro-batches; with the number of devices it must divide `groups`.
-      groups: N/groups neighbouring rows (an image's views) stay together. Group j joins micro-batch j mod chunks
-        in the first pass, whatever the number of devices.
-      key: of what an encoder without batch norm drops at random; each micro-batch on each device draws its own.
+      where: [N] bool, rows that count in the statistics. If none does, running statistics stay.
+      norm_set: the set of batch norms to use, "" the clean one; only its statistics move.
+      chunks: number of micro-batches; times the number of devices it must divide `groups`.
+      groups: N/groups neighbouring rows (an image's views) stay together. Group j is in micro-batch j mod chunks of the
+        first pass, whatever the number of devices.
+      key: for dropout in an encoder without batch norm; each micro-batch on each device has a key of its own.
       mesh: the mesh of the update, or None for one device. No image moves between devices, and the gradient of the
-        parameters is summed over them once, not once a micro-batch.
+        parameters is summed over devices once, not once a micro-batch.
     """
     encoder = {"encoder": params["encoder"]}
     devices = 1 if mesh is None else mesh.size
     if groups % (chunks * devices):
         raise UserError(
-            f"grad_cache: a pass of {len(images)} rows in {groups} equal parts does not divide into {chunks} "
+            f"grad_cache: a pass of {len(images)} rows in {groups} groups does not divide into {chunks} "
             f"micro-batches over {devices} devices; use a larger grad_cache.micro_batch"
         )
     model.check_norm_set("norm_set", norm_set)
@@ -124,24 +120,25 @@ def encode(
             return looped.encode(params, {}, x, train=True, key=key)[0]
 
         return _by_rows(whole, chunks, mesh, key)(encoder, {}, images), stats
-    parts = dict(where=where, norm_set=norm_set, chunks=chunks, groups=groups, mesh=mesh)
-    batch = batch_statistics(model, encoder, stats, images, **parts)
+    batch = batch_statistics(
+        model, encoder, stats, images, where=where, norm_set=norm_set, chunks=chunks, groups=groups, mesh=mesh
+    )
 
-    def one(params: Tree, stats: Tree, x: Array, _: None) -> Array:
+    def normalised(params: Tree, stats: Tree, x: Array, _: None) -> Array:
         return looped.encode(params, stats, x, train=False, norm_set=norm_set)[0]
 
-    h = _by_rows(one, chunks, mesh)(encoder, batch, images)
+    h = _by_rows(normalised, chunks, mesh)(encoder, batch, images)
     return h, model.move_statistics(stats, batch, norm_set)
 
 
 def _by_rows(f: Callable[..., Array], chunks: int, mesh: Mesh | None, key: Array | None = None):
-    """f(params, constants, rows, key) -> rows, for an f of each row by itself, in chunks that are recomputed."""
+    """Maps f(params, constants, rows, key) -> rows over chunks of rows, recomputing f in the backward pass."""
 
     def scan(params: Tree, constants: Tree, rows: Array, keys: Array | None) -> Array:
-        # Within a scan nothing is merged with the forward pass anyway, so the barriers of prevent_cse would be idle.
-        again = jax.checkpoint(f, prevent_cse=False)
+        # XLA merges nothing across a scan, so the barriers of prevent_cse are not needed.
+        recomputed = jax.checkpoint(f, prevent_cse=False)
         x = rows.reshape(chunks, -1, *rows.shape[1:])
-        _, y = lax.scan(lambda _, of: (None, again(params, constants, *of)), None, (x, keys))
+        _, y = lax.scan(lambda _, xs: (None, recomputed(params, constants, *xs)), None, (x, keys))
         return y.reshape(-1, *y.shape[2:])
 
     if mesh is None or mesh.size == 1:
@@ -149,7 +146,7 @@ def _by_rows(f: Callable[..., Array], chunks: int, mesh: Mesh | None, key: Array
         return lambda params, constants, rows: scan(params, constants, rows, keys)
 
     def local(params: Tree, constants: Tree, rows: Array, keys: Array | None) -> Array:
-        # Made varying out here, not by each use in the loop: the sum of the gradient over devices is its transpose.
+        # Made varying outside the loop: the transpose of this cast is the gradient's sum over devices, done once.
         params = jax.tree.map(lambda p: lax.pcast(p, AXIS, to="varying"), params)
         return scan(params, constants, rows, keys)
 
@@ -170,13 +167,13 @@ def batch_statistics(
     groups: int,
     mesh: Mesh | None = None,
 ) -> Tree:
-    """Pooled batch statistics of a pass, each micro-batch normalised by its own; under stop-gradient. See `encode`.
+    """Batch statistics of a pass, pooled over micro-batches that are each normalised by themselves. See `encode`.
 
-    Of the set of batch norms used only, as `Model.batch_statistics`.
+    Only of the set of batch norms in use, as in `Model.batch_statistics`; without gradient.
     """
 
     def deal(x: Array) -> Array:
-        """[N, ...] -> [C, G/C, N/G, ...]: every chunks-th group, so every device gives rows of its own to each."""
+        """[N, ...] -> [C, G/C, N/G, ...]: every chunks-th group, so each device keeps rows in every micro-batch."""
         x = jnp.moveaxis(x.reshape(groups // chunks, chunks, len(x) // groups, *x.shape[1:]), 1, 0)
         if mesh is None or mesh.size == 1:
             return x
@@ -195,13 +192,14 @@ def batch_statistics(
 
 
 def pool(statistics: Tree, count_C: Array) -> Tree:
-    """Statistics of equal or unequal parts -> those of the whole.
+    """Pool the statistics of micro-batches, equal or unequal, into those of the batch.
 
-    Mean: the parts' means by their counts. Variance: the mean of their variances plus the variance of their means.
+    The mean is the mean of the means, weighted by counts; the variance is the mean of the variances plus the variance
+    of the means.
 
     Args:
       statistics: {"mean": [C, M], "var": [C, M]} for each layer, at any depth of the tree.
-      count_C: [C] rows that each part counts; a part without any may hold NaN.
+      count_C: [C] rows that each micro-batch counts; one without any may hold NaN.
     """
     weight_C = count_C / jnp.maximum(count_C.sum(), 1)
 

@@ -88,9 +88,8 @@ class Decoder(Head):
     together: bool = dataclasses.field(default=True, kw_only=True)
     widths: Sequence[int] = (512, 256, 128, 64, 64)  # channels before, between and after the stages
     blocks: Annotated[int, Range(1)] = 2  # residual blocks a stage
-    patch: Annotated[int, Range(1)] = (
-        1  # pixels a side that one place of the last map becomes; above 1 it costs far less
-    )
+    # pixels a side that one place of the last map becomes; above 1 it costs far less
+    patch: Annotated[int, Range(1)] = 1
 
     def check(self, where: str, sizes: HeadInput) -> None:
         try:

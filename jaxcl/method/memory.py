@@ -110,11 +110,11 @@ class MemoryPart(Options, Contract):
 
 @dataclasses.dataclass(frozen=True)
 class LinearProbe(MemoryPart):
-    """A linear classifier on pooled features behind stop-gradient, with an optimiser of its own.
+    """A linear classifier on pooled features, under stop-gradient, with its own optimiser.
 
-    online: one step of it rides on each update, on the features that update computed anyway.
-    alternating: one epoch of the encoder, then one of the probe on the frozen encoder (the ExCon code's schedule).
-    sequential: all epochs of the encoder, then as many of the probe (SupCon's).
+    online: takes one step in each update, on the features that the update computes anyway.
+    alternating: one epoch of the encoder, then one of the probe on the frozen encoder (as the ExCon code does).
+    sequential: all epochs of the encoder, then as many of the probe (as SupCon does).
     """
 
     trained: ClassVar[bool] = True
@@ -165,22 +165,21 @@ class LinearProbe(MemoryPart):
 
 @dataclasses.dataclass(frozen=True)
 class EMA(MemoryPart):
-    """The moving average of an encoder and its head, by whose name passes encode: the target of MoCo and BYOL.
+    """The moving average of an encoder and its head, the target of MoCo and BYOL; passes name it as their encoder.
 
-    Only parameters are averaged. It normalises by its own batches, and has running statistics of its own.
+    Only parameters are averaged. Its batch norms use the statistics of its own batches.
     """
 
     encodes: ClassVar[bool] = True
 
     of: str = ""  # the encoder it follows; "" is the main one
     decay: Annotated[float, SHARE] = 0.999  # share of the old values that an update keeps
-    decay_schedule: Literal["constant", "cosine"] = (
-        "constant"  # or "cosine": from decay to 1 at the end of the run (BYOL)
-    )
-    average_embeds: bool = True  # also what a head makes of drawn parameters; False: there it is the encoder's own
-    order: Literal["before", "after"] = (
-        "before"  # averaged before the views are encoded (MoCo), or "after" the optimiser's step (BYOL)
-    )
+    # cosine: from decay to 1 at the end of the run (BYOL).
+    decay_schedule: Literal["constant", "cosine"] = "constant"
+    # Also average a conditioned head's layers on augmentation parameters; False: use the encoder's own there.
+    average_embeds: bool = True
+    # Update the average before the views are encoded (MoCo), or after the optimiser's step (BYOL).
+    order: Literal["before", "after"] = "before"
 
     def check(self, where: str, recipe: Any) -> None:
         if self.of and self.of not in recipe.encoders:
@@ -212,10 +211,10 @@ class EMA(MemoryPart):
 
 @dataclasses.dataclass(frozen=True)
 class Queue(MemoryPart):
-    """The last K embeddings of a view, as unit columns [E,K], first in, first out: the negatives of MoCo.
+    """The last K embeddings of a view as unit columns [E,K], first in, first out: the negatives of MoCo.
 
-    The batch is enqueued after the update, in its order, whatever the number of devices. K need not be a multiple of
-    the batch size (the released code demands it): the slots go round.
+    The batch is enqueued after the update, in order, on any number of devices. K need not be a multiple of the batch
+    size (unlike in the released code): slots wrap around.
     """
 
     of: str = "target/view2"  # the embedding that is enqueued
@@ -242,10 +241,10 @@ class Queue(MemoryPart):
 
 
 def enqueue(memory: Tree, keys_BxE: Array) -> Tree:
-    """Unit keys [B,E] into the slots pointer .. pointer + B - 1 of {"columns" [E,K], "pointer"}, modulo K; B <= K."""
+    """Write unit keys [B,E], B <= K, to slots pointer ... pointer + B - 1 (mod K) of {"columns" [E,K], "pointer"}."""
     columns_ExK, pointer = memory["columns"], memory["pointer"]
     size = columns_ExK.shape[1]
-    # Scattered: dynamic_update_slice would not wrap but stop at the end.
+    # A scatter, since dynamic_update_slice clamps at the end instead of wrapping around.
     slots = (pointer + jnp.arange(len(keys_BxE))) % size
     columns_ExK = columns_ExK.at[:, slots].set(keys_BxE.T.astype(columns_ExK.dtype))
     return {"columns": columns_ExK, "pointer": (pointer + len(keys_BxE)) % size}

@@ -1,11 +1,11 @@
-"""Schedules and optimisers; each optimiser counts its own steps, so two of them can take turns in one TrainState.
+"""Schedules and optimisers. Each optimiser counts its own steps, so two of them can take turns in one TrainState.
 
 e epoch counted from 1, E epochs, S steps per epoch.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,35 +13,33 @@ import optax
 
 from jaxcl.errors import UserError
 from jaxcl.runtime.durations import to_steps
+from jaxcl.runtime.options import POSITIVE, Options, Range
 
 Array = jax.Array
 Schedule = Callable[[Array], Array]
 
-SCHEDULES = ("constant", "cosine", "epoch_cosine", "epoch_steps", "epoch_factors", "released")
-OPTIMIZERS = ("sgd", "adam", "adamw", "torch_adamw", "lars")
-
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerOptions:
-    """What a config may say of an optimiser."""
+class OptimizerOptions(Options):
+    """Options of an optimiser in a config: `optimizer` and `memory.NAME.optimizer`."""
 
-    kind: str = "sgd"  # sgd, adam, adamw, torch_adamw, lars
-    lr: float = 0.5  # peak learning rate, as given: never rescaled behind your back
+    kind: Literal["sgd", "adam", "adamw", "torch_adamw", "lars"] = "sgd"
+    lr: Annotated[float, POSITIVE] = 0.5  # peak learning rate; it is never rescaled by the batch size
     momentum: float = 0.9  # sgd, lars
-    betas: Sequence[float] = (0.9, 0.999)  # all kinds of adam: how much of the old mean and square is kept
-    eps: float = 1e-8  # all kinds of adam: added to the root of the mean square
+    betas: Annotated[tuple[float, float], Range(0, below=1)] = (0.9, 0.999)  # adam: decay of the mean and the square
+    eps: Annotated[float, POSITIVE] = 1e-8  # all kinds of adam: added to the root of the mean square
     # sgd, adam: added to the gradient of all parameters; adamw, lars: matrices only; torch_adamw: all parameters.
     weight_decay: float = 1e-4
-    # constant; cosine per step; epoch_cosine, epoch_steps: SupCon code; epoch_factors: CLAE; released: Thanos.
-    schedule: str = "epoch_cosine"
-    cosine_epochs: int = 0  # released: from lr down to 0 in so many epochs, and up again; 0: in the whole run
+    # cosine: per step; epoch_cosine, epoch_steps: SupCon code; epoch_factors: CLAE code; released: Thanos code.
+    schedule: Literal["constant", "cosine", "epoch_cosine", "epoch_steps", "epoch_factors", "released"] = "epoch_cosine"
+    cosine_epochs: Annotated[int, Range(0)] = 0  # released: epochs from lr down to 0, then up again; 0: the whole run
     warmup: str = "0"  # linear, any duration
     warmup_from: float = 0.0  # learning rate at the first step of the warm-up
     decay_rate: float = 0.1  # epoch_cosine ends at lr * decay_rate**3; epoch_steps multiplies by it
     decay_epochs: Sequence[int] = ()  # epoch_steps, epoch_factors: after each of these epochs
-    decay_factors: Sequence[float] = ()  # epoch_factors: lr times this from then on, one for each of decay_epochs
-    clip_norm: float = 0.0  # global gradient norm is clipped to this; 0: not clipped
-    constant_lr: Sequence[str] = ()  # parts that learn at lr throughout: "heads/predictor" (SimSiam), "encoder", ...
+    decay_factors: Sequence[float] = ()  # epoch_factors: from then on the rate is lr times this, one for each epoch
+    clip_norm: Annotated[float, Range(0)] = 0.0  # the global gradient norm is clipped to this; 0: not clipped
+    constant_lr: Sequence[str] = ()  # parameters that keep the rate lr: "heads/predictor" (SimSiam), "encoder", ...
 
 
 def epoch_cosine(
@@ -56,7 +54,7 @@ def epoch_cosine(
     """Cosine that changes once an epoch, to lr * decay_rate**3, with a linear warm-up by steps.
 
     lr(e) = eta + (lr - eta)(1 + cos(pi e / E)) / 2, eta = lr * decay_rate**3, so epoch 1 is already below lr.
-    The warm-up, in whole epochs, ends at the cosine's value at its last epoch. Source: SupCon code; papers/excon.md c.
+    The warm-up, in whole epochs, ends at the cosine's value at its last epoch. Source: the released SupCon code.
     """
     eta = lr * decay_rate**3
 
@@ -95,8 +93,8 @@ def epoch_factors(
 ) -> Schedule:
     """lr, and lr * decay_factors[i] once decay_epochs[i] epochs are over, with a linear warm-up to lr by steps.
 
-    The factors are of lr, not of what came before: (0.1, 0.05) halves it the second time. Source: CLAE code of Plain
-    and UEL, whose epochs count from 0; papers/clae.md c.3.
+    Factors multiply lr, not the rate before: (0.1, 0.05) halves it the second time. Source: the released CLAE code of
+    Plain and UEL (arXiv 2010.12050), whose epochs count from 0.
     """
     milestones = jnp.asarray(tuple(decay_epochs) or (jnp.inf,))
     factors = jnp.asarray((1.0, *decay_factors))
@@ -110,11 +108,11 @@ def epoch_factors(
 def epoch_wave(
     lr: float, *, cosine_epochs: int, steps_per_epoch: int, warmup_steps: int = 0, warmup_from: float = 0.01
 ) -> Schedule:
-    """Cosine that changes once an epoch, from lr down to 0 in cosine_epochs and up again in as many, without end.
+    """Cosine that changes once an epoch: from lr down to 0 in cosine_epochs, up again in as many, and so on.
 
     lr(e) = lr (1 + cos(pi (e - 1) / cosine_epochs)) / 2, so epoch 1 has lr itself and a run of whole periods of
     2 cosine_epochs ends near it. The warm-up, in whole epochs, ends at the cosine's value at its last epoch. Source:
-    Thanos code, where the period stays at 100 epochs in runs of 600; papers/thanos.md 4.
+    the released Thanos code (arXiv 2204.07596), where the period stays at 100 epochs in runs of 600.
     """
 
     def cosine(e: Array) -> Array:
@@ -137,11 +135,7 @@ def _with_epoch_warmup(value: Schedule, steps_per_epoch: int, steps: int, start:
 def make_schedule(
     options: OptimizerOptions, *, name: str, steps: int, steps_per_epoch: int, batch_size: int
 ) -> Schedule:
-    """The learning rate as a function of the optimiser's own step count."""
-    if options.schedule not in SCHEDULES:
-        raise UserError(f"{name}.schedule is {options.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-    if not options.lr > 0:
-        raise UserError(f"{name}.lr is {options.lr}; expected a learning rate above 0")
+    """The learning rate as a function of the optimiser's own step count. name: its config key, for messages."""
     warmup = to_steps(
         options.warmup,
         name=f"{name}.warmup",
@@ -158,8 +152,6 @@ def make_schedule(
     if options.schedule == "epoch_cosine":
         return epoch_cosine(options.lr, epochs=-(-steps // steps_per_epoch), **common)
     if options.schedule == "released":
-        if options.cosine_epochs < 0:
-            raise UserError(f"{name}.cosine_epochs is {options.cosine_epochs}; expected epochs, or 0 for the whole run")
         del common["decay_rate"]
         return epoch_wave(options.lr, cosine_epochs=options.cosine_epochs or -(-steps // steps_per_epoch), **common)
     if options.schedule == "epoch_steps":
@@ -182,22 +174,23 @@ def make_schedule(
     return optax.join_schedules([optax.linear_schedule(options.warmup_from, options.lr, warmup), main], [warmup])
 
 
-def make_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) -> optax.GradientTransformation:
-    """SGD or Adam with weight decay in the gradient of all parameters (as in torch); AdamW, LARS: on matrices only.
+def make_optimizer(options: OptimizerOptions, schedule: Schedule) -> optax.GradientTransformation:
+    """The optimiser of these options.
 
-    Adam is torch's: both means corrected for their start at 0, then lr * m / (sqrt(v) + eps). "torch_adamw" is AdamW
-    with the decay lr * weight_decay * p on all parameters, norms, biases and tokens too, as torch does unasked.
+    "sgd" and "adam" add the weight decay to the gradient of all parameters, like torch; "adamw" and "lars" decay
+    matrices only; "torch_adamw" decays all parameters by lr * weight_decay * p, including norms, biases and tokens, as
+    torch does by default. Adam corrects both means for their start at 0, then steps by lr * m / (sqrt(v) + eps).
     Parameters under a path of `constant_lr` have an optimiser of the same kind at the constant rate lr.
     """
-    tx = _one_optimizer(options, schedule, name=name)
+    tx = _one_optimizer(options, schedule)
     if options.constant_lr:
-        constant = _one_optimizer(options, optax.constant_schedule(options.lr), name=name)
+        constant = _one_optimizer(options, optax.constant_schedule(options.lr))
         tx = optax.partition({"scheduled": tx, "constant": constant}, lambda p: rate_labels(p, options.constant_lr))
     return optax.chain(optax.clip_by_global_norm(options.clip_norm), tx) if options.clip_norm else tx
 
 
 def rate_labels(params: Any, paths: Sequence[str]) -> Any:
-    """ "constant" for each parameter at or under one of the paths, such as "heads/predictor"; else "scheduled"."""
+    """Labels each parameter: "constant" at or under one of the paths (such as "heads/predictor"), else "scheduled"."""
 
     def label(path: tuple, _: Any) -> str:
         at = "/".join(str(getattr(p, "key", p)) for p in path)
@@ -206,14 +199,7 @@ def rate_labels(params: Any, paths: Sequence[str]) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def _one_optimizer(options: OptimizerOptions, schedule: Schedule, *, name: str) -> optax.GradientTransformation:
-    if options.kind not in OPTIMIZERS:
-        raise UserError(f"{name}.kind is {options.kind!r}; expected one of {', '.join(OPTIMIZERS)}")
-
-    if len(options.betas) != 2 or not all(0 <= b < 1 for b in options.betas):
-        raise UserError(f"{name}.betas is {tuple(options.betas)}; expected two numbers from 0 up to, not including, 1")
-    if not options.eps > 0:
-        raise UserError(f"{name}.eps is {options.eps}; expected a number above 0")
+def _one_optimizer(options: OptimizerOptions, schedule: Schedule) -> optax.GradientTransformation:
     adam = dict(b1=options.betas[0], b2=options.betas[1], eps=options.eps)
 
     def matrices(params: Any) -> Any:

@@ -1,8 +1,7 @@
-"""The parts of an update by name, from the code that traces them to the operations of the compiled program.
+"""Scopes of an update by name, from the code that traces them to the operations of the compiled program.
 
-`part` marks what is traced under it; XLA carries the mark along in the metadata of its operations, on every platform.
-Nothing of the program changes, nor (but for `jaxcl.train.profile`, which asks for it) its place in the cache of compiled
-programs.
+`scope` marks what is traced under it. XLA keeps the mark in the metadata of its operations, on every platform. Marks
+change neither the program nor its key in the compilation cache (except for `jaxcl.train.profile`, which asks for it).
 """
 
 import collections
@@ -13,7 +12,7 @@ import jax
 
 _MARK = "scope:"
 _MARKED = re.compile(_MARK + r"([^/()\"]+)")
-# Operations that are only a place where others run.
+# Operations that only contain others.
 _AROUND = re.compile(r"\s(while|conditional|call)\(")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
@@ -22,22 +21,24 @@ BACKWARD = ", backward"
 
 
 def scope(name: str):
-    """Everything traced within counts for this part of the update; of parts within parts the outermost counts."""
+    """A context manager: operations traced within belong to this scope. Of nested scopes the outermost counts."""
     return jax.named_scope(_MARK + re.sub(r"[/()\"]", ".", name))
 
 
 def scope_of(op_name: str) -> str:
-    """The part in the metadata of an operation such as jit(update)/transpose(jvp(scope:encode x))/dot; "" without."""
+    """The scope in an operation's name such as jit(update)/transpose(jvp(scope:encode x))/dot; "" without one."""
     found = _MARKED.search(op_name)
     if not found:
         return ""
-    # What a gradient runs back through. Scopes that are nobody's gradient may take one of their own within.
+    # The transpose outside the mark is the update's gradient; one inside it is the scope's own.
     return found[1] + (BACKWARD if "transpose(" in op_name[: found.start()] else "")
 
 
 class Scopes(NamedTuple):
-    """module: the program's name. of: operation -> part, "" where the program does not tell. around: operations that
-    only hold others."""
+    """Scopes of one compiled program.
+
+    module: the program's name. of: {operation: scope, "" if unknown}. around: operations that only contain others.
+    """
 
     module: str
     of: dict[str, str]
@@ -45,7 +46,7 @@ class Scopes(NamedTuple):
 
 
 def scopes_of(program: str) -> Scopes:
-    """From the text of a compiled program (`jax.stages.Compiled.as_text`)."""
+    """Read the scopes from the text of a compiled program (`jax.stages.Compiled.as_text`)."""
     own: dict[str, str] = {}
     called: dict[str, list[str]] = {}
     within: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
@@ -63,7 +64,7 @@ def scopes_of(program: str) -> Scopes:
             computation = found[1]
 
     def scope_named(name: str) -> str:
-        """Its own; of a fusion whose last operation has none, that of most of the others."""
+        """The operation's scope; for a fusion whose last operation has none, the commonest one inside."""
         inside = sum((within[c] for c in called[name]), collections.Counter())
         return own[name] or (inside.most_common(1)[0][0] if inside else "")
 

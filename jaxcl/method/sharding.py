@@ -1,9 +1,9 @@
-"""The mesh, and how things lie on it: rows of a batch over all devices, a state whole on each or split between some.
+"""The mesh, and the shardings of batches and states on it.
 
-The mesh has two axes, hosts and the devices of a host. Rows of a batch go over both. "data": every device holds the
-whole state. "zero1": optimiser state and moving averages are split between the devices of a host, parameters are
-whole. "fsdp": parameters too; the update gathers them where it uses them, and each device keeps its share of the
-gradient. All three learn the same.
+The mesh has two axes: hosts, and the devices of a host. Rows of a batch are sharded over both. "data": every device
+holds the whole state. "zero1": optimiser state and moving averages are sharded over the devices of a host, parameters
+are replicated. "fsdp": parameters are sharded too; the update gathers them where it uses them, and each device keeps
+its share of the gradient. All three learn the same.
 """
 
 import functools
@@ -18,17 +18,17 @@ from jaxcl.errors import UserError
 from jaxcl.method.state import TrainState
 
 Tree = Any
-AXIS = ("host", "device")  # rows lie over both, so this is what losses sum over
-WITHIN = "device"  # the axis that state is split over
+AXIS = ("host", "device")  # rows are sharded over both, so losses sum over both
+WITHIN = "device"  # the axis that state is sharded over
 KINDS = ("data", "zero1", "fsdp")
-SMALLEST = 2**14  # elements; smaller arrays are not worth a gather, and stay whole
+SMALLEST = 2**14  # elements; smaller arrays stay whole, since a gather costs more than it saves
 
 
 def make_mesh(devices: int | None = None, hosts: int = 0) -> Mesh:
     """Hosts x devices, over the first `devices` devices (None: all of them, over all processes).
 
-    hosts: rows of the mesh; 0: one a process. State is split within a row: 1 splits it over all devices.
-    Errors: UserError for rows of unequal length.
+    hosts: rows of the mesh; 0: one a process. State is sharded within a row, so 1 shards it over all devices.
+    Errors: UserError if hosts do not divide the devices.
     """
     chosen = jax.devices()[:devices]
     processes = len({d.process_index for d in chosen})
@@ -36,27 +36,27 @@ def make_mesh(devices: int | None = None, hosts: int = 0) -> Mesh:
     if hosts < 1 or len(chosen) % hosts:
         raise UserError(f"hosts is {hosts}, which does not divide {len(chosen)} devices; use 0 for one a process")
     shape = (hosts, len(chosen) // hosts)
-    # Auto, spelled out: make_mesh's own default is Explicit, which rejects z @ z.T on sharded rows.
+    # Auto explicitly: make_mesh defaults to Explicit, which rejects z @ z.T on sharded rows.
     kinds = (AxisType.Auto,) * 2
     if processes == 1:
         return jax.make_mesh(shape, AXIS, axis_types=kinds, devices=chosen)
-    # A process's devices side by side: the rows that it loads are then neighbours in the batch.
+    # A process's devices are neighbours, so the rows that it loads are neighbours in the batch.
     chosen = sorted(chosen, key=lambda d: (d.process_index, d.id))
     return Mesh(np.array(chosen).reshape(shape), AXIS, axis_types=kinds)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding under which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over the devices."""
+    """The sharding of a batch: the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def split_sharding(mesh: Mesh, tree: Tree) -> Tree:
-    """For each array, its longest axis that divides over the devices of a host; small arrays stay whole."""
+    """Shard each array along its longest axis that divides over a host's devices; small arrays stay whole."""
     count = mesh.shape[WITHIN]
 
     def one(x: Any) -> NamedSharding:
@@ -71,7 +71,7 @@ def split_sharding(mesh: Mesh, tree: Tree) -> Tree:
 
 
 def state_sharding(mesh: Mesh, state: TrainState, kind: str = "data", averages: Iterable[str] = ()) -> TrainState:
-    """How each array of a state (or of its shapes) lies. averages: the parts of memory with parameters of their own."""
+    """The sharding of each array of a state (or of its shapes). averages: memory parts that hold parameters."""
     whole = jax.tree.map(lambda _: replicated(mesh), state)
     if kind == "data":
         return whole
@@ -84,9 +84,10 @@ def state_sharding(mesh: Mesh, state: TrainState, kind: str = "data", averages: 
 
 
 def all_gather_params(mesh: Mesh | None, kind: str, tree: Tree) -> Tree:
-    """Parameters, whole on every device for the use at hand; their gradient is split again, as the optimiser wants it.
+    """All-gather sharded parameters for use; their gradient is sharded again, as the optimiser expects it.
 
-    Said outright: left to itself, XLA may split the computation as the parameters are, and gather activations instead.
+    The constraint is explicit because XLA may otherwise partition the computation like the parameters, and gather
+    activations instead.
     """
     if mesh is None or mesh.size == 1 or kind == "data":
         return tree
@@ -105,7 +106,7 @@ _all_gather.defvjp(
 
 
 def device_put(tree: Tree, sharding: NamedSharding) -> Tree:
-    """Host arrays to devices, on one process or many (each process holds the same full values)."""
+    """`jax.device_put` of host arrays that also works on several processes (each holds the same full values)."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 

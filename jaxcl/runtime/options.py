@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 
 from jaxcl.errors import UserError
 
-SUPPLIED = ("size", "mean", "std")  # keywords of view factories (functions) that the data decides, not a config
-
 
 class Range(NamedTuple):
     """Bounds of a number, or of each number of a tuple, as metadata of `typing.Annotated`."""
@@ -37,11 +35,13 @@ class Range(NamedTuple):
         return self.at_least <= value <= self.at_most and self.above < value < self.below
 
     def __str__(self) -> str:
-        low = f"at least {self.at_least:g}" if self.at_least > -math.inf else ""
+        if self.at_least > -math.inf and self.at_most < math.inf:
+            return f"from {self.at_least:g} to {self.at_most:g}"
+        low = f"of at least {self.at_least:g}" if self.at_least > -math.inf else ""
         low = low or (f"above {self.above:g}" if self.above > -math.inf else "")
         high = f"at most {self.at_most:g}" if self.at_most < math.inf else ""
         high = high or (f"below {self.below:g}" if self.below < math.inf else "")
-        return " and ".join(filter(None, (low, high)))
+        return ", ".join(filter(None, (low, high)))
 
 
 POSITIVE = Range(above=0)
@@ -77,12 +77,12 @@ class Options:
 
 @functools.cache
 def options_of(part: Callable) -> dict[str, Option]:
-    """The options of a part, in order: fields of a dataclass or keywords of a function, those with a default."""
+    """The options of a part, in order: fields of a dataclass or parameters of a function that have a default."""
     hints = typing.get_type_hints(part, include_extras=True)
     return {
         name: Option(_default(part, name, p.default), hints.get(name, Any))
         for name, p in inspect.signature(part).parameters.items()
-        if p.default is not inspect.Parameter.empty and (name not in SUPPLIED or inspect.isclass(part))
+        if p.default is not inspect.Parameter.empty
     }
 
 

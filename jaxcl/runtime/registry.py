@@ -48,14 +48,11 @@ class Registry(Mapping[str, str]):
 
         Errors: UserError for an unknown kind, a module that cannot be imported, or an object that is no such part.
         """
-        where = where or f"the {self.slot}"
+        where = where or f"the kind of {self.slot}"
         if isinstance(kind, str) and kind in self._parts:
             return _load(self._parts[kind])
         if not isinstance(kind, str) or ":" not in kind:
-            raise UserError(
-                f"{where} is {quoted(kind)}{suggestion(kind, self._parts)}"
-                + (' (one of your own is "package.module:Name")' if isinstance(kind, str) else "")
-            )
+            raise UserError(f"{where} is {quoted(kind)}{suggestion(kind, self._parts)}")
         module, _, name = kind.partition(":")
         try:
             part = _load(kind)

@@ -21,9 +21,10 @@ from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.evaluate.suite import Evaluation
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe, data_facts
+from jaxcl.method.init_state import init_state, state_shardings
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import compile_update, init_state, state_shardings
+from jaxcl.method.update import compile_update
 from jaxcl.models.weights import starting_weights
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage

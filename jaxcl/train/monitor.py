@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.evaluate.collapse import collapse_metrics
+from jaxcl.method.forward import represent
+from jaxcl.method.init_state import replicate_params
+from jaxcl.method.inputs import make_views
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.sharding import replicated
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import make_views, replicate_params, represent
 
 Array = jax.Array
 VIEWS = 2  # alignment is measured between two views of an image

@@ -22,9 +22,9 @@ from jaxcl.evaluate.base import Metrics
 from jaxcl.evaluate.suite import EvalContext, Evaluation, check_split
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import init_state
 from jaxcl.runtime import storage
 from jaxcl.runtime.options import suggestion
 from jaxcl.train.checkpoint import Checkpoints

@@ -11,8 +11,9 @@ from test_configs import config
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import sharding, update
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 from jaxcl.models import Model
 
 PARTS = ("saliency", "adversary", "spread", "autoencoder", "patches", "ladder", "supcon")

@@ -12,9 +12,10 @@ import tiny
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import compile_update, make_views, run_stages
+from jaxcl.method.update import compile_update
 
 LAYERS = {"conv1": "stem_conv", "bn1": "stem_bn", "block1": "stages_0_0", "block2": "stages_1_0"}
 DENSE = {
@@ -254,10 +255,10 @@ def test_it_is_the_loss_of_the_whole_batch(drawn):
         (lambda c: c.stages[0].update(term="hard"), "stages[0].term is 'hard'"),
         (lambda c: c.stages[0].update(into="view2"), "makes view 'view2', which is a view already"),
         (lambda c: c.stages[0].update(norm_set="advers"), "norm_set is 'advers'"),
-        (lambda c: c.stages[0].update(epsilon=(4.0,)), "not 0 to 255"),
+        (lambda c: c.stages[0].update(epsilon=(4.0,)), "stages[0].epsilon is (4.0,)"),
         (lambda c: c.stages[0].update(epsilon=(0.1, 0.2)), "epsilon has 2 values"),
         (lambda c: c.stages[0].update(attack_view="both"), "attack_view is 'both'"),
-        (lambda c: c.stages[0].update(num_steps=0), "num_steps must be at least 1"),
+        (lambda c: c.stages[0].update(num_steps=0), "stages[0].num_steps is 0"),
         (lambda c: c.terms.adversarial.update(views=("view1", "view2")), "expected a term that reads the new view"),
         (lambda c: c.passes[2].update(norm_set="ad"), "passes[2].norm_set is 'ad'"),
     ],

@@ -12,8 +12,9 @@ import tiny
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 from jaxcl.train import config_diff
 from jaxcl.train import loop as train
 
@@ -70,11 +71,15 @@ def test_settings_at_the_authors_scale():
         ("uel", "cifar10", 301 * 390, 128, 0.1),
         ("uel", "tiny_imagenet", 100 * 781, 128, 0.1),
     ):
-        recipe = tiny.recipe(config(method, dataset), **FACTS[dataset])
+        c = config(method, dataset)
+        recipe = tiny.recipe(c, **FACTS[dataset])
         assert (recipe.encoder_steps, recipe.batch_size) == (steps, batch)
         assert recipe.image_shape[0] == (224 if dataset == "tiny_imagenet" else 32)
         ((name, term),) = recipe.terms.items()
-        assert (name, term.kind, term.temperature, term.needs_labels) == (KINDS[method],) * 2 + (temperature, False)
+        assert (name, c.terms[name].kind, term.temperature, term.needs_labels) == (KINDS[method],) * 2 + (
+            temperature,
+            False,
+        )
         rates = [float(recipe.schedule(int(share * steps))) for share in (0, 0.45, 0.6, 0.9)]
         stairs = method != "simclr" and dataset == "cifar10"
         first = 3e-4 if method == "simclr" else 0.03

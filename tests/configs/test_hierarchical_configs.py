@@ -11,8 +11,9 @@ from test_configs import config, shrink
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 from jaxcl.train import config_diff
 
 METHODS = ("simsiam", "byol", "barlow_twins")
@@ -40,7 +41,7 @@ def test_simsiam_at_the_authors_scale():
         params, _ = jax.eval_shape(lambda r=recipe: r.model.init(jax.random.key(0), r.image_shape))
         assert kernels(params["head"]) == head and c.model.depth == depth
         predictor, _ = jax.eval_shape(
-            lambda r=recipe: r.heads["predictor"].init(jax.random.key(0), r.head_facts("predictor"))
+            lambda r=recipe: r.heads["predictor"].init(jax.random.key(0), r.head_input("predictor"))
         )
         assert kernels(predictor) == [(2048, 512), (512, 2048)]
         blurred = [any(op.name == "blur" for op in v.ops) for v in recipe.views.values()]

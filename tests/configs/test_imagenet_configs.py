@@ -8,7 +8,8 @@ import tiny
 from test_configs import config
 
 from jaxcl.method import sharding
-from jaxcl.method.update import compile_update, init_state, state_shardings
+from jaxcl.method.init_state import init_state, state_shardings
+from jaxcl.method.update import compile_update
 from jaxcl.train import loop as train
 
 METHODS = ("supcon", "simclr", "moco")

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from test_configs import config
 
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 
 IMAGENET = dict(num_examples=126_689, num_classes=100, image_shape=(224, 224, 3))
 

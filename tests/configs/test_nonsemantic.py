@@ -18,11 +18,12 @@ from jaxcl.data import make_source
 from jaxcl.errors import UserError
 from jaxcl.losses.common import unit
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
 from jaxcl.method.terms import Embedding
 from jaxcl.method.terms.momentum import BYOL
 from jaxcl.method.terms.similarity import similarity_metrics
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 from jaxcl.report import read_metrics
 from jaxcl.train import config_diff, runs
 from jaxcl.train import loop as train

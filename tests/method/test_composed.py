@@ -7,8 +7,10 @@ import tiny
 
 from jaxcl import config as base
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state, make_views, run_stages
+from jaxcl.method.update import compile_update
 
 EPSILON = 0.02
 

@@ -11,10 +11,12 @@ from test_momentum_update import assert_trees_close
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import forward, sharding
+from jaxcl.method.init_state import init_state
+from jaxcl.method.inputs import make_views
 from jaxcl.method.memory import EMA
 from jaxcl.method.optimizers import make_optimizer, rate_labels
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state, make_views
+from jaxcl.method.update import compile_update
 
 STAGE1 = ("stage1_view1", "stage1_view2")
 ALL = (*STAGE1, "view1", "view2")
@@ -156,7 +158,7 @@ def test_views_encoded_together_are_told_apart():
 
     @jax.jit
     def run(views):
-        spec = forward.Pass(("view1", "view2"))
+        spec = forward.ForwardPass(("view1", "view2"))
         both, _ = forward.run_pass(recipe, state.params, state.batch_stats, views, spec)
         rows = [jnp.concatenate([getattr(both[n], k) for n in ALL[2:]]) for k in "hz"]
         drawn = {"crop": jnp.concatenate([views[n].params["crop"] for n in ALL[2:]])}
@@ -180,7 +182,7 @@ def test_parts_with_a_constant_rate(kind):
         "heads": {"predictor": {"k": "constant"}, "x": {"k": "scheduled"}},
     }
     plain = base.OptimizerOptions(kind=kind, lr=0.1, clip_norm=5.0)
-    txs = [make_optimizer(o, s, name="optimizer") for o, s in (
+    txs = [make_optimizer(o, s) for o, s in (
         (options, cosine), (plain, cosine), (plain, optax.constant_schedule(0.1)))]  # fmt: skip
     states, trees = [tx.init(params) for tx in txs], [params] * 3
     for step in range(6):
@@ -201,7 +203,10 @@ def test_parts_with_a_constant_rate(kind):
     [
         (lambda c: c.passes[0].update(depth=2), "passes[0].depth is 2; expected one of 0, 1; model.branches adds"),
         (lambda c: c.memory.probe.update(views=STAGE1[:1]), "reads view 'stage1_view1', which ends at a stage"),
-        (lambda c: c.optimizer.update(constant_lr=("heads/pred",)), "'heads/pred', where no parameters are; did you"),
+        (
+            lambda c: c.optimizer.update(constant_lr=("heads/pred",)),
+            "optimizer.constant_lr holds 'heads/pred', which has no parameters; did you",
+        ),
         (
             lambda c: c.memory.probe.optimizer.update(constant_lr=("encoder",)),
             "memory.probe.optimizer.constant_lr is ('encoder',); expected ()",

@@ -14,9 +14,10 @@ import tiny
 from jaxcl import config as base
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
 from jaxcl.method.memory import EMA, enqueue
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 from jaxcl.models import Model, ProjectionHead
 
 NAMES = ("conv", "bn_scale", "bn_bias", "fc1_w", "fc1_b", "fc2_w", "fc2_b")
@@ -254,8 +255,8 @@ def _main(params):
         (lambda c: c.memory.target.update(of="other"), "memory.target.of is 'other'"),
         (lambda c: c.update(representation=("target",)), "names encoder 'target'"),
         (lambda c: c.passes[0].update(bn_groups=3), "bn_groups 3 does not divide batch_size 16"),
-        (lambda c: c.passes[0].update(shuffle=True), "needs bn_groups above 1"),
-        (lambda c: c.memory.target.update(decay=2.0), "decay is 2.0; expected 0 to 1"),
+        (lambda c: c.passes[0].update(shuffle=True), "passes[0].shuffle is True"),
+        (lambda c: c.memory.target.update(decay=2.0), "memory.target.decay is 2.0"),
     ],
 )
 def test_mistakes(change, text):

@@ -14,8 +14,9 @@ from jaxcl import config as base
 from jaxcl.commands.plan.collectives import collectives, totals
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state, replicate_params, state_shardings
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state, replicate_params, state_shardings
+from jaxcl.method.update import compile_update
 from jaxcl.report import read_metrics
 from jaxcl.train import loop as train
 

@@ -7,8 +7,9 @@ import tiny
 
 from jaxcl import config as base
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.update import compile_update
 
 KINDS = ("nt_xent", "instance_spread", "spread", "barlow_twins")
 

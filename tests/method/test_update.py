@@ -14,9 +14,11 @@ import tiny
 from jaxcl import losses
 from jaxcl.losses.common import total
 from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase
-from jaxcl.method.terms import Embedding
-from jaxcl.method.update import compile_update, init_state, make_update, make_views, run_stages
+from jaxcl.method.terms import Embedding, Term
+from jaxcl.method.update import compile_update, make_update
 from jaxcl.method.views import view_keys
 
 PLAIN, EXPLAINED, PROBE = Phase("encoder"), Phase("encoder", (0,)), Phase("probe")
@@ -174,14 +176,16 @@ def test_rows_gathered_over_two_devices_agree():
 
 
 @dataclasses.dataclass(frozen=True)
-class Spy:
-    """A term that writes down how it is called."""
+class Spy(Term):
+    """A term that records how it is called."""
 
-    calls: list
-    weight = 1.0
-    reads = ("view1",)
+    calls: list = dataclasses.field(default_factory=list)
 
-    def __call__(self, e, label, *, axis_name=None):
+    @property
+    def reads(self):
+        return ("view1",)
+
+    def __call__(self, e, label, *, memory=None, axis_name=None):
         self.calls.append((axis_name, {n: v.z.shape for n, v in e.items()}, label.shape))
         return total(jnp.sum(e["view1"].z) + jnp.sum(label), axis_name)
 
@@ -204,7 +208,7 @@ def test_a_term_that_forgets_the_axis_is_noticed():
     """The sum over one device's rows is not the loss of the batch: shard_map refuses to call it the same everywhere."""
 
     class Forgetful(Spy):
-        def __call__(self, e, label, *, axis_name=None):
+        def __call__(self, e, label, *, memory=None, axis_name=None):
             return jnp.sum(e["view1"].z)
 
     recipe = dataclasses.replace(recipe_of("supcon"), terms={"spy": Forgetful([])})

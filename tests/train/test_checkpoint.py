@@ -16,7 +16,7 @@ import tiny
 
 from jaxcl.errors import Preempted, UserError
 from jaxcl.method import sharding
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 from jaxcl.train.checkpoint import Checkpoints, Preemption
 
 

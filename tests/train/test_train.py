@@ -20,7 +20,7 @@ from train_checks import STEPS, config, config_module, final_state, record, writ
 from jaxcl.data.shuffle import Shuffled
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.method import sharding
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 from jaxcl.report import read_metrics
 from jaxcl.runtime.lock import RunLock
 from jaxcl.train import log, run_folder

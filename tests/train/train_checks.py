@@ -9,7 +9,7 @@ import tiny
 from processes import ROOT
 
 from jaxcl.method import sharding
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 from jaxcl.report import read_metrics
 from jaxcl.train import log
 from jaxcl.train.checkpoint import Checkpoints

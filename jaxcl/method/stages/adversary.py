@@ -1,15 +1,15 @@
-"""The adversarial view of CLAE: images moved, within epsilon, to where the contrastive loss of the whole batch is high.
+"""The adversarial view of CLAE: images moved within epsilon so that the contrastive loss of the whole batch rises.
 
 B batch, S image side, C channels.
 
-Cost, with one encoder forward on B images as 1, its backward to the images as 1 and its full backward as 2: the forward
-of the anchor 1, each of K steps 2; with K = 1, attack_view "same" and no random start the anchor and the start are the
-same images and XLA computes them once, 2 in all. In the main pass the view costs 3. The clean step of two views costs
-6, so CLAE's floor is 11/6 = 1.83 of it.
+Cost, in units of one encoder forward pass on B images (a backward pass to the images costs 1, a full one 2): the
+anchor's forward pass 1, each of K steps 2. With K = 1, attack_view "same" and no random start, anchor and start are the
+same images, which XLA encodes once: 2 in all. The view costs 3 in the main pass. A clean step on two views costs 6, so
+CLAE costs at least 11/6 = 1.83 of it.
 
-Source: Ho and Vasconcelos 2020, arXiv 2010.12050; papers/clae.md a.1 and a.6. The images are attacked where the
-network sees them, normalised; epsilon and bounds are those of [0, 1] divided by the channel's deviation, so the sign of
-the gradient, and hence the attack, is the same.
+Source: Ho and Vasconcelos 2020, arXiv 2010.12050. Images are attacked as the network sees them, normalised. epsilon and
+bounds are those of [0, 1] divided by the channel's deviation, so the sign of the gradient, and hence the attack, is the
+same as on pixels.
 """
 
 import dataclasses
@@ -32,23 +32,20 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Adversary(Stage):
-    """Add a view that a term finds hardest, the rest of the batch being as it is."""
+    """Adds a view of images perturbed to raise one term's loss on the batch."""
 
-    anchor: str = "view1"  # the view the adversarial one is contrasted with
+    anchor: str = "view1"  # the view that the adversarial one is contrasted with
     other: str = "view2"  # attack_view "other" starts from it
-    attack_view: Literal["same", "other"] = (
-        "same"  # perturb the anchor's own view ("same", the released code) or the "other"
-    )
+    # Perturb the anchor's own view (same, as the released code does) or the other one.
+    attack_view: Literal["same", "other"] = "same"
     into: str = "adversarial"  # the new view
-    term: str = "adversarial"  # the term on the new view (and most often the anchor) whose loss is raised
+    term: str = "adversarial"  # the term on the new view whose loss is raised
     norm_set: str = "adv"  # batch norms of the attack's forward passes; "": the clean ones
-    epsilon: Annotated[Sequence[float], SHARE] = (
-        0.015,
-    )  # largest change of a value in [0, 1]: one for all channels, or one each
+    # Largest change of a value in [0, 1]: one for all channels, or one for each.
+    epsilon: Annotated[Sequence[float], SHARE] = (0.015,)
     num_steps: Annotated[int, Range(1)] = 1  # 1: FGSM; more: PGD
-    step_size: Annotated[float, Range(0)] = (
-        0.0  # of a PGD step, as a multiple of epsilon; 0: 1 for one step, else 2.5 / num_steps
-    )
+    # Of a PGD step, as a multiple of epsilon; 0: 1 for one step, otherwise 2.5 / num_steps.
+    step_size: Annotated[float, Range(0)] = 0.0
     random_start: bool = False  # start anywhere within epsilon
     clip: bool = True  # keep values in [0, 1] (the released code does not)
     commit_updates: bool = False  # let the attack's passes move running statistics (the released code does)
@@ -102,7 +99,7 @@ class Adversary(Stage):
             z, stats = context.model.embed(context.params, stats, h, aug_params=aug_params, **mode)
             return Embedding(h, z), stats
 
-        # Each by itself, so that its batch statistics are its own.
+        # The anchor is encoded by itself, so that its batch statistics are those of its own batch.
         anchor, stats = embed(views[self.anchor].image, context.batch_stats, views[self.anchor].params)
         fixed = {self.anchor: anchor}
         for name in context.reads(self.term):

@@ -23,8 +23,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class PatchNegatives(Stage):
-    """Add a view of patch negatives of another view, count an image, image by image: rows b * count to
-    (b + 1) * count - 1 are those of image b."""
+    """Adds a view of patch negatives of another view. Rows b * count to (b + 1) * count - 1 are those of image b."""
 
     of: str = "view1"  # the view that is cut up
     into: str = "negatives"  # the new view
@@ -48,7 +47,6 @@ class PatchNegatives(Stage):
         return self.min_patch or low, self.max_patch or high
 
     def check(self, where: str, recipe: Any, num_devices: int) -> None:
-        """UserError for patches that the view has no room for."""
         side = recipe.image_shape[0]
         check_patches(where, side, *self.sizes(side), self.count)
         recipe.grad_cache.check_rows(f"{where}.count", self.count * recipe.batch_size, recipe.batch_size, num_devices)
@@ -71,10 +69,10 @@ class PatchNegatives(Stage):
 
 @dataclasses.dataclass(frozen=True)
 class TextureNegatives(Stage):
-    """Add a view of texture: of each image before augmentation, put through another view's augmentations as drawn.
+    """Adds a view of texture: made from the image before augmentation, then augmented with another view's draws.
 
-    Textures are quilted here, `count` an image: rows b * count to (b + 1) * count - 1 are those of image b. Where the
-    data brings textures made beforehand (data.textures in a config), one an image, they are taken instead.
+    Textures are quilted inside the update, `count` an image: rows b * count to (b + 1) * count - 1 are those of image
+    b. If the data comes with prepared textures (data.textures in a config), one an image, they are used instead.
     """
 
     of: str = "view1"  # the view whose draws are repeated: same crop, flip and colours
@@ -96,7 +94,6 @@ class TextureNegatives(Stage):
         return (self.into,)
 
     def check(self, where: str, recipe: Any, num_devices: int) -> None:
-        """UserError for a pipeline that the recipe lacks."""
         for name, value in (("of", self.of), ("pipeline", self.pipeline or self.of)):
             if value not in recipe.views:
                 raise UserError(f"{where}.{name} is {value!r}, which has no pipeline; name one of views")
@@ -116,7 +113,7 @@ class TextureNegatives(Stage):
         return StageOutput({self.into: view._replace(where=where)})
 
     def _textures(self, context: StageContext) -> Array:
-        """[B,M,H,W,C]: those that come with the images, or quilted of them."""
+        """[B,M,H,W,C]: the prepared textures, or quilted ones."""
         if context.textures is not None:
             if self.count > 1:
                 raise UserError(
@@ -124,11 +121,11 @@ class TextureNegatives(Stage):
                 )
             return context.textures[:, None]
         pixels = context.pixels
-        # Here rather than in check: a recipe knows the size of its views, not of the images they are cut from.
+        # Checked here, not in `check`: a recipe knows the size of its views but not of the images.
         sizes = (value or None for value in (self.exemplar, self.patch, self.overlap))
         layout = quilting.make_layout("stage texture_negatives", pixels.shape[1:], *sizes)
         keys = image_keys("stage texture_negatives", context.keys(f"{self.into}/texture"), len(pixels))
-        # Folded: the first texture is the same however many there are.
+        # Folded, so that the first texture does not depend on `count`.
         keys_MxB = [jax.vmap(lambda k, m=m: jax.random.fold_in(k, m))(keys) if m else keys for m in range(self.count)]
         quilts = [quilting.quilt(k, pixels, layout, self.candidates, self.tolerance) for k in keys_MxB]
         return jnp.stack(quilts, axis=1)

@@ -1,13 +1,13 @@
-"""The saliency-masked view of ExCon: keep what explains the class, and what fails the test becomes a background.
+"""The saliency-masked view of ExCon: keep the pixels that explain the class; failed masks become backgrounds.
 
 B batch, S image side, h w M a feature map, K room for backgrounds.
 
-Cost, with one encoder forward on B images as 1, its full backward as 2, and t the share of the network behind the tap:
-the explainer's forward 1 and its backward to the tap t (inputs only), the acceptance forward 1; in the main pass each
-background row 3. SupCon's own step costs 6, so ExCon's floor is (8 + t)/6 <= 1.5 and ExConB's with room for B
-backgrounds (11 + t)/6 <= 2.0; a background is encoded once though it counts twice in each denominator.
+Cost, in units of one encoder forward pass on B images (a full backward pass costs 2), with t the share of the network
+behind the tap: the explainer's forward pass 1 and its backward pass to the tap t, the acceptance test 1; each
+background row 3 in the main pass. SupCon's step costs 6, so ExCon costs at least (8 + t)/6 <= 1.5 of it, and ExConB
+with room for B backgrounds (11 + t)/6 <= 2.0. A background is encoded once, though it counts twice in each denominator.
 
-Source: Zhang et al. 2021, papers: arXiv 2111.14271; algorithm a.3 of the released code.
+Source: Zhang et al. 2021, arXiv 2111.14271, in the form of the released code.
 """
 
 import dataclasses
@@ -28,25 +28,24 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class SaliencyMask(Stage):
-    """Replace a view by the masked image where the classifier still knows its class."""
+    """Replaces a view by the masked image wherever the classifier still predicts the image's class."""
 
     of: str = "standard"  # the view that is explained and masked
     into: str = "view1"  # the view that accepted masks replace
-    rejected: str = ""  # the view rejected masks go to, as padded rows; "": dropped (ExCon)
+    rejected: str = ""  # the new view of rejected masked images, as padded rows; "": none (ExCon)
     classifier: str = "probe"  # the memory part that classifies features
     method: Literal["grad_cam", "input_gradient", "integrated_gradients"] = "grad_cam"
     tap: str = "stage2"  # grad_cam: the stage whose last convolution is explained
     relu: bool = False  # grad_cam: ReLU after the channel sum (the released code has none)
     threshold: Annotated[float, SHARE] = 0.5  # a pixel is kept above this value of the map, in [0, 1]
-    target: Literal["label", "predicted"] = (
-        "label"  # explain the true class ("label") or the predicted one ("predicted")
-    )
-    bn: Literal["batch", "running"] = "batch"  # statistics while explaining and testing: "batch" or "running"
-    commit_updates: bool = False  # let those forwards move the running statistics (the released code does)
+    # Explain the true class (label) or the predicted one.
+    target: Literal["label", "predicted"] = "label"
+    bn: Literal["batch", "running"] = "batch"  # batch norm statistics while explaining and testing
+    commit_updates: bool = False  # let those forward passes move the running statistics (the released code does)
     background_capacity: Annotated[float, Range(above=0, at_most=1)] = (
-        1.0  # room for rejected rows as a share of the batch; what exceeds it is dropped
+        1.0  # Room for rejected rows as a share of the batch; further rows are dropped.
     )
-    augment: bool = False  # put the accepted masked image through the replaced view's own augmentations
+    augment: bool = False  # apply the replaced view's augmentations to the accepted masked image
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -91,7 +90,7 @@ class SaliencyMask(Stage):
 
         replacement = View(masked, views[self.of].params)
         if self.augment:
-            # Pipelines eat pixels in [0, 1]; the kept pixels come from the raw image, the rest keep the mean colour.
+            # Pipelines take pixels in [0, 1]: kept pixels come from the raw image, the others have the mean colour.
             replacement = context.augment(self.into, f"{self.into}/masked", self._masked_pixels(context, keep))
         out = {
             self.into: View(
@@ -144,10 +143,10 @@ class SaliencyMask(Stage):
         return explain(logits, image, target), stats
 
     def _backgrounds(self, masked: Array, rejected: Array) -> tuple[View, Array]:
-        """Rejected images in index order as padded rows, and how many found no room."""
+        """-> (rejected images as padded rows, in order; the number of images without room)."""
         B, K = masked.shape[0], self.capacity(masked.shape[0])
         if K == B:
-            # Padding in place: no gather, so with a sharded batch no image leaves its device.
+            # Padded in place, without a gather: images of a sharded batch stay on their devices.
             return View(masked, {}, rejected), jnp.zeros((), jnp.int32)
         order = jnp.argsort(~rejected, stable=True)[:K]
         count = rejected.sum()
@@ -155,10 +154,10 @@ class SaliencyMask(Stage):
 
 
 def _drawn(accepted: Array, params: dict[str, Array], backup: dict[str, Array]) -> dict[str, Array]:
-    """What was drawn for each row of a view of which the accepted rows were replaced: heads may be told of it."""
+    """The augmentation parameters of a view whose accepted rows were replaced, for heads conditioned on them."""
 
     def chosen(name: str, old: Array) -> Array:
-        if name not in params and name not in IDENTITY:  # which no head is told
+        if name not in params and name not in IDENTITY:  # no head is conditioned on it
             return old
         new = params[name] if name in params else jnp.asarray(IDENTITY[name], old.dtype).reshape(old.shape[1:])
         return jnp.where(accepted.reshape(-1, *[1] * (old.ndim - 1)), new, old)

@@ -22,9 +22,9 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class NTXent(PairTerm):
-    """NT-Xent (SimCLR): cosine similarity, both views are anchors. `losses.nt_xent`; papers/clae.md b.3.
+    """NT-Xent (SimCLR): cosine similarity, both views are anchors. `losses.nt_xent`; arXiv 2002.05709.
 
-    Non-semantic negatives (papers/non_semantic_negatives.md b.2): an anchor sees its own only.
+    Non-semantic negatives (arXiv 2110.14189): an anchor sees only its own.
     """
 
     temperature: Annotated[float, POSITIVE] = 0.5
@@ -88,7 +88,7 @@ class OneWayInfoNCE(PairTerm):
 
 @dataclasses.dataclass(frozen=True)
 class InstanceSpread(PairTerm):
-    """Instance spreading ("UEL" in CLAE), keys behind stop-gradient. `losses.instance_spread`; papers/clae.md b.2."""
+    """Instance spreading ("UEL" in CLAE), keys under stop-gradient. `losses.instance_spread`; arXiv 1904.03436."""
 
     temperature: Annotated[float, POSITIVE] = 0.1
     negative_multiplier: Annotated[float, Range(1)] = 1.0  # weight of the negatives

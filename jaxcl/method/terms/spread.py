@@ -28,9 +28,8 @@ class ClassConditionalInfoNCE(Term):
 
     views: tuple[str, ...] = ("view1", "view2")
     temperature: Annotated[float, POSITIVE] = 0.5
-    norm: Literal["unit", "none", "released"] = (
-        "unit"  # "unit": cosines; "none": inner products; "released": the authors' (see losses.attract)
-    )
+    # "unit": cosines; "none": inner products; "released": the authors' (see losses.attract)
+    norm: Literal["unit", "none", "released"] = "unit"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,13 +27,11 @@ class SupCon(Term):
     background: str = ""  # a view whose rows are negatives only; dropped while no stage makes it
     background_anchor: bool = False  # those rows are instead one more class, and anchors too
     temperature: Annotated[float, POSITIVE] = 0.1
-    base_temperature: Annotated[float, Range(0)] = (
-        0.0  # the loss is multiplied by temperature / base_temperature; 0: not scaled
-    )
+    # the loss is multiplied by temperature / base_temperature; 0: not scaled
+    base_temperature: Annotated[float, Range(0)] = 0.0
     anchors: Literal["all", "first"] = "all"  # "all" views or the "first" only
-    anchor_mean: Literal["all", "positive"] = (
-        "all"  # an anchor without a positive counts 0 ("all") or not at all ("positive")
-    )
+    # an anchor without a positive counts 0 ("all") or not at all ("positive")
+    anchor_mean: Literal["all", "positive"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()

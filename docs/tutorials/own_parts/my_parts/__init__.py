@@ -1,0 +1,1 @@
+"""Parts of one's own for jaxcl: a term, a stage, an encoder, a source and an evaluator."""
