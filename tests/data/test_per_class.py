@@ -10,6 +10,7 @@ from jaxcl import config as base
 from jaxcl.data import ArraySource, Loader, order_of
 from jaxcl.data.per_class import PerClass
 from jaxcl.errors import UserError
+from jaxcl.train import config_diff
 
 SIZES = (5, 7, 9, 20, 30, 3, 44, 100, 4, 6)
 
@@ -141,7 +142,7 @@ def test_by_the_config(caplog):
         order = order_of(c, source(labels))
     assert "data.per_class=4: 1 classes have fewer images" in caplog.text
     assert all(5 not in labels[order(step)] for step in range(40))
-    assert base.differences(base.to_dict(base.default()), base.to_dict(c))[1] == "data.per_class: 0 -> 4"
+    assert config_diff.differences(base.to_dict(base.default()), base.to_dict(c))[1] == "data.per_class: 0 -> 4"
 
 
 @pytest.mark.parametrize(
