@@ -13,9 +13,10 @@ import tiny
 from jaxcl.augment import patch_negatives, quilting
 from jaxcl.errors import UserError
 from jaxcl.method.grad_cache import GradCache
+from jaxcl.method.init_state import init_state
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase
 from jaxcl.method.stages.negatives import PatchNegatives, TextureNegatives
-from jaxcl.method.update import init_state, make_views, run_stages
 from jaxcl.method.views import View
 
 # ---- patches

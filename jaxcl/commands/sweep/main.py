@@ -148,9 +148,7 @@ class Sweep:
             raise UserError(self._mistakes[0])
         if self._asked:
             done = sum(e.state in ("finished", "diverged") for e in self.entries.values())
-            raise Preempted(
-                f"stopped on request, {done} of {len(self.runs)} runs done; the same command resumes"
-            )
+            raise Preempted(f"stopped on request, {done} of {len(self.runs)} runs done; the same command resumes")
 
     # ---- before and after a process
 
