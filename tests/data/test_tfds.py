@@ -1,4 +1,4 @@
-"""tfds:NAME on small sets prepared here in ArrayRecord form, and what is said when something is missing."""
+"""tfds:NAME on small sets prepared here in ArrayRecord form, and the errors when something is missing."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def prepared(tmp_path_factory):
     birds = [{"image": x, "label": int(y)} for x, y in zip(IMAGES, LABELS, strict=True)]
     hidden = [row | {"label": -1} for row in birds]
     write(data_dir, "imagenet2012", train=birds[:20], validation=birds[20:26], test=hidden[26:])
-    write(data_dir, "imagenet_r", test=birds[:20])  # to be tested on
+    write(data_dir, "imagenet_r", test=birds[:20])  # a test split only
     return str(data_dir)
 
 
@@ -56,7 +56,7 @@ def test_cifar10_is_decoded_into_memory(prepared, split, part):
 
 
 def test_cifar10_is_the_same_from_tfds_and_as_published(tmp_path):
-    """Pixels, labels and their order, hence also hold-out, cut-down and the batches of a seed."""
+    """Pixels, labels and their order, so also hold-out, cut-down and the batches of a seed."""
     rng = np.random.default_rng(5)
     images, labels = rng.integers(0, 256, (300, 32, 32, 3)).astype(np.uint8), rng.integers(0, 10, 300)
     (tmp_path / "published").mkdir()
@@ -234,7 +234,7 @@ def test_a_half_installed_tfds_is_named(monkeypatch):
     fails(r"pip install 'jaxcl\[tfds\]'", "tfds:cifar10")
 
 
-def test_prepare_without_tensorflow_says_what_to_install(monkeypatch, capsys):
+def test_prepare_without_tensorflow_names_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None if name == "tensorflow" else object())
     assert prepare.main(["cifar10", "--data_dir=/tmp/x"]) == 2
     error = capsys.readouterr().err

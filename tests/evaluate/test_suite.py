@@ -337,5 +337,5 @@ def test_a_validation_part_that_the_data_brings_along():
     def make_source(split):
         raise UserError(f"no {split} part")
 
-    with pytest.raises(UserError, match="no validation split"):  # before anything is compiled
+    with pytest.raises(UserError, match="no validation part"):  # before anything is compiled
         Evaluation(c, tiny.recipe(c), train=source("train"), make_source=make_source)
