@@ -66,19 +66,19 @@ MAPS = (lambda x: pooled(x, 4), blurred, lambda x: np.zeros((len(x), 4, 4, 3), n
 
 
 def test_maps_that_know():
-    figures, panels = Dense()(frozen(source(60, 0), source(23, 1), MAPS))
-    assert panels == {} and list(figures) == ["iou", "stage1", "stage2", "stage3"]
-    fine, coarse, blind = (figures[f"stage{i}"] for i in (1, 2, 3))
+    metrics, panels = Dense()(frozen(source(60, 0), source(23, 1), MAPS))
+    assert panels == {} and list(metrics) == ["iou", "stage1", "stage2", "stage3"]
+    fine, coarse, blind = (metrics[f"stage{i}"] for i in (1, 2, 3))
     assert fine["pixel_accuracy"] > 0.9 and fine["iou"] > 0.75
-    assert coarse["iou"] < fine["iou"] == figures["iou"]
+    assert coarse["iou"] < fine["iou"] == metrics["iou"]
     assert blind == {"iou": 0.0, "pixel_accuracy": 0.75}  # nothing but background
 
 
 def test_classes_of_pixels():
-    figures, _ = Dense()(frozen(source(60, 0, "segmentation", 4), source(23, 1, "segmentation", 4), MAPS))
-    blind = figures["stage3"]
+    metrics, _ = Dense()(frozen(source(60, 0, "segmentation", 4), source(23, 1, "segmentation", 4), MAPS))
+    blind = metrics["stage3"]
     assert blind["iou"] == pytest.approx(blind["pixel_accuracy"] / 4)  # of four classes one is found
-    assert figures["stage1"]["iou"] > 0.6
+    assert metrics["stage1"]["iou"] > 0.6
 
 
 def test_left_out():

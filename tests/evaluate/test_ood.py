@@ -94,8 +94,8 @@ def test_masked_and_unmasked_logits(frozen, tmp_path):
         masked += max((0, 2), key=lambda k: logits[k]) == own
         count += 1
     OutOfDomain().check(f.setup)
-    figures, panels = OutOfDomain()(f)
-    found = figures["sets"]["sketch"]
+    metrics, panels = OutOfDomain()(f)
+    found = metrics["sets"]["sketch"]
     assert found["images"] == count and found["classes"] == 2  # all images, also those the set would train on
     assert found["accuracy"] == pytest.approx(unmasked / count)
     assert found["masked_accuracy"] == pytest.approx(masked / count)
@@ -108,8 +108,8 @@ def test_one_split_of_a_set(frozen, tmp_path):
     with np.load(tmp_path / "b.npz") as arrays:
         np.savez(tmp_path / "b.npz", **arrays, class_names=list(NAMES))
     f = frozen(ood=(f"one@test=npz:{tmp_path}/b.npz", f"all=npz:{tmp_path}/b.npz"))
-    figures, _ = OutOfDomain()(f)
-    assert [figures["sets"][k]["images"] for k in ("one", "all")] == [16, 80]
+    metrics, _ = OutOfDomain()(f)
+    assert [metrics["sets"][k]["images"] for k in ("one", "all")] == [16, 80]
 
 
 def test_image_files_in_class_folders(frozen, tmp_path):
@@ -138,19 +138,19 @@ def test_names_that_two_classes_share_mean_neither(frozen, tmp_path):
 
 def test_corruptions_are_computed(frozen):
     f = frozen(corruptions=("contrast", "pixelate"), severities=(2, 5))
-    figures, panels = OutOfDomain()(f)
+    metrics, panels = OutOfDomain()(f)
     everything = []
     for name in ("contrast", "pixelate"):
         of_name = []
         for severity in (2, 5):
             images = corruptions.corrupt(f.test.images, name, severity, np.arange(30))
             of_name.append(right(PROBE, dataclasses.replace(f.test, images=images)))
-            assert figures["corruption"][name][str(severity)] == {"accuracy": pytest.approx(of_name[-1])}
-        assert figures["corruption"][name]["accuracy"] == pytest.approx(np.mean(of_name))
+            assert metrics["corruption"][name][str(severity)] == {"accuracy": pytest.approx(of_name[-1])}
+        assert metrics["corruption"][name]["accuracy"] == pytest.approx(np.mean(of_name))
         everything += of_name
-    assert figures["corruption"]["accuracy"] == pytest.approx(np.mean(everything)) and len(set(everything)) > 1
-    assert panels["ood"]["Corrupted, mean"] == {"value": figures["corruption"]["accuracy"]}
-    assert OutOfDomain()(f)[0] == figures
+    assert metrics["corruption"]["accuracy"] == pytest.approx(np.mean(everything)) and len(set(everything)) > 1
+    assert panels["ood"]["Corrupted, mean"] == {"value": metrics["corruption"]["accuracy"]}
+    assert OutOfDomain()(f)[0] == metrics
 
 
 def test_corrupted_sets_from_numpy_files(frozen, tmp_path):
@@ -237,22 +237,22 @@ def test_changed_images_come_in_one_shape_and_at_the_side_of_the_encoder():
 # ---- the whole
 
 
-def test_all_figures(frozen):
+def test_all_metrics(frozen):
     shifted = source(24, seed=4)
     shifted = dataclasses.replace(shifted, images=255 - shifted.images)
     f = frozen(GOOD, shifted, shuffle_grids=(2, 4))
-    figures, panels = OutOfDomain()(f)
-    assert figures["accuracy"] == right(GOOD, f.test) > 0.9
-    assert figures["shifted"]["accuracy"] == right(GOOD, shifted) < 0.5
+    metrics, panels = OutOfDomain()(f)
+    assert metrics["accuracy"] == right(GOOD, f.test) > 0.9
+    assert metrics["shifted"]["accuracy"] == right(GOOD, shifted) < 0.5
     for grid in (2, 4):
         images = np.asarray(shuffle_patches(f.test.images, np.arange(30), grid=grid))
         expected = right(GOOD, dataclasses.replace(f.test, images=images))
-        assert figures["shuffled"][str(grid)]["accuracy"] == pytest.approx(expected)
+        assert metrics["shuffled"][str(grid)]["accuracy"] == pytest.approx(expected)
     texture = np.asarray(texture_only(f.test.images, np.arange(30)))
-    assert figures["texture"]["accuracy"] == pytest.approx(right(GOOD, dataclasses.replace(f.test, images=texture)))
-    assert set(figures) == {"accuracy", "shifted", "shuffled", "texture"}
+    assert metrics["texture"]["accuracy"] == pytest.approx(right(GOOD, dataclasses.replace(f.test, images=texture)))
+    assert set(metrics) == {"accuracy", "shifted", "shuffled", "texture"}
     assert list(panels["ood"]) == ["In domain", "Shifted", "Shuffled, 2 x 2", "Shuffled, 4 x 4", "Texture only"]
-    assert panels["ood"]["Texture only"] == {"value": figures["texture"]["accuracy"], "chance": 0.25, "lower": True}
+    assert panels["ood"]["Texture only"] == {"value": metrics["texture"]["accuracy"], "chance": 0.25, "lower": True}
 
 
 def test_unlabelled_data_is_left_out(frozen):

@@ -127,13 +127,13 @@ def test_on_the_data_itself():
     sources = {"train": source([0, 1], tuple("abc")), "test": own, "cue_conflict": own}
     probe = LinearFit(np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
     f = frozen(sources, probe, lambda s: np.eye(3, dtype=np.float32)[answer])
-    figures, panels = ShapeBias()(f)
-    assert figures["shape_bias"] == pytest.approx(2 / 3) and figures["conflicts"] == 4
-    assert figures["texture_taught"] is False and list(panels["ood"]) == ["Shape bias (textures not taught)"]
+    metrics, panels = ShapeBias()(f)
+    assert metrics["shape_bias"] == pytest.approx(2 / 3) and metrics["conflicts"] == 4
+    assert metrics["texture_taught"] is False and list(panels["ood"]) == ["Shape bias (textures not taught)"]
     sources["train"] = source([0, 1], tuple("abc"), cue=np.array([0, -1]))
-    figures, panels = ShapeBias()(f)
-    assert figures["texture_taught"] is True
-    assert panels["ood"] == {"Shape bias": {"value": figures["shape_bias"], "chance": 0.5}}
+    metrics, panels = ShapeBias()(f)
+    assert metrics["texture_taught"] is True
+    assert panels["ood"] == {"Shape bias": {"value": metrics["shape_bias"], "chance": 0.5}}
 
 
 def test_on_coarse_labels():
@@ -146,9 +146,9 @@ def test_on_coarse_labels():
     np.testing.assert_array_equal(shape, own.labels)
     probe = LinearFit(np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
     f = frozen({"train": train, "test": of_fine, "cue_conflict": own}, probe, lambda s: np.eye(4)[texture])
-    figures, _ = ShapeBias()(f)
-    assert figures["conflicts"] == (shape != texture).sum() < 60
-    assert figures["shape_bias"] == 0 and figures["texture_accuracy"] == 1 and figures["texture_taught"]
+    metrics, _ = ShapeBias()(f)
+    assert metrics["conflicts"] == (shape != texture).sum() < 60
+    assert metrics["shape_bias"] == 0 and metrics["texture_accuracy"] == 1 and metrics["texture_taught"]
 
 
 @pytest.fixture
@@ -178,8 +178,8 @@ def test_stimuli_from_a_folder(stimuli):
     probe = LinearFit(np.array([[0, 9, 0], [9, 0, 0], [0, 0, 9.0]], np.float32), np.zeros(3, np.float32))
     sources = {"train": source([0, 1, 2], names), "test": source([0], names)}
     f = frozen(sources, probe, lambda s: s.images.mean((1, 2)) / 255, stimuli=str(stimuli))
-    figures, panels = ShapeBias()(f)
-    found = figures["stimuli"]
+    metrics, panels = ShapeBias()(f)
+    found = metrics["stimuli"]
     assert (found["conflicts"], found["shape"], found["texture"]) == (2, 1, 1) and found["categories"] == "boat, cat"
     assert panels["ood"]["Shape bias, stimuli"]["value"] == 0.5
     ShapeBias().check(SimpleNamespace(options=f.options, source=sources.get))

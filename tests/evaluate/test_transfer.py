@@ -53,12 +53,12 @@ def data(collapsed, seed=0):
 
 @pytest.mark.parametrize("labels", ["coarse", "fine"])
 def test_what_is_kept_and_what_is_lost(labels):
-    figures, panels = Transfer()(frozen(*data(collapsed=False), labels=labels))
-    assert figures == {"accuracy": 1, "coarse_accuracy": 1, "balanced_accuracy": 1, "knn_accuracy": 1}
-    figures, panels = Transfer()(frozen(*data(collapsed=True), labels=labels))
-    assert figures["coarse_accuracy"] == 1  # within a coarse class the fine one is a guess
-    assert 0.3 < figures["accuracy"] < 0.7 and figures["balanced_accuracy"] == pytest.approx(figures["accuracy"])
-    assert 0.3 < figures["knn_accuracy"] < 0.7
+    metrics, panels = Transfer()(frozen(*data(collapsed=False), labels=labels))
+    assert metrics == {"accuracy": 1, "coarse_accuracy": 1, "balanced_accuracy": 1, "knn_accuracy": 1}
+    metrics, panels = Transfer()(frozen(*data(collapsed=True), labels=labels))
+    assert metrics["coarse_accuracy"] == 1  # within a coarse class the fine one is a guess
+    assert 0.3 < metrics["accuracy"] < 0.7 and metrics["balanced_accuracy"] == pytest.approx(metrics["accuracy"])
+    assert 0.3 < metrics["knn_accuracy"] < 0.7
     panel = panels["transfer"]
     np.testing.assert_array_equal(panel["labels"], data(True)[3])
     np.testing.assert_array_equal(panel["coarse"], OF_CLASS[panel["labels"]])
@@ -71,11 +71,11 @@ def test_a_mistake_within_the_coarse_class_is_none_at_the_coarse_level():
     train[fine == 2] = -train[fine == 2]  # elsewhere when training
     centre = train[fine == 0].mean(0)
     test[test_fine == 2] = centre
-    figures, _ = Transfer()(frozen(train, fine, test, test_fine))
-    assert figures["accuracy"] == pytest.approx(0.75) and figures["coarse_accuracy"] == 1
+    metrics, _ = Transfer()(frozen(train, fine, test, test_fine))
+    assert metrics["accuracy"] == pytest.approx(0.75) and metrics["coarse_accuracy"] == 1
     rare = np.concatenate([np.flatnonzero(test_fine != 2), np.flatnonzero(test_fine == 2)[:1]])
-    figures, _ = Transfer()(frozen(train, fine, test[rare], test_fine[rare]))
-    assert figures["accuracy"] == pytest.approx(150 / 151) and figures["balanced_accuracy"] == pytest.approx(0.75)
+    metrics, _ = Transfer()(frozen(train, fine, test[rare], test_fine[rare]))
+    assert metrics["accuracy"] == pytest.approx(150 / 151) and metrics["balanced_accuracy"] == pytest.approx(0.75)
 
 
 def test_unlabelled_rows_do_not_count():
@@ -132,8 +132,8 @@ def test_augmented_probe_learns_what_was_kept():
         f = augmented(frozen(np.tile(train, (43, 1)), np.tile(fine, 43), test, test_fine), epochs=80, noise=0.01)
         return TransferAugmented()(f), f.drawn
 
-    (figures, panels), drawn = measured(collapsed=False)
-    assert figures == {"accuracy": 1, "last_accuracy": 1} and panels == {}
+    (metrics, panels), drawn = measured(collapsed=False)
+    assert metrics == {"accuracy": 1, "last_accuracy": 1} and panels == {}
     assert drawn == [("train", e) for e in range(80)]
     assert 0.3 < measured(collapsed=True)[0][0]["accuracy"] < 0.7
 

@@ -1,4 +1,4 @@
-"""Hidden groups: found where they are separate, robust training against a shortcut, and the figures by hand."""
+"""Hidden groups: found where they are separate, robust training against a shortcut, and the metrics by hand."""
 
 from types import SimpleNamespace
 
@@ -175,7 +175,7 @@ def test_dro_of_constant_features_and_half_precision():
     assert group_accuracies(np.argmax(probe_logits(probe, test[0]), 1), *test[1:])["worst"] > 0.75
 
 
-# ---- figures
+# ---- metrics
 
 
 def test_group_accuracies_by_hand():
@@ -234,17 +234,17 @@ def frozen(train, test, *, groups=True):
 
 def test_worst_group_without_knowing_the_groups():
     train, test = shortcut(1200, 0.95, seed=0), shortcut(2000, 0.5, seed=1)
-    figures, panels = WorstGroup()(frozen(train, test))
-    assert panels == {} and figures["dro_worst"] > figures["erm_worst"] + 0.15
-    assert set(figures["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
-    assert figures["oracle_worst"] > figures["erm_worst"] + 0.15
-    assert {figures[f"{name}_eta"] for name in ("dro", "oracle")} <= {0.0, 0.01}
+    metrics, panels = WorstGroup()(frozen(train, test))
+    assert panels == {} and metrics["dro_worst"] > metrics["erm_worst"] + 0.15
+    assert set(metrics["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
+    assert metrics["oracle_worst"] > metrics["erm_worst"] + 0.15
+    assert {metrics[f"{name}_eta"] for name in ("dro", "oracle")} <= {0.0, 0.01}
     for name in ("erm", "dro", "oracle"):
-        by_group = [g[name] for g in figures["by_group"].values()]
-        assert figures[f"{name}_worst"] == min(by_group) < figures[f"{name}_average"] < max(by_group)
-    assert figures["groups_found"] >= 4
+        by_group = [g[name] for g in metrics["by_group"].values()]
+        assert metrics[f"{name}_worst"] == min(by_group) < metrics[f"{name}_average"] < max(by_group)
+    assert metrics["groups_found"] >= 4
     for key in ("precision", "recall", "f1"):
-        assert 0.6 < figures[f"cluster_{key}"] <= 1
+        assert 0.6 < metrics[f"cluster_{key}"] <= 1
 
 
 def test_left_out():
