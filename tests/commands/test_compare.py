@@ -17,7 +17,7 @@ from jaxcl.commands.compare import sweeps
 from jaxcl.data import source_of
 from jaxcl.errors import UserError
 from jaxcl.method.build import build_recipe, data_facts
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 from jaxcl.report import figures, transfer
 from jaxcl.train import run_folder
 from jaxcl.train.checkpoint import Checkpoints

@@ -17,9 +17,12 @@ from jaxcl.losses.engine import Limits
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe
 from jaxcl.method.forward import run_heads
+from jaxcl.method.init_state import init_state, state_shardings
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase, Recipe
+from jaxcl.method.run_terms import make_terms
 from jaxcl.method.terms import Embedding
-from jaxcl.method.update import init_state, make_terms, make_update, make_views, run_stages, state_shardings
+from jaxcl.method.update import make_update
 
 Tree = Any
 Plan = dict[str, Any]
