@@ -22,7 +22,7 @@ and a schedule: cosine over the whole run, or released, the authors' cosine of 1
 
 Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. The degree of
 spread is --config.terms.contrast.a_spread against a_lc. Two such runs are joined at evaluation by
-`python -m jaxcl.evaluate --workdir=RUN --workdir=RUN`; thanos.py trains both encoders in one update.
+`python -m jaxcl evaluate --workdir=RUN --workdir=RUN`; thanos.py trains both encoders in one update.
 
 Source: Chen et al. 2022, arXiv 2204.07596, and "The Details Matter"; settings of the released code, but for the clamp
 and the norms of its loss (`losses.attract` says how they differ) and, by default, its schedule.

@@ -23,7 +23,7 @@ How strongly they repel: --config.terms.moco.alpha=3 (terms.nt_xent, terms.byol)
 --config.stages[0].count=2 (and stages[1], where each view has its own). Patches are 16 to 72 of 224 pixels, in
 proportion at other sizes: --config.stages[0].min_patch, max_patch. SimCLR's negatives receive gradient unless
 --config.terms.nt_xent.negatives_gradient=False. Texture is quilted in the update, or read from a set that
-jaxcl.commands.textures has built: --config.data.textures=FOLDER. Of STL-10, TFDS's training part is the 5,000 labelled
+jaxcl textures has built: --config.data.textures=FOLDER. Of STL-10, TFDS's training part is the 5,000 labelled
 images; all 105,000 fit one npz, labels -1 for the others: --config.data.source=npz:PATH and unlabelled. Everything not
 said here is as in moco.py, simclr.py, byol.py.
 

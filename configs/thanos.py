@@ -18,7 +18,7 @@ As two runs joined at evaluation (the authors' way; the same numbers but for the
 
     python -m jaxcl.main --config=configs/l_spread.py --workdir=runs/s
     python -m jaxcl.main --config=configs/l_spread.py:autoencoder --workdir=runs/a
-    python -m jaxcl.evaluate --workdir=runs/s --workdir=runs/a
+    python -m jaxcl evaluate --workdir=runs/s --workdir=runs/a
 
 Source: Chen et al. 2022, arXiv 2204.07596, and its released code; see l_spread.py.
 """

@@ -50,7 +50,7 @@ class ViTOptions(EncoderOptions):
     head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
     dtype: str = "float32"  # or bfloat16: of activations; parameters, losses and statistics of norms stay float32
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
-    weights: str = ""  # begin with these, not at random: a file by jaxcl.commands.export
+    weights: str = ""  # begin with these, not at random: a file by jaxcl export
 
 
 def _kept(key: Array | None, N: int, parts: dict[str, tuple[float, tuple[int, ...]]]) -> dict[str, Array]:
