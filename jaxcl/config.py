@@ -9,8 +9,8 @@ def get_config(preset="garments"):
 """
 
 import dataclasses
-import hashlib
 import importlib.util
+import inspect
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -28,22 +28,6 @@ from jaxcl.models.registry import MODELS
 from jaxcl.runtime.options import POSITIVE, SHARE, Option, Options, Range, defaults, options_of, quoted, suggestion
 from jaxcl.runtime.options import check as check_option
 from jaxcl.runtime.registry import Registry
-
-# Keys that may differ between a run and its continuation: they change nothing of what is learned.
-FREE_KEYS = (
-    "log_every",
-    "collapse_every",
-    "log_examples",
-    "checkpoint",
-    "report",
-    "wandb",
-    "eval",
-    "devices",
-    "hosts",
-    "sharding",
-    "data.prefetch",
-    "data.tfds.data_dir",
-)
 
 # Keys that hold parts, which are checked where they are made: {name: part}, lists of parts, and single parts.
 MAPPINGS, LISTS = ("views", "terms", "memory", "heads", "encoders"), ("stages", "passes")
@@ -213,6 +197,44 @@ def _options(name: str, known: Mapping[str, Any], overrides: Mapping[str, Any]) 
     return ConfigDict({**known, **overrides})
 
 
+def parts_of(path: str) -> Registry | None:
+    """The registry of the part at a config path such as "terms.supcon", "stages[0]" or "model"; None for other keys."""
+    slot, _, rest = path.replace("[", ".").partition(".")
+    single = slot == "model"
+    return _REGISTRIES.get(slot) if single == (not rest) and "." not in rest else None
+
+
+def with_kind(config: ConfigDict, path: str, kind: str) -> None:
+    """Replace the part at `path` by one of another kind, in place.
+
+    Options that a common base class of both kinds declares, such as `weight` of a term, keep their values. All others
+    are those of the new kind, with its defaults.
+
+    Raises:
+      UserError: an unknown kind.
+    """
+    parts, (slot, _, name) = parts_of(path), path.replace("[", ".").rstrip("]").partition(".")
+    old = config[slot] if not name else config[slot][int(name) if slot in LISTS else name]
+    if old.kind == kind:
+        return
+    of_new, of_old = parts.resolve(kind, f"{path}.kind"), parts.resolve(old.kind)
+    common = set(getattr(of_new, "__mro__", ())).intersection(getattr(of_old, "__mro__", ()))
+    shared = {option for base in common for option in inspect.get_annotations(base)}
+    new = memory(kind) if slot == "memory" else _part(parts, kind, {})
+    with new.ignore_type():
+        for option in shared.intersection(old, new):
+            new[option] = old[option]
+        if "optimizer" in new and "optimizer" in old:
+            new.optimizer = old.optimizer
+    with config.unlocked(), config.ignore_type():
+        if slot in LISTS:
+            config[slot] = tuple(new if i == int(name) else part for i, part in enumerate(config[slot]))
+        elif name:
+            config[slot][name] = new
+        else:
+            config[slot] = new
+
+
 # Named here so that configs need import nothing else.
 __all__ = [
     "OptimizerOptions",
@@ -224,10 +246,12 @@ __all__ = [
     "memory",
     "model",
     "options",
+    "parts_of",
     "stage",
     "term",
     "title",
     "view",
+    "with_kind",
     "without_labels",
 ]
 
@@ -236,6 +260,17 @@ def _part(parts: Registry, kind: str, overrides: Mapping[str, Any]) -> ConfigDic
     c = options(parts.resolve(kind), **overrides)
     c.kind = kind
     return c
+
+
+_REGISTRIES = {
+    "views": registry.VIEWS,
+    "stages": registry.STAGES,
+    "terms": registry.TERMS,
+    "memory": registry.MEMORY,
+    "heads": registry.HEADS,
+    "encoders": MODELS,
+    "model": MODELS,
+}
 
 
 def view(kind: str, **overrides: Any) -> ConfigDict:
@@ -296,6 +331,7 @@ def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:
     The first word of an axis is its default; words come in any order, separated by commas.
     """
     words = [w.strip() for w in (argument or "").split(",") if w.strip()]
+    words = ["unlabelled" if w == "unlabeled" else w for w in words]  # either spelling
     chosen = []
     for axis in axes:
         mine = [w for w in words if w in axis]
@@ -402,34 +438,3 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(ConfigDict(v) if isinstance(v, Mapping) else _frozen(v) for v in value)
     return value
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.depth": 18, "stages[0].tap": "stage2", ...}"""
-    if isinstance(tree, dict):
-        items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
-    elif isinstance(tree, list) and any(isinstance(v, dict) for v in tree):
-        items = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    return {k: v for key, value in items for k, v in flatten(value, key).items()}
-
-
-def _learned(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that decide what is learned, flat."""
-
-    def free(key: str) -> bool:
-        return any(key == f or key.startswith((f"{f}.", f"{f}[")) for f in FREE_KEYS)
-
-    return {k: v for k, v in flatten(config).items() if not free(k)}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys in which two configs would learn something else, as "key: old -> new"."""
-    a, b = _learned(old), _learned(new)
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-
-
-def fingerprint(config: dict[str, Any]) -> str:
-    """A short hash of what a config learns; equal for a run and its continuation."""
-    return hashlib.sha256(json.dumps(_learned(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,40 +1,41 @@
-"""Train one config: `python -m jaxcl.main --config=configs/excon.py[:PRESET] [--workdir=DIR] [--config.KEY=VALUE ...]`.
+"""Train one config.
 
-The keys are in the config file and, with what they mean, in jaxcl/config.py; the file's first lines say its presets.
+    jaxcl train --config=configs/excon.py[:PRESET] [--workdir=DIR] [--config.KEY=VALUE ...]
+    jaxcl train --config=configs/simclr.py --config.model.kind=vit --config.model.depth=3 --config.batch_size=128
+
+`python -m jaxcl.main` is the same command. A path below configs/ that is not in the current folder names one of the
+configs that are installed with jaxcl. Presets are words that choose a variant of the config, such as a data set; the
+first lines of the config file list them. The keys are in the config file too; jaxcl/config.py explains them. Another
+kind of a part, such as --config.model.kind=vit, brings the options of that kind with it.
+
+The same command with the same --workdir resumes a run. Exit codes: 0 finished; 2 a mistake to correct; 3 the loss
+diverged; 75 stopped on request, or another process was lost: run the same command again.
 """
 
 import pathlib
-import sys
 
-from absl import flags
-from ml_collections import config_flags
-
+from jaxcl.commands.config_file import read_config
 from jaxcl.errors import UserError
-from jaxcl.runtime import compile_cache, distributed, huge_pages, xla_flags
-from jaxcl.runtime import flags as command_line
+from jaxcl.runtime import compile_cache, distributed, entry, xla_flags
+from jaxcl.runtime.flags import Flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Run folder; default runs/<config>[-<preset>]. The same command with the same folder resumes.",
-)
-_DISTRIBUTED = flags.DEFINE_string(
+FLAGS = Flags(__doc__, config=True)
+FLAGS.text("workdir", "", "Run folder, local or gs://; default runs/<config>[-<preset>].")
+FLAGS.text(
     "distributed",
     "off",
-    "off: this process alone. auto: let JAX find the cluster. HOST:PORT,COUNT,ID: that coordinator, COUNT processes.",
+    "off: this process alone. auto: JAX finds the cluster. HOST:PORT,COUNT,ID: this is process ID of COUNT, and "
+    "process 0 serves at HOST:PORT.",
 )
-_JOIN_TIMEOUT = flags.DEFINE_integer(
-    "join_timeout", distributed.JOIN_SECONDS, "Seconds to wait for the other processes.", lower_bound=1
+FLAGS.number("join_timeout", distributed.JOIN_SECONDS, "Seconds to wait for the other processes.", at_least=1)
+FLAGS.number(
+    "heartbeat_timeout", distributed.HEARTBEAT_SECONDS, "Seconds until a silent process counts as lost.", at_least=1
 )
-_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
-    "heartbeat_timeout", distributed.HEARTBEAT_SECONDS, "Seconds after which a silent process is dead.", lower_bound=1
-)
-_PROFILE = flags.DEFINE_integer(
+FLAGS.number(
     "profile",
     None,
-    "Write a trace of so many updates (10 are enough), after the first few, into WORKDIR/profile.",
-    lower_bound=1,
+    "Trace this many updates, after the first few, into WORKDIR/profile; 10 are enough.",
+    at_least=1,
 )
 
 
@@ -47,30 +48,25 @@ def _default_workdir(argument: str) -> pathlib.Path:
 def main(argv: list[str]) -> int:
     """Run one config; -> exit code."""
     xla_flags.set_flags()  # first: a config file may import JAX
-    command_line.parse(argv)
-    if _CONFIG.value is None:
+    given = FLAGS.parse(argv)
+    if given.config is None:
         raise UserError("no --config; for example --config=configs/excon.py")
-    if _DISTRIBUTED.value == "off":
+    config = read_config(given.config, given.overrides)
+    if given.distributed == "off":
         compile_cache.turn_on()
-    distributed.join(_DISTRIBUTED.value, timeout=_JOIN_TIMEOUT.value, heartbeat=_HEARTBEAT_TIMEOUT.value)
-    from jaxcl.train import loop as train  # after the flags are known to be right: a typo need not wait for the imports
+    distributed.join(given.distributed, timeout=given.join_timeout, heartbeat=given.heartbeat_timeout)
+    from jaxcl.train import loop as train  # late, so that a mistake in the flags is reported without this import
 
-    workdir = _WORKDIR.value or _default_workdir(command_line.config_argument(argv))
     try:
-        train.run(_CONFIG.value, workdir, profile=_PROFILE.value or 0)
+        train.run(config, given.workdir or _default_workdir(given.config), profile=given.profile or 0)
     except Exception as error:
         raise distributed.lost(error) or error from None
     return 0
 
 
 def cli() -> None:
-    """Exit codes: 0 done; 2 a mistake to mend; 3 the loss diverged; 75 stopped on request, or another host was lost:
-    run again to go on."""
-    huge_pages.ask()
-    if distributed.wants_guard(sys.argv):
-        sys.exit(distributed.guard())
-    distributed.end_with_guard()
-    command_line.leave(main)
+    """Run `main` as a process of its own."""
+    entry.leave(main)
 
 
 if __name__ == "__main__":

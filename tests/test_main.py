@@ -1,36 +1,26 @@
-"""The command: one line for every mistake, and exit codes."""
+"""The command that trains: one line for every mistake, exit codes, help."""
 
+import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
-from test_train import ROOT, subprocess_run
+from processes import ROOT, cli, one_line, subprocess_run
 
+from jaxcl import __main__ as commands
 from jaxcl import main
 from jaxcl.errors import Diverged, Preempted, UserError
+from jaxcl.runtime import entry, huge_pages
 from jaxcl.train import loop as train
 
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     return tiny.colours(tmp_path_factory.mktemp("data") / "colours.npz")
-
-
-def cli(arguments, monkeypatch, capsys):
-    """`python -m jaxcl.main` in this process -> (exit code, what it wrote to stderr)."""
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-    saved = flagsaver.save_flag_values()
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            main.cli()
-    finally:
-        flagsaver.restore_flag_values(saved)
-        flags.FLAGS.unparse_flags()
-    return exit_.value.code, capsys.readouterr().err
 
 
 SUPCON, EXCON = (f"--config={ROOT}/configs/{name}.py" for name in ("supcon", "excon"))
@@ -40,49 +30,31 @@ SMALL = f"{SUPCON}:fashion_mnist", "--config.data.source=npz:{npz}", "--config.b
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "no --config; for example --config=configs/excon.py"),
-        ([SUPCON, "--worrkdir=x"], "Unknown command line flag 'worrkdir'"),
-        ([SUPCON, "x"], "unexpected argument 'x'"),
-        ([SUPCON, "--profile=0"], "flag --profile=0: 0 is not a positive integer"),
-        ([*SMALL, "--config.duration=20 steps", "--profile=18"], "--profile is 18, but the run has 20 updates"),
-        ([SUPCON, "--config.batchsize=3"], "batchsize"),
-        ([SUPCON, "--config.views.view1.crop_aera=(0.1,1.0)"], "crop_aera"),
-        ([SUPCON, "--config.batch_size=many"], "many"),
-        ([SUPCON, "--config.wandb.project=x"], "unknown config key: wandb.project; wandb is '', which has no keys"),
-        ([SUPCON, "--config.optimizer.lr.x=1"], "unknown config key: optimizer.lr.x; optimizer.lr is 0.006, which has"),
-        ([SUPCON, "--config.eval=3"], "eval"),
-        ([f"{SUPCON}:cifr10"], "unknown preset 'cifr10'; did you mean 'cifar10'?"),
-        ([f"{SUPCON}:cifar10,cifar100"], "names both 'cifar10' and 'cifar100'; choose one"),
-        (["--config=configs/nothing.py"], "no config file at configs/nothing.py; for example"),
-        (["--config=configs/nothing.py:cifar10", "--config.seed=1"], "no config file at configs/nothing.py"),
-        (["--config", "nothing.py"], "no config file at nothing.py"),
-        ([f"{SUPCON}:fashion_mnist", "--config.data.source=npz:nothing.npz"], "no file at nothing.npz"),
-        ([SUPCON, "--config.data.source=garmets"], "unknown data source 'garmets'"),
-        ([*SMALL, "--config.batch_size=30", "--config.devices=8"], "batch_size 30 does not divide over 8 devices"),
-        ([*SMALL, "--config.devices=9"], "devices is 9, but there are 8"),
-        ([*SMALL, "--config.duration=4 weeks"], "duration is '4 weeks'; expected a duration"),
-        ([*SMALL, "--config.optimizer.lr=-1.0"], "optimizer.lr is -1.0"),
-        ([*SMALL, "--config.eval.tap=stage9"], "tap 'stage9' is not in this encoder"),
-        ([*SMALL, "--config.eval.quick=('knnn',)"], "eval names 'knnn'; expected one of knn, linear"),
-        ([*SMALL, "--config.log_every=often"], "log_every is 'often'; expected a duration"),
+        ([], ["--config", "configs/excon.py"]),
+        ([SUPCON, "--worrkdir=x"], ["--worrkdir", "workdir"]),
+        ([SUPCON, "x"], ["'x'"]),
+        ([SUPCON, "--profile=0"], ["--profile=0"]),
+        ([*SMALL, "--config.duration=20 steps", "--profile=18"], ["--profile is 18", "20 updates"]),
+        ([SUPCON, "--config.views.view1.crop_aera=(0.1,1.0)"], ["views.view1.crop_aera", "views.view1.crop_area"]),
+        (["--config=configs/nothing.py"], ["configs/nothing.py"]),
+        ([f"{SUPCON}:fashion_mnist", "--config.data.source=npz:nothing.npz"], ["nothing.npz"]),
+        ([SUPCON, "--config.data.source=garmets"], ["garmets", "garments"]),
+        ([*SMALL, "--config.batch_size=30", "--config.devices=8"], ["batch_size", "30", "8 devices"]),
+        ([*SMALL, "--config.devices=9"], ["devices", "9", "8"]),
+        ([*SMALL, "--config.duration=4 weeks"], ["duration", "4 weeks"]),
+        ([*SMALL, "--config.optimizer.lr=-1.0"], ["optimizer.lr", "-1.0"]),
+        ([*SMALL, "--config.eval.tap=stage9"], ["tap", "stage9"]),
+        ([*SMALL, "--config.eval.quick=('knnn',)"], ["knnn", "knn"]),
+        ([*SMALL, "--config.log_every=often"], ["log_every", "often"]),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, words, npz, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = [a.format(npz=npz) for a in arguments]
-    code, text = cli([*arguments, "--workdir=run"] if arguments else arguments, monkeypatch, capsys)
-    assert code == 2
-    assert words in text and text.startswith("jaxcl: ") and len(text.strip().splitlines()) == 1
+    code, out, err = cli(["train", *arguments, *(["--workdir=run"] if arguments else [])], monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert all(word in one_line(err) for word in words), err
     assert not (tmp_path / "run").exists()  # nothing is left behind
-
-
-@pytest.mark.parametrize("module", ["main", "sweep", "evaluate"])
-def test_help(module):
-    done = subprocess.run([sys.executable, "-m", f"jaxcl.{module}", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    assert f"python -m jaxcl.{module} " in done.stdout
-    assert ("--workdir: " in done.stdout) == (module != "sweep") and ("--seeds: " in done.stdout) == (module == "sweep")
-    assert "--verbosity" not in done.stdout  # absl's own
 
 
 START = "from jaxcl import config as base\ndef get_config(preset=''):\n    c = base.default()\n    "
@@ -91,19 +63,16 @@ START = "from jaxcl import config as base\ndef get_config(preset=''):\n    c = b
 @pytest.mark.parametrize(
     "body, words",
     [
-        ("def get_config(:\n", "SyntaxError"),
-        ("def get_config(preset=''):\n    return 1 / 0\n", "ZeroDivisionError: division by zero (mine.py, line 2)"),
-        (START + "return base.term('supconn')\n", "no term is called 'supconn'; did you mean 'supcon'?"),
-        (START + "c.sed = 1\n    return c\n", "unknown config key sed; did you mean 'seed'?"),
-        (START + "c.eval.evry = 1\n    return c\n", "unknown config key eval.evry; did you mean 'every'?"),
+        (START + "return base.term('supconn')\n", ["supconn", "supcon"]),
+        (START + "c.sed = 1\n    return c\n", ["sed", "seed"]),
+        (START + "c.eval.evry = 1\n    return c\n", ["eval.evry", "every"]),
     ],
 )
 def test_mistakes_in_a_config_file(body, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(body)
-    code, text = cli(["--config=mine.py", "--workdir=run"], monkeypatch, capsys)
-    assert code == 2 and len(text.strip().splitlines()) == 1
-    assert words in text
+    code, _, err = cli(["train", "--config=mine.py", "--workdir=run"], monkeypatch, capsys)
+    assert code == 2 and all(word in one_line(err) for word in words)
 
 
 def test_exit_codes(monkeypatch, capsys, tmp_path):
@@ -114,26 +83,103 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
             raise error
 
         monkeypatch.setattr(train, "run", fail)
-        assert cli([SUPCON], monkeypatch, capsys) == (code, f"jaxcl: {error}\n")
+        assert cli(["train", SUPCON], monkeypatch, capsys) == (code, "", f"jaxcl: {error}\n")
     seen = []
     monkeypatch.setattr(train, "run", lambda config, workdir, profile: seen.append((config.seed, workdir, profile)))
-    assert cli([f"{SUPCON}:cifar10", "--config.seed=3"], monkeypatch, capsys) == (0, "")
-    assert cli([EXCON, "--workdir=here", "--profile=4"], monkeypatch, capsys) == (0, "")
+    assert cli(["train", f"{SUPCON}:cifar10", "--config.seed=3"], monkeypatch, capsys) == (0, "", "")
+    assert cli(["train", EXCON, "--workdir=here", "--profile=4"], monkeypatch, capsys) == (0, "", "")
     assert seen == [(3, pathlib.Path("runs/supcon-cifar10"), 0), (0, "here", 4)]
+    assert sys.argv[1:] == [EXCON, "--workdir=here", "--profile=4"]  # what the run folder records
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ([SUPCON, "--config.modl.depth=18"], "modl"),
-        (
-            [SUPCON, "--config.batch_size=20000", "--config.devices=1"],
-            "batch_size 20000 is larger than the training set",
-        ),
-    ],
-)
-def test_mistakes_of_the_real_command(arguments, words, tmp_path):
-    done = subprocess_run(arguments, tmp_path)
-    assert done.returncode == 2
-    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize("program", [("-m", "jaxcl.main"), ("-m", "jaxcl", "train")])
+def test_mistakes_of_the_real_command(program, tmp_path):
+    done = subprocess_run([SUPCON, "--config.modl.depth=18"], tmp_path, program)
+    assert done.returncode == 2 and "modl.depth" in one_line(done.stderr)
     assert done.stdout == "" and not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_that_the_data_show(tmp_path):
+    done = subprocess_run([SUPCON, "--config.batch_size=20000", "--config.devices=1"], tmp_path)
+    assert done.returncode == 2 and "batch_size" in one_line(done.stderr)
+
+
+# ---- all commands
+
+
+def test_the_list_of_commands(monkeypatch, capsys):
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        code, out, err = cli(arguments, monkeypatch, capsys)
+        assert (code, err) == (0, "")
+        lines = out.splitlines()
+        for name in commands.COMMANDS:
+            assert sum(line.startswith(f"  {name} ") for line in lines) == 1
+    for name in ("plan", "prepare", "claims"):
+        assert importlib.util.find_spec(commands.COMMANDS[name].module)
+    for arguments, word in ((["trian"], "'train'"), (["nothing"], "evaluate"), ([SUPCON], "jaxcl train")):
+        code, out, err = cli(arguments, monkeypatch, capsys)
+        assert (code, out) == (2, "") and word in one_line(err)
+
+
+def test_help_of_every_command(monkeypatch, capsys):
+    """Its own text with an example, its own flags and no others; and nothing starts."""
+    flags_of = {}
+    for name, command in commands.COMMANDS.items():
+        code, out, err = cli([name, "--help"], monkeypatch, capsys)
+        assert (code, err) == (0, ""), name
+        assert f"    jaxcl {name} " in out and out.startswith(sys.modules[command.module].__doc__.splitlines()[0])
+        flags_of[name] = {line.split(":")[0] for line in out.splitlines() if line.startswith("  --")}
+    assert "  --workdir" in flags_of["train"] and "  --seeds" in flags_of["sweep"] - flags_of["train"]
+    assert flags_of["prepare"] == {"  --data_dir"}
+    assert not any("  --verbosity" in own for own in flags_of.values())  # absl's own
+    evaluators = cli(["evaluate", "--help"], monkeypatch, capsys)[1]
+    assert "knn" in evaluators.split("Evaluators:")[1] and "linear" in evaluators.split("Evaluators:")[1]
+    text = cli(["train", "--help"], monkeypatch, capsys)[1]
+    assert "--config.KEY" in text and "Presets" in text
+
+
+def test_prepare_names_what_is_missing(monkeypatch, capsys):
+    code, _, err = cli(["prepare"], monkeypatch, capsys)
+    assert code == 2 and "jaxcl prepare cifar10" in one_line(err)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = cli(["prepare", "cifar10", "--data_dir=x"], monkeypatch, capsys)
+    assert code == 2 and "tensorflow" in one_line(err) and "jaxcl[prepare]" in err
+
+
+# ---- the console script
+
+
+def test_the_script_finds_modules_of_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["/somewhere/bin"])
+    seen = []
+    monkeypatch.setattr(entry, "leave", lambda main, script=False: seen.append((main, script)))
+    commands.script()
+    assert sys.path == [str(tmp_path), "/somewhere/bin"] and seen == [(commands.main, True)]
+    monkeypatch.setattr(sys, "path", ["/somewhere/bin"])
+    monkeypatch.setattr(commands.sys, "flags", types.SimpleNamespace(safe_path=True))
+    commands.script()
+    assert sys.path == ["/somewhere/bin"]
+
+
+SCRIPT = "import sys\nfrom jaxcl.__main__ import script\nsys.exit(script())\n"
+
+
+def test_the_script_as_a_process(tmp_path):
+    """It restarts itself with large pages as `python -m jaxcl` does, and reads its config from where it is started."""
+    (tmp_path / "jaxcl").write_text(SCRIPT)
+    (tmp_path / "my_pkg.py").write_text(
+        "import os\nfrom jaxcl.errors import UserError\nraise UserError(str(os.environ.get('GLIBC_TUNABLES')))\n"
+    )
+    (tmp_path / "c.py").write_text("def get_config():\n    import my_pkg\n")
+    environ = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "JAXCL_HUGE_PAGES")}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "jaxcl"), "train", "--config=c.py"],
+        cwd=tmp_path, env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    expected = "glibc.malloc.hugetlb=1" if huge_pages.wanted() else "None"
+    assert done.returncode == 2 and one_line(done.stderr) == f"jaxcl: {expected}"
+
+
+def test_jaxcl_main_is_the_train_command():
+    assert commands.COMMANDS["train"].module == main.__name__

@@ -1,60 +1,58 @@
-"""Take the encoder of a run out: safetensors, with a small JSON that says what it is.
+"""Export the encoder of a run as safetensors, with a small JSON file that describes it.
 
-    python -m jaxcl export --workdir=RUN --out=DIR|FILE.safetensors [--encoder=NAME] [--format=torch]
+    jaxcl export --workdir=RUN --out=DIR|FILE.safetensors [--encoder=NAME] [--format=torch]
 
-`jaxcl.load_backbone(DIR)` loads it, and `--config.model.weights=DIR` trains on from it. Written with --format=torch it
-has the names of torchvision's ResNets (`models.torch_layout`), for `load_state_dict` with fc = Identity.
+`jaxcl.load_backbone(DIR)` loads it, and `--config.model.weights=DIR` continues training from it. With --format=torch
+the file has the parameter names of torchvision's ResNets (`models.torch_layout`): `load_state_dict` takes it if fc is
+an Identity.
 """
 
 import json
 import logging
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
-from absl import flags
 
 import jaxcl
+from jaxcl.data import source_of
 from jaxcl.errors import UserError
+from jaxcl.method.forward import of_encoder, with_targets
+from jaxcl.models import weights
+from jaxcl.models.backbone import architecture, model_of
 from jaxcl.runtime import compile_cache
-from jaxcl.runtime import flags as command_line
-
-if TYPE_CHECKING:
-    from jaxcl.train.runs import Saved
+from jaxcl.runtime.flags import Flags
+from jaxcl.train.runs import Saved, open_run
 
 logger = logging.getLogger("jaxcl")
 
-_FLAGS = flags.FlagValues()
-_own = dict(flag_values=_FLAGS)
-_WORKDIR = flags.DEFINE_string("workdir", "", "A run folder.", **_own)
-_OUT = flags.DEFINE_string("out", "", "A folder, or a file that ends in .safetensors; local or gs://.", **_own)
-_ENCODER = flags.DEFINE_string("encoder", "", "An encoder by name, a moving average too; default: the main.", **_own)
-_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.", **_own)
-_FORMAT = flags.DEFINE_string("format", "jaxcl", "jaxcl, or torch: names and shapes of torchvision's ResNets.", **_own)
+FLAGS = Flags(__doc__)
+FLAGS.text("workdir", "", "A run folder.")
+FLAGS.text("out", "", "A folder, or a file that ends in .safetensors; local or gs://.")
+FLAGS.text("encoder", "", "Name of an encoder or of its moving average; default: the main encoder.")
+FLAGS.number("step", None, "Step of the checkpoint; default: the newest.")
+FLAGS.text("format", "jaxcl", "jaxcl, or torch: names and shapes of torchvision's ResNets.")
 
 
-def export(saved: "Saved", out: str | os.PathLike, *, encoder: str = "", layout: str = "jaxcl") -> os.PathLike:
-    """Write an encoder of an opened run; -> the file.
+def export(saved: Saved, out: str | os.PathLike, *, encoder: str = "", layout: str = "jaxcl") -> os.PathLike:
+    """Write one encoder of a run to a file; -> the file.
 
     Args:
-      saved: from `evaluate.runs.open_run`.
+      saved: from `train.runs.open_run`.
       out: a file that ends in .safetensors, or a folder.
-      encoder: its name, "" the main one; a moving average (the target of MoCo or BYOL) by its own.
+      encoder: the name of an encoder or of a moving average (the target of MoCo or BYOL); "": the main encoder.
       layout: "jaxcl" or "torch".
 
     Raises:
-      UserError: no such encoder or layout, or one that the layout cannot express.
+      UserError: no such encoder or layout, or an encoder that the layout cannot express.
     """
-    from jaxcl.method.forward import of_encoder, with_targets
-    from jaxcl.models import weights
-    from jaxcl.models.backbone import architecture, model_of
-
     if layout not in weights.LAYOUTS:
         raise UserError(f"--format is {layout!r}; expected {' or '.join(weights.LAYOUTS)}")
     recipe, config = saved.recipe, saved.config
     names = ("", *recipe.encoders, *recipe.targets)
     if encoder not in names:
-        raise UserError(f"--encoder is {encoder!r}; expected one of {', '.join(map(repr, names))} ('' is the main one)")
+        raise UserError(
+            f"--encoder is {encoder!r}; expected one of {', '.join(map(repr, names))} ('' is the main encoder)"
+        )
     followed = recipe.memory[encoder].of if encoder in recipe.targets else encoder
     options = architecture(config.encoders[followed] if followed else config.model)
     model = model_of(options)
@@ -64,7 +62,7 @@ def export(saved: "Saved", out: str | os.PathLike, *, encoder: str = "", layout:
     trees = (saved.state.params, "params"), (saved.state.batch_stats, "batch_stats")
     params, stats = (of_encoder(with_targets(recipe, tree, saved.state.memory, part), encoder) for tree, part in trees)
     variables = weights.flat(params["encoder"], recipe.encoder(encoder).statistics_of(stats))
-    wanted = weights.shapes(model, recipe.image_shape)  # without further sets of batch norms
+    wanted = weights.shapes(model, recipe.image_shape)  # only the clean set of batch norms
     variables = {k: np.asarray(v) for k, v in variables.items() if k in wanted}
     about = {
         "architecture": options,
@@ -86,38 +84,24 @@ def export(saved: "Saved", out: str | os.PathLike, *, encoder: str = "", layout:
     return weights.write(out, variables, about, torch=torch)
 
 
-def _class_names(saved: "Saved") -> tuple[str, ...]:
+def _class_names(saved: Saved) -> tuple[str, ...]:
     if saved.class_names is not None:
         return saved.class_names
-    from jaxcl.data import source_of
-
     try:
         return source_of(saved.config, "train").class_names
     except UserError as error:
-        logger.info("without class names: the run did not write them down, and %s", error)
+        logger.info("exported without class names: the run did not record them, and %s", error)
         return ()
 
 
-def run(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Export; -> exit code."""
-    _FLAGS.unparse_flags()
-    command_line.parse(argv, _FLAGS)
-    for name, flag in (("workdir", _WORKDIR), ("out", _OUT)):
-        if not flag.value:
+    given = FLAGS.parse(argv)
+    for name in ("workdir", "out"):
+        if not getattr(given, name):
             raise UserError(f"no --{name}; expected --workdir=RUN --out=DIR")
-    from jaxcl.train.runs import open_run  # after the flags are known to be right
-
     compile_cache.turn_on()
-    saved = open_run(_WORKDIR.value, step=_STEP.value)
-    path = export(saved, _OUT.value, encoder=_ENCODER.value, layout=_FORMAT.value)
+    saved = open_run(given.workdir, step=given.step)
+    path = export(saved, given.out, encoder=given.encoder, layout=given.format)
     logger.info("%s", path)
     return 0
-
-
-def cli() -> None:
-    """Exit codes as those of jaxcl.main."""
-    command_line.leave(run)
-
-
-if __name__ == "__main__":
-    cli()

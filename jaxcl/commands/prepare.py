@@ -1,42 +1,37 @@
-"""Downloads a TFDS set and writes it in ArrayRecord form, so that `tfds:NAME` reads it without TensorFlow.
+"""Download a TFDS set and write it in ArrayRecord form, so that `tfds:NAME` reads it without TensorFlow.
 
-python -m jaxcl prepare cifar10 --data_dir=~/tensorflow_datasets
+    jaxcl prepare cifar10 --data_dir=~/tensorflow_datasets
+
+The command itself needs TensorFlow: pip install 'jaxcl[prepare]'.
 """
 
-import argparse
 import importlib.util
 import os
-import sys
-from collections.abc import Sequence
+
+from jaxcl.errors import UserError
+from jaxcl.runtime.flags import Flags
+
+FLAGS = Flags(__doc__, positional="name")
+FLAGS.text("data_dir", "", "A folder for prepared sets; default: $TFDS_DATA_DIR, or TFDS's own default.")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 prepared, 2 a mistake of the caller, said in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxcl prepare", description="Prepare a TFDS set in ArrayRecord form."
-    )
-    parser.add_argument("name", help="as TFDS writes it, for example cifar10")
-    parser.add_argument("--data_dir", default=os.environ.get("TFDS_DATA_DIR"), help="default $TFDS_DATA_DIR")
-    arguments = parser.parse_args(argv)
+def main(argv: list[str]) -> int:
+    """Prepare a set; -> exit code."""
+    given = FLAGS.parse(argv)
+    if not given.name:
+        raise UserError("no set; give its name in TFDS, for example: jaxcl prepare cifar10")
     missing = [m for m in ("tensorflow", "tensorflow_datasets") if importlib.util.find_spec(m) is None]
     if missing:
-        print(
-            f"preparing {arguments.name} needs {' and '.join(missing)}: pip install 'jaxcl[prepare]'",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError(f"preparing {given.name} needs {' and '.join(missing)}: pip install 'jaxcl[prepare]'")
     import tensorflow_datasets as tfds
 
-    data_dir = os.path.expanduser(arguments.data_dir) if arguments.data_dir else None
+    data_dir = given.data_dir or os.environ.get("TFDS_DATA_DIR")
     try:
-        builder = tfds.builder(arguments.name, data_dir=data_dir, file_format="array_record")
+        builder = tfds.builder(
+            given.name, data_dir=os.path.expanduser(data_dir) if data_dir else None, file_format="array_record"
+        )
     except ValueError as error:  # unknown name, config or version
-        print(str(error).strip().splitlines()[0], file=sys.stderr)
-        return 2
+        raise UserError(str(error).strip().splitlines()[0]) from None
     builder.download_and_prepare()
-    print(f"{arguments.name} is ready in {builder.data_path}")
+    print(f"{given.name} is ready in {builder.data_path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

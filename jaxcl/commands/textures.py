@@ -1,12 +1,12 @@
-"""Builds a set of textures, one for each image of a source, from which texture negatives are then read.
+"""Make a set of textures, one for each image of a source. Training then reads its texture negatives from the set.
 
-    python -m jaxcl textures --source=garments --out=textures
-    python -m jaxcl.main --config=configs/nonsemantic.py:texture --config.data.textures=textures
+    jaxcl textures --source=garments --out=textures
+    jaxcl train --config=configs/nonsemantic.py:texture --config.data.textures=textures
 
-Every pixel is copied from one of two squares of its image (`jaxcl.augment.sampling`). The images need no labels. The same
-command goes on where it stopped; on several hosts that share the folder, each makes its share of the parts: start it
-with --process_index=I --process_count=N on each, or with --distributed=auto. What an image becomes depends on its
-place in the source and --seed only.
+Every pixel is copied from one of two squares of its image (`jaxcl.augment.sampling`). The images need no labels. The
+same command resumes where it stopped. Several hosts that share the folder can share the work: start the command on
+each with --process_index=I --process_count=N, or with --distributed=auto. The texture of an image depends only on the
+image's place in the source and on --seed.
 """
 
 import ast
@@ -15,30 +15,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+import jax
+import numpy as np
 
+from jaxcl.augment.sampling import make_search, sample_texture
+from jaxcl.data import make_source, texture_set
 from jaxcl.errors import UserError
+from jaxcl.method.sharding import AXIS
+from jaxcl.report.progress import Progress
 from jaxcl.runtime import compile_cache, distributed
-from jaxcl.runtime import flags as command_line
+from jaxcl.runtime.flags import Flags
 
 logger = logging.getLogger("jaxcl")
 
-_FLAGS = flags.FlagValues()
-_own = dict(flag_values=_FLAGS)
-_SOURCE = flags.DEFINE_string("source", "", "A data source as in a config, such as npz:PATH.", **_own)
-_OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE of the source, such as image_size=96.", **_own)
-_SPLIT = flags.DEFINE_string("split", "train", "train or test; hold-outs and limits need no set of their own.", **_own)
-_OUT = flags.DEFINE_string("out", "", "The folder of the textures.", **_own)
-_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn at random.", **_own)
-_BATCH = flags.DEFINE_integer("batch_size", 32, "Images at once, on all devices of this host.", **_own)
-_PART = flags.DEFINE_integer("part_size", 1024, "Images a part; a stop loses one part at most.", **_own)
-_EXEMPLAR = flags.DEFINE_integer("exemplar", 0, "Side of the squares; 0: 96/224 of the image's shorter side.", **_own)
-_RADIUS = flags.DEFINE_integer("radius", 0, "Of a pixel's neighbourhood; 0: 3, or 2 for small exemplars.", **_own)
-_RANDOMS = flags.DEFINE_integer("randoms", 16, "Random places tried for a pixel.", **_own)
-_PASSES = flags.DEFINE_integer("passes", 2, "How often a level chooses every pixel.", **_own)
-_INDEX = flags.DEFINE_integer("process_index", 0, "Which of the processes this is.", **_own)
-_COUNT = flags.DEFINE_integer("process_count", 1, "Processes that share the work.", **_own)
-_DISTRIBUTED = flags.DEFINE_string("distributed", "off", "off, auto or HOST:PORT,COUNT,ID; as jaxcl.main.", **_own)
+FLAGS = Flags(__doc__)
+FLAGS.text("source", "", "A data source as in a config, such as npz:PATH.")
+FLAGS.texts("option", "KEY=VALUE: an option of the source, such as image_size=96; may be given several times.")
+FLAGS.text("split", "train", "train or test; a held-out or limited training set needs no set of its own.")
+FLAGS.text("out", "", "The folder for the textures.")
+FLAGS.number("seed", 0, "Seed of all random draws.")
+FLAGS.number("batch_size", 32, "Images at a time, over all devices of this host.")
+FLAGS.number("part_size", 1024, "Images in a file; a stop loses one unfinished file at most.")
+FLAGS.number("exemplar", 0, "Side of the two squares; 0: 96/224 of the image's shorter side.")
+FLAGS.number("radius", 0, "Radius of a pixel's neighbourhood; 0: 3, or 2 for small squares.")
+FLAGS.number("randoms", 16, "Random places that are tried for a pixel.")
+FLAGS.number("passes", 2, "How often each level chooses every pixel.")
+FLAGS.number("process_index", 0, "Index of this process among those that share the work.")
+FLAGS.number("process_count", 1, "Number of processes that share the work.")
+FLAGS.text("distributed", "off", "off, auto or HOST:PORT,COUNT,ID, as for jaxcl train.")
 
 
 def build(
@@ -53,27 +57,20 @@ def build(
     process_count: int = 1,
     stream: Any = None,
 ) -> None:
-    """Makes the parts of this process that are not there yet.
+    """Make the files of this process that are missing.
 
     Args:
-      source: a `Source` or `RecordSource`; labels are not read.
+      source: the images; labels are not read.
       out: the folder.
-      batch_size: images at once, rounded up to a multiple of this host's devices.
+      batch_size: images at a time, rounded up to a multiple of this host's devices.
+      part_size: images in a file.
       search: options of `jaxcl.augment.sampling.sample_texture`.
-      process_index, process_count: parts process_index, process_index + process_count, ... are made.
-      stream: of the progress bar or lines; None: stderr.
+      process_index, process_count: this process makes files process_index, process_index + process_count, ...
+      stream: where progress is written; None: stderr.
 
     Raises:
-      UserError: options out of range, or a folder of textures made otherwise.
+      UserError: options out of range, or a folder of textures that were made with other options.
     """
-    import jax
-    import numpy as np
-
-    from jaxcl.augment.sampling import make_search, sample_texture
-    from jaxcl.data import texture_set
-    from jaxcl.method.sharding import AXIS
-    from jaxcl.report.progress import Progress
-
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1}, of {process_count}")
     if min(batch_size, part_size) < 1:
@@ -116,13 +113,13 @@ def build(
             for first in batches[p]:
                 index = np.arange(first, min(first + batch_size, end))
                 image = source.batch(index)["image"]
-                padding = batch_size - len(index)  # constant shapes: one program
+                padding = batch_size - len(index)  # a constant shape needs only one program
                 given = np.pad(index, (0, padding)), np.pad(image, ((0, padding), (0, 0), (0, 0), (0, 0)))
                 textures.append(np.asarray(jitted(*jax.device_put(given, rows)))[: len(index)])
                 images.append(image)
                 done += 1
                 bar.update(done)
-            texture_set.write_part(out, p, np.concatenate(images), np.concatenate(textures))
+            texture_set.write_shard(out, p, np.concatenate(images), np.concatenate(textures))
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:
@@ -133,52 +130,38 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--option is {text!r}; expected KEY=VALUE, such as image_size=96")
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a word
+        except (ValueError, SyntaxError):  # plain text
             options[key] = value
     return options
 
 
-def run(argv: list[str]) -> int:
-    """Build what the flags say; -> exit code."""
-    _FLAGS.unparse_flags()
-    command_line.parse(argv, _FLAGS)
-    if not _SOURCE.value or not _OUT.value:
-        raise UserError("give --source, such as --source=garments, and --out, the folder of the textures")
-    index, count = _INDEX.value, _COUNT.value
-    if _DISTRIBUTED.value == "off":
+def main(argv: list[str]) -> int:
+    """Make the textures; -> exit code."""
+    given = FLAGS.parse(argv)
+    if not given.source or not given.out:
+        raise UserError("no --source or no --out; for example --source=garments --out=textures")
+    index, count = given.process_index, given.process_count
+    if given.distributed == "off":
         compile_cache.turn_on()
-    distributed.join(_DISTRIBUTED.value)
-    import jax  # after the flags are known to be right
-
-    from jaxcl.data import make_source
-
-    if _DISTRIBUTED.value != "off":
+    distributed.join(given.distributed)
+    if given.distributed != "off":
         index, count = jax.process_index(), jax.process_count()
-    source = make_source(_SOURCE.value, split=_SPLIT.value, **_options(_OPTION.value))
+    source = make_source(given.source, split=given.split, **_options(given.option))
     search = dict(
-        exemplar=_EXEMPLAR.value or None,
-        radius=_RADIUS.value or None,
-        randoms=_RANDOMS.value,
-        passes=_PASSES.value,
+        exemplar=given.exemplar or None,
+        radius=given.radius or None,
+        randoms=given.randoms,
+        passes=given.passes,
     )
     build(
         source,
-        _OUT.value,
-        seed=_SEED.value,
-        batch_size=_BATCH.value,
-        part_size=_PART.value,
+        given.out,
+        seed=given.seed,
+        batch_size=given.batch_size,
+        part_size=given.part_size,
         search=search,
         process_index=index,
         process_count=count,
     )
-    logger.info("textures of %d images: --config.data.textures=%s", len(source), _OUT.value)
+    logger.info("textures of %d images: --config.data.textures=%s", len(source), given.out)
     return 0
-
-
-def cli() -> None:
-    """Exit codes as those of jaxcl.main."""
-    command_line.leave(run)
-
-
-if __name__ == "__main__":
-    cli()

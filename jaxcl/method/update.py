@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from jaxcl.method import accumulate
 from jaxcl.method.forward import of_encoder, represent, run_heads, run_pass, with_targets
-from jaxcl.method.init_state import init_state, replicate_params, state_shardings  # noqa: F401
-from jaxcl.method.inputs import encoder_inputs, make_views, run_stages, to_pixels  # noqa: F401
+from jaxcl.method.init_state import replicate_params
+from jaxcl.method.inputs import encoder_inputs, make_views
 from jaxcl.method.memory import StepOutput
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.run_terms import make_terms

@@ -1,5 +1,5 @@
-"""What every command needs around the science: flags, typed options, the registry, storage, processes, compilation.
+"""What every command needs around its work: flags, typed options, registries, storage, locks, start-up and exit.
 
-Belongs here: code that knows the operating system, the command line, several hosts or XLA's flags, and nothing of
-images, encoders or losses. Does not: anything that imports another room than jaxcl.errors.
+A module belongs here if it knows nothing about images, models or training and imports only `jaxcl.errors` and other
+modules of this folder. What is specific to training, such as checkpoints and the run folder, belongs in `train`.
 """

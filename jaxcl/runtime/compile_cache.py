@@ -1,18 +1,18 @@
-"""Compiled programs are kept between runs: JAX's persistent cache, in a folder of the user's cache directory.
+"""The cache of compiled programs: JAX's persistent cache, in a folder of the user's cache directory.
 
-A folder of the user's choice (JAX_COMPILATION_CACHE_DIR, local or gs://) is left as it is; JAXCL_COMPILE_CACHE=off:
-there is none. Whatever goes wrong with the cache, the program is compiled as if there were none.
+JAX_COMPILATION_CACHE_DIR (local or gs://) names another folder, which is used unchanged. JAXCL_COMPILE_CACHE=off turns
+the cache off. If anything goes wrong with the cache, programs are compiled without it.
 
-- Programs for a CPU may use any instruction of the one that compiled them. XLA loads them elsewhere too, with a line in
-  the log only (jaxlib 0.10.2, tried), so each kind of CPU has a folder of its own: hosts may share a home.
-- JAX writes an entry in place. One cut short by a kill or a full disk cannot be read and would never be written again;
-  it is deleted when that shows.
-- JAX's own limit of the cache's size needs a package more, and one lost file ends its writing (JAX issue 39880): the
-  entries used least recently are deleted here, when a command begins.
-- Several processes of one run have none by default: only the first would write, and on GPUs, where compiling is done
-  together, those that find an entry leave those waiting that do not. A folder that all of them share may be given.
+- A program for a CPU may use any instruction of the CPU that compiled it. XLA also loads it on other CPUs and only logs
+  a warning. Hosts may share a home folder, so each kind of CPU has its own cache folder.
+- JAX writes an entry in place. An entry cut short by a kill or a full disk cannot be read, and JAX would never write it
+  again, so it is deleted when reading fails.
+- JAX's own size limit needs another package, and one lost file stops all writing (JAX issue 39880). The least recently
+  used entries are therefore deleted here, when a command starts.
+- A run of several processes has no cache by default. Only the first process would write; and on GPUs, which compile
+  together, processes that find an entry would keep the others waiting. A shared folder may be given.
 
-This module imports nothing of JAX: a command that fails at its flags need not wait for it.
+This module does not import JAX, so that a mistake in the flags is reported without that import.
 """
 
 import hashlib
@@ -28,20 +28,20 @@ import zlib
 from collections.abc import MutableMapping
 
 logger = logging.getLogger("jaxcl")
-MAX_BYTES = 2**30  # of programs for all kinds of CPU; those of a default run have 4 MiB
-MIN_SECONDS = 0.0  # of compiling: even the smallest program is read in less (a default run has about 50)
+MAX_BYTES = 2**30  # for all kinds of CPU together; a default run needs a few MiB
+MIN_SECONDS = 0.0  # of compilation: reading even the smallest program is faster than compiling it
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)", re.S)
 
 
 def turn_on(environ: MutableMapping[str, str] = os.environ) -> pathlib.Path | None:
-    """Keep what this process compiles, and use what earlier ones kept; before anything compiles.
+    """Turn the cache on. Call it before anything is compiled.
 
     Returns:
-      The default folder; None where nothing is kept, or where the user has chosen the place.
+      The default folder; None if the cache is off or the user has chosen another folder.
     """
     if environ.get("JAXCL_COMPILE_CACHE", "").lower() == "off":
         return None
-    chosen = environ.get("JAX_COMPILATION_CACHE_DIR", _in_jax("compilation_cache_dir"))  # "": the user wants none
+    chosen = environ.get("JAX_COMPILATION_CACHE_DIR", _in_jax("compilation_cache_dir"))  # "": off
     folder = _default_folder(environ) if chosen is None else None
     if folder is not None:
         prune(folder.parent)
@@ -54,26 +54,26 @@ def turn_on(environ: MutableMapping[str, str] = os.environ) -> pathlib.Path | No
 
 
 def _default_folder(environ: MutableMapping[str, str]) -> pathlib.Path | None:
-    """Made, the user's alone; None where nothing can be written, as in a container without a home."""
+    """The folder, private to the user; None if nothing can be written, as in a container without a home."""
     try:
-        # What the variable holds must be absolute to count (XDG base directory specification).
+        # A relative path does not count (XDG base directory specification).
         base = pathlib.Path(environ.get("XDG_CACHE_HOME", ""))
         base = base if base.is_absolute() else pathlib.Path("~/.cache").expanduser()
         folder = base / "jaxcl" / "compiled" / cpu()
         folder.mkdir(parents=True, exist_ok=True)
-        # Entries are programs that will be run: nobody else may put any there.
+        # Entries are programs that will be run, so nobody else may write there.
         (base / "jaxcl" / "compiled").chmod(0o700)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except (OSError, RuntimeError):  # RuntimeError: no home can be found
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
         return None
 
 
 def cpu() -> str:
-    """A name for the kind of CPU: equal where all instructions are."""
+    """A name for the kind of CPU; equal names mean equal instruction sets."""
     words = [platform.machine(), platform.processor()]
     try:
-        text = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0]  # of the first core
+        text = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0]  # the first core
         keys = "vendor_id|cpu family|model|model name|stepping|flags|Features|CPU \\w+"
         words += [f"{k}={v}" for k, v in re.findall(rf"^({keys})\s*: *(.*)$", text, re.M)]
     except OSError:
@@ -82,9 +82,9 @@ def cpu() -> str:
 
 
 def prune(folder: pathlib.Path, max_bytes: int = MAX_BYTES) -> int:
-    """Delete what was used least recently, until the rest fits; -> number of files deleted."""
+    """Delete the least recently used files until the rest fits; -> number of deleted files."""
     entries, deleted = [], 0
-    for where, _, names in os.walk(folder):  # errors: as if there were nothing
+    for where, _, names in os.walk(folder):  # os.walk skips folders it cannot read
         for name in names:
             path = os.path.join(where, name)
             try:
@@ -106,12 +106,12 @@ def prune(folder: pathlib.Path, max_bytes: int = MAX_BYTES) -> int:
 
 
 def _in_jax(name: str) -> str | None:
-    """What a config file, or whoever called us, has told JAX."""
+    """The value of a JAX option that a config file or a calling program has set."""
     return getattr(sys.modules["jax"].config, f"jax_{name}", None) if "jax" in sys.modules else None
 
 
 def _tell_jax(environ: MutableMapping[str, str], name: str, value: str | float) -> None:
-    """JAX reads its variables when it is imported, and never again."""
+    """Set a JAX option: by its environment variable before JAX is imported, afterwards directly."""
     if "jax" in sys.modules:
         sys.modules["jax"].config.update(f"jax_{name}", value)
     else:
@@ -119,7 +119,7 @@ def _tell_jax(environ: MutableMapping[str, str], name: str, value: str | float) 
 
 
 def _say_failures_once(folder: pathlib.Path | None) -> None:
-    """JAX warns of each program that it cannot read or write; one line is enough for all of them."""
+    """Log one line in place of JAX's warnings about each program that it cannot read or write."""
     shown = warnings.showwarning
     if getattr(shown, "of_compile_cache", False):
         return
@@ -135,7 +135,7 @@ def _say_failures_once(folder: pathlib.Path | None) -> None:
         if not said:
             said.append(reason)
             line = (reason.splitlines() or [""])[0][:200]
-            logger.warning("a compiled program could not be kept, or read again; compiling instead: %s", line)
+            logger.warning("the cache of compiled programs cannot be used; compiling instead: %s", line)
 
     show.of_compile_cache = True
     warnings.showwarning = show
@@ -143,8 +143,10 @@ def _say_failures_once(folder: pathlib.Path | None) -> None:
 
 
 def forget(folder: pathlib.Path, program: str) -> None:
-    """Delete the entries of a program that cannot be read, which JAX would keep for ever; which they are it does not
-    say. Where none is seen to be cut short, all of that program's."""
+    """Delete the unreadable entries of a program, which JAX would keep forever.
+
+    JAX does not name the entry. All entries of the program are deleted unless some are seen to be cut short.
+    """
     entries = list(folder.glob(f"{program}-*-cache"))
     for path in [p for p in entries if _cut_short(p)] or entries:
         try:
@@ -154,7 +156,7 @@ def forget(folder: pathlib.Path, program: str) -> None:
 
 
 def _cut_short(path: pathlib.Path) -> bool:
-    """Of an entry as JAX writes it without a package for zstd; with one this is not known, and False."""
+    """Whether an entry is incomplete; False for entries that JAX compressed with zstd, which are not checked."""
     unpacker = zlib.decompressobj()
     try:
         data = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Several processes as one run, through JAX's own runtime: how they find each other, agree, and end when one is lost.
+"""Several processes as one run, through JAX's own runtime: joining, agreeing, and ending when one is lost.
 
-JAX answers a lost process, or one that never came, by aborting the others with a page of C++. `guard` therefore keeps
-such a process under a small parent, which says it in one line and with an exit code that schedulers understand.
+If a process is lost or never joins, JAX aborts the others with a page of C++ messages. `guard` therefore runs such a
+process under a small parent, which reports the reason in one line and with an exit code that schedulers understand.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 
 from jaxcl.errors import LostHost, UserError
 
-JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 100  # JAX's own
+JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 100  # the defaults of JAX
 _FORMS = "expected off, auto or HOST:PORT,COUNT,ID with ID from 0 to COUNT - 1"
 _GUARDED = "JAXCL_GUARDED"
-# What abseil writes before it aborts, and single lines of the runtime on the way there.
+# What abseil writes when it aborts, and lines that the runtime writes before that.
 _FATAL = re.compile(rb"^F\d{4} .*distributed service detected fatal errors|^terminate called")
-_ASIDE = re.compile(
+_NOISE = re.compile(
     rb"^[WE]\d{4} .*coordination\w*\.(cc|h):\d+\]|^RPC: /xla\.coordination|CoordinationServiceError|^\d*$"
 )
 _LOST = re.compile(
@@ -28,17 +28,17 @@ _LOST = re.compile(
     "|DEADLINE_EXCEEDED|ABORTED",
     re.I,
 )
-LOST = "another process of this run has ended or cannot be reached; the same command on all hosts goes on from there"
+LOST = "another process of this run has ended or cannot be reached; the same command on all hosts resumes the run"
 
 
 def join(spec: str, *, timeout: int = JOIN_SECONDS, heartbeat: int = HEARTBEAT_SECONDS) -> None:
-    """Join the other processes of this run; before anything touches a device.
+    """Join the other processes of this run. Call it before anything uses a device.
 
     Args:
-      spec: "off"; "auto": Cloud TPU, SLURM, Kubernetes (Job, JobSet) or Open MPI, as JAX finds them; or
-        "HOST:PORT,COUNT,ID": process ID of COUNT, of which process 0 serves at HOST:PORT.
+      spec: "off"; "auto": JAX finds Cloud TPU, SLURM, Kubernetes (Job, JobSet) or Open MPI; or "HOST:PORT,COUNT,ID":
+        this is process ID of COUNT, and process 0 serves at HOST:PORT.
       timeout: seconds to wait for the others.
-      heartbeat: seconds after which a silent process is taken for dead.
+      heartbeat: seconds until a silent process counts as lost.
 
     Raises:
       UserError: a malformed spec, no cluster found, or a cluster that cannot be used.
@@ -50,7 +50,7 @@ def join(spec: str, *, timeout: int = JOIN_SECONDS, heartbeat: int = HEARTBEAT_S
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of clusters that are not this one; `_hint` says what matters
+            warnings.simplefilter("ignore")  # JAX warns of clusters that this is not; `_hint` says what matters
             jax.distributed.initialize(*where, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat)
     except Exception as error:  # noqa: BLE001 - a metadata server, a Kubernetes API, an address in use
         if spec == "auto" and "coordinator_address should be defined" in str(error):
@@ -60,7 +60,7 @@ def join(spec: str, *, timeout: int = JOIN_SECONDS, heartbeat: int = HEARTBEAT_S
 
 
 def _parse(spec: str) -> tuple | None:
-    """The arguments of jax.distributed.initialize; None for off."""
+    """The arguments of jax.distributed.initialize; None for "off"."""
     if spec == "off":
         return None
     if spec == "auto":
@@ -77,21 +77,21 @@ def _parse(spec: str) -> tuple | None:
 
 
 def _hint() -> str:
-    """What of a cluster shows in the environment and is not enough."""
+    """What is missing to use the cluster that the environment shows."""
     there = os.environ
     if "SLURM_JOB_ID" in there:
-        return "inside a SLURM job the command must be started by srun, one task a GPU"
+        return "inside a SLURM job, start the command with srun, one task per GPU"
     if "OMPI_COMM_WORLD_SIZE" in there:
-        return "this Open MPI tells no address: use --distributed=HOST:PORT,$OMPI_COMM_WORLD_SIZE,$OMPI_COMM_WORLD_RANK"
+        return "this Open MPI gives no address: use --distributed=HOST:PORT,$OMPI_COMM_WORLD_SIZE,$OMPI_COMM_WORLD_RANK"
     if "KUBERNETES_SERVICE_HOST" in there:
-        return (
-            "on Kubernetes it needs pip install 'jaxcl[k8s]' and an account that may list pods (launch/gke_jobset.yaml)"
-        )
-    return "on one machine leave it out; for Cloud TPU, SLURM and Kubernetes see launch/; or give HOST:PORT,COUNT,ID"
+        return "on Kubernetes, pip install 'jaxcl[k8s]' and use an account that may list pods (launch/gke_jobset.yaml)"
+    return (
+        "on one machine, leave the flag out; Cloud TPU, SLURM and Kubernetes: see launch/; or give HOST:PORT,COUNT,ID"
+    )
 
 
 def agreed(ask: Callable[[], str]) -> str:
-    """What process 0 finds, on every process, so that all go the same way; at most 1,000 bytes."""
+    """The result of `ask` on process 0, on every process, so that all decide alike; at most 1,000 bytes."""
     import jax
 
     if jax.process_count() == 1:
@@ -105,7 +105,7 @@ def agreed(ask: Callable[[], str]) -> str:
 
 
 def lost(error: BaseException) -> LostHost | None:
-    """What an error in a run of several processes means, where it is that another one is gone."""
+    """LostHost if an error of this process means that another process of the run is gone; otherwise None."""
     import jax
 
     if jax.process_count() == 1:
@@ -118,7 +118,7 @@ def lost(error: BaseException) -> LostHost | None:
 
 
 def wants_guard(argv: Sequence[str]) -> bool:
-    """Whether this process is to be the parent of the one that joins."""
+    """Whether this process should be the parent of the process that joins: --distributed is given and not "off"."""
     spec = "off"
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
@@ -128,45 +128,47 @@ def wants_guard(argv: Sequence[str]) -> bool:
 
 
 def guard() -> int:
-    """Run this very command again as a child, pass on its words and SIGTERM; -> exit code.
+    """Run this command again as a child process, pass on its stderr and SIGTERM; -> exit code.
 
-    75 where another process was lost, 2 where those of an address given by hand never came together.
+    The code is 75 if another process was lost, and 2 if the processes of a given address did not find each other in
+    time. Otherwise it is that of the child. `python -m jaxcl train`, `python -m jaxcl.main` and the console script all
+    start again in the same way.
     """
     command = [sys.executable, *sys.orig_argv[1:]]
     child = subprocess.Popen(command, env=os.environ | {_GUARDED: str(os.getpid())}, stderr=subprocess.PIPE)
     signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the child as well
-    aside, fatal = [], []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to the child
+    noise, fatal = [], []
     for line in child.stderr:
         if fatal or _FATAL.search(line):
             fatal.append(line)
-        elif _ASIDE.search(line):
-            aside.append(line)
+        elif _NOISE.search(line):
+            noise.append(line)
         else:
             sys.stderr.buffer.write(line)
             sys.stderr.flush()
     code = child.wait()
     if code == -signal.SIGABRT and fatal:
-        text = b"".join(aside + fatal)
+        text = b"".join(noise + fatal)
         if b"RegisterTask" in text or b"Wait_for_all_tasks_to_register" in text:
             print(f"jaxcl: {_never_came(sys.argv)}", file=sys.stderr)
             return 75 if "--distributed=auto" in sys.argv else 2
         print(f"jaxcl: {LOST}", file=sys.stderr)
         return 75
-    sys.stderr.buffer.write(b"".join(aside + fatal))
+    sys.stderr.buffer.write(b"".join(noise + fatal))
     return code if code >= 0 else 128 - code
 
 
 def _never_came(argv: Sequence[str]) -> str:
-    said = " ".join(a for a in argv if a.startswith(("--distributed", "--join_timeout")))
+    flags = " ".join(a for a in argv if a.startswith(("--distributed", "--join_timeout")))
     return (
-        f"the processes of this run did not find each other in time ({said}); are all of them started, and may they "
-        "reach the address of process 0?"
+        f"the processes of this run did not find each other in time ({flags}); check that all of them were started and "
+        "can reach the address of process 0"
     )
 
 
 def end_with_guard() -> None:
-    """A child whose parent is killed ends too: nobody would see it train on, or could stop it."""
+    """Make a guarded child end when its parent is killed: nobody else could see or stop it."""
     if _GUARDED in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != int(os.environ[_GUARDED]):

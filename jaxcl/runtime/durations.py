@@ -1,4 +1,4 @@
-"""Any duration in a config may be steps, epochs, examples or percent; here they all become steps."""
+"""Durations of a config, in steps, epochs, examples or percent, converted to steps."""
 
 import re
 
@@ -8,10 +8,16 @@ _PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|examples?|%|percen
 
 
 def to_steps(duration: str | int, *, name: str, steps_per_epoch: int, batch_size: int, total: int | None = None) -> int:
-    """Steps of "300 steps", "8 epochs", "50000 examples" or "25%" (of `total` steps); a bare number means steps.
+    """The number of steps of a duration, rounded to the nearest step.
 
-    Rounded to the nearest step. Errors: UserError that names the config key for anything else, and for percent where
-    there is nothing to take a percentage of.
+    Args:
+      duration: "300 steps", "8 epochs", "50000 examples", "25%" (of `total`), or a number of steps.
+      name: the config key, for messages.
+      steps_per_epoch, batch_size: steps and examples that a unit stands for.
+      total: steps that are 100 %; None: percent is not allowed.
+
+    Raises:
+      UserError: anything else, or percent without `total`.
     """
     if isinstance(duration, int) and not isinstance(duration, bool) and duration >= 0:
         return duration
@@ -28,7 +34,7 @@ def to_steps(duration: str | int, *, name: str, steps_per_epoch: int, batch_size
     if unit.startswith("example"):
         return round(number / batch_size)
     if total is None:
-        raise UserError(f"{name} is {duration!r}, but there is nothing to take a percentage of; use steps or epochs")
+        raise UserError(f"{name} is {duration!r}, but percent is not possible here; use steps or epochs")
     if number > 100:
         raise UserError(f"{name} is {duration!r}; expected at most 100%")
     return round(total * number / 100)

@@ -1,137 +1,128 @@
-"""The one parser of command lines: absl's flags and ml_collections' configs, with every mistake in one plain line."""
+"""The parser of command lines. Each command declares its own flags; no flag belongs to the whole program."""
 
-import logging
-import os
-import pathlib
-import sys
-import traceback
-import warnings
+import re
+import types
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any
 
 from absl import flags
-from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
 
-from jaxcl.errors import Diverged, LostHost, Preempted, UserError
-from jaxcl.runtime import huge_pages
+from jaxcl.errors import UserError
+from jaxcl.runtime.options import suggestion
 
-
-def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """absl's own parser, with a config's mistakes in one line instead of a traceback; --help prints, and ends."""
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(_help(values))
-        raise SystemExit(0)
-    _check_config_file(argv)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(_reason(str(error))) from None
-    except (AttributeError, KeyError) as error:
-        # ml_collections raises these for a key that a locked config does not have.
-        why = f"unknown config key: {_first_line(error)}; the keys are those of the config file"
-        raise UserError(_below_a_value(argv) or why) from None
-    except (IndexError, OSError, TypeError, ValueError) as error:
-        raise UserError(_below_a_value(argv) or _first_line(error)) from None
-    except Exception as error:  # noqa: BLE001 - a config file is the user's own code and may raise anything
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"the config file does not run: {what} ({where.filename}, line {where.lineno})") from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+_HELP = {"-h", "-help", "--help"}
+_REPEAT = ";\n"  # absl appends a line after this to the help of a flag that may be repeated
 
 
-def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config that `--config=ARGUMENT` and `--config.KEY=VALUE ...` would run; the flags of this process are not
-    touched. Errors: UserError."""
-    argv, values = ["", f"--config={argument}", *overrides], flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-    parse(argv, values)
-    return holder.value
+class Flags:
+    """The flags of one command, written --name=VALUE.
+
+        FLAGS = Flags(__doc__)
+        FLAGS.text("out", "", "A folder for the figures.")
+
+        def main(argv):
+            given = FLAGS.parse(argv)
+            ... given.out
+
+    Args:
+      about: the text that --help prints above the flags.
+      more: called by --help only; it returns text that follows the flags, such as a list that takes time to make.
+      positional: the name of one value that is given without a flag; "": there is none.
+      config: whether the command takes one --config=FILE[:PRESET] and any --config.KEY=VALUE.
+    """
+
+    def __init__(
+        self, about: str | None, *, more: Callable[[], str] | None = None, positional: str = "", config: bool = False
+    ):
+        self._about, self._more, self._positional, self._config = about or "", more, positional, config
+        self._values = flags.FlagValues()
+        self._values.set_gnu_getopt(True)  # flags may follow the positional value
+        self._own = dict(flag_values=self._values)
+
+    def text(self, name: str, default: str, help: str) -> None:
+        flags.DEFINE_string(name, default, help, **self._own)
+
+    def texts(self, name: str, help: str) -> None:
+        """A flag that may be given several times; its value is a list."""
+        flags.DEFINE_multi_string(name, [], help, **self._own)
+
+    def choice(self, name: str, default: str, known: Sequence[str], help: str) -> None:
+        flags.DEFINE_enum(name, default, list(known), help, **self._own)
+
+    def number(self, name: str, default: int | None, help: str, *, at_least: int | None = None) -> None:
+        flags.DEFINE_integer(name, default, help, lower_bound=at_least, **self._own)
+
+    def switch(self, name: str, help: str) -> None:
+        """True if given, otherwise False."""
+        flags.DEFINE_bool(name, False, help, **self._own)
+
+    def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
+        """The values of all flags by name; argv[0] is the program. --help prints and ends the process.
+
+        With `config`, the result also has `config` (FILE[:PRESET], None if not given) and `overrides` (every
+        --config.KEY=VALUE, for `read_config`).
+
+        Raises:
+          UserError: an unknown flag, a value of the wrong type or an unexpected argument.
+        """
+        if _HELP & set(argv[1:]):
+            print(self.help())
+            raise SystemExit(0)
+        argv, found = list(argv), {}
+        if self._config:
+            argv, found["config"], found["overrides"] = _split(argv)
+        self._values.unparse_flags()
+        try:
+            _, *rest = self._values(argv)
+        except flags.UnrecognizedFlagError as error:
+            raise UserError(f"unknown flag --{error.flagname}{suggestion(error.flagname, self._names())}") from None
+        except flags.Error as error:
+            raise UserError(str(error).splitlines()[0]) from None
+        if self._positional:
+            found[self._positional] = rest.pop(0) if rest else ""
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+        return types.SimpleNamespace(**found, **{name: self._values[name].value for name in self._names()})
+
+    def help(self) -> str:
+        """The text of --help."""
+        lines = [self._about.strip(), "", "Flags:"]
+        if self._config:
+            lines.append("  --config: Config file, with a preset after a colon.")
+            lines.append("  --config.KEY: Another value for one key of the config.")
+        for name in self._names():
+            flag = self._values[name]
+            default = "" if flag.default in (None, [], "", False) else f" (default: {flag.default})"
+            lines.append(f"  --{name}: {flag.help.partition(_REPEAT)[0]}{default}")
+        return "\n".join([*lines, *(["", self._more()] if self._more else [])])
+
+    def default(self, name: str) -> Any:
+        """The value of a flag that is not given."""
+        return self._values[name].default
+
+    def _names(self) -> list[str]:
+        return list(self._values)
 
 
-def _help(values: flags.FlagValues) -> str:
-    """What the command's module says of itself, and its own flags."""
-    lines = [sys.modules["__main__"].__doc__ or __doc__]
-    for module, own in sorted(values.flags_by_module_dict().items()):
-        for flag in () if module.startswith("absl") else own:
-            default = "" if flag.default in (None, [], "") else f" (default: {flag.default_as_str})"
-            lines.append(f"  --{flag.name}: {flag.help}{default}")
-    return "\n".join(lines)
+def _split(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
+    """-> (argv without what concerns the config, the value of --config, every override as --config.KEY=VALUE).
 
-
-def _below_a_value(argv: list[str]) -> str | None:
-    """What to say of --config.KEY.MORE=... where KEY holds a value and no keys; Python's own words name neither."""
-    asked = [a.lstrip("-").partition("=")[0].split(".")[1:] for a in argv if a.lstrip("-").startswith("config.")]
-    given = config_argument(argv)
-    if not given or not any(len(path) > 1 for path in asked):
-        return None
-    config = read_config(given)
-    for path in asked:
-        place = config
-        for i, key in enumerate(path):
-            if not isinstance(place, ConfigDict):
-                if isinstance(place, tuple | list):  # indexed, which has errors of its own
-                    break
-                above = ".".join(path[:i])
-                return f"unknown config key: {'.'.join(path)}; {above} is {place!r}, which has no keys of its own"
-            if key not in place:
-                break
-            place = place[key]
-    return None
-
-
-def config_argument(argv: list[str]) -> str | None:
-    """FILE[:PRESET] as the user wrote it (the last one counts)."""
-    given = None
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    A value may also follow its flag as an argument of its own. The last --config counts.
+    """
+    rest, config, overrides = [argv[0]], None, []
+    following = list(argv[1:])
+    while following:
+        argument = following.pop(0)
         name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            given = value if equals else following
-    return given
-
-
-def _check_config_file(argv: list[str]) -> None:
-    """ml_collections puts the news of a missing file off until the config is first used."""
-    if given := config_argument(argv):
-        path = pathlib.Path(given.partition(":")[0])
-        if not path.is_file():
-            raise UserError(f"no config file at {path}; for example --config=configs/excon.py")
-
-
-def _reason(text: str) -> str:
-    """The one line that matters: of a config that raised, its own error rather than the traceback around it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if "Error whilst parsing config file" not in text:
-        return lines[0]
-    kind, _, message = lines[-1].partition(": ")
-    return message if kind.endswith("UserError") else f"{lines[0].split(':', 1)[0]}: {lines[-1]}"
-
-
-def _first_line(error: BaseException) -> str:
-    # A KeyError's text may have been quoted on its way here: quotes and line ends then stand escaped in it.
-    text = str(error.args[0] if error.args else error).replace("\\'", "'").replace("\\n", ". ").strip().strip('"')
-    text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "'" else text
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def leave(main: Callable[[list[str]], int]) -> NoReturn:
-    """End this process with the exit code of `main(sys.argv)`, and what ends it early in one plain line."""
-    huge_pages.ask()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)  # libraries: warnings; ours: progress too
-    logging.getLogger("jaxcl").setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    # Of damaged metadata, large images and the like: a file that cannot be used is named in a line of ours.
-    warnings.filterwarnings("ignore", module=r"PIL\b")
-    # Of a save that fails Orbax prints pages; what is to be known of it stands in our one line.
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    codes = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
-    try:
-        code = main(sys.argv)
-    except tuple(codes) as error:
-        print(f"jaxcl: {error}", file=sys.stderr)
-        code = codes[type(error)]
-        if isinstance(error, LostHost):
-            sys.stderr.flush()
-            os._exit(code)  # an orderly end would wait for the one that is gone
-    sys.exit(code)
+        if not re.match(r"--?(no)?config(\.|$)", name):
+            rest.append(argument)
+            continue
+        if not equals and following and not re.match(r"--?[A-Za-z]", following[0]):
+            value, equals = following.pop(0), "="
+        if "." in name:
+            overrides.append(f"{name}{equals}{value}")
+        elif not value:
+            raise UserError("--config has no value; for example --config=configs/excon.py")
+        else:
+            config = value
+    return rest, config, overrides

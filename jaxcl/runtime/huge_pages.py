@@ -1,11 +1,11 @@
-"""Memory of a CPU in large pages, for which Linux must be asked before a program begins.
+"""Large memory pages for a CPU process. On Linux a process must ask for them before it starts.
 
-XLA takes the temporary memory of a program anew each time it runs it and gives it back afterwards: some 170 MB for an
-update of the default configs, 41,000 pages of 4 KiB that the kernel clears and hands out one by one. In pages of 2 MiB
-they are some 500, and an update takes 0.6 of the time (docs/benchmarks.md). glibc asks for them if told to by a
-variable that it reads when a process starts, so a command starts itself again, in the same process, with that variable.
+XLA allocates the temporary memory of a program anew for each call and frees it afterwards, so the kernel clears and
+maps tens of thousands of 4 KiB pages in every update. With 2 MiB pages there are a few hundred (docs/benchmarks.md has
+the times). glibc asks for large pages if an environment variable says so when the process starts. A command therefore
+restarts itself once, in the same process, with that variable.
 
-JAXCL_HUGE_PAGES=off: it does not. For a notebook, start its server with GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
+JAXCL_HUGE_PAGES=off prevents the restart. For a notebook, start its server with GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 """
 
 import os
@@ -17,32 +17,37 @@ TUNABLE = "glibc.malloc.hugetlb"
 _MODE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def ask(package: str = "jaxcl") -> None:
-    """Start `python -m PACKAGE.COMMAND` again with large pages, where that helps; returns where it does not."""
+def ask(package: str = "jaxcl", *, script: bool = False) -> None:
+    """Restart this command with large pages where that helps; return where it does not.
+
+    Only a process of this package is restarted: one started by `python -m PACKAGE` or `python -m PACKAGE.MODULE`, or,
+    with `script`, by the package's console script. Any other process belongs to somebody else.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or not spec.name.startswith(f"{package}.") or not (more := environ()):
-        return  # whoever else calls a command of ours has a process that is not ours to replace
+    ours = script if spec is None else spec.name.startswith(f"{package}.")
+    if not ours or not (more := environ()):
+        return
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | more)
-    except OSError:  # slower, but right
+    except OSError:  # the command still works, only slower
         pass
 
 
 def environ() -> dict[str, str]:
-    """What a process needs in its environment to get large pages; nothing where it has them, or cannot."""
+    """The environment variables that give a process large pages; empty if it has them already or cannot get them."""
     if not wanted():
         return {}
     return {"GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), f"{TUNABLE}=1")))}
 
 
 def wanted() -> bool:
-    """Whether a process like this one would get large pages only if it asked for them, and may."""
+    """Whether the environment variable would make a difference for a process like this one."""
     if os.environ.get("JAXCL_HUGE_PAGES", "").lower() == "off" or TUNABLE in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     library, version = platform.libc_ver()
     if library != "glibc" or tuple(int(n) for n in version.split(".")[:2] if n.isdigit()) < (2, 35):
-        return False  # it knows no such variable
+        return False  # older versions do not know the variable
     try:
-        return "[madvise]" in _MODE.read_text()  # [always]: they come by themselves; [never]: not at all
+        return "[madvise]" in _MODE.read_text()  # [always]: no need to ask; [never]: no use
     except OSError:
         return False

@@ -1,8 +1,9 @@
-"""One run in one folder: `lock.json` names the process that writes there.
+"""The lock of a run folder: `lock.json` names the process that writes there.
 
-A kill leaves the file behind, so it counts only while its owner lives. On the same machine the process table tells at
-once. Of a process elsewhere only signs of life can be seen: its owner touches the file every 10 s, and one that lies
-still for 60 s is dead. Clocks are never compared. In an object store two that start in the same second may both pass.
+A killed process leaves the file behind, so the lock holds only while its owner lives. On the same machine the process
+table tells. For a process elsewhere, only its signs of life can be seen: the owner touches the file every 10 s, and an
+owner that does not touch it for 60 s counts as dead. Clocks are never compared. In an object store, two processes that
+start in the same second may both get the lock.
 """
 
 import json
@@ -28,7 +29,7 @@ _held: set[str] = set()  # tokens of the locks of this process
 
 
 class RunLock:
-    """Hold the folder until `close`. Errors: UserError where another process that lives holds it."""
+    """Hold the folder until `close`. Raises: UserError if another living process holds it."""
 
     def __init__(self, workdir: str | os.PathLike, *, still: float = STILL_SECONDS, touch: float = TOUCH_SECONDS):
         self._path = epath.Path(workdir) / NAME
@@ -49,7 +50,7 @@ class RunLock:
                 f"{self._path.parent} is in use by process {found.get('pid')} on {found.get('host')}; wait for it, "
                 "end it, or use another --workdir"
             )
-        # Of two that take over at the same moment the later one's file stays, and the other sees it.
+        # If two processes take over at the same moment, the later file stays and the other process sees it.
         storage.write_whole(self._path, json.dumps(self._mine))
         time.sleep(0.2)
         now = _read(self._path) or {}
@@ -62,7 +63,7 @@ class RunLock:
         if all(found.get(k) == self._mine[k] for k in ("host", "boot")):
             return found.get("pid") == os.getpid() or _started(found.get("pid")) != found.get("started")
         logger.info(
-            "%s: process %s on %s held it last; watching for %d s whether it lives",
+            "%s: process %s on %s held the lock last; waiting up to %d s for a sign of life",
             self._path.parent,
             found.get("pid"),
             found.get("host"),
@@ -73,7 +74,7 @@ class RunLock:
             time.sleep(min(1.0, self._still / 20))
             now = _sign(self._path)
             if now is None:
-                return True  # it has just ended
+                return True  # the owner has just ended
             if now != before:
                 return False
         return True
@@ -89,17 +90,17 @@ class RunLock:
                     self._mine["touched"] += 1
                     storage.write_whole(self._path, json.dumps(self._mine))
                 else:
-                    os.utime(self._path)  # needs no room on a full disk
-            except Exception:  # noqa: BLE001 - a store may be out of reach for a while; the next touch will tell
+                    os.utime(self._path)  # works on a full disk
+            except Exception:  # noqa: BLE001 - a store may be unreachable for a while; the next touch tries again
                 continue
 
     def check(self) -> None:
-        """UserError where this process stood still so long that another one took the folder over."""
+        """Raise UserError if this process was suspended for so long that another one took the folder over."""
         if self._lost:
-            raise UserError(f"{self._path.parent} was taken over by {self._lost} while this process stood still")
+            raise UserError(f"{self._path.parent} was taken over by {self._lost} while this process was suspended")
 
     def close(self) -> None:
-        """Give the folder free; may be called twice."""
+        """Release the folder; may be called twice."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -109,7 +110,7 @@ class RunLock:
             if (_read(self._path) or {}).get("token") == self._mine["token"]:
                 self._path.unlink(missing_ok=True)
         except OSError:
-            pass  # it will lie still
+            pass  # the lock expires by itself
 
     def __enter__(self) -> "RunLock":
         return self
@@ -119,7 +120,7 @@ class RunLock:
 
 
 def _identity() -> dict[str, Any]:
-    """Who this process is. boot: of the machine and the container, in which a process number means something."""
+    """The identity of this process. boot: of machine and container, within which process numbers are unique."""
     boot = [_first(lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())]
     boot.append(_first(lambda: os.readlink("/proc/self/ns/pid")))
     return {"host": socket.gethostname(), "boot": " ".join(boot), "pid": os.getpid(), "started": _started(os.getpid())}
@@ -128,17 +129,17 @@ def _identity() -> dict[str, Any]:
 def _first(ask: Callable[[], str]) -> str:
     try:
         return ask()
-    except OSError:  # no /proc, as on a Mac
+    except OSError:  # no /proc, as on macOS
         return ""
 
 
 def _started(pid: Any) -> str:
-    """When a living process was started, in the kernel's ticks; "" for none. A number that came round is another."""
+    """The start time of a living process, in kernel ticks; "" if there is none. It detects reused process numbers."""
     if not isinstance(pid, int):
         return ""
     if pathlib.Path("/proc/self/stat").exists():
         fields = _first(lambda: pathlib.Path(f"/proc/{pid}/stat").read_text()).rpartition(")")[2].split()
-        return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""  # a zombie writes nothing
+        return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""  # a zombie does not write
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -149,7 +150,7 @@ def _started(pid: Any) -> str:
 
 
 def _create(path: epath.Path, content: dict[str, Any]) -> bool:
-    """Whether there was no such file, and it is now ours."""
+    """Create the file; False if it exists already."""
     if storage.is_remote(path):
         if path.exists():
             return False
@@ -164,7 +165,7 @@ def _create(path: epath.Path, content: dict[str, Any]) -> bool:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    """None where there is none; {} where it is not whole, as when its writer was killed."""
+    """The content; None if there is no file, {} if it is incomplete because its writer was killed."""
     try:
         text = path.read_text()
     except OSError:
@@ -177,7 +178,7 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _sign(path: epath.Path) -> Any:
-    """Changes when the owner gives a sign of life; None where the file is gone."""
+    """A value that changes with each sign of life of the owner; None if the file is gone."""
     try:
         return path.read_text(), None if storage.is_remote(path) else os.stat(path).st_mtime_ns
     except OSError:

@@ -100,7 +100,7 @@ def defaults(part: Callable) -> dict[str, Any]:
 def check(name: str, value: Any, option: Option) -> None:
     """Errors: OptionError unless the value is of the option's type and in its range."""
     if not _fits(value, option.type, option.default):
-        raise OptionError(name, f"is {quoted(value)}; expected {_expected(option)}")
+        raise OptionError(name, f"is {quoted(value)}; expected {expected(option)}")
 
 
 def _fits(value: Any, kind: Any, default: Any = None) -> bool:
@@ -133,7 +133,7 @@ def _fits(value: Any, kind: Any, default: Any = None) -> bool:
     return True
 
 
-def _expected(option: Option) -> str:
+def expected(option: Option) -> str:
     """What an option takes, in words, with its default as an example."""
     kind, ranges = option.type, ()
     if typing.get_origin(kind) is typing.Annotated:

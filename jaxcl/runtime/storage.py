@@ -1,4 +1,4 @@
-"""Files of a run, on a local disk or in an object store such as gs://, where nothing can be appended to or renamed."""
+"""Files of a run, on a local disk or in an object store such as gs://, which can neither append nor rename."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxcl.errors import UserError
 
-# What a disk says when it will not take more, and what libraries make of it.
+# Errors of a disk that refuses to write, and how libraries word them.
 _REFUSED = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the quota is used up",
@@ -21,21 +21,21 @@ _TEXT = re.compile("no space left on device|disk quota exceeded|read-only file s
 
 
 def folder(path: str | os.PathLike) -> epath.Path:
-    """The path, absolute where it is local: "gs://bucket/run" stays as it is, which pathlib would not let it."""
+    """The path; absolute if it is local. Unlike pathlib, this leaves "gs://bucket/run" unchanged."""
     path = epath.Path(path)
     return path if is_remote(path) else epath.Path(pathlib.Path(path).expanduser().resolve())
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether it lies in an object store."""
+    """Whether the path is in an object store."""
     return "://" in os.fspath(path)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """The old file or the new one, never half of one, whenever the process is killed."""
+    """Replace a file atomically: if the process is killed, either the old or the new file is there."""
     path = epath.Path(path)
     content = content.encode() if isinstance(content, str) else content
-    if is_remote(path):  # an object appears when all of it is there
+    if is_remote(path):  # an object appears only when it is complete
         path.write_bytes(content)
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -51,7 +51,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def files(root: epath.Path) -> Iterator[epath.Path]:
-    """All files below a folder, in no order."""
+    """All files below a folder, in any order."""
     for path in root.iterdir():
         if path.is_dir():
             yield from files(path)
@@ -60,7 +60,7 @@ def files(root: epath.Path) -> Iterator[epath.Path]:
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-    """Rename a folder; in an object store, which cannot, copy its files and then delete them. Replaces the target."""
+    """Rename a folder and replace the target. In an object store, copy the files and then delete them."""
     target.rmtree(missing_ok=True)
     if not is_remote(source):
         source.rename(target)
@@ -71,7 +71,7 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 
 
 def refusal(error: BaseException | None) -> str:
-    """Why storage would not take a write, in plain words; "" where the error, and what caused it, is something else."""
+    """Why storage refused a write, in plain words; "" if neither the error nor its causes are a refusal."""
     seen: set[int] = set()
     todo: list[Any] = [error]
     while todo:
@@ -88,7 +88,7 @@ def refusal(error: BaseException | None) -> str:
 
 
 def need_library(path: str | os.PathLike) -> None:
-    """UserError where the library that reads such a path is missing."""
+    """Raise UserError if the library for such a path is not installed."""
     if not is_remote(path):
         return
     try:

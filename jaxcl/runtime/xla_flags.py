@@ -1,12 +1,11 @@
-"""What XLA is asked for before it starts: that collectives run while the device computes. One place for all platforms.
+"""XLA flags that make collectives overlap with computation, for all platforms. They must be set before JAX starts.
 
-A flag that an XLA does not know ends the process, so these are only set between versions that were seen to take them:
-jaxlib 0.10.2, 0.11.2 and 0.12.0 for GPUs, libtpu 0.0.42 (of jax 0.10.2) and 0.0.52 for TPUs. Neither was measured on
-its hardware. What the user
-has set in XLA_FLAGS or LIBTPU_INIT_ARGS is never touched; JAXCL_XLA_FLAGS=off sets nothing.
+An unknown flag ends the process, so the flags are set only for versions that were seen to accept them (KNOWN_JAXLIB for
+GPUs, KNOWN_LIBTPU for TPUs). Their effect was not measured on either kind of hardware. Flags that the user has set in
+XLA_FLAGS or LIBTPU_INIT_ARGS are never changed, and JAXCL_XLA_FLAGS=off sets nothing.
 
-Both compilers make collectives asynchronous by themselves today; what they do not by themselves is listed here. This
-module imports nothing of JAX: it has to run before.
+Both compilers already make collectives asynchronous by default; this module adds what they do not do by default. It
+does not import JAX, because it has to run first.
 """
 
 import glob
@@ -15,25 +14,25 @@ import importlib.util
 import os
 from collections.abc import MutableMapping
 
-# Read by the part of XLA in jaxlib, on every platform; flags of the GPU do nothing elsewhere.
+# Read by XLA in jaxlib on every platform; GPU flags have no effect elsewhere.
 GPU = {
-    # Orders the program so that a collective's result is waited for as late as possible. Off by default on GPUs.
+    # Schedules the program so that it waits for the result of a collective as late as possible. Off by default on GPUs.
     # docs.jax.dev, "GPU performance tips"; NVIDIA's own JAX images set it.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
 }
-# Read by libtpu only. Its latency-hiding scheduler is on by default; these widen what it may overlap.
+# Read by libtpu only. Its latency-hiding scheduler is on by default; these flags allow it to overlap more.
 TPU = {
-    # The gradients' all-reduces of data parallelism, of many sizes, beside the backward pass that makes the next ones.
+    # All-reduces of gradients, of many sizes, overlap with the rest of the backward pass.
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
-    # All-gathers (of fsdp's parameters) run within the computations around them. As MaxText's recipes set them.
+    # All-gathers (parameters of fsdp) run inside the computations around them. MaxText's recipes set these flags.
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
 }
-KNOWN_JAXLIB, KNOWN_LIBTPU = ((0, 10), (0, 12)), ((0, 0, 42), (0, 0, 52))  # first and last
+KNOWN_JAXLIB, KNOWN_LIBTPU = ((0, 10), (0, 12)), ((0, 0, 42), (0, 0, 52))  # first and last version
 
 
 def set_flags(environ: MutableMapping[str, str] = os.environ) -> dict[str, list[str]]:
@@ -49,7 +48,7 @@ def set_flags(environ: MutableMapping[str, str] = os.environ) -> dict[str, list[
 
 
 def platform(environ: MutableMapping[str, str] = os.environ) -> str:
-    """cpu, gpu or tpu: what JAX will start, as far as that can be seen without it; JAX_PLATFORMS decides if set."""
+    """cpu, gpu or tpu: the platform that JAX will probably use. JAX_PLATFORMS decides if it is set."""
     asked = (environ.get("JAX_PLATFORMS") or environ.get("JAX_PLATFORM_NAME") or "").lower().split(",")[0]
     if asked:
         return {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked)
@@ -77,7 +76,7 @@ def _within(package: str, known: tuple[tuple[int, ...], tuple[int, ...]]) -> boo
 def _add(environ: MutableMapping[str, str], variable: str, flags: dict[str, str]) -> list[str]:
     present = environ.get(variable, "").split()
     named = {flag.lstrip("-").partition("=")[0] for flag in present}
-    # The user's may also say "no" in front of a name.
+    # A flag of the user may also have "no" in front of its name.
     new = [f"--{k}={v}" for k, v in flags.items() if k not in named and f"no{k}" not in named]
     environ[variable] = " ".join([*new, *present])
     return new

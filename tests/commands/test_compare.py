@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import tiny
 from matplotlib.image import imread
+from processes import cli, one_line
 
 from jaxcl import config as configs
-from jaxcl.commands import compare
+from jaxcl.commands.compare import main as compare
+from jaxcl.commands.compare import runs as compared
+from jaxcl.commands.compare import sweeps
 from jaxcl.data import source_of
 from jaxcl.errors import UserError
 from jaxcl.method.build import build_recipe, data_facts
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 from jaxcl.report import figures, transfer
 from jaxcl.train import run_folder
 from jaxcl.train.checkpoint import Checkpoints
@@ -56,7 +59,7 @@ def test_runs_and_joined_runs(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer, "fine_embedding", lambda panels: drawn.update(panels) or real(panels))
     one, two = runs
     out = tmp_path / "new" / "folder"
-    assert compare.run(["compare", f"--workdir={one}", f"--workdir={one}+{two}", f"--out={out}"]) == 0
+    assert compare.main(["compare", f"--workdir={one}", f"--workdir={one}+{two}", f"--out={out}"]) == 0
     assert list(drawn) == ["tiny", "tiny + tiny"]
     single, joined = drawn.values()
     assert joined["features"].shape[1] == 2 * single["features"].shape[1] == 2 * 16
@@ -82,12 +85,12 @@ def test_one_level_of_labels(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "run")
     run_folder.write_json(tmp_path / "run" / "config.json", config)
     with pytest.raises(UserError, match="one level of labels; a comparison needs fine classes") as error:
-        compare.run(["compare", f"--workdir={tmp_path}/run", f"--source=npz:{flat}", f"--out={tmp_path}/out"])
+        compare.main(["compare", f"--workdir={tmp_path}/run", f"--source=npz:{flat}", f"--out={tmp_path}/out"])
     assert "\n" not in str(error.value)
 
 
 def test_a_table_escapes_bars():
-    table = compare.table({"a|b": {"knn": {"accuracy": 0.5}}, "c": {}})
+    table = compared.table({"a|b": {"knn": {"accuracy": 0.5}}, "c": {}})
     rows = ["| run  | knn.accuracy |", "| ---- | -----------: |", "| a\\|b |         50.0 |", "| c    |            – |"]
     assert table.splitlines() == rows
 
@@ -139,11 +142,11 @@ def test_a_sweep_over_the_weights(sweep, tmp_path, caplog):
         ]
     )
     with caplog.at_level("INFO", logger="jaxcl"):
-        points, settings = compare.read_sweep(folder)
+        points, settings = sweeps.read_collapse(folder)
     assert points == {"l_spread": {0.5: [0.9, 0.8], 0.25: [0.5, 0.6]}, "l_spread:supcon": {1.0: [1.0]}}
     assert set(settings.values()) == {transfer.Setting(2, 64, 0.5)}
     assert caplog.text.count("left out") == 2
-    assert compare.run(["compare", f"--sweep={folder}", f"--out={folder}/out"]) == 0
+    assert compare.main(["compare", f"--sweep={folder}", f"--out={folder}/out"]) == 0
     assert [p.name for p in (folder / "out").iterdir()] == ["collapse_curve.png"]
     assert imread(folder / "out" / "collapse_curve.png")[..., :3].std() > 0.02
 
@@ -155,7 +158,7 @@ def test_other_keys_of_the_grid_are_lines_and_other_losses_have_no_theory(sweep)
         ("l_spread", grid | {"temperature": "0.5"}, spread(1, 0), {0: 0.7}),
         ("l_spread", grid | {"temperature": "x"}, spread(0, 1, clip_positive=1.0), {0: 0.6}),
     ]
-    points, settings = compare.read_sweep(sweep(rows, measure="knn.accuracy"))  # from the runs' own results
+    points, settings = sweeps.read_collapse(sweep(rows, measure="knn.accuracy"))  # from the runs' own results
     names = [f"l_spread temperature={t}" for t in ("0.2", "0.5", "x")]
     assert points == dict(zip(names, ({0.5: [0.5]}, {1.0: [0.7]}, {0.0: [0.6]}), strict=True))
     assert [settings[n] for n in names] == [transfer.Setting(2, 64, 0.2), transfer.Setting(2, 64, 0.5), None]
@@ -163,7 +166,7 @@ def test_other_keys_of_the_grid_are_lines_and_other_losses_have_no_theory(sweep)
 
 @pytest.mark.parametrize("how", [dict(facts=False), dict(batch_size=2)])
 def test_theory_needs_the_number_of_classes_and_two_images_of_each(sweep, how):
-    assert compare.read_sweep(sweep([("c", {}, spread(1, 1), {0: 0.5})], **how))[1] == {"c": None}
+    assert sweeps.read_collapse(sweep([("c", {}, spread(1, 1), {0: 0.5})], **how))[1] == {"c": None}
 
 
 def negatives(alpha, **options):
@@ -185,7 +188,7 @@ def test_a_sweep_over_the_weight_of_negatives(sweep, caplog):
     )
     ood = {"shifted": {"accuracy": 0.25}, "texture": {"accuracy": 0.125}}
     run_folder.write_json(folder / "0" / "seed-1" / "results.json", {"ood": ood, "shape_bias": {"shape_bias": None}})
-    panels = compare.read_alphas(folder)
+    panels = sweeps.read_alphas(folder)
     assert panels == {
         "In domain": {
             "nonsemantic lr=0.1": {1.0: [0.5, 0.6], 2.0: [0.55]},
@@ -196,7 +199,7 @@ def test_a_sweep_over_the_weight_of_negatives(sweep, caplog):
         "Shifted test": {"nonsemantic lr=0.1": {1.0: [0.25]}},
         "Texture only": {"nonsemantic lr=0.1": {1.0: [0.125]}},
     }
-    assert compare.run(["compare", f"--sweep={folder}", f"--out={folder}/out"]) == 0
+    assert compare.main(["compare", f"--sweep={folder}", f"--out={folder}/out"]) == 0
     assert [p.name for p in (folder / "out").iterdir()] == ["alpha_curves.png"]
     assert imread(folder / "out" / "alpha_curves.png")[..., :3].std() > 0.02
 
@@ -205,9 +208,9 @@ def test_one_alpha_is_no_curve(sweep):
     folder = sweep(
         [("a", {"lr": "1"}, negatives(2), {0: 0.5}), ("a", {"lr": "2"}, negatives(2), {0: 0.6})], "knn.accuracy"
     )
-    with pytest.raises(UserError, match="no two runs in .* have negatives of different alpha") as error:
-        compare.run(["compare", f"--sweep={folder}", f"--out={folder}/out"])
-    assert "has both a term of spread" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no two runs in .* alpha") as error:
+        compare.main(["compare", f"--sweep={folder}", f"--out={folder}/out"])
+    assert "spread term" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_sweep_that_measured_its_stages(sweep):
@@ -215,12 +218,12 @@ def test_a_sweep_that_measured_its_stages(sweep):
     for run, value in (("0/seed-0", 0.2), ("0/seed-1", 0.4), ("1/seed-0", 0.6)):
         centred = {s: {"crop": value + i / 10, "another image": 0.0} for i, s in enumerate(("stage1", "stage2"))}
         run_folder.write_json(folder / run / "results.json", {"invariance": {"centred": centred}})
-    tables = compare.read_invariance(folder)
+    tables = sweeps.read_invariance(folder)
     assert list(tables) == ["a lr=1", "b"]
     assert tables["a lr=1"]["stages"] == ["stage1", "stage2"] and tables["b"]["transformations"][0] == "crop"
     np.testing.assert_allclose(tables["a lr=1"]["centred"], [[0.3, 0], [0.4, 0]])
     np.testing.assert_allclose(tables["b"]["centred"], [[0.6, 0], [0.7, 0]])
-    compare.run(["compare", f"--sweep={folder}", f"--out={folder}/out"])
+    compare.main(["compare", f"--sweep={folder}", f"--out={folder}/out"])
     assert imread(folder / "out" / "invariance.png")[..., :3].std() > 0.02
 
 
@@ -238,13 +241,13 @@ def test_a_sweep_that_measured_its_stages(sweep):
         (["--workdir={run}+{tmp}/none", "--out={tmp}/o"], "none is not a run folder"),
         (["--sweep={tmp}", "--out={tmp}/o"], "is not the folder of a sweep"),
         (["--workdir={run}", "--out={tmp}/file/o"], "cannot make --out"),
-        (["--workdirs={run}", "--out={tmp}/o"], "Unknown command line flag"),
+        (["--workdirs={run}", "--out={tmp}/o"], "--workdirs"),
     ],
 )
 def test_mistakes(runs, tmp_path, arguments, words):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
-        compare.run(["compare", *(a.format(run=runs[0], tmp=tmp_path) for a in arguments)])
+        compare.main(["compare", *(a.format(run=runs[0], tmp=tmp_path) for a in arguments)])
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "o" / "fine_embedding.png").exists()
 
@@ -252,20 +255,18 @@ def test_mistakes(runs, tmp_path, arguments, words):
 def test_a_sweep_without_the_cosine(sweep):
     folder = sweep([("l_spread:ce", {}, None, {0: 0.2})])
     with pytest.raises(UserError, match="no run in .* has both"):
-        compare.read_sweep(folder)
+        sweeps.read_collapse(folder)
 
 
 def test_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["compare"])
-    with pytest.raises(SystemExit) as exit_:
-        compare.cli()
-    assert exit_.value.code == 2 and capsys.readouterr().err.startswith("jaxcl: nothing to compare")
+    code, _, err = cli(["compare"], monkeypatch, capsys)
+    assert code == 2 and "--workdir" in one_line(err) and "--sweep" in err
 
 
 def test_a_folder_may_have_a_plus(tmp_path):
     (tmp_path / "a+b").mkdir()
-    assert compare._folders(f"{tmp_path}/a+b") == [tmp_path / "a+b"]
-    assert compare._folders("a+c") == [*map(type(tmp_path), ("a", "c"))]
+    assert compared.folders(f"{tmp_path}/a+b") == [tmp_path / "a+b"]
+    assert compared.folders("a+c") == [*map(type(tmp_path), ("a", "c"))]
 
 
 def test_equal_names_get_their_folders(tmp_path):
@@ -273,4 +274,4 @@ def test_equal_names_get_their_folders(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"name": config}))
     one, two, three = (tmp_path / n for n in ("one", "two", "three"))
-    assert compare._default_names([[one], [two], [one, three]]) == [f"same ({one})", f"same ({two})", "same + other"]
+    assert compared.default_names([[one], [two], [one, three]]) == [f"same ({one})", f"same ({two})", "same + other"]

@@ -9,6 +9,7 @@ import tiny
 from PIL import Image
 
 from jaxcl.commands import embed as command
+from jaxcl.commands import feature_files
 from jaxcl.commands.embed import embed
 from jaxcl.data.disk import DiskSource
 from jaxcl.errors import UserError
@@ -88,7 +89,7 @@ def test_the_embedding_of_one_part_of_two_runs(opened, tmp_path):
 def test_the_command_on_a_folder(folders, photos, tmp_path, monkeypatch):
     """Classes, files, all parts; decoded at the size of training; and RUN+RUN."""
     argv = ["embed", f"--workdir={folders[0]}+{folders[1]}", f"--source=folder:{photos}", f"--out={tmp_path / 'f.npz'}"]
-    assert command.run(argv) == 0
+    assert command.main(argv) == 0
     with np.load(tmp_path / "f.npz") as file:
         found = dict(file)
     assert sorted(found["paths"]) == sorted(str(p) for p in photos.glob("*/*.png")) and len(found["features"]) == 20
@@ -119,7 +120,7 @@ def test_without_labels(opened, folders, photos, tmp_path):
 
 def test_parquet(opened, folders, photos, tmp_path, monkeypatch):
     pq = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(command, "PARQUET_ROWS", 20)
+    monkeypatch.setattr(feature_files, "ROW_GROUP", 20)
     run = load_run(folders[0], source=f"folder:{photos}")
     embed([run], tmp_path / "f.parquet")
     embed([run], tmp_path / "f.npz")
@@ -180,9 +181,9 @@ def test_mistakes(opened, folders, tmp_path, monkeypatch):
     says("--layer is 'y'; expected 'h' (pooled", embed, opened[:1], tmp_path / "f.npz", layer="y")
     says("--split is 'middle', which npz:", embed, opened[:1], tmp_path / "f.npz", split="middle")
     says("set validation, for example", embed, opened[:1], tmp_path / "f.npz", split="validation")
-    says("no --workdir", command.run, ["embed", "--out=f.npz"])
-    says("no --out", command.run, ["embed", f"--workdir={folders[0]}"])
-    says("is not a run folder", command.run, ["embed", f"--workdir={tmp_path}", "--out=f.npz"])
+    says("no --workdir", command.main, ["embed", "--out=f.npz"])
+    says("no --out", command.main, ["embed", f"--workdir={folders[0]}"])
+    says("is not a run folder", command.main, ["embed", f"--workdir={tmp_path}", "--out=f.npz"])
     (tmp_path / "file").write_text("")
     says("cannot write", embed, opened[:1], tmp_path / "file" / "f.npz")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,7 +1,6 @@
 """The plan's numbers against programs that are compiled, and what it says of runs that cannot be."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,19 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_sharding import config, program, small  # noqa: F401 - a fixture
+from compiled_updates import config, program
+from processes import ROOT
 
 from jaxcl.commands.plan import counts as plan_counts
+from jaxcl.commands.plan import figure, text
 from jaxcl.commands.plan.chips import CHIPS
 from jaxcl.commands.plan.collectives import collectives, totals
 from jaxcl.commands.plan.main import main as plan_command
 from jaxcl.commands.plan.program_costs import cost
 from jaxcl.errors import UserError
+from jaxcl.method import sharding
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 FACTS = dict(
     num_examples=1024, image_shape=(16, 16, 3), mean=tiny.MEAN, std=tiny.STD, num_classes=tiny.CLASSES, labelled=True
 )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 64)  # otherwise nothing of the tiny network would be sharded
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +69,15 @@ def test_the_ring_is_seen(monkeypatch):
         plan = plan_counts.make_plan(config(batch_size=16), FACTS, devices=8, kind="H100", most=8)
     assert [r["loss"] for r in plan["table"]] == ["whole", "gathered", "ring", "ring"]
     assert plan["ring_from"] == 4
-    text = plan_counts.as_text(plan)
-    assert "The loss goes round a ring from 4 devices on." in text and "Assumed:" in text and "Counted:" in text
+    shown = text.as_text(plan)
+    assert "a ring from 4 devices on" in shown and "Assumed:" in shown and "Counted:" in shown
 
 
 def test_what_does_not_fit_is_said(plan, tmp_path):
-    assert "DOES NOT FIT" not in plan_counts.as_text(plan)
+    assert "DOES NOT FIT" not in text.as_text(plan)
     large = plan | {"fits": False, "memory_needed": 20e9}
-    assert "THIS DOES NOT FIT: a device needs 18.6 GiB, a v5e has 14.9 GiB." in plan_counts.as_text(large)
-    plan_counts.draw(plan, tmp_path / "scaling.png")
+    assert "THIS DOES NOT FIT: a device needs 18.6 GiB, a v5e has 14.9 GiB." in text.as_text(large)
+    figure.draw(plan, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
@@ -115,7 +121,7 @@ def test_work_is_three_forward_passes():
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("--kind=H100", "--config.sharding=fsdp", "--hosts=4")])
 def test_the_command(tmp_path, extra):
-    command = [sys.executable, "-m", "jaxcl.commands.plan.main", "--config=configs/simclr.py:imagenet", "--devices=256"]
+    command = [sys.executable, "-m", "jaxcl", "plan", "--config=configs/simclr.py:imagenet", "--devices=256"]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--kind=v5p", f"--out={tmp_path}", *extra], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -128,9 +134,10 @@ def test_the_command(tmp_path, extra):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--devices=8"], "expected, for example, --config="),
-        (["--config=configs/simclr.py", "--devices=8", "--kind=v9"], "--kind is 'v9'; expected one of v4, v5e"),
-        (["--config=configs/simclr.py", "--device=8"], "Unknown command line flag 'device'"),
+        (["--devices=8"], "--config"),
+        (["--config=configs/simclr.py"], "--devices"),
+        (["--config=configs/simclr.py", "--devices=8", "--kind=v9"], "--kind.*v9.*v4, v5e"),
+        (["--config=configs/simclr.py", "--device=8"], "--device; .*'devices'"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from test_train import ROOT
+from processes import ROOT
 
+from jaxcl.commands import config_file
 from jaxcl.errors import UserError
-from jaxcl.runtime import flags
 from jaxcl.train import loop as train
 from jaxcl.train import run_folder
 
@@ -100,7 +100,7 @@ def test_overrides_on_the_command_line(part, npz, outcome):
     for i in range(25 * part, 25 * part + 25):
         rng = random.Random(i)
         argument, usual = small(npz, rng.choice(CONFIGS))
-        key = rng.choice(list(leaves(flags.read_config(argument))))
+        key = rng.choice(list(leaves(config_file.read_config(argument))))
         how = rng.random()
         if how < 0.15:
             key = misspelt(rng, key)
@@ -108,7 +108,7 @@ def test_overrides_on_the_command_line(part, npz, outcome):
             argument += ":" + rng.choice(["nothing", "garments,cifar10", ",,", "unlabelled=1", "猫", "cpu:cpu", "None"])
         override = f"--config.{key}={rng.choice(WORDS)}"
         try:
-            line = outcome(lambda a=argument, o=(*usual, override): flags.read_config(a, o))
+            line = outcome(lambda a=argument, o=(*usual, override): config_file.read_config(a, o))
         except BaseException as error:
             raise AssertionError(f"seed {i}: {argument} {override}") from error
         lines.append(line)
@@ -146,7 +146,7 @@ def test_values_in_a_config_file(part, npz, outcome):
     for i in range(100 + 25 * part, 125 + 25 * part):
         rng = random.Random(i)
         argument, usual = small(npz, rng.choice(CONFIGS))
-        config = flags.read_config(argument, usual)
+        config = config_file.read_config(argument, usual)
         name = rng.choice(list(nodes(config)) if rng.random() < 0.3 else list(leaves(config)))
         value, remove = rng.choice(VALUES), rng.random() < 0.1
         set_leaf(config, name, value, remove)

@@ -9,8 +9,8 @@ import tiny
 
 from jaxcl import config as configs
 from jaxcl.errors import UserError
+from jaxcl.method.init_state import init_state
 from jaxcl.method.initial_weights import starting_weights
-from jaxcl.method.update import init_state
 from jaxcl.models import make_model, weights
 from jaxcl.models.registry import MODELS
 from jaxcl.models.resnet_torch import ResNetLayout

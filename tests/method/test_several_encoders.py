@@ -9,8 +9,11 @@ from jaxcl import config as base
 from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.forward import represent
+from jaxcl.method.init_state import init_state
+from jaxcl.method.inputs import make_views
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state, make_views, represent
+from jaxcl.method.update import compile_update
 
 VIEWS = ("view1", "view2")
 AUTO = ("auto/view1", "auto/view2")

@@ -47,7 +47,7 @@ def test_what_is_no_duration_is_named(duration):
 
 
 def test_percent_needs_a_whole():
-    with pytest.raises(UserError, match="eval.every is '25%', but there is nothing to take a percentage of"):
+    with pytest.raises(UserError, match="eval.every is '25%', but percent"):
         to_steps("25%", **UNIT)
     with pytest.raises(UserError, match="expected at most 100%"):
         to_steps("101%", total=920, **UNIT)

@@ -1,4 +1,4 @@
-"""Large pages are asked for once, by commands of ours alone, and where they come only to those who ask."""
+"""A command restarts itself with large pages once, and only a command of this package does."""
 
 import os
 import subprocess
@@ -42,11 +42,19 @@ def test_only_a_command_of_ours_starts_again(mode, monkeypatch):
     monkeypatch.setattr(huge_pages.os, "execve", lambda *a: started.append(a))
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "jaxcl.main", "--config=a.py"])
-    for name, count in (("pytest.__main__", 0), ("jaxcl.commands.evaluate", 1)):
-        spec = types.SimpleNamespace(name=name)
+    started_by = [
+        ("pytest.__main__", False, False),  # python -m pytest
+        (None, False, False),  # python script.py
+        ("jaxcl.main", False, True),
+        ("jaxcl.__main__", False, True),  # python -m jaxcl
+        (None, True, True),  # the console script
+    ]
+    for name, script, again in started_by:
+        spec = name and types.SimpleNamespace(name=name)
         monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=spec))
-        huge_pages.ask()
-        assert len(started) == count
+        started.clear()
+        huge_pages.ask(script=script)
+        assert len(started) == again, name
     ((program, command, environ),) = started
     assert program == sys.executable and command == [sys.executable, "-m", "jaxcl.main", "--config=a.py"]
     assert environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
@@ -60,6 +68,7 @@ def test_a_real_command(tmp_path):
     environ = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "JAXCL_HUGE_PAGES")}
     for more, tunables in (({}, "glibc.malloc.hugetlb=1" if huge_pages.wanted() else None),
                            ({"JAXCL_HUGE_PAGES": "off"}, None)):  # fmt: skip
-        command = [sys.executable, "-m", "jaxcl.main", f"--config={tmp_path / 'c.py'}"]
-        done = subprocess.run(command, env=environ | more, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (2, f"jaxcl: has {tunables}\n")
+        for program in (("jaxcl.main",), ("jaxcl", "train")):
+            command = [sys.executable, "-m", *program, f"--config={tmp_path / 'c.py'}"]
+            done = subprocess.run(command, env=environ | more, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (2, f"jaxcl: has {tunables}\n")

@@ -1,26 +1,26 @@
-"""The papers' claims, side by side under one protocol: `python -m jaxcl claims [--seeds=5] [--source=garments] ...`.
+"""Train the papers' methods and their baselines under one protocol, and test the papers' claims.
 
-    python -m jaxcl claims --seeds=3                          all methods on garments; 1 h 13 min on two cores
-    python -m jaxcl claims --methods=supcon,excon --seeds=5   two of them
-    python -m jaxcl claims --smoke                            that it works, in half a minute; its numbers say nothing
-    python -m jaxcl claims --source=cifar10 --set=data.source=npz:cifar10.npz --methods=supcon,excon
+    jaxcl claims --seeds=3                          all methods on garments; an hour or two on two cores
+    jaxcl claims --methods=supcon,excon --seeds=5   two of them
+    jaxcl claims --smoke                            a test of the command itself; its numbers mean nothing
+    jaxcl claims --source=cifar10 --set=data.source=npz:cifar10.npz --methods=supcon,excon
 
-Every method and its baseline are trained under one budget (same data, epochs and encoder; views, loss and optimiser
-are those of the shipped config) and the last state is measured on the test split. Nothing is tuned or selected here.
-There are up to three runs of a method and a seed: on the fine classes; on the coarse ones (encoders that see no labels
-need no run for that); and on coarse classes whose background follows the fine class, for the worst group and shape
-bias. `claims_list` says which of them a method has.
+All methods and baselines have the same budget: the same data, epochs and encoder. Views, loss and optimiser are those
+of the shipped config, and the last state is measured on the test split. Nothing is tuned or selected here. A method has
+up to three runs for each seed: on the fine classes; on the coarse classes (not for encoders that see no labels); and on
+coarse classes whose background follows the fine class, for the worst group and the shape bias.
+jaxcl/commands/claims/methods.py says which of these a method has.
 
-Runs are those of `jaxcl sweep`, in folders of their own below --out: the same command goes on where it stopped.
-After every run are written anew: claims.json (every number with its run folder and its path in results.json),
-claims.md, index.html, and the sweep's own table.md and table.json.
+The runs are those of `jaxcl sweep`, in folders below --out, and the same command resumes. After every run the command
+rewrites claims.json (every number with its run folder and its path in results.json), claims.md, index.html, and the
+table.md and table.json of the sweep.
 
 The rule, stated before any run. A claim is a difference, method minus baseline, in one measure, taken seed by seed. The
 two-sided 90 % interval of its mean by Student's t decides: "seen" if it lies wholly on the claimed side of 0,
-"opposite" if wholly on the other, "not seen" if it holds 0, "not measured" with fewer than two pairs. Of claims that
-are not true about one in twenty will be seen by chance.
+"opposite" if it lies wholly on the other side, "not seen" if it contains 0, "not measured" with fewer than two pairs.
+About one in twenty claims that are not true will be seen by chance.
 
-The claims (method > or < baseline: measure; `claims_list.CLAIMS` has their words):
+The claims (method > or < baseline: measure; CLAIMS in methods.py has their texts):
 
     excon > supcon: linear (ExCon, abstract)
     excon < supcon: drop (ExCon, abstract)
@@ -65,8 +65,6 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from jaxcl.commands.claims import table as claims_table
 from jaxcl.commands.claims.methods import (
     BATCH,
@@ -79,29 +77,29 @@ from jaxcl.commands.claims.methods import (
     SETTINGS,
     SOURCES,
 )
+from jaxcl.commands.claims.page import write_claims
 from jaxcl.commands.claims.table import Result
 from jaxcl.commands.sweep import main as sweep
 from jaxcl.commands.sweep.runs import Run, plan
 from jaxcl.errors import UserError
 from jaxcl.report.metrics import read_metrics
 from jaxcl.report.progress import duration
-from jaxcl.runtime import flags as command_line
 from jaxcl.runtime.durations import to_steps
+from jaxcl.runtime.flags import Flags
 from jaxcl.runtime.options import suggestion
 from jaxcl.train import run_folder
 
-_FLAGS = flags.FlagValues()
-_own = dict(flag_values=_FLAGS)
-_METHODS = flags.DEFINE_string("methods", "", "Comma-separated; their baselines come with them. Default: all.", **_own)
-_SEEDS = flags.DEFINE_integer("seeds", 5, "How many, from 0.", **_own)
-_SOURCE = flags.DEFINE_enum("source", "garments", SOURCES, "The data.", **_own)
-_BUDGET = flags.DEFINE_string("budget", "2 epochs", "Of every run, any duration.", **_own)
-_JOBS = flags.DEFINE_integer("jobs", 2, "Runs at a time; each gets its share of the cores.", **_own)
-_SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for every run, as of jaxcl.commands.sweep.main.", **_own)
-_OUT = flags.DEFINE_string("out", "", "A folder; default runs/claims, or runs/claims-smoke.", **_own)
-_SMOKE = flags.DEFINE_bool("smoke", False, "Two methods, two seeds, a few updates of a tiny encoder.", **_own)
+FLAGS = Flags(__doc__)
+FLAGS.text("methods", "", "Methods, separated by commas; their baselines are added. Default: all.")
+FLAGS.number("seeds", 5, "Number of seeds, from 0.")
+FLAGS.choice("source", "garments", SOURCES, "The data.")
+FLAGS.text("budget", "2 epochs", "Length of every run, any duration.")
+FLAGS.number("jobs", 2, "Runs at a time, which share the cores.")
+FLAGS.texts("set", "KEY=VALUE for every run, as for jaxcl sweep; may be given several times.")
+FLAGS.text("out", "", "A folder; default runs/claims, or runs/claims-smoke.")
+FLAGS.switch("smoke", "Two methods, two seeds, a few updates of a tiny encoder.")
 
-# What --smoke changes: that all of it runs, not that anything is learned.
+# What --smoke changes, so that everything runs although nothing is learned.
 SMOKE_METHODS = ("attract", "l_spread")
 SMOKE_SETTINGS = ("coarse",)
 SMOKE = dict(
@@ -118,38 +116,37 @@ SMOKE_BUDGET = "8 steps"
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A run of the sweep, and what it is here."""
+    """A run of the sweep, with its method and data setting."""
 
     run: Run
     method: str
     setting: str
 
 
-def run(argv: list[str]) -> int:
-    """Train, measure and judge; -> exit code. Errors: UserError before anything starts, or of a run; Preempted."""
-    _FLAGS.unparse_flags()
-    command_line.parse(argv, _FLAGS)
-    smoke, source = _SMOKE.value, _SOURCE.value
-    chosen = _chosen(_METHODS.value or (",".join(SMOKE_METHODS) if smoke else ""))
-    seeds = 2 if smoke else _SEEDS.value
-    if seeds < 1 or _JOBS.value < 1:
-        raise UserError(f"--seeds is {seeds} and --jobs {_JOBS.value}; expected 1 or more of each")
-    out = pathlib.Path(_OUT.value or ("runs/claims-smoke" if smoke else "runs/claims"))
-    budget = SMOKE_BUDGET if smoke else _BUDGET.value
+def main(argv: list[str]) -> int:
+    """Train, measure and judge; -> exit code. Raises: UserError before anything starts, or from a run; Preempted."""
+    given = FLAGS.parse(argv)
+    smoke, source = given.smoke, given.source
+    chosen = _chosen(given.methods or (",".join(SMOKE_METHODS) if smoke else ""))
+    seeds = 2 if smoke else given.seeds
+    if seeds < 1 or given.jobs < 1:
+        raise UserError(f"--seeds is {seeds} and --jobs {given.jobs}; expected 1 or more of each")
+    out = pathlib.Path(given.out or ("runs/claims-smoke" if smoke else "runs/claims"))
+    budget = SMOKE_BUDGET if smoke else given.budget
     sets = [f"{k}={v}" for k, v in SMOKE.items()] if smoke else []
     planned = plan_runs(
-        chosen, source=source, seeds=seeds, budget=budget, sets=[*sets, *_SET.value], out=out, smoke=smoke
+        chosen, source=source, seeds=seeds, budget=budget, sets=[*sets, *given.set], out=out, smoke=smoke
     )
-    if smoke:  # where compiling is most of the time
+    if smoke:  # most of its time is compilation
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     else:
-        say_plan(planned, source, budget, _JOBS.value)
-    # A program compiled for one seed serves the next.
+        log_plan(planned, source, budget, given.jobs)
+    # All seeds share the compiled programs.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "compiled").resolve()))
     about = dict(methods=chosen, source=source, budget=budget, smoke=smoke)
-    judged = Claims(planned, out, about, command=shlex.join(["python", "-m", "jaxcl.commands.claims.main", *argv[1:]]))
+    judged = Claims(planned, out, about, command=shlex.join(["python", "-m", "jaxcl", "claims", *argv[1:]]))
     try:
-        judged.run(_JOBS.value)
+        judged.run(given.jobs)
     finally:
         if any(e.state != "waiting" for e in judged.entries.values()):
             judged.write_table()
@@ -158,7 +155,7 @@ def run(argv: list[str]) -> int:
 
 
 def _chosen(text: str) -> list[str]:
-    """Methods and their baselines, and what they are claimed to be better than, in the order of METHODS."""
+    """The methods, their baselines and the baselines of their claims, in the order of METHODS."""
     words = [w.strip() for w in text.split(",") if w.strip()] or list(METHODS)
     for word in words:
         if word not in METHODS:
@@ -177,7 +174,7 @@ def plan_runs(
     out: pathlib.Path,
     smoke: bool = False,
 ) -> list[Planned]:
-    """Every run, all of one seed before those of the next. Errors: UserError as of `sweep_plan.plan`."""
+    """Every run: all runs of one seed, then those of the next. Raises: UserError, as `sweep.runs.plan` does."""
     found = []
     given = {text.partition("=")[0] for text in sets}
     for name in methods:
@@ -193,15 +190,15 @@ def plan_runs(
     return sorted(found, key=lambda p: p.run.seed)
 
 
-def say_plan(planned: Sequence[Planned], source: str, budget: str, jobs: int) -> None:
-    """How long it will take, by counting."""
+def log_plan(planned: Sequence[Planned], source: str, budget: str, jobs: int) -> None:
+    """Log the number of runs and an estimate of their time."""
     seconds = estimate(planned, source, budget) / jobs
-    said = f"about {duration(seconds)} with {jobs} at a time, a quiet core each" if source == "garments" else "untimed"
-    sweep.logger.info("%d runs of %s: %s", len(planned), budget, said)
+    time = f"about {duration(seconds)}, {jobs} at a time" if source == "garments" else "no estimate of the time"
+    sweep.logger.info("%d runs of %s: %s", len(planned), budget, time)
 
 
 def estimate(planned: Sequence[Planned], source: str, budget: str) -> float:
-    """Seconds of one core for all runs, from the counts of `claims_list`."""
+    """Seconds of one core for all runs, from the costs in `methods`."""
     per_epoch = EXAMPLES[source] // BATCH
     steps = to_steps(budget, name="--budget", steps_per_epoch=per_epoch, batch_size=BATCH)
     return sum(
@@ -211,7 +208,7 @@ def estimate(planned: Sequence[Planned], source: str, budget: str) -> float:
 
 
 class Claims(sweep.Sweep):
-    """A sweep that is judged by `claims_table` whenever its table is written."""
+    """A sweep that is judged by `table` whenever its table is written."""
 
     def __init__(self, planned: Sequence[Planned], out: pathlib.Path, about: dict[str, Any], command: str):
         self.planned, self.about = planned, about
@@ -230,7 +227,7 @@ class Claims(sweep.Sweep):
         return found
 
     def content(self) -> dict[str, Any]:
-        """What claims.json holds."""
+        """The content of claims.json."""
         judged = claims_table.table(self.results(), self.about["methods"], self.about["source"])
         return {
             "command": self.command,
@@ -241,23 +238,12 @@ class Claims(sweep.Sweep):
         }
 
     def write_table(self) -> str:
-        """Also claims.json, claims.md and index.html; -> the sweep's table in Markdown."""
+        """Also write claims.json, claims.md and index.html; -> the table of the sweep in Markdown."""
         table = super().write_table()
         content = self.content()
         run_folder.write_json(self.out / "claims.json", content)
         temporary = self.out / "claims.md.tmp"
         temporary.write_text(claims_table.markdown(content), encoding="utf-8")
         os.replace(temporary, self.out / "claims.md")
-        from jaxcl.commands.claims.page import write_claims  # matplotlib, which a sweep does without
-
         write_claims(self.out, content)
         return table
-
-
-def cli() -> None:
-    """Exit codes as those of jaxcl.commands.sweep.main."""
-    command_line.leave(run)
-
-
-if __name__ == "__main__":
-    cli()

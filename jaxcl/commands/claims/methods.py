@@ -1,7 +1,7 @@
 """What `jaxcl claims` trains and asks: methods with their baselines, data settings, measures, and the papers' claims.
 
-Nothing here is a result. The numbers `cost` and those of `ESTIMATE` are counts and rough times, of which the command
-makes its guess of how long it will take.
+Nothing here is a result. `cost` and `ESTIMATE` are counts and rough times, from which the command estimates how long
+it will take.
 """
 
 import dataclasses
@@ -9,17 +9,17 @@ from collections.abc import Mapping
 
 SOURCES = ("garments", "cifar10")
 
-# ---- data settings: how the training data of a run are labelled and tied
+# ---- data settings: how the training data of a run are labelled and correlated
 
 FINE, COARSE, SPURIOUS = "fine", "coarse", "spurious"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Training data of one kind, and what is measured on encoders that were trained on it."""
+    """One kind of training data, and the evaluation of encoders trained on it."""
 
     title: str
-    grid: tuple[str, ...]  # keys that make it, as of jaxcl sweep --grid
+    grid: tuple[str, ...]  # keys and values, as for jaxcl sweep --grid
     final: tuple[str, ...]  # eval.final
     sources: tuple[str, ...] = SOURCES
 
@@ -43,7 +43,7 @@ SETTINGS: Mapping[str, Setting] = {
     ),
 }
 
-# One small network for all: the only one that the ladder, which needs four stages, can use too.
+# One small network for all methods. The ladder needs its four stages.
 NETWORK = (
     "model.stage_sizes=(1, 1, 1, 1)",
     "model.stage_widths=(16, 32, 64, 64)",
@@ -68,24 +68,24 @@ COMMON = (
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A config, and what it is compared with."""
+    """A config and its baseline."""
 
     title: str
     config: str  # FILE[:PRESET]; a data set's words are added
-    baseline: str  # name of another one; "": it is nobody's
+    baseline: str  # name of another method; "": none
     labels: bool  # whether the encoder sees them
-    cost: float  # of an update, with SupCon's as 1; measured for some, the others counted in passes
-    sets: tuple[str, ...] = ()  # keys of its own
+    cost: float  # of an update, relative to SupCon's; measured for some methods, counted in passes for others
+    sets: tuple[str, ...] = ()  # more config keys
     settings: tuple[str, ...] = (FINE, COARSE, SPURIOUS)
 
     def argument(self, source: str) -> str:
-        """FILE:PRESET for `jaxcl.main`."""
+        """FILE:PRESET for `jaxcl train`."""
         path, _, preset = self.config.partition(":")
         words = [w for w in (preset, "cifar10,cpu" if source == "cifar10" else "") if w]
         return ":".join([path, ",".join(words)]) if words else path
 
 
-# An encoder that sees no labels is the same on the coarse classes: its FINE run serves.
+# An encoder that sees no labels does not change with the labels, so its FINE run also stands for COARSE.
 SELF = dict(labels=False, settings=(FINE,))
 NEGATIVES = dict(labels=False, settings=(FINE, SPURIOUS))
 METHODS: Mapping[str, Method] = {
@@ -137,14 +137,14 @@ METHODS: Mapping[str, Method] = {
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A number of results.json, and the setting whose runs have it."""
+    """A number in results.json, and the setting whose runs have it."""
 
     title: str
     setting: str
     path: str
     better: int  # 1: higher, -1: lower, 0: neither
     percent: bool = True
-    unlabelled: tuple[str, str] = ("", "")  # (setting, path) for encoders that see no labels, where it is another
+    unlabelled: tuple[str, str] = ("", "")  # (setting, path) for encoders that see no labels, if it differs
 
 
 COST = "seconds_per_update"  # of metrics.jsonl: the batch over the median of its images per second
@@ -179,7 +179,7 @@ MEASURES: Mapping[str, Measure] = {
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper as a difference that can be measured."""
+    """A sentence of a paper, as a difference that can be measured."""
 
     text: str
     method: str
@@ -187,7 +187,7 @@ class Claim:
     measure: str
     direction: int  # of the claimed difference
     paper: str  # of AUTHORS
-    section: str  # where it is said
+    section: str  # place in the paper
     note: str = ""  # how the measure differs from the paper's own
 
     @property
@@ -197,7 +197,7 @@ class Claim:
         return f"{self.method} {sign} {self.baseline}: {self.measure} ({self.paper}, {self.section})"
 
 
-# How the authors' setting differs from a run here: facts of data, network and budget.
+# How the authors' setting differs from a run here: data, network and budget.
 AUTHORS: Mapping[str, str] = {
     "ExCon": "The authors train a ResNet-50 for 200 epochs on CIFAR-100 (batches of 256, explanations from epoch 50) "
     "and on Tiny ImageNet (batches of 128, from the start), SGD at 0.5, a classifier trained in epochs of its own "
@@ -310,9 +310,9 @@ CLAIMS: tuple[Claim, ...] = (
 
 # ---- how long it takes
 
-# Seconds of one core (CPU time, on the two-core machine of docs/results.md): of a start with compiling (more for a
-# ladder and for all in one, less where an earlier seed has compiled the program), of an update of SupCon in a batch of
-# 128, and of the evaluators of a setting.
+# CPU seconds of one core, on the machine of docs/results.md: a start with compilation (more for a ladder and for all in
+# one, less if an earlier seed has compiled the program), an update of SupCon with a batch of 128, and the evaluators of
+# a setting.
 ESTIMATE = dict(start=35.0, update=0.21, evaluate={FINE: 45.0, COARSE: 10.0, SPURIOUS: 20.0})
 EXAMPLES = {"garments": 10_000, "cifar10": 50_000}
 BATCH = 128

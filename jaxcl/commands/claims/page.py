@@ -1,4 +1,4 @@
-"""The page of `jaxcl claims`: what the papers say, what was seen, and every number with a link to its run folder."""
+"""The page of `jaxcl claims`: the claims, the verdicts, and every number with a link to its run folder."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ td.value{color:var(--ink)}
 
 
 def write_claims(folder: pathlib.Path, content: Mapping[str, Any]) -> pathlib.Path:
-    """Writes `folder/index.html` and its picture; `content` is what claims.json holds. -> the page."""
+    """Write `folder/index.html` and its figure; -> the page. content: that of claims.json."""
     picture = folder / "claims.png"
     figure = intervals(content["claims"])
     figures.save(figure, picture)
@@ -46,10 +46,10 @@ def write_claims(folder: pathlib.Path, content: Mapping[str, Any]) -> pathlib.Pa
 
 @styled
 def intervals(claims: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Each claim's difference with its interval, turned so that the claimed side is the right one.
+    """The difference of each claim with its interval, drawn so that the claimed side is on the right.
 
     Args:
-      claims: as `claims_table.table` gives them; those that were not measured are left out.
+      claims: from `table.table`; claims that were not measured are left out.
     """
     claims = [c for c in claims if c["low"] is not None and np.isfinite(c["low"])]
     if not claims:
@@ -90,7 +90,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _not_seen(content: Mapping[str, Any]) -> str:
-    """What was tried and how the authors' setting differs, for every claim that was not seen."""
+    """For every claim that was not seen: what was tried, and how the authors' setting differs."""
     parts = []
     for c in content["claims"]:
         if c["verdict"] in (claims_table.SEEN, claims_table.NOT_MEASURED):
@@ -107,13 +107,13 @@ def _not_seen(content: Mapping[str, Any]) -> str:
 
 
 def _all_measures(content: Mapping[str, Any]) -> str:
-    words = "Mean over seeds and half of its 90% interval, fractions in percent. A number leads to its run folders."
+    words = "Mean over seeds and half of its 90% interval, fractions in percent. Each number links to its run folders."
     return _section("All measures", words, content, "measures", content["methods"], signed=False)
 
 
 def _differences(content: Mapping[str, Any]) -> str:
     rows = [row for row in content["methods"] if any(f["mean"] is not None for f in row["differences"].values())]
-    words = "Method minus baseline, paired by seed, with half of the 90% interval. Only some of these are claims."
+    words = "Method minus baseline, paired by seed, with half of the 90% interval. Only some of them are claims."
     return _section("Differences to the baseline", words, content, "differences", rows, signed=True) if rows else ""
 
 

@@ -1,7 +1,4 @@
-"""The figures of `jaxcl claims`: means with intervals, differences paired by seed, and verdicts. No run is started.
-
-S seeds.
-"""
+"""The numbers of `jaxcl claims`: means with intervals, differences paired by seed, and verdicts. S seeds."""
 
 import dataclasses
 import math
@@ -16,8 +13,8 @@ CONFIDENCE = 0.9
 RULE = (
     "A claim is a difference, method minus baseline, in one measure. It is taken seed by seed, and the two-sided 90 % "
     'interval of its mean by Student\'s t decides: "seen" if the interval lies wholly on the claimed side of 0, '
-    '"opposite" if wholly on the other, "not seen" if it holds 0. With fewer than two pairs: "not measured". Nothing '
-    "else enters, and nothing is chosen by looking: every run is a shipped config, its last state, one budget. "
+    '"opposite" if wholly on the other side, "not seen" if it contains 0. With fewer than two pairs: "not measured". '
+    "Nothing else enters, and nothing is chosen by looking: every run is a shipped config, its last state, one budget. "
     "Of claims that are not true about one in twenty will be seen by chance."
 )
 SEEN, NOT_SEEN, OPPOSITE, NOT_MEASURED = "seen", "not seen", "opposite", "not measured"
@@ -32,14 +29,14 @@ class Result:
     seed: int
     run: str  # its folder, below the command's own
     state: str  # finished, diverged, failed or waiting
-    results: Mapping[str, Any] | None = None  # of a finished one, `COST` among them
+    results: Mapping[str, Any] | None = None  # of a finished run, with `COST`
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
     """Mean [S] and the two ends of its two-sided confidence interval by Student's t.
 
     Args:
-      values: at least one; of one alone the interval is the whole line.
+      values: at least one; the interval of a single value is the whole line.
       confidence: between 0 and 1.
     """
     from scipy.stats import t
@@ -52,7 +49,7 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 
 
 def verdict(differences: Sequence[float], direction: int) -> str:
-    """What `RULE` says of differences paired by seed; direction 1: claimed to be above 0, -1: below."""
+    """The verdict of `RULE` on differences paired by seed. direction: 1 claims that they are above 0, -1 below."""
     if len(differences) < 2:
         return NOT_MEASURED
     _, low, high = interval([direction * d for d in differences])
@@ -60,25 +57,25 @@ def verdict(differences: Sequence[float], direction: int) -> str:
 
 
 def place(method: str, measure: str) -> tuple[str, str]:
-    """(setting, path into results.json) where a method has a measure."""
+    """The (setting, path into results.json) of a measure of a method."""
     wanted = MEASURES[measure]
     unlabelled = not METHODS[method].labels and wanted.unlabelled[0]
     return wanted.unlabelled if unlabelled else (wanted.setting, wanted.path)
 
 
 def table(results: Sequence[Result], methods: Sequence[str], source: str) -> dict[str, Any]:
-    """What claims.json holds.
+    """The content of claims.json.
 
     Args:
-      results: every run, whatever its state.
-      methods: those asked for, in the order of the rows.
+      results: every run in whatever state.
+      methods: the rows, in order.
       source: of SOURCES; claims on measures that it does not have are left out.
 
     Returns:
-      {"rule", "confidence", "methods": [{"method", "title", "config", "baseline", "measures": {measure: figures},
-      "differences": {measure: figures}, "runs": [...]}], "claims": [{... of the claim, "verdict", figures}]}. Figures
-      are {"mean", "low", "high", "values": [{"seed", "value", "run", "path"}]}, of differences with "baseline_run" and
-      "baseline_value" beside them; low and high are None for a single value, mean too for none.
+      {"rule", "confidence", "methods": [{"method", "title", "config", "baseline", "measures": {measure: numbers},
+      "differences": {measure: numbers}, "runs": [...]}], "claims": [{fields of the claim, "verdict", numbers}]}.
+      Numbers are {"mean", "low", "high", "values": [{"seed", "value", "run", "path"}]}; differences also have
+      "baseline_run" and "baseline_value". low and high are None for a single value, and mean too if there is none.
     """
     values = {(m, k): _values(results, m, k) for m in methods for k in MEASURES}
     rows = []
@@ -92,9 +89,9 @@ def table(results: Sequence[Result], methods: Sequence[str], source: str) -> dic
                 "config": method.argument(source),
                 "baseline": method.baseline,
                 "labels": method.labels,
-                "measures": {k: _figures(values[name, k]) for k in MEASURES},
+                "measures": {k: _numbers(values[name, k]) for k in MEASURES},
                 "differences": {
-                    k: _figures(_pairs(values[name, k], values[method.baseline, k])) for k in MEASURES if compared
+                    k: _numbers(_pairs(values[name, k], values[method.baseline, k])) for k in MEASURES if compared
                 },
                 "runs": [
                     {"setting": r.setting, "seed": r.seed, "run": r.run, "state": r.state}
@@ -112,7 +109,7 @@ def table(results: Sequence[Result], methods: Sequence[str], source: str) -> dic
 
 
 def asked(measure: Measure, source: str) -> bool:
-    """Whether runs on this source are meant to have the measure."""
+    """Whether runs on this source have the measure."""
     return source in SETTINGS[measure.setting].sources
 
 
@@ -140,7 +137,7 @@ def _pairs(values: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, 
     ]
 
 
-def _figures(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _numbers(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mean, low, high = interval([v["value"] for v in values]) if values else (None, None, None)
     if len(values) < 2:
         low = high = None
@@ -150,10 +147,10 @@ def _figures(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _claim(claim: Claim, values: Mapping[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
     pairs = _pairs(values[claim.method, claim.measure], values[claim.baseline, claim.measure])
     said = verdict([p["value"] for p in pairs], claim.direction)
-    return dataclasses.asdict(claim) | {"verdict": said} | _figures(pairs)
+    return dataclasses.asdict(claim) | {"verdict": said} | _numbers(pairs)
 
 
-# ---- in words
+# ---- as text
 
 
 def number(measure: str, value: float, signed: bool = False) -> str:
@@ -162,16 +159,16 @@ def number(measure: str, value: float, signed: bool = False) -> str:
     return f"{shown:{'+' if signed else ''}.{1 if MEASURES[measure].percent else 3}f}"
 
 
-def cell(measure: str, figures: Mapping[str, Any], signed: bool = False) -> str:
-    """ "61.2 ± 0.5": the mean and half of its interval; one value has none."""
-    if figures["mean"] is None:
+def cell(measure: str, found: Mapping[str, Any], signed: bool = False) -> str:
+    """ "61.2 ± 0.5": the mean and half of its interval; a single value has no interval."""
+    if found["mean"] is None:
         return sweep_table.ABSENT
-    text = number(measure, figures["mean"], signed)
-    return text if figures["low"] is None else f"{text} ± {number(measure, figures['high'] - figures['mean'])}"
+    text = number(measure, found["mean"], signed)
+    return text if found["low"] is None else f"{text} ± {number(measure, found['high'] - found['mean'])}"
 
 
 def shown_measures(content: Mapping[str, Any]) -> list[str]:
-    """Those that some method has."""
+    """The measures that at least one method has."""
     return [k for k in MEASURES if any(row["measures"][k]["mean"] is not None for row in content["methods"])]
 
 
@@ -187,7 +184,7 @@ def title(name: str) -> str:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """What claims.md holds: `table`'s content, with what `jaxcl claims` adds of how it was made."""
+    """The content of claims.md. content: that of claims.json."""
     measures = shown_measures(content)
     claims = [
         [
@@ -215,7 +212,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def about(content: Mapping[str, Any]) -> str:
-    """How the runs were made, in a sentence or two."""
+    """How the runs were made, in one or two sentences."""
     done = sum(r["state"] == "finished" for row in content["methods"] for r in row["runs"])
     every = sum(len(row["runs"]) for row in content["methods"])
     commits = f" Commit: {', '.join(content['commits'])}." if content["commits"] else ""
@@ -232,15 +229,15 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cost(batch_size: int, metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds of an update, from the lines of metrics.jsonl; None for a run of less than two of them.
+    """Seconds per update, from the lines of metrics.jsonl; None for fewer than two lines.
 
-    The first line holds the compilation; the median leaves out what else was slow once.
+    The first line includes compilation and is dropped; the median is robust to other slow lines.
     """
     rates = [line["images_per_second"] for line in metrics if line.get("images_per_second")]
     return batch_size / statistics.median(rates[1:]) if len(rates) > 1 else None
 
 
 def with_cost(results: Mapping[str, Any], batch_size: int, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """results.json with the seconds of an update under `COST`."""
+    """results.json with the seconds per update under `COST`."""
     seconds = cost(batch_size, metrics)
     return dict(results) if seconds is None else {**results, COST: seconds}

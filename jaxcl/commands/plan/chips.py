@@ -1,4 +1,4 @@
-"""What chips can do at most, by their makers' tables. Peaks, not what a program reaches."""
+"""Peak rates of chips, from their makers' tables; programs stay below them."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     """One accelerator, as JAX counts devices."""
 
-    flops: float  # bfloat16 products and sums a second, dense
+    flops: float  # dense bfloat16 operations per second; a product and a sum count as two
     memory: float  # bytes
-    bandwidth: float  # bytes a second between memory and chip
-    link: float  # bytes a second that it can send to its neighbours, over all its links
-    links: int  # that this is spread over; handing on in a ring uses one
-    joined: int  # chips that such links can join: a pod of TPUs, a server of GPUs
-    beyond: float  # bytes a second that each can send beyond those; 0: not known
+    bandwidth: float  # bytes per second between memory and chip
+    link: float  # bytes per second to its neighbours, over all links together
+    links: int  # number of these links; one step of a ring uses one
+    joined: int  # chips that the links can connect: a pod of TPUs, a server of GPUs
+    beyond: float  # bytes per second of each chip beyond these; 0: not known
     per_host: int
 
 
@@ -25,12 +25,12 @@ CHIPS = {
     "v5e": Chip(197e12, 16e9, 819e9, 200e9, 4, 256, 6.4e12 / 8 / 256, 8),
     # .../v5p: 459 TFLOPs, 95 GB, 2765 GBps, 4800 Gbps, a 3D torus (six links), pods of 8,960.
     "v5p": Chip(459e12, 95e9, 2765e9, 600e9, 6, 8960, 0, 4),
-    # .../v6e: 918 TFLOPs, 32 GB, 1638 GBps, 800 GBps both ways over four ports, pods of 256; beyond: not looked up.
+    # .../v6e: 918 TFLOPs, 32 GB, 1638 GBps, 800 GBps both ways over four ports, pods of 256; beyond: unknown.
     "v6e": Chip(918e12, 32e9, 1638e9, 400e9, 4, 256, 0, 8),
     # NVIDIA's data sheet of the A100 80GB SXM: 312 TFLOPS, 2039 GB/s, NVLink 600 GB/s both ways; DGX A100: eight, with
-    # one port of 200 Gb/s each.
+    # one 200 Gb/s port each.
     "A100": Chip(312e12, 80e9, 2039e9, 300e9, 1, 8, 25e9, 8),
     # NVIDIA's data sheet of the H100 SXM: 1979 TFLOPS with sparsity, half of it dense; 3.35 TB/s, NVLink 900 GB/s both
-    # ways; DGX H100: eight, with one port of 400 Gb/s each.
+    # ways; DGX H100: eight, with one 400 Gb/s port each.
     "H100": Chip(989.5e12, 80e9, 3350e9, 450e9, 1, 8, 50e9, 8),
 }

@@ -1,6 +1,6 @@
-"""What a compiled program sends between devices: its collectives, counted from XLA's text of it.
+"""What a compiled program sends between devices: its collectives, read from XLA's text of the program.
 
-A program on N devices is one text, the same for each; what stands in a loop counts as often as it is known to run.
+All N devices run the same text. An instruction inside a loop counts once for each known iteration.
 """
 
 import math
@@ -19,25 +19,25 @@ _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
 class Collective(NamedTuple):
-    """One instruction. size: bytes of the array it is about: what is reduced, gathered, scattered or handed on."""
+    """One instruction. size: bytes of the array that is reduced, gathered, scattered or passed on."""
 
     kind: str
     size: int
-    group: int  # devices that take part with each other
-    times: int  # in a step
-    largest: int  # bytes of its largest single array; XLA joins small ones into one instruction
-    source: str  # where in the code it comes from, as JAX names it
+    group: int  # devices in each of its groups
+    times: int  # per step
+    largest: int  # bytes of its largest array; XLA combines small arrays into one instruction
+    source: str  # where in the code it comes from, by JAX's name
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step, by the usual algorithms on a ring."""
+        """Bytes that a device sends per step, by the usual ring algorithms."""
         share = (self.group - 1) / self.group
         factor = {"all-reduce": 2 * share, "collective-permute": float(self.group > 1)}.get(self.kind, share)
         return factor * self.size * self.times
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of a program, from `jax.jit(f).lower(...).compile().as_text()`."""
+    """All collectives of a program. text: `jax.jit(f).lower(...).compile().as_text()`."""
     found: dict[str, list[Collective]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
     entry = name = ""
@@ -65,7 +65,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def totals(found: Iterable[Collective], field: str = "sent") -> dict[str, float]:
-    """Bytes a step of each kind there is: what a device sends, or field="size": the arrays themselves."""
+    """Bytes per step by kind: those that a device sends, or with field="size" those of the arrays."""
     out: dict[str, float] = {}
     for c in found:
         value = c.sent if field == "sent" else getattr(c, field) * c.times

@@ -1,9 +1,8 @@
-"""The numbers of `jaxcl plan`: what is counted from programs, and what is assumed of chips.
+"""The numbers of a plan: what is counted from programs, and what is assumed about chips.
 
-b images a device, n devices, B = b n images a step.
+b images per device, n devices, B = b n images per step.
 """
 
-import pathlib
 from typing import Any
 
 import jax
@@ -14,14 +13,16 @@ from ml_collections import ConfigDict
 from jaxcl.commands.plan.chips import CHIPS, Chip
 from jaxcl.commands.plan.collectives import collectives, totals
 from jaxcl.commands.plan.program_costs import cost
-from jaxcl.losses.engine import Limits
+from jaxcl.losses.plan import Limits
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe
 from jaxcl.method.forward import run_heads
+from jaxcl.method.init_state import init_state, state_shardings
+from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase, Recipe
+from jaxcl.method.run_terms import make_terms
 from jaxcl.method.terms import Embedding
-from jaxcl.method.update import init_state, make_terms, make_update, make_views, run_stages, state_shardings
-from jaxcl.report.style import BLUE, MUTED, VERMILLION, new_figure, save, styled
+from jaxcl.method.update import make_update
 
 Tree = Any
 Plan = dict[str, Any]
@@ -30,15 +31,26 @@ Plan = dict[str, Any]
 def make_plan(
     config: ConfigDict, facts: dict[str, Any], *, devices: int, kind: str, hosts: int = 0, most: int = 1024
 ) -> Plan:
-    """Everything that the text, the file and the figure show. facts: as of `recipe.data_facts`. Errors: UserError.
+    """Everything that the text, the file and the figure show.
 
     JAX must have started with at least max(devices, most) devices.
+
+    Args:
+      config: of the run.
+      facts: of its data, as from `method.build.data_facts`.
+      devices: of the run.
+      kind: of CHIPS.
+      hosts: processes of the run; 0: as many as the chip's servers.
+      most: devices in the last row of the weak-scaling table.
+
+    Raises:
+      UserError: a config that cannot run on so many devices.
     """
     chip = CHIPS[kind]
     recipe = build_recipe(config, **facts, num_devices=devices)
     hosts = hosts or max(1, devices // chip.per_host)
     mesh = sharding.make_mesh(devices, config.hosts or hosts)
-    phase = Phase("encoder", tuple(range(len(recipe.stages))))  # with all stages begun
+    phase = Phase("encoder", tuple(range(len(recipe.stages))))  # all stages are active
     b = recipe.batch_size // devices
 
     state = jax.eval_shape(lambda seed: init_state(recipe, seed), jax.ShapeDtypeStruct((), jnp.uint32))
@@ -91,7 +103,7 @@ def make_plan(
 
 
 def _of_one_device(config: ConfigDict, facts: dict[str, Any], devices: int) -> Recipe:
-    """The recipe with one device's part of the batch: what each of them computes, but for the loss."""
+    """The recipe for one device's share of the batch: what each device computes, except the loss."""
     own = ConfigDict(config.to_dict())
     for name in ("grad_cache", "accumulate"):
         own[name].micro_batch //= devices
@@ -111,7 +123,7 @@ def _bytes(tree: Tree) -> int:
 
 
 def _state_bytes(state: Any, placed: Any) -> dict[str, float]:
-    """Of one device, by part of the state."""
+    """Bytes on one device, by field of the state."""
     out = {}
     for name in ("params", "opt_state", "memory", "batch_stats"):
         pairs = zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(placed, name)), strict=True)
@@ -120,10 +132,11 @@ def _state_bytes(state: Any, placed: Any) -> dict[str, float]:
 
 
 def _traffic(recipe: Recipe, phase: Phase, state: Any) -> dict[str, dict[str, float]]:
-    """Bytes of arrays that a step reduces and gathers beside the loss, the same at any number of devices.
+    """Bytes of the arrays that a step reduces and gathers outside the loss, the same for any number of devices.
 
-    The gradient of every parameter once; two sums a channel of each batch norm in the forward pass and two in the
-    backward pass; parameters where they are split. `tests/test_plan.py` holds this against compiled programs.
+    These are the gradient of every parameter, once; two sums per channel of each batch norm in the forward pass and
+    two in the backward pass; and the parameters where they are sharded. tests/commands/test_plan.py compares this with
+    compiled programs.
     """
     params, probe = _bytes(state.params), sum(_bytes(m["params"]) for n, m in state.memory.items() if "opt_state" in m)
     targets = sum(_bytes(state.memory[n]["params"]) for n in recipe.targets)
@@ -136,7 +149,7 @@ def _traffic(recipe: Recipe, phase: Phase, state: Any) -> dict[str, dict[str, fl
         norms += _bytes(own) * (2 if trained else 1)
     if recipe.sharding == "data":
         return {"gradients": {"all-reduce": params + probe}, "norms": {"all-reduce": norms}, "parameters": {}}
-    # Gathered for the forward pass and once more for the backward one; zero1 gathers what has been updated.
+    # fsdp gathers for the forward pass and again for the backward pass; zero1 gathers the updated parameters.
     gathered = 2 * params + targets if recipe.sharding == "fsdp" else params + targets
     return {
         "gradients": {"reduce-scatter": params, "all-reduce": probe},
@@ -146,7 +159,7 @@ def _traffic(recipe: Recipe, phase: Phase, state: Any) -> dict[str, dict[str, fl
 
 
 def _embeddings(local: Recipe, phase: Phase, state: Any, batch: Any) -> dict[str, Embedding]:
-    """Shapes of what the terms read, of one device."""
+    """Shapes of the embeddings that the terms read, on one device."""
 
     def views(state, batch):
         drawn = make_views(local, state, batch, local.view_names(phase))
@@ -170,12 +183,12 @@ def _embeddings(local: Recipe, phase: Phase, state: Any, batch: Any) -> dict[str
     heads = local.head_views(names)
     if heads:
         out = jax.eval_shape(lambda s, e: run_heads(local, s.params, s.batch_stats, e, heads)[0], state, out)
-    shown = {e for n in names for e in getattr(local.terms[n], "images", ())}
+    shown = {e for n in names for e in local.terms[n].images}
     return {n: e if n in shown else e._replace(image=None) for n, e in out.items()}
 
 
 def _loss(recipe: Recipe, phase: Phase, shapes: dict, state: Any, n: int, b: int) -> tuple[int, dict[str, float]]:
-    """Compile the terms alone, with their gradient, for n devices -> (bytes of temporaries, bytes sent by kind)."""
+    """Compile only the terms and their gradient for n devices -> (bytes of temporaries, bytes sent by kind)."""
     mesh = sharding.make_mesh(n)
     names = recipe.term_names(phase)
     values = make_terms(recipe, mesh, names)
@@ -186,7 +199,7 @@ def _loss(recipe: Recipe, phase: Phase, shapes: dict, state: Any, n: int, b: int
     def grow(x: Any) -> Any:
         return jax.ShapeDtypeStruct((n * x.shape[0], *x.shape[1:]), x.dtype)
 
-    # Rows that exist are no numbers to differentiate.
+    # The masks `where` are Boolean and have no gradient.
     wheres = {k: e.where for k, e in shapes.items()}
     embeddings = jax.tree.map(grow, {k: e._replace(where=None) for k, e in shapes.items()})
     wheres = jax.tree.map(grow, wheres)
@@ -205,7 +218,7 @@ def _loss(recipe: Recipe, phase: Phase, shapes: dict, state: Any, n: int, b: int
 
 
 def _times(chip: Chip, step: Any, sent: dict, n: int) -> dict[str, Any]:
-    """Seconds of a step at the chip's peaks, and bytes that a device sends."""
+    """Seconds of a step at the chip's peak rates, and bytes that a device sends."""
     share = (n - 1) / n
     factors = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share}
     bytes_sent = {
@@ -217,7 +230,7 @@ def _times(chip: Chip, step: Any, sent: dict, n: int) -> dict[str, Any]:
     known = True
     if n > chip.joined:
         known = chip.beyond > 0
-        if known:  # of what a group of joined chips sends, each carries its share over the slower way
+        if known:  # the chips of a group share what the group sends over the slower links
             seconds += (total - hops) / chip.joined / chip.beyond + hops / chip.beyond
     compute, memory = step.flops / chip.flops, step.moved / chip.bandwidth
     longest = max(compute, memory)
@@ -229,105 +242,3 @@ def _times(chip: Chip, step: Any, sent: dict, n: int) -> dict[str, Any]:
         step_seconds=(max(longest, seconds), longest + seconds),
         known=known,
     )
-
-
-# ---- for people
-
-
-def as_text(plan: Plan) -> str:
-    """The plan in plain words."""
-    p, m = plan, plan["memory"]
-    mine = next(r for r in p["table"] if r["devices"] == p["devices"])
-    low, high = (1e3 * s for s in mine["step_seconds"])
-    lines = [
-        f"{p['config'] or 'plan'}: {p['devices']} x {p['kind']} on {p['hosts']} hosts, batch {mine['batch']} "
-        f"({p['images_per_device']} images a device), sharding={p['sharding']}, {p['dtype']}",
-        "",
-        "Memory of one device",
-        *(f"  {k:<28}{_size(v):>12}" for k, v in m.items() if k != "loss"),
-        f"  {'in all':<28}{_size(p['memory_needed']):>12}  of {_size(p['memory_of_chip'])} on the chip",
-        f"  {'(of these, the loss)':<28}{_size(m['loss']):>12}  {mine['loss']}",
-        "",
-        f"One step of {p['steps']:,}",
-        *(
-            f"  {what:<28}{amount:>12}  {1e3 * mine[seconds]:>9.2f} ms at peak"
-            for what, amount, seconds in (
-                ("work of a device", f"{p['flops'] / 1e9:,.0f} GFLOP", "compute_seconds"),
-                ("memory read and written", _size(p["moved"]), "memory_seconds"),
-                ("sent by a device", _size(sum(mine["sent"].values())), "send_seconds"),
-            )
-        ),
-        *(f"    {k:<26}{_size(v):>12}" for k, v in mine["sent"].items() if v),
-        f"  step                        {low:.2f} ms if all of that overlaps, {high:.2f} ms if sending does not",
-        "",
-        "Weak scaling, images of a device as above",
-        "  devices      batch  loss       loss memory   sent by a device   step, ms          images/s",
-    ]
-    for r in p["table"]:
-        a, z = r["step_seconds"]
-        note = "" if r["known"] else "  (more than one pod: the way between pods is not in this)"
-        lines.append(
-            f"  {r['devices']:>7}{r['batch']:>11}  {r['loss']:<9}{_size(r['loss_memory']):>13}"
-            f"{_size(sum(r['sent'].values())):>19}   {1e3 * a:>7.2f} - {1e3 * z:<7.2f}{r['batch'] / z:>14,.0f}{note}"
-        )
-    ring = p["ring_from"]
-    lines += [
-        "",
-        f"The loss goes round a ring from {ring} devices on."
-        if ring
-        else f"The loss does not go round a ring up to {p['table'][-1]['devices']} devices: it does where the rows of "
-        f"one, times all columns, exceed {p['dense_logits']:,}.",
-        "",
-        "Counted: the state, from its shapes and how they are split. Work, memory moved and activations, from the",
-        "  jaxpr of one device's update (nothing compiled; results of products, reductions and loops are written, what",
-        "  is computed element by element is not; within XLA's fusions and layouts, so expect some tens of percent).",
-        "  The loss: its memory and what it sends, from the program that XLA compiles for each number of fake devices.",
-        "Derived: what is sent beside the loss, from the sizes of parameters and statistics (checked on the compiled",
-        "  programs of small networks; a program may send a gradient once for each pass that it comes from).",
-        "Assumed: every part at the chip's peak rate, which no program reaches (ResNets are far from it); collectives",
-        "  at the rate of all links together, a ring's hop at that of one; loading images costs nothing.",
-    ]
-    if not p["fits"]:
-        lines += [
-            "",
-            f"THIS DOES NOT FIT: a device needs {_size(p['memory_needed'])}, a {p['kind']} has "
-            f"{_size(p['memory_of_chip'])}. Use more devices, --config.model.remat=True, a smaller batch, "
-            "--config.grad_cache.micro_batch, or --config.sharding=fsdp where the state is what is large.",
-        ]
-    return "\n".join(lines)
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:,.0f} {unit}" if unit == "B" else f"{n:,.1f} {unit}"
-        n /= 1024
-    raise AssertionError
-
-
-def draw(plan: Plan, path: pathlib.Path) -> None:
-    """The table as a figure: images a second over devices, against as many times those of one."""
-    save(_figure(plan), path)
-
-
-@styled
-def _figure(plan: Plan) -> Any:
-    figure = new_figure(3.6)
-    speed, loss = figure.subplots(1, 2)
-    rows = [r for r in plan["table"] if r["known"]]
-    n = np.array([r["devices"] for r in rows])
-    fast, slow = (np.array([r["batch"] / r["step_seconds"][i] for r in rows]) for i in (0, 1))
-    speed.plot(n, fast[0] * n / n[0], color=MUTED, linestyle=":", label="as many times one device")
-    speed.fill_between(n, slow, fast, color=BLUE, alpha=0.2, linewidth=0)
-    speed.plot(n, fast, color=BLUE, label="sending overlaps work")
-    speed.plot(n, slow, color=VERMILLION, label="sending comes after work")
-    speed.set(xscale="log", yscale="log", xlabel="devices", title="Images a second at the chip's peaks")
-    loss.plot(n, [max(r["loss_memory"], 1) / 2**20 for r in rows], color=BLUE, label="memory of the loss")
-    sent = [max(r["sent"]["loss"], 1) / 2**20 for r in rows]
-    loss.plot(n, sent, color=VERMILLION, label="sent for the loss")
-    if plan["ring_from"]:
-        loss.axvline(plan["ring_from"], color=MUTED, linestyle=":", label="a ring from here on")
-    loss.set(xscale="log", yscale="log", xlabel="devices", title="MiB of the loss on a device")
-    for ax in (speed, loss):
-        ax.legend(frameon=False, fontsize=8)
-    return figure

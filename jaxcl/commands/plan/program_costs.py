@@ -1,9 +1,8 @@
-"""What a program costs, counted from its jaxpr: products of matrices and convolutions, and the memory it needs at once.
+"""The cost of a program, counted from its jaxpr: matrix products and convolutions, and the memory it needs.
 
-Nothing is compiled, so a network for a pod is counted in seconds. The memory follows what compilers do with such
-programs: results of products, convolutions, reductions, gathers and loops are written to memory, and so is what enters
-a product or a convolution; anything else is computed where it is read, from what is there (as a fusion does). An array
-is held until it is last read.
+Nothing is compiled, so a network for a pod is counted in seconds. The model of memory follows compilers: results of
+products, convolutions, reductions, gathers and loops are written to memory, and so are the inputs of products and
+convolutions; everything else is recomputed where it is read, as in a fusion. An array is kept until its last reader.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
-# Read and written within whatever stands around them.
+# Element-wise and layout operations: they are fused into the operations around them.
 VIRTUAL = {
     *(
         "abs",
@@ -37,17 +36,17 @@ VIRTUAL = {
 
 
 class Cost(NamedTuple):
-    """flops: a product and a sum count two. temporaries: bytes at the moment when most is held, inputs left out."""
+    """flops: a product and a sum count as two. temporaries: the most bytes held at once, without inputs."""
 
     flops: float
     temporaries: float
-    moved: float  # bytes written to memory and read again, at least: what is written once and every reading of it
+    moved: float  # bytes of memory traffic, at least: each array once written, and each time it is read
 
 
 def cost(jaxpr: Any) -> Cost:
-    """Of a `jax.make_jaxpr(f)(...)`. A `while` counts as one turn of its body: how many it makes is not known here."""
+    """The cost of a jaxpr from `jax.make_jaxpr(f)(...)`. A `while` counts as one iteration: the number is unknown."""
     walk = _Walk()
-    peak = walk.run(getattr(jaxpr, "jaxpr", jaxpr), {})
+    peak = walk.run(getattr(jaxpr, "jaxpr", jaxpr))
     return Cost(walk.flops, peak, walk.moved)
 
 
@@ -61,10 +60,10 @@ class _Walk:
         self.flops = self.moved = 0.0
         self.times = 1.0
 
-    def run(self, jaxpr: Any, known: dict[Any, frozenset]) -> float:
-        """Peak bytes of one program. known: which arrays of outside each input is computed from."""
+    def run(self, jaxpr: Any) -> float:
+        """Peak bytes of one program."""
         eqns = _flat(jaxpr)
-        # 1: of what written arrays each is made, and when each of those is last read.
+        # 1. Which written arrays each value is computed from, and when each of these is last read.
         made: dict[Any, frozenset] = {}
         written: dict[Any, int] = {}  # array -> bytes
         begins: dict[Any, int] = {}
@@ -106,7 +105,7 @@ class _Walk:
         for v in jaxpr.outvars:
             for r in roots(v):
                 ends[r] = len(eqns)
-        # 2: the most that is held at once.
+        # 2. The largest number of bytes held at once.
         change = [0.0] * (len(eqns) + 2)
         for v, n in written.items():
             change[begins[v]] += n
@@ -118,7 +117,7 @@ class _Walk:
         return peak
 
     def _inside(self, eqn: Any, name: str) -> float:
-        """Peak of the programs within an instruction that is not inlined."""
+        """Peak bytes of the programs inside an instruction that is not inlined."""
         before = self.times
         if name == "scan":
             self.times *= eqn.params["length"]
@@ -127,7 +126,7 @@ class _Walk:
         for body in bodies:
             if name == "cond":
                 self.flops = flops
-            peak = max(peak, self.run(getattr(body, "jaxpr", body), {}))
+            peak = max(peak, self.run(getattr(body, "jaxpr", body)))
             most = max(most, self.flops)
         if name == "cond":
             self.flops = max(most, flops)
@@ -160,7 +159,7 @@ class _Inlined(NamedTuple):
 
 
 def _flat(jaxpr: Any) -> list[Any]:
-    """The instructions with calls inlined: what a call is given and hands back are the caller's arrays."""
+    """The instructions with calls inlined: arguments and results of a call are the caller's arrays."""
     out: list[Any] = []
 
     def visit(jaxpr: Any, names: dict[Any, Any]) -> None:
@@ -176,7 +175,7 @@ def _flat(jaxpr: Any) -> list[Any]:
                 out.append(_Inlined(eqn.primitive, invars, outvars, eqn.params))
                 continue
             body = getattr(body, "jaxpr", body)
-            # A body may be called twice: its arrays are new ones each time.
+            # A body may be called several times, each time with new arrays.
             own = dict(zip(body.invars, invars, strict=True))
             visit(body, own)
             for v, w in zip(eqn.outvars, body.outvars, strict=True):
@@ -189,7 +188,7 @@ def _flat(jaxpr: Any) -> list[Any]:
 
 
 class _Fresh:
-    """An array of one call."""
+    """An array in one call."""
 
     def __init__(self, aval: Any):
         self.aval = aval
@@ -206,7 +205,7 @@ def _product(eqn: Any) -> float:
         left = eqn.invars[0].aval.shape
         return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
     kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-    # Each output value is a sum over the kernel's window and its input channels; zeros put between pixels of a
-    # dilated input are no work.
+    # Each output value is a sum over the kernel's window and its input channels. Zeros between the pixels of a dilated
+    # input cost nothing.
     window = math.prod(kernel[i] for i in spec[2:]) * kernel[spec[1]]
     return 2.0 * math.prod(out) * window / math.prod(eqn.params["lhs_dilation"])

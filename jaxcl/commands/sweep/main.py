@@ -1,12 +1,16 @@
-"""Many runs and one table: `python -m jaxcl sweep --config=FILE[:PRESET] ... --seeds=0,1,2 --out=DIR`.
+"""Train configs over seeds and a grid of values, and write one table.
 
-    python -m jaxcl sweep --config=configs/simclr.py --config=configs/clae.py:clean_pair --seeds=0,1,2 \\
+    jaxcl sweep --config=FILE[:PRESET] --seeds=0,1,2 --out=DIR
+    jaxcl sweep --config=configs/simclr.py --config=configs/clae.py:clean_pair --seeds=0,1,2 \\
         --set="eval.final=('knn','linear')" --grid=optimizer.lr=1e-3,3e-3 --out=runs/clae-table
 
-Every run is `python -m jaxcl.main` in a process of its own, its folder DIR/<setting>/seed-N, what it says in seed-N.log
-beside it. All configs are read before the first one starts. All settings of a seed come before the next seed, so that
-a sweep that is broken off has a table that compares. The same command goes on: what is finished or has diverged is not
-repeated. DIR/table.md and DIR/table.json are written anew after every run.
+Each run is a process of its own, `python -m jaxcl.main`, with the run folder DIR/<setting>/seed-N and its output in
+seed-N.log beside the folder. All configs are read before the first run starts. All settings run with one seed before
+the next seed, so that an interrupted sweep has a complete table for the first seeds. The same command resumes: runs
+that have finished or diverged are not repeated. DIR/table.md and DIR/table.json are rewritten after every run.
+
+Exit codes: 0 done, even if runs diverged; 1 runs failed; 2 a mistake to correct; 75 stopped on request: run the same
+command again.
 """
 
 import collections
@@ -27,52 +31,43 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import flags
-
-from jaxcl import config as configs
 from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.commands.sweep.runs import Run, plan
 from jaxcl.commands.sweep.table import Entry, Row
 from jaxcl.errors import Preempted, UserError
 from jaxcl.report.progress import duration
-from jaxcl.runtime import flags as command_line
-from jaxcl.train import run_folder
+from jaxcl.runtime.flags import Flags
+from jaxcl.train import config_diff, run_folder
 
 logger = logging.getLogger("jaxcl")
 
-_FLAGS = flags.FlagValues()
-_string = dict(flag_values=_FLAGS)
-_CONFIGS = flags.DEFINE_multi_string("config", [], "FILE[:PRESET]; once for each config.", **_string)
-_GRID = flags.DEFINE_multi_string(
-    "grid", [], "KEY=VALUE,VALUE,...: a config key and its values; several: their product.", **_string
+FLAGS = Flags(__doc__)
+FLAGS.texts("config", "FILE[:PRESET]; once for each config.")
+FLAGS.texts("grid", "KEY=VALUE,VALUE,...: a config key and its values; several flags: all combinations.")
+FLAGS.texts("set", "KEY=VALUE for every run, as --config.KEY=VALUE of jaxcl train; may be given several times.")
+FLAGS.text("seeds", "0", "Values of config.seed, separated by commas.")
+FLAGS.text(
+    "measures", "", "Paths into results.json, separated by commas; default: accuracy of knn, linear, classifier."
 )
-_SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for every run, as --config.KEY=VALUE of jaxcl.main.", **_string)
-_SEEDS = flags.DEFINE_string("seeds", "0", "Comma-separated; each becomes config.seed.", **_string)
-_MEASURES = flags.DEFINE_string(
-    "measures", "", "Comma-separated paths into results.json; default: accuracy of knn, linear, classifier.", **_string
-)
-_JOBS = flags.DEFINE_integer(
-    "jobs", 1, "Runs at a time; each gets its share of the cores. 1 on an accelerator: a run takes it whole.", **_string
-)
-_OUT = flags.DEFINE_string("out", "runs/sweep", "The sweep's folder.", **_string)
+FLAGS.number("jobs", 1, "Runs at a time, which share the cores; use 1 on an accelerator, since a run takes all of it.")
+FLAGS.text("out", "runs/sweep", "The folder of the sweep.")
 
-PROGRAM = (sys.executable, "-m", "jaxcl.main")  # what runs one config
+PROGRAM = (sys.executable, "-m", "jaxcl.main")  # trains one config
 _POLL_SECONDS = 0.1
 _RESULTS_BESIDE_EVALUATORS = ("best", "seconds", "steps")
 
 
-def run(argv: list[str]) -> int:
-    """Run the sweep; -> exit code. Errors: UserError before anything starts, or of a run; Preempted."""
-    _FLAGS.unparse_flags()
-    command_line.parse(argv, _FLAGS)
-    out = pathlib.Path(_OUT.value)
-    runs = plan(_CONFIGS.value, grids=_GRID.value, sets=_SET.value, seeds=_seeds(_SEEDS.value), out=out)
-    measures = _measures(_MEASURES.value, runs)
-    if _JOBS.value < 1:
-        raise UserError(f"--jobs is {_JOBS.value}; expected 1 or more")
-    sweep = Sweep(runs, out, measures, command=shlex.join(["python", "-m", "jaxcl.commands.sweep.main", *argv[1:]]))
+def main(argv: list[str]) -> int:
+    """Run the sweep; -> exit code. Raises: UserError before anything starts, or from a run; Preempted."""
+    given = FLAGS.parse(argv)
+    out = pathlib.Path(given.out)
+    runs = plan(given.config, grids=given.grid, sets=given.set, seeds=_seeds(given.seeds), out=out)
+    measures = _measures(given.measures, runs)
+    if given.jobs < 1:
+        raise UserError(f"--jobs is {given.jobs}; expected 1 or more")
+    sweep = Sweep(runs, out, measures, command=shlex.join(["python", "-m", "jaxcl", "sweep", *argv[1:]]))
     try:
-        sweep.run(_JOBS.value)
+        sweep.run(given.jobs)
     finally:
         if any(e.state != "waiting" for e in sweep.entries.values()):
             print(sweep.write_table(), end="", flush=True)
@@ -87,7 +82,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _measures(text: str, runs: Sequence[Run]) -> list[str]:
-    """A measure that no run will have is a column of dashes, known after hours."""
+    """The measures, checked now: a measure that no run has would show as dashes only after hours."""
     measures = [w.strip() for w in text.split(",") if w.strip()]
     evaluators = {name for r in runs for name in r.config["eval"]["final"]}
     for measure in measures:
@@ -106,11 +101,11 @@ class _Job:
     process: subprocess.Popen
     slot: int
     began: float
-    log_start: int  # bytes that earlier processes wrote
+    log_start: int  # bytes that earlier processes wrote to the log
 
 
 class Sweep:
-    """The runs, what became of each, and their table."""
+    """The runs, their states and their table."""
 
     def __init__(self, runs: Sequence[Run], out: pathlib.Path, measures: Sequence[str], command: str):
         self.runs, self.out, self.measures, self.command = runs, out, measures, command
@@ -118,33 +113,33 @@ class Sweep:
         self._failures: list[str] = []
         self._mistakes: list[str] = []
         self._seconds: list[float] = []
-        self._asked: list[int] = []  # signals
+        self._asked: list[int] = []  # signals that asked the sweep to stop
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make --out {out}: {error.strerror}; choose a folder you may write to") from None
 
     def run(self, jobs: int) -> None:
-        """Start what is left, `jobs` at a time, and wait for it. Errors: UserError, Preempted."""
+        """Start the waiting runs, `jobs` at a time, and wait for them. Raises: UserError, Preempted."""
         waiting = collections.deque(r for r in self.runs if self.entries[r].state == "waiting")
-        logger.info("%d runs into %s, %d of them done before", len(self.runs), self.out, len(self.runs) - len(waiting))
+        logger.info("%d runs in %s, %d of them already done", len(self.runs), self.out, len(self.runs) - len(waiting))
         running: list[_Job] = []
-        told = 0
+        handled = 0
         with self._signals():
             try:
                 while running or (waiting and not self._halted):
                     while waiting and len(running) < jobs and not self._halted:
                         slot = min(set(range(jobs)) - {j.slot for j in running})
                         running.append(self._start(waiting.popleft(), slot, jobs))
-                    if len(self._asked) > told:
-                        told = len(self._asked)
+                    if len(self._asked) > handled:
+                        handled = len(self._asked)
                         self._stop(running)
                     time.sleep(_POLL_SECONDS)
                     for job in [j for j in running if j.process.poll() is not None]:
                         running.remove(job)
                         self._ended(job, len(waiting), running, jobs)
             finally:
-                for job in running:  # only if something went wrong here, as a full disk
+                for job in running:  # only after an error in this process, such as a full disk
                     job.process.terminate()
                     job.process.wait()
         for line in self._failures:
@@ -153,33 +148,33 @@ class Sweep:
             raise UserError(self._mistakes[0])
         if self._asked:
             done = sum(e.state in ("finished", "diverged") for e in self.entries.values())
-            raise Preempted(f"stopped on request, {done} of {len(self.runs)} runs done; run the same command to go on")
+            raise Preempted(f"stopped on request, {done} of {len(self.runs)} runs done; the same command resumes")
 
     # ---- before and after a process
 
     def _recorded(self, run: Run) -> Entry:
-        """What an earlier sweep left. Errors: UserError where the folder is another run's."""
+        """What an earlier sweep left. Raises: UserError if the folder holds a run of another config."""
         path = run.workdir / "config.json"
         old = json.loads(path.read_text()) if path.exists() else run.config
-        if changed := configs.differences(old, run.config):
+        if changed := config_diff.differences(old, run.config):
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
                 f"{run.workdir} holds a run of another config, {changed[0]}{more}; "
-                "use another --out, or the same options to go on"
+                "use another --out, or the same options to resume"
             )
         if (run.workdir / "results.json").exists():
             if old["eval"] != run.config["eval"]:
-                a, b = configs.flatten(old["eval"], "eval"), configs.flatten(run.config["eval"], "eval")
+                a, b = config_diff.flatten(old["eval"], "eval"), config_diff.flatten(run.config["eval"], "eval")
                 key = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
                 logger.warning(
-                    "%s was evaluated with %s = %s, not %s: its results stay as they are; remove %s to evaluate again",
+                    "%s was evaluated with %s = %s, not %s; its results are kept. Remove %s to evaluate it again",
                     run.title, key, a.get(key), b.get(key), run.workdir / "results.json",
                 )  # fmt: skip
             return self._finished(run)
         if (mark := _mark(run)).exists():
             record = json.loads(mark.read_text())
-            if record["config"] == configs.fingerprint(run.config):
-                logger.info("%s diverged before (%s); remove %s to try it again", run.title, record["why"], mark)
+            if record["config"] == config_diff.fingerprint(run.config):
+                logger.info("%s diverged before (%s); remove %s to repeat it", run.title, record["why"], mark)
                 return self._entry(run, "diverged")
         return self._entry(run, "waiting")
 
@@ -191,7 +186,7 @@ class Sweep:
 
     def _start(self, run: Run, slot: int, jobs: int) -> _Job:
         run.workdir.parent.mkdir(parents=True, exist_ok=True)
-        # A session of its own: Ctrl-C in a terminal reaches the sweep alone, which then asks its runs to save.
+        # A new session: Ctrl-C in a terminal reaches only the sweep, which then asks its runs to save.
         with run.log.open("ab") as log, _affinity(slot, jobs):
             start = log.tell()
             process = subprocess.Popen(
@@ -209,16 +204,16 @@ class Sweep:
         if code == 0 and (run.workdir / "results.json").exists():
             self.entries[run] = self._finished(run)
             self._seconds.append(seconds)
-            what = self._figures(self.entries[run])
+            what = self._summary(self.entries[run])
         elif code == 3:
             self.entries[run] = self._entry(run, "diverged")
-            run_folder.write_json(_mark(run), {"why": why, "config": configs.fingerprint(run.config)})
+            run_folder.write_json(_mark(run), {"why": why, "config": config_diff.fingerprint(run.config)})
             what = f"diverged: {why}"
         elif code == 2:
             self._mistakes.append(f"{why} ({run.title}, see {run.log})")
-            what = f"{why}; no other run is started"
+            what = f"{why}; no more runs are started"
         elif code == 75 or (self._asked and code in (-signal.SIGTERM, -signal.SIGKILL)):
-            self._asked = self._asked or [signal.SIGTERM]  # a scheduler that stops one of us means all
+            self._asked = self._asked or [signal.SIGTERM]  # a scheduler that stops one run means the whole sweep
             what = "stopped"
         else:
             self.entries[run] = self._entry(run, "failed")
@@ -230,7 +225,7 @@ class Sweep:
         logger.info("[%d/%d] %s: %s (%s)%s", ended, len(self.runs), run.title, what, duration(seconds), left)
         self.write_table()
 
-    def _figures(self, entry: Entry) -> str:
+    def _summary(self, entry: Entry) -> str:
         shown = self.measures or sweep_table.DEFAULT
         values = [(m, sweep_table.value(entry.results, m)) for m in shown]
         words = [f"{sweep_table.short(m)} {sweep_table.number(m, v)}" for m, v in values if v is not None]
@@ -265,12 +260,12 @@ class Sweep:
         for job in running:
             job.process.kill() if impatient else job.process.terminate()
         if running and not impatient:
-            logger.info("stopping: waiting for %d to save (Ctrl-C again: do not wait)", len(running))
+            logger.info("stopping: waiting for %d runs to save (Ctrl-C again: do not wait)", len(running))
 
     # ---- the table
 
     def write_table(self) -> str:
-        """table.md and table.json; -> the table in Markdown."""
+        """Write table.md and table.json; -> the table in Markdown."""
         rows = []
         for setting in dict.fromkeys(r.setting for r in self.runs):
             grid = {setting.labels[k]: v for k, v in setting.grid.items()}
@@ -284,7 +279,7 @@ class Sweep:
         return sweep_table.markdown(content)
 
     def origin(self) -> dict[str, Any]:
-        """Where the numbers come from: "command", "commits", "machine" and "seeds"."""
+        """The origin of the numbers: "command", "commits", "machine" and "seeds"."""
         environments = self._environments()
         return {
             "command": self.command,
@@ -294,18 +289,18 @@ class Sweep:
         }
 
     def _environments(self) -> list[dict[str, Any]]:
-        """What the finished runs say of where they ran: asking JAX here would take the accelerator from them."""
+        """The recorded environments of the finished runs. Asking JAX here would take the accelerator from the runs."""
         paths = [r.workdir / "environment.json" for r, e in self.entries.items() if e.state == "finished"]
         return [json.loads(p.read_text()) for p in paths if p.exists()]
 
 
 def _mark(run: Run) -> pathlib.Path:
-    """Where it is kept that a run diverged: it would do so again, and has no results.json to say so."""
+    """The file that records that a run diverged. The run has no results.json, and repeating it would not help."""
     return run.workdir.with_name(f"{run.workdir.name}.diverged.json")
 
 
 def _last_words(job: _Job) -> str:
-    """The process's own last line, without the "jaxcl: " before a plain one."""
+    """The last line that the process wrote; preferably its message, without "jaxcl: "."""
     with job.run.log.open("rb") as log:
         log.seek(job.log_start)
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -315,7 +310,7 @@ def _last_words(job: _Job) -> str:
 
 @contextlib.contextmanager
 def _affinity(slot: int, jobs: int) -> Iterator[None]:
-    """What is started inside has its share of the cores. A process inherits it, so it holds before XLA counts them."""
+    """Give processes that start inside their share of the cores. They inherit it before XLA counts the cores."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if jobs == 1 or not cores:
         yield
@@ -336,13 +331,3 @@ def _machine(environments: Sequence[dict[str, Any]]) -> str:
     versions = dict.fromkeys(f"jax {e['packages']['jax']}" for e in environments if "jax" in e.get("packages", {}))
     kinds = [f"{count} x {kind}" if count > 1 else kind for kind, count in devices.items()]
     return ", ".join([processor, f"{os.cpu_count()} cores", *kinds, *versions])
-
-
-def cli() -> None:
-    """Exit codes: 0 done, also where runs diverged; 1 runs failed; 2 a mistake to mend; 75 stopped on request, run the
-    same command to go on."""
-    command_line.leave(run)
-
-
-if __name__ == "__main__":
-    cli()

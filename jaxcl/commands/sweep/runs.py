@@ -1,7 +1,6 @@
-"""Which runs a sweep is: every config under every combination of the grid, with every seed. Nothing is started here.
+"""The runs of a sweep: every config with every combination of the grid and every seed. Nothing is started here.
 
-A setting is a config (as on the command line, preset and all) with one value for each key of the grid; a run is a
-setting with a seed.
+A setting is a config with its preset and with one value for each key of the grid. A run is a setting with a seed.
 """
 
 import dataclasses
@@ -14,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxcl import config as configs
+from jaxcl.commands.config_file import read_config
 from jaxcl.errors import UserError
-from jaxcl.runtime import flags as command_line
 
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
-_LONGEST = 120  # characters of a folder's name; file systems end at 255
+_LONGEST = 120  # characters of a folder's name; file systems allow 255
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,10 +25,10 @@ class Setting:
     """One row of the table."""
 
     argument: str  # FILE[:PRESET]
-    name: str  # the same for people: the file's stem with the preset
+    name: str  # as shown: the stem of the file with the preset
     grid: dict[str, str]  # key -> value, as on the command line
-    labels: dict[str, str]  # key -> as much of its end as tells it from the other keys of the grid
-    folder: str  # below the sweep's own, the parent of its runs'
+    labels: dict[str, str]  # key -> the shortest end of the key that no other key of the grid has
+    folder: str  # below the folder of the sweep; its runs are in it
     config: dict[str, Any]  # with the first seed
 
     @property
@@ -39,12 +38,12 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """One process of `jaxcl.main`."""
+    """One process of `jaxcl train`."""
 
     setting: Setting
     seed: int
     workdir: pathlib.Path
-    arguments: tuple[str, ...]  # of jaxcl.main
+    arguments: tuple[str, ...]  # of jaxcl train
     config: dict[str, Any]
 
     @property
@@ -53,21 +52,21 @@ class Run:
 
     @property
     def log(self) -> pathlib.Path:
-        """What the process says, beside the run folder: that is for jaxcl.main to claim."""
+        """The output of the process, beside the run folder, which only the run itself may create."""
         return self.workdir.with_name(f"{self.workdir.name}.log")
 
 
 def plan(
     arguments: Sequence[str], *, grids: Sequence[str], sets: Sequence[str], seeds: Sequence[int], out: pathlib.Path
 ) -> list[Run]:
-    """All runs, all settings of the first seed before those of the second.
+    """All runs: all settings with the first seed, then all settings with the second.
 
     Args:
-      arguments: FILE[:PRESET], one a config.
-      grids: "KEY=V1,V2,..." each.
-      sets: "KEY=VALUE" each, for every run.
-      seeds: become config.seed.
-      out: the sweep's folder.
+      arguments: FILE[:PRESET], one for each config.
+      grids: "KEY=V1,V2,...", one for each key.
+      sets: "KEY=VALUE" for every run.
+      seeds: values of config.seed.
+      out: the folder of the sweep.
 
     Raises:
       UserError: a config or a key that does not exist, a value of the wrong type, anything given twice.
@@ -102,7 +101,7 @@ def _run(setting: Setting, seed: int, fixed: Mapping[str, str], out: pathlib.Pat
 
 def _read(argument: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
-        config = command_line.read_config(argument, overrides)
+        config = read_config(argument, overrides)
         configs.check(config)
         return configs.to_dict(config)
     except UserError as error:
@@ -114,7 +113,7 @@ def _flags(assignments: Mapping[str, str]) -> list[str]:
     return [f"--config.{key}={value}" for key, value in assignments.items()]
 
 
-# ---- the words of the command line
+# ---- parsing the command line
 
 
 def split_values(text: str) -> list[str]:
@@ -183,7 +182,7 @@ def _refuse_twice(items: Sequence[Any], message: str) -> None:
 
 
 def _refuse_equal(settings: Sequence[Setting]) -> None:
-    """Two spellings of one config, as a preset that is the default or 0.1 beside 1e-1, would be trained twice."""
+    """Refuse two spellings of one config, such as a default preset or 0.1 and 1e-1: it would be trained twice."""
     first: dict[str, str] = {}
     for setting in settings:
         text = json.dumps(setting.config, sort_keys=True)
@@ -196,7 +195,7 @@ def _refuse_equal(settings: Sequence[Setting]) -> None:
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """{"terms.clean.temperature": "temperature"}, or as much of the key as no other key of the grid ends in."""
+    """{"terms.clean.temperature": "temperature"}, or the shortest end of the key that no other key has."""
     labels = {}
     for key in keys:
         parts = key.split(".")
@@ -206,7 +205,7 @@ def _labels(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _name(argument: str, arguments: Sequence[str]) -> str:
-    """ "configs/clae.py:plain" -> "clae:plain"; as it is if another file has the same stem."""
+    """ "configs/clae.py:plain" -> "clae:plain"; unchanged if another file has the same stem."""
     path, colon, preset = argument.partition(":")
     others = {a.partition(":")[0] for a in arguments} - {path}
     stem = pathlib.Path(path).stem
@@ -216,8 +215,8 @@ def _name(argument: str, arguments: Sequence[str]) -> str:
 def folder_name(argument: str, values: Mapping[str, str], taken: set[str] = frozenset()) -> str:
     """The folder of a setting: "clae-plain-clean_pair_temperature=0.1_lr=1e-3", for any file system.
 
-    What the name cannot say (other characters, too long, or a case-folded name that is in `taken`) is a short hash at
-    its end, so that the folder of a setting does not depend on the other settings unless two names clash.
+    A name that has other characters, is too long or is in `taken` (without regard to case) ends in a short hash. The
+    folder of a setting therefore does not depend on the other settings, unless two names clash.
     """
     path, _, preset = argument.partition(":")
     words = [w.strip() for w in preset.split(",") if w.strip()]

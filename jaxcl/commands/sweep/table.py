@@ -1,8 +1,7 @@
-"""The table of a sweep: a row a setting, a column a measure, mean and spread over seeds. Pure; processes are elsewhere.
+"""The table of a sweep: a row for each setting, a column for each measure, with mean and spread over seeds.
 
-A measure is a dotted path into results.json. Fractions are shown in percent with one decimal; a measure is a fraction
-if the last part of its path ends in one of FRACTIONS ("fgsm.4.accuracy", "explanation.average_drop"). All else is shown
-as it is, with four digits.
+A measure is a dotted path into results.json. A measure is a fraction, shown in percent with one decimal, if its last
+word ends in one of FRACTIONS ("fgsm.4.accuracy", "explanation.average_drop"). Other numbers have four digits.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ class Entry:
     seed: int
     run: str  # its folder
     state: str  # finished, diverged, failed or waiting
-    results: Mapping[str, Any] | None = None  # of a finished one
+    results: Mapping[str, Any] | None = None  # of a finished run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +38,15 @@ class Row:
 
 
 def table(rows: Sequence[Row], measures: Sequence[str] = ()) -> dict[str, Any]:
-    """What table.json holds.
+    """The content of table.json.
 
     Args:
-      rows: the settings, with a run for every seed, whatever its state.
-      measures: dotted paths; none: those of DEFAULT that a run has.
+      rows: the settings, with a run for every seed in whatever state.
+      measures: dotted paths; empty: the entries of DEFAULT that a run has.
 
     Returns:
-      {"measures": [...], "rows": [{"config", "grid", "runs": how many there are to be, "finished", "diverged" and
-      "failed": lists of seeds, "train_seconds": median over the finished runs (of a resumed run, the last part),
+      {"measures": [...], "rows": [{"config", "grid", "runs": their number when all are done, "finished", "diverged" and
+      "failed": lists of seeds, "train_seconds": median over the finished runs (of a resumed run, since the last start),
       "measures": {measure: {"values": [{"seed", "run", "value"}], "mean", "sd"}}}]}. Values are as in results.json;
       "sd" is the sample standard deviation (n - 1), None for fewer than two values, "mean" None for none.
     """
@@ -91,18 +90,18 @@ def _statistics(entries: Sequence[Entry], measure: str) -> dict[str, Any]:
     }
 
 
-# ---- in words
+# ---- as text
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """What table.md holds: `table`'s content, with "command", "commits", "machine" and "seeds" beside it."""
+    """The content of table.md. content: that of `table`, with "command", "commits", "machine" and "seeds"."""
     finished, all_ = (sum(n) for n in zip(*((len(r["finished"]), r["runs"]) for r in content["rows"]), strict=True))
     parts = [
         "# Sweep",
         f"    {content['command']}",
         f"{finished} of {all_} runs finished. Mean ± sample standard deviation over seeds "
         f"{', '.join(map(str, content['seeds']))}, fractions in percent; n: seeds; "
-        "time: median of the training by the clock.",
+        "time: median wall-clock time of training.",
         f"Machine: {content['machine']}."
         + (f" Commit: {', '.join(content['commits'])}." if content["commits"] else ""),
         markdown(content),
@@ -111,7 +110,7 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """`table`'s content as a Markdown table. Grid keys with one value in all rows have no column."""
+    """The content of `table` as Markdown. Grid keys with the same value in all rows have no column."""
     rows, measures = content["rows"], content["measures"]
     varied = [k for k in (rows[0]["grid"] if rows else ()) if len({r["grid"][k] for r in rows}) > 1]
     head = ["config", *varied, *measures, "n", "time"]
@@ -137,20 +136,20 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n".join([line(words[0]), line(rule), *map(line, words[1:])]) + "\n"
 
 
-def cell(figures: Mapping[str, Any], measure: str, finished: int) -> str:
-    """ "61.2 ± 0.5"; one value has no spread; "(2)" after it: so many of the finished runs have this measure."""
-    if figures["mean"] is None:
+def cell(found: Mapping[str, Any], measure: str, finished: int) -> str:
+    """ "61.2 ± 0.5"; a single value has no spread; "(2)" follows if only two of the finished runs have this measure."""
+    if found["mean"] is None:
         return ABSENT
-    text = number(measure, figures["mean"])
-    if figures["sd"] is not None:
-        text += f" ± {number(measure, figures['sd'])}"
-    count = len(figures["values"])
+    text = number(measure, found["mean"])
+    if found["sd"] is not None:
+        text += f" ± {number(measure, found['sd'])}"
+    count = len(found["values"])
     return text if count == finished else f"{text} ({count})"
 
 
-def number(measure: str, figure: float) -> str:
-    """A figure of this measure as the table shows it."""
-    return f"{100 * figure:.1f}" if measure.rpartition(".")[2].endswith(FRACTIONS) else f"{figure:.4g}"
+def number(measure: str, value: float) -> str:
+    """A value of this measure as the table shows it."""
+    return f"{100 * value:.1f}" if measure.rpartition(".")[2].endswith(FRACTIONS) else f"{value:.4g}"
 
 
 def short(measure: str) -> str:

@@ -1,0 +1,53 @@
+"""How a command begins and ends as a process: restart, parent process, log, exit code."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import logging as absl_logging
+
+from jaxcl.errors import Diverged, LostHost, Preempted, UserError
+from jaxcl.runtime import distributed, huge_pages
+
+CODES = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
+
+
+def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn:
+    """Run `main(sys.argv)` and end this process with its exit code; an expected error becomes one line on stderr.
+
+    The process first restarts itself with large memory pages where that helps, and with --distributed it runs the
+    command in a child process (`distributed.guard`).
+
+    Args:
+      main: returns the exit code.
+      script: whether this process was started by the console script `jaxcl`. A process that was started by
+        `python -m jaxcl` is recognised without it.
+    """
+    huge_pages.ask(script=script)
+    if distributed.wants_guard(sys.argv):
+        sys.exit(distributed.guard())
+    distributed.end_with_guard()
+    _quiet_libraries()
+    try:
+        code = main(sys.argv)
+    except tuple(CODES) as error:
+        print(f"jaxcl: {error}", file=sys.stderr)
+        code = next(c for kind, c in CODES.items() if isinstance(error, kind))
+        if isinstance(error, LostHost):
+            sys.stderr.flush()
+            os._exit(code)  # a normal exit would wait for the lost process
+    sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Show progress of jaxcl, but only warnings of libraries."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("jaxcl").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    # Pillow warns of damaged metadata and large images; jaxcl names a file that cannot be used itself.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    # Orbax prints pages about a save that failed; jaxcl prints one line.
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
