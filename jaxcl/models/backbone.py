@@ -30,7 +30,7 @@ from jaxcl.runtime.registry import make_part
 Array = jax.Array
 Tree = Any
 
-# Options of training only; a backbone has neither them nor those of the head.
+# Options that matter in training only. A backbone lacks them, and the head's options.
 _TRAINING_OPTIONS = ("branches", "branch_embeds", "norm_sets", "norm_set_momentum", "weights")
 
 

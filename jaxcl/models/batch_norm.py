@@ -2,8 +2,8 @@
 
 N batch, C channels, n values of a channel (rows that count, times the positions of a map).
 
-Source: Ioffe and Szegedy 2015, arXiv 1502.03167. Variables, running statistics and the variance as E[x^2] - E[x]^2 are
-those of `flax.linen.BatchNorm`, which has the same values and gradients.
+Source: Ioffe and Szegedy 2015, arXiv 1502.03167. Variables, running statistics and the variance as E[x^2] - E[x]^2
+follow `flax.linen.BatchNorm`, which has the same values and gradients.
 """
 
 import functools

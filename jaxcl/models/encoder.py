@@ -1,4 +1,4 @@
-"""The contracts of an encoder: the network (`Encoder`) and what a config says of it (`EncoderOptions`).
+"""The contracts of an encoder: the network (`Encoder`) and its options in a config (`EncoderOptions`).
 
 A new encoder is one file with a subclass of each, and a line in jaxcl/models/registry.py (none if configs name it as
 "package.module:MyOptions"). The smallest one:
@@ -110,7 +110,7 @@ class Encoder(Contract, nn.Module):
 
     @nn.nowrap
     def forgetting(self, norm_set: str) -> "Encoder":
-        """The same encoder, with running statistics of a set that become those of the last batch."""
+        """The same encoder with momentum 0 in a set: the last batch replaces its running statistics."""
         return self.clone(**{"norm_set_momentum" if norm_set else "momentum": 0.0})
 
     @nn.nowrap
@@ -129,7 +129,7 @@ class Encoder(Contract, nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderOptions(Options, Contract):
-    """What a config says of an encoder and its projection head: the options that all kinds share.
+    """The options of an encoder and its projection head that all kinds share.
 
     A kind adds its own options as fields. Where it supports one of the class attributes below, it declares that one as
     a field as well.

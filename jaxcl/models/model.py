@@ -121,7 +121,7 @@ class Model:
     ) -> Tree:
         """The means and variances by which `encode` normalises these images [N,H,W,C] in training, {} without any.
 
-        They form the tree of the running statistics of the set (`statistics_of`), whose values do not matter here.
+        They form the tree of the running statistics of the set (`statistics_of`). The values in `stats` do not matter.
         """
         if not self.batch_norm:
             return {}

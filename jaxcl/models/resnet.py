@@ -148,7 +148,7 @@ class ResNet(Encoder):
 
 @dataclasses.dataclass(frozen=True)
 class ResNetOptions(EncoderOptions):
-    """What a config says of a ResNet.
+    """The options of a ResNet.
 
     Group norms (Wu and He 2018, arXiv 1803.08494; `norms.norm_groups`) keep no statistics and see each image alone.
     """
@@ -159,7 +159,7 @@ class ResNetOptions(EncoderOptions):
     # cifar: 3x3; imagenet: 7x7 with stride 2, and max-pool; patchN: strided patches of N pixels
     stem: Literal["cifar", "imagenet", "patch2", "patch4", "patch8"] = "cifar"
     width: Annotated[float, POSITIVE] = 1.0  # factor on all widths
-    stage_sizes: Annotated[tuple[int, ...], Range(1)] = ()  # blocks in each stage, instead of those of the depth
+    stage_sizes: Annotated[tuple[int, ...], Range(1)] = ()  # blocks in each stage, instead of the depth's
     stage_widths: Annotated[tuple[int, ...], Range(1)] = ()  # planes of each stage, instead of 64, 128, ...
     strides: Annotated[tuple[int, ...], Range(1)] = ()  # of each stage, instead of 1, 2, 2, ...
     norm: Literal["batch", "group"] = "batch"

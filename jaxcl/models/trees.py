@@ -26,17 +26,17 @@ def branch_name(stage: int) -> str:
 
 
 def encoder_stats(stats: Tree) -> Tree:
-    """The batch statistics of a model's encoder, without those of its heads and adapters."""
+    """The batch statistics of a model's encoder, from a tree that also holds its heads' and adapters'."""
     return {k: v for k, v in stats.items() if k not in (HEAD, BRANCHES)}
 
 
 def with_head(stats: Tree, own: Tree) -> Tree:
-    """Batch statistics of a model with those of its head replaced; without any, the key is absent."""
+    """A model's batch statistics with new ones for its head; without any, nothing is added."""
     return {**stats, HEAD: own} if own else stats
 
 
 def with_branch(stats: Tree, name: str, key: str, own: Tree) -> Tree:
-    """Batch statistics of a model with those of a branch's ADAPTER or HEAD replaced."""
+    """A model's batch statistics with new ones for the ADAPTER or HEAD (`key`) of a branch."""
     if not own:
         return stats
     branches = stats.get(BRANCHES, {})

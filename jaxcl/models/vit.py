@@ -223,7 +223,7 @@ Rate = Annotated[float, Range(0, below=1)]
 
 @dataclasses.dataclass(frozen=True)
 class ViTOptions(EncoderOptions):
-    """What a config says of a vision transformer. The rates are probabilities, and act in training only."""
+    """The options of a vision transformer. The rates are probabilities, and act in training only."""
 
     patch: Annotated[int, Range(1)] = 4  # side of a patch in pixels; it must divide the side of the images
     width: Annotated[int, Range(1)] = 256  # features of a token

@@ -74,7 +74,7 @@ def torch_layout(kind: str) -> TorchLayout:
 
 
 def _torch_layouts(kind: str) -> Iterator[tuple[str, TorchLayout]]:
-    """The torch layout of a kind, if it has one, and those of the built-in kinds."""
+    """(kind, torch layout) of the given kind, if it has one, and of the built-in kinds."""
     for name in dict.fromkeys((*filter(None, (kind,)), *MODELS)):
         if layout := MODELS.resolve(name).torch_layout:
             yield name, layout
@@ -173,7 +173,7 @@ def architecture(weights: Weights) -> dict[str, Any]:
     """The options of the encoder that has these weights, with its kind: from the description, or from the tensors.
 
     Raises:
-      UserError: the weights are those of no encoder, or their description lacks the options.
+      UserError: no encoder has such weights, or the description lacks the options.
     """
     if weights.kind:
         return {"kind": weights.kind, **torch_layout(weights.kind).architecture(weights.variables)}
