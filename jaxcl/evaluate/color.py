@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import augment
-from jaxcl.augment.color import PARTS
+from jaxcl.augment.color import PROPERTIES
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.invariance import IMAGES, JITTER
@@ -65,7 +65,7 @@ class Color(Evaluator):
         labels, test_labels = _distances(train_a), _distances(test_a)
         metrics: Metrics = {}
         majority = []
-        for i, name in enumerate(PARTS):
+        for i, name in enumerate(PROPERTIES):
             probe = fit_linear_probe(train_x, labels[:, i], num_classes=BINS, max_steps=100)
             predicted = np.asarray(probe_logits(probe, test_x)).argmax(-1)
             metrics[name] = accuracy(predicted, test_labels[:, i])
@@ -100,7 +100,7 @@ def _tint(context: EvalContext) -> float | None:
 
 def _distances(jitter_2xNx4: np.ndarray) -> np.ndarray:
     """The distance in bins between the factors of two copies, int [N,4] in 0..BINS - 1."""
-    strength = np.array([JITTER[name] for name in PARTS])
+    strength = np.array([JITTER[name] for name in PROPERTIES])
     low = np.array([1, 1, 1, 0]) - strength
     bins = np.clip(((jitter_2xNx4 - low) / (2 * strength) * BINS).astype(np.int64), 0, BINS - 1)
     return np.abs(bins[0] - bins[1])
