@@ -19,7 +19,7 @@ from benchmarks._paired import Contestant, Ready, torch_threads
 from benchmarks._table import Row, Settings
 from jaxcl import models
 from jaxcl.adversarial import pgd
-from jaxcl.models import torch_layout, weights
+from jaxcl.models import weights
 from jaxcl.saliency import grad_cam
 
 TITLE = "GradCAM and PGD"
@@ -83,7 +83,7 @@ def prepare(contestant: str, *, what: str, network: Mapping[str, Any], batch: in
         needs = passes_of(what, *given)
     else:
         torch = torch_threads()
-        net = torch_network(model.encoder, torch_layout.to_torch(variables), kernel_DxK)
+        net = torch_network(model.encoder, models.ResNetOptions.torch_layout.to_torch(variables), kernel_DxK)
         x = torch.from_numpy(images_NxSxSx3.transpose(0, 3, 1, 2).copy())
         run = IN_TORCH[contestant](net, x, torch.from_numpy(targets_N))
     first = np.asarray(run())
@@ -101,7 +101,7 @@ def _flat(images: np.ndarray, contestant: str) -> np.ndarray:
 
 def make_network(options: Mapping[str, Any]) -> tuple[models.Model, dict[str, np.ndarray], np.ndarray]:
     """A model, its encoder's variables by name, the kernel [D,K] of a linear classifier; the same in each process."""
-    model = models.make_model(models.ModelOptions(**options, head_features=0))
+    model = models.make_model(models.ResNetOptions(**options, head_features=0))
     params, stats = model.init(jax.random.key(0), (SIZE, SIZE, 3))
     variables = {k: np.asarray(v) for k, v in weights.flat(params["encoder"], model.statistics_of(stats)).items()}
     rng = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def torch_network(encoder: models.ResNet, state: Mapping[str, np.ndarray], kerne
     from torchvision.models import resnet
 
     block = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[encoder.block]
-    stem = torch_layout.stem_in_torch(encoder)
+    stem = models.ResNetOptions.torch_layout.changes(encoder)
     width = channels = encoder.widths[0]
     net = nn.Sequential()
     net.add_module("conv1", nn.Conv2d(3, width, bias=False, **stem["conv1"]))

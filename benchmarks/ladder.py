@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.steps import Step, load_config
 from jaxcl.data import make_source
 from jaxcl.method import forward
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Recipe
-from jaxcl.method.update import init_state
 from jaxcl.method.views import View
 from jaxcl.runtime import huge_pages
 

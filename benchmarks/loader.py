@@ -210,10 +210,10 @@ def of_arrays(contestant: str, folder: str, size: int, images: int) -> Callable[
         dataset = torch.utils.data.TensorDataset(torch.from_numpy(pixels), torch.zeros(images, dtype=torch.long))
         loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True)
         return lambda: (batch.numpy() for batch, _ in loader)
-    from jaxcl.data.base import Source
+    from jaxcl.data import ArraySource
 
     mean = std = (0.5, 0.5, 0.5)
-    source = Source(images=pixels, labels=np.zeros(images, np.int32), class_names=("one",), mean=mean, std=std)
+    source = ArraySource(images=pixels, labels=np.zeros(images, np.int32), class_names=("one",), mean=mean, std=std)
     return lambda: _batches(source)
 
 

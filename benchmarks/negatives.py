@@ -27,7 +27,7 @@ from benchmarks import _measure
 from benchmarks.steps import Step, load_config
 from jaxcl.augment import patch_negatives, quilt_texture
 from jaxcl.augment.patches import scaled_range
-from jaxcl.method.update import to_pixels
+from jaxcl.method.inputs import to_pixels
 from jaxcl.runtime import huge_pages
 
 BATCHES = {32: 128, 64: 64, 96: 32, 224: 8}

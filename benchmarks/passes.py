@@ -35,11 +35,11 @@ from jaxcl import config as base
 from jaxcl.data import Loader, make_source
 from jaxcl.method.forward import of_encoder
 from jaxcl.method.recipe import Recipe
+from jaxcl.method.run_terms import make_terms
 from jaxcl.method.sharding import batch_sharding, make_mesh
 from jaxcl.method.stages.adversary import Adversary
 from jaxcl.method.stages.saliency import SaliencyMask
 from jaxcl.method.terms import Embedding
-from jaxcl.method.update import make_terms
 from jaxcl.runtime import huge_pages
 
 METHODS = ("simclr", "supcon", "excon", "clae")

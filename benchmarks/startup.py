@@ -53,6 +53,7 @@ def child(argv: list[str]) -> None:
         from jax import monitoring
 
         from jaxcl.train import loop as train
+        from jaxcl.train.log import TrainLog
 
         def heard(name: str, duration: float, **about) -> None:
             if "update" in str(about.get("fun_name")):
@@ -66,14 +67,14 @@ def child(argv: list[str]) -> None:
         for part, names in {PARTS[1]: ("source_of",), PARTS[2]: ("state_shardings", "_initial_state")}.items():
             for name in names:
                 setattr(train, name, _timed(getattr(train, name), seconds, part))
-        run, add = train.run, train._Log.add
+        run, read = train.run, TrainLog._read
 
         def run_clocked(*args, **kwargs):
             seconds[PARTS[0]] = time.time() - begun
             return run(*args, **kwargs)
 
-        def add_and_end(log, step, metrics):
-            add(log, step, metrics)
+        def read_and_end(log, step, metrics):
+            read(log, step, metrics)
             total = time.time() - begun
             for part, name in zip(PARTS[3:6], ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile"), strict=True):
                 seconds[part] = events.get(f"{name}_duration", 0.0)
@@ -82,7 +83,7 @@ def child(argv: list[str]) -> None:
             print(json.dumps({"total": total, "busy": busy, "parts": seconds, "counts": counts}), flush=True)
             os._exit(0)
 
-        train.run, train._Log.add = run_clocked, add_and_end
+        train.run, TrainLog._read = run_clocked, read_and_end
 
     # The clocks need what main imports late; so they are set where it does.
     from jaxcl.runtime import compile_cache

@@ -20,7 +20,8 @@ import numpy as np
 from jaxcl.data import make_source
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe, data_facts
-from jaxcl.method.update import compile_update, init_state
+from jaxcl.method.init_state import init_state
+from jaxcl.method.update import compile_update
 from jaxcl.runtime import huge_pages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

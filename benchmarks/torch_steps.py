@@ -24,7 +24,7 @@ from benchmarks.passes import Passes, Whole, function_of, needed, program
 from benchmarks.steps import load_config
 from jaxcl.data import make_source
 from jaxcl.method.forward import of_encoder
-from jaxcl.models import torch_layout, weights
+from jaxcl.models import ResNetOptions, weights
 
 TITLE = "Whole updates, with data and augmentation"
 NOTE = (
@@ -109,7 +109,7 @@ def _networks(step: Whole) -> tuple[Any, Any]:
     stats = model.statistics_of(of_encoder(jax.device_get(step.state.batch_stats), ""))
     variables = {k: np.asarray(v) for k, v in weights.flat(own["encoder"], stats).items() if "_adv." not in k}
     D = model.features
-    net = torch_network(model.encoder, torch_layout.to_torch(variables), np.zeros((D, 10), np.float32))
+    net = torch_network(model.encoder, ResNetOptions.torch_layout.to_torch(variables), np.zeros((D, 10), np.float32))
     del net.fc
     head = nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True), nn.Linear(D, recipe.model.embedding_features))
     return net.train().requires_grad_(True), head

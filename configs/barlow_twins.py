@@ -1,20 +1,27 @@
-"""Barlow Twins: the features of two views agree, one by one, and do not repeat each other; no negatives, no labels.
+"""Barlow Twins: each feature agrees between two views and is decorrelated from the others; no negatives, no labels.
 
     python -m jaxcl.main --config=configs/barlow_twins.py
 
-Presets as in simsiam.py: a data set (garments, cifar10, imagenet100, imagenet), a scale (paper, cpu), and labelled or
-unlabelled.
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    data set    garments, cifar10, imagenet100, imagenet
+    scale       paper, cpu
+    labels      labelled, unlabelled
+
+The words mean the same as in simsiam.py.
 
     configs/barlow_twins.py                    garments on a CPU; not yet run
     configs/barlow_twins.py:cifar10            ResNet-18, our choice of settings; not yet run
     configs/barlow_twins.py:imagenet100        ResNet-50, 300 epochs; not yet run
     configs/barlow_twins.py:imagenet           ResNet-50, 300 epochs; not yet run
 
-The projector of 8,192 features is the authors'; --config.model.head_features=2048 and head_hidden=2048 for less memory.
-Data of a preset other than the embedded one: --config.data.source=cifar:PATH, folder:PATH, npz:PATH or tfds:NAME.
+The projector of 8,192 features is the authors'. --config.model.head_features=2048 and --config.model.head_hidden=2048
+need less memory. To read a data set that is not embedded from somewhere else: --config.data.source=cifar:PATH,
+folder:PATH, npz:PATH or tfds:NAME.
 
-Source: Zbontar et al. 2021, arXiv 2103.03230; the constants of the loss and the budget are those of the first public
-code (the paper trains for 1,000 epochs in batches of 2,048). The authors have no run on CIFAR-10.
+Source: Zbontar et al. 2021, arXiv 2103.03230. The constants of the loss and the budget are from the first public code
+(the paper trains for 1,000 epochs in batches of 2,048). The authors have no run on CIFAR-10.
 """
 
 from jaxcl import config as base
@@ -46,7 +53,7 @@ def get_config(preset: str = ""):
         view.blur, view.solarize = blur, solarize
     c.batch_size = 256 if dataset == "cifar10" else 2048
     c.duration = "800 epochs" if dataset == "cifar10" else "300 epochs"
-    # 0.2 for each 256 images; optax's LARS leaves norms and biases to plain SGD at the same rate.
+    # 0.2 for each 256 images. optax's LARS updates norms and biases by plain SGD at the same rate.
     rate = dict(kind="lars", lr=0.2 * c.batch_size / 256, weight_decay=1e-6, schedule="cosine", warmup="10 epochs")
     c.optimizer = base.options(base.OptimizerOptions, **rate)
     return c

@@ -1,10 +1,14 @@
-"""BYOL: from one view of an image, predict what a moving average of the encoder makes of the other; no negatives.
+"""BYOL: predict a moving-average encoder's projection of one view from the other view; no negatives.
 
     python -m jaxcl.main --config=configs/byol.py
 
-Presets, one word an axis, joined by commas: a data set (garments, cifar10, tiny_imagenet, stl10, imagenet100), a scale
-(paper, or cpu for the small network and minutes of the embedded set, which has no other), and what labels are for:
-labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    data set    garments, cifar10, tiny_imagenet, stl10, imagenet100
+    scale       paper: the authors' settings; cpu: the small network and the short run of the embedded set. The embedded
+                set has only the latter.
+    labels      labelled: a classifier is trained beside the encoder and does not change it; unlabelled: no classifier
 
     configs/byol.py                            garments on a CPU: linear probe 45.5 % (seed 0, validation images)
     configs/byol.py:cifar10                    32 pixels; not yet run
@@ -12,8 +16,8 @@ labelled (a classifier is trained beside the encoder, which it does not change) 
     configs/byol.py:stl10                      96 pixels; not yet run
     configs/byol.py:imagenet100                ResNet-50, BYOL's own settings in 200 epochs; not yet run
 
-Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH, folder:PATH or tfds:NAME.
-Everything not said here is as in supcon.py.
+To read a data set that is not embedded from somewhere else: --config.data.source=cifar:PATH, npz:PATH, folder:PATH or
+tfds:NAME. Everything that this file does not set is as in supcon.py.
 
 Source: Grill et al. 2020, arXiv 2006.07733, appendix.
 """
@@ -31,7 +35,7 @@ def get_config(preset: str = ""):
     c = base.extend(__file__, "supcon.py", f"{dataset},{scale}")
     c.name = base.title("byol", (dataset, scale, labels), ("", "paper", "labelled"))
 
-    # Each view is a batch of its own of every batch norm.
+    # Batch norms normalise each view separately.
     c.passes = (
         base.encode("view1"),
         base.encode("view2"),
@@ -56,15 +60,15 @@ def get_config(preset: str = ""):
 def _cpu(c):
     c.model.head_hidden = 512
     c.model.head_features = 128
-    c.memory.target.decay = 0.95  # a short run has few updates for the average to follow
+    c.memory.target.decay = 0.95  # a short run has few updates, so the average must follow faster
     c.optimizer.lr = 3e-3
-    # As strong as those of SimCLR here: with those of SupCon (and a decay of 0.98) the linear probe had 35 to 37 %.
+    # SimCLR's augmentation. With SupCon's weaker one (and a decay of 0.98) the linear probe reached only 35 to 37 %.
     for name in ("view1", "view2"):
         c.views[name] = base.view("random", crop_area=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), grayscale=0.2)
 
 
 def _paper(c):
-    """LARS, a learning rate in proportion to the batch, ten epochs of warm-up, one cosine; unequal views."""
+    """LARS, a learning rate in proportion to the batch size, ten epochs of warm-up, one cosine; asymmetric views."""
     c.duration = "200 epochs"
     c.batch_size = 512
     c.model.head_hidden = 4096
@@ -73,12 +77,12 @@ def _paper(c):
         c.views[name] = base.view(
             "random", crop_area=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), grayscale=0.2, solarize=solarize
         )
-        if c.size > 64:  # at 32 pixels it would leave little
+        if c.size > 64:  # blur would remove most of a 32-pixel image
             c.views[name].blur = blur
             c.views[name].blur_sigma = (0.1, 2.0 if c.size == 224 else 1.0)
     c.optimizer = base.options(
         base.OptimizerOptions,
-        kind="lars",  # no decay and no trust ratio for biases and batch norms
+        kind="lars",  # without decay and trust ratio for biases and batch norms
         lr=0.2 * 512 / 256,
         weight_decay=1.5e-6,
         schedule="cosine",

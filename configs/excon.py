@@ -1,18 +1,23 @@
-"""ExConB: SupCon whose first view is what explains the class; explanations that fail become extra negatives.
+"""ExConB: SupCon with a first view that keeps only what explains the class; rejected masks become extra negatives.
 
     python -m jaxcl.main --config=configs/excon.py
 
-Presets, one word an axis, joined by commas: a data set, a schedule and a scale as in supcon.py, and a variant:
-exconb (rejected masks are negatives only), excon (they are dropped), anchor (they are one more class).
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    variant     exconb: rejected masks are negatives only; excon: they are dropped; anchor: they form one more class
+    data set    garments, fashion_mnist, cifar10, cifar100, tiny_imagenet
+    schedule    online, alternating, sequential: as in supcon.py
+    scale       paper, cpu: as in supcon.py
 
     configs/excon.py                           garments on a CPU: 1.5 minutes, linear probe 63.4 %
     configs/excon.py:cifar10,cpu               CIFAR-10 on a CPU; 8 epochs on one core: 13 minutes, linear probe 62.5 %
     configs/excon.py:cifar10                   CIFAR-10 at the SupCon repository's scale; not yet run
     configs/excon.py:cifar100,alternating      the paper's run, explained from epoch 50 of 200; not yet run
-    configs/excon.py:tiny_imagenet,alternating the paper's run: explained from the start; not yet run
+    configs/excon.py:tiny_imagenet,alternating the paper's run, explained from the start; not yet run
 
-Everything but the stage, the standard view and the backgrounds is supcon.py of the same preset.
-Source: Zhang et al. 2021, arXiv 2111.14271; the released code's settings.
+Everything except the stage, the standard view and the backgrounds is as in supcon.py with the same preset.
+Source: Zhang et al. 2021, arXiv 2111.14271; settings of the released code.
 """
 
 from jaxcl import config as base
@@ -42,13 +47,13 @@ def get_config(preset: str = ""):
         ),
     )
     if variant != "excon":
-        # One batch norm over all rows. The authors' two GPUs normalised each view by itself; for that, two passes:
-        # (base.encode("view1", "background"), base.encode("view2")).
+        # Batch norms normalise all rows together. The authors' two GPUs normalised each view separately; to do that,
+        # use two passes: (base.encode("view1", "background"), base.encode("view2")).
         c.passes = (base.encode("view1", "view2", "background"),)
         c.terms.supcon.background = "background"
         c.terms.supcon.background_anchor = variant == "anchor"
 
-    # The classifier must know the classes before its explanations are worth anything.
+    # Explanations are useful only once the classifier knows the classes.
     if scale == "paper" and dataset == "cifar100":
         c.stages[0].start = "49 epochs"  # the authors' exp_epochs = 50 counts from 1
     elif scale == "paper" and dataset == "tiny_imagenet":

@@ -1,39 +1,50 @@
-"""Hierarchical augmentation invariance: earlier stages of the network are made invariant to less, and heads are told.
+"""Hierarchical augmentation invariance: earlier stages of the network become invariant to fewer types of augmentation.
 
     python -m jaxcl.main --config=configs/hierarchical.py
 
-A ladder of views, one rung a stage, each of two views of its own that go no further than that stage: the first stage
-sees crops and jitter, each later one a type of augmentation more. The losses of the stages, of the same kind each, add
-up. Heads are also given what colour jitter was drawn for the view, so that the encoder need not forget colour.
+The ladder of views has one rung for each stage of the network. A rung has two views, which the network encodes up to
+that stage only. The views of the first stage are cropped and jittered; each later rung adds one type of augmentation.
+Every stage has a loss of the same kind, and the losses are added. Heads are also conditioned on augmentation
+parameters (the colour jitter that was drawn for the view), so that the encoder need not forget colour.
 
-Presets, one word an axis, joined by commas. The method: simsiam, byol, barlow_twins, supcon (ours). A data set:
-garments, cifar10, imagenet100, imagenet. The ladder: addone, or its controls uniform (every rung has all types),
-strength (all types, weaker below) and two_view (the last stage alone: the plain method). A scale (paper, cpu) and
-labelled or unlabelled as in simsiam.py. Options follow in the same way, as name=value:
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
 
-    told=color|color_crop|everything|nothing   what heads are told of a view: jitter; the crop too; blur, grayscale and
-                                               flip too (ours). If not given, color for addone, nothing for the controls
-    order=flip-blur-grayscale-jitter           in which types are added; the paper's: jitter-grayscale-blur-flip
+    method      simsiam, byol, barlow_twins, supcon (ours)
+    data set    garments, cifar10, imagenet100, imagenet
+    ladder      addone; its controls are uniform (every rung has all types), strength (all types, weaker on lower rungs)
+                and two_view (only the last stage: the plain method)
+    scale       paper, cpu: as in simsiam.py
+    labels      labelled, unlabelled: as in simsiam.py
+
+Options follow in the same way, as name=value:
+
+    told=color|color_crop|everything|nothing   the augmentation parameters that heads are conditioned on. color: the
+                                               jitter; color_crop: the crop too; everything: blur, grayscale and flip
+                                               too (ours). Default: color for addone, nothing for the controls
+    order=flip-blur-grayscale-jitter           the order in which types are added; default, as in the paper:
+                                               jitter-grayscale-blur-flip
     rotation=0.5                               probability of a turn by 0, 90, 180 or 270 degrees on the last rung
     blur=rule|always|never                     rule: images of 32 pixels and less are not blurred, as in the released
-                                               code. On garments always, or the third rung would equal the second
+                                               code. Default: rule, but always on garments, where the third rung would
+                                               otherwise equal the second
 
     configs/hierarchical.py                    garments, 11 minutes on one busy core; linear 36.9 +- 5.5 %, tint 68.2 %
     configs/hierarchical.py:two_view           3 minutes; linear 44.7 +- 7.1 %, tint 75.3 %
     configs/hierarchical.py:uniform            11 minutes; 42.9 +- 3.3 %; strength 40.7; told=nothing 42.3
-    configs/hierarchical.py:byol               likewise barlow_twins, supcon; not yet run
+    configs/hierarchical.py:byol               barlow_twins and supcon likewise; not yet run
     configs/hierarchical.py:cifar10            not yet run
     configs/hierarchical.py:imagenet100        ResNet-50, 200 epochs; not yet run
     configs/hierarchical.py:imagenet           ResNet-50, 200 epochs; not yet run
 
-The main head of any config can be told so, which is ours: --config.model.head_embeds="('jitter',)" with simclr.py,
-moco.py or supcon.py. Data of a preset other than the embedded one: --config.data.source=cifar:PATH, npz:PATH or
-tfds:NAME. Networks without stages (vit) have no ladder.
+The main head of simclr.py, moco.py or supcon.py can be conditioned on the jitter too (ours):
+--config.model.head_embeds="('jitter',)". To read a data set that is not embedded from somewhere else:
+--config.data.source=cifar:PATH, npz:PATH or tfds:NAME. Networks without stages (vit) cannot have a ladder.
 
-Source: Zhang and Ma 2022, arXiv 2206.00227; SimSiam's settings from the released code, which differ from simsiam.py's
-in a last batch norm with scale and bias. The paper does not say how BYOL and Barlow Twins were trained; here: as
-SimSiam, and as barlow_twins.py; SupCon is ours. Biases before batch norms, which the released heads have, do nothing
-and are left out.
+Source: Zhang and Ma 2022, arXiv 2206.00227. SimSiam's settings are from the released code; they differ from simsiam.py
+in a last batch norm with scale and bias. The paper does not say how BYOL and Barlow Twins were trained; here BYOL is
+trained as SimSiam, and Barlow Twins as in barlow_twins.py. SupCon is ours. The released heads have biases before batch
+norms, which have no effect and are left out.
 """
 
 from jaxcl import config as base
@@ -52,7 +63,7 @@ TOLD = {
     "everything": ("jitter", "crop", "blur_sigma", "grayscale", "flip"),
 }
 BLURS = ("rule", "always", "never")
-VIEWS = ("view1", "view2")  # of the last rung
+VIEWS = ("view1", "view2")  # the views of the last rung
 
 
 def get_config(preset: str = ""):
@@ -64,13 +75,13 @@ def get_config(preset: str = ""):
     small = dataset == "garments" or scale == "cpu"
     options = _options(given, told="color" if mode == "addone" else "nothing", order="-".join(TYPES), rotation="0",
                        blur="always" if dataset == "garments" else "rule")  # fmt: skip
-    # byol.py and supcon.py have no such data set; what differs is set below.
+    # byol.py and supcon.py start from imagenet100; _paper sets what differs on imagenet.
     known = "imagenet100" if method in ("byol", "supcon") and dataset == "imagenet" else dataset
     c = base.extend(__file__, f"{method}.py", f"{known},{scale}" + ("" if method == "supcon" else f",{labels}"))
     if method == "supcon":
         if labels == "unlabelled":
             raise UserError("the ladder on supcon needs labels; choose another method, or leave out unlabelled")
-        c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself, as on every rung
+        c.passes = (base.encode("view1"), base.encode("view2"))  # each view normalised separately, as on every rung
     c.name = base.title(f"hierarchical {method}", chosen[1:], ("", "addone", "paper", "labelled"))
     c.name = " ".join([c.name, *given])
     if small:
@@ -93,7 +104,7 @@ def get_config(preset: str = ""):
     c.model.head_embeds = embeds
     if mode != "two_view":
         c.model.branches = tuple(range(1, stages))
-        # The first stage's head is not told, as in the released code.
+        # The first stage's head is not conditioned, as in the released code.
         c.model.branch_embeds = tuple(range(2, stages)) if embeds else ()
     if "target" in c.memory:
         c.memory.target.average_embeds = False
@@ -101,7 +112,7 @@ def get_config(preset: str = ""):
 
 
 def _options(given, **options):
-    """The options named in a preset, over those that hold otherwise."""
+    """The defaults, updated by the name=value words of a preset."""
     for word in given:
         name, _, value = word.partition("=")
         if name not in options:
@@ -118,7 +129,7 @@ def _options(given, **options):
 
 
 def _add_stages(c, below):
-    """For each rung below the last: two views, passes that end at its stage, and the method's loss and predictor."""
+    """Add two views, passes up to its stage, the method's loss and a predictor for each rung below the last."""
     (kind,), whole, passes = tuple(c.terms), c.passes, ()
     options = {k: v for k, v in c.terms[kind].items() if k not in ("kind", "views", "head")}
     for stage, rung in enumerate(below, start=1):
@@ -135,15 +146,15 @@ def _add_stages(c, below):
             options["head"] = head
             c.heads[head] = base.head("mlp", **{k: v for k, v in c.heads.predictor.items() if k != "kind"})
         c.terms[f"stage{stage}"] = base.term(kind, views=tuple(of.values()), **options)
-    c.passes = passes + whole  # running statistics end with the last rung's
+    c.passes = passes + whole  # the last rung last: running statistics are updated in the order of the passes
     if c.optimizer.constant_lr:
         c.optimizer.constant_lr = tuple(f"heads/{name}" for name in c.heads)
 
 
 def _cpu(c):
-    """The small network in four stages."""
+    """The small network, with four stages."""
     c.model.stage_sizes = (1, 1, 1, 1)
-    c.model.stage_widths = (16, 32, 64, 64)  # times four channels out
+    c.model.stage_widths = (16, 32, 64, 64)  # the output has four times these channels
     c.model.strides = (1, 1, 2, 1)  # 8, 8, 4 and 4 pixels
     c.eval.tap = "stage2"
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "color", "invariance", "dense", "collapse")
@@ -152,7 +163,7 @@ def _cpu(c):
 
 
 def _paper(c, method, dataset, labels):
-    """SimSiam's settings for BYOL too, whose decay is all that the authors state; the others as in their own files."""
+    """The authors' SimSiam settings, also for BYOL (they state only its decay). Other methods keep their own file's."""
     if method == "supcon":
         if dataset == "imagenet":
             c.data = base.extend(__file__, "simsiam.py", dataset).data

@@ -1,12 +1,18 @@
-"""Negatives without meaning: each image has to be told apart from its own texture, on MoCo-v2, SimCLR or BYOL.
+"""Non-semantic negatives: each image is contrasted with its own patches or texture, on MoCo-v2, SimCLR or BYOL.
 
     python -m jaxcl.main --config=configs/nonsemantic.py:moco,patch
 
-Presets, one word an axis, joined by commas: the method (moco, simclr, byol), the negatives (patch: the view cut into
-random squares; texture: synthesised from two squares of the image, with the view's own augmentations; none: the method
-itself, to compare with), for SimCLR and BYOL whether each view has its own (own) or both view 1's (shared), a data set
-(garments, cifar10, tiny_imagenet, stl10, imagenet100), a scale (paper, cpu), for MoCo a setting at paper scale
-(published, ifm), and what labels are for (labelled, unlabelled).
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    method      moco, simclr, byol
+    negatives   patch: the view cut into random squares; texture: synthesised from two squares of the image, with the
+                view's own augmentations; none: the method alone, as the baseline
+    views       for SimCLR and BYOL. own: each view has its own negatives; shared: both views use those of view 1
+    data set    garments, cifar10, tiny_imagenet, stl10, imagenet100
+    scale       paper, cpu: as in the method's own file
+    setting     published, ifm: for MoCo at paper scale, as in moco.py
+    labels      labelled, unlabelled: as in the method's own file
 
     configs/nonsemantic.py                     MoCo, patches, garments on a CPU; 8 epochs, textured fills: 2 minutes on
                                                a core, linear 44.3 +- 1.9 %, 45.3 +- 2.0 without negatives
@@ -16,19 +22,24 @@ itself, to compare with), for SimCLR and BYOL whether each view has its own (own
     configs/nonsemantic.py:cifar10             32 pixels; not yet run
     configs/nonsemantic.py:tiny_imagenet       64 pixels; not yet run
     configs/nonsemantic.py:stl10,unlabelled    96 pixels; not yet run
-    configs/nonsemantic.py:imagenet100         not yet run; the authors: 79.35 % linear, 77.88 % without
+    configs/nonsemantic.py:imagenet100         not yet run; the authors: 79.35 % linear, 77.88 % without negatives
     configs/nonsemantic.py:imagenet100,ifm     not yet run; the authors: 81.18 % and 80.00 %
 
-How strongly they repel: --config.terms.moco.alpha=3 (terms.nt_xent, terms.byol). How many an image:
---config.stages[0].count=2 (and stages[1], where each view has its own). Patches are 16 to 72 of 224 pixels, in
-proportion at other sizes: --config.stages[0].min_patch, max_patch. SimCLR's negatives receive gradient unless
---config.terms.nt_xent.negatives_gradient=False. Texture is quilted in the update, or read from a set that
-jaxcl textures has built: --config.data.textures=FOLDER. Of STL-10, TFDS's training part is the 5,000 labelled
-images; all 105,000 fit one npz, labels -1 for the others: --config.data.source=npz:PATH and unlabelled. Everything not
-said here is as in moco.py, simclr.py, byol.py.
+Options:
 
-Source: Ge et al. 2021, arXiv 2110.14189. Their code is of MoCo only: for SimCLR and BYOL the form of the loss and its
-alpha are this library's reading.
+    --config.terms.moco.alpha=3                        how strongly negatives repel (also terms.nt_xent, terms.byol)
+    --config.stages[0].count=2                         negatives an image (also stages[1], if views have their own)
+    --config.stages[0].min_patch, max_patch            size of patches: 16 to 72 of 224 pixels, in proportion elsewhere
+    --config.terms.nt_xent.negatives_gradient=False    SimCLR's negatives receive no gradient (by default they do)
+    --config.data.textures=FOLDER                      read textures that `python -m jaxcl textures` has built; by
+                                                       default the update quilts them
+
+TFDS's training split of STL-10 holds only the 5,000 labelled images. All 105,000 fit into one npz file, with label -1
+for the unlabelled ones: --config.data.source=npz:PATH and the preset unlabelled. Everything that this file does not set
+is as in moco.py, simclr.py and byol.py.
+
+Source: Ge et al. 2021, arXiv 2110.14189. Their code covers MoCo only. For SimCLR and BYOL the form of the loss and its
+alpha are our interpretation of the paper.
 """
 
 from jaxcl import config as base
@@ -41,29 +52,29 @@ SCALES = ("paper", "cpu")
 SETTINGS = ("published", "ifm")
 LABELS = ("labelled", "unlabelled")
 TERMS = {"moco": "moco", "simclr": "nt_xent", "byol": "byol"}
-ALPHAS = {"moco": 2.0, "simclr": 2.0, "byol": 0.2}  # above 1, BYOL's best prediction would point away from its target
+ALPHAS = {"moco": 2.0, "simclr": 2.0, "byol": 0.2}  # BYOL: above 1 the best prediction would point away from the target
 
 
 def get_config(preset: str = ""):
     """The config of a preset such as "byol,texture,cifar10"."""
     axes = (METHODS, NEGATIVES, OF, DATASETS, SCALES, SETTINGS, LABELS)
     method, negatives, of, dataset, scale, setting, labels = chosen = base.choose(preset, *axes)
-    words = [dataset, scale, labels, *([setting] if method == "moco" else [])]  # a setting of MoCo's only
+    words = [dataset, scale, labels, *([setting] if method == "moco" else [])]  # only moco.py has a setting
     c = base.extend(__file__, f"{method}.py", ",".join(words))
     usual = ("", "", "own", "", "paper", "published", "labelled")
     c.name = base.title("nonsemantic", chosen, usual)
     if method == "simclr" and dataset == "tiny_imagenet" and scale == "paper":
-        c.size, c.model.stem = 64, "cifar"  # which the baseline of CLAE enlarges
+        c.size, c.model.stem = 64, "cifar"  # simclr.py enlarges these images, as the baseline of CLAE does
     if negatives == "none":
         return c
 
-    # What of which view: MoCo's only query is view 1.
+    # Source view -> name of its negatives. MoCo has only view 1 as a query.
     names = (
         {"view1": "negatives"} if method == "moco" or of == "shared" else {f"view{i}": f"negatives{i}" for i in (1, 2)}
     )
     c.stages = tuple(base.stage(f"{negatives}_negatives", of=view, into=name) for view, name in names.items())
     encoder = "" if method == "simclr" else "target"
-    # A batch of their own: they enter no view's batch norm.
+    # Negatives are a separate pass, so that they do not enter the batch norm of a view.
     groups = dict(bn_groups=c.passes[1].bn_groups, shuffle=c.passes[1].shuffle)
     c.passes += (base.encode(*names.values(), encoder=encoder, **groups),)
     embeddings = tuple(f"{encoder}/{name}" if encoder else name for name in names.values())

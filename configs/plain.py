@@ -1,20 +1,27 @@
-"""Plain: each image's first view picks its second view among the second views of the batch; no labels.
+"""Plain: each first view identifies its second view among the second views of the batch; no labels.
 
     python -m jaxcl.main --config=configs/plain.py
 
-Presets as in simclr.py: a data set, a scale (paper, cpu), and labelled or unlabelled.
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    data set    garments, fashion_mnist, cifar10, cifar100, tiny_imagenet
+    scale       paper, cpu
+    labels      labelled, unlabelled
+
+The words mean the same as in simclr.py.
 
     configs/plain.py                           garments on a CPU: 3 minutes, linear probe 63.3 %
     configs/plain.py:cifar10                   CIFAR-10, the baseline of CLAE; not yet run
     configs/plain.py:cifar100                  not yet run
     configs/plain.py:tiny_imagenet             not yet run
 
-Without labels, on your own images:
+To train without labels on your own images:
 
     python -m jaxcl.main --config=configs/plain.py:unlabelled --config.data.source=npz:images.npz
 
-Everything not said here is as in supcon.py. Source: the baseline of that name in Ho and Vasconcelos 2020, arXiv
-2010.12050; settings of the released code, whose convolutions are drawn from torch's defaults.
+Everything that this file does not set is as in supcon.py. Source: the baseline of that name in Ho and Vasconcelos 2020,
+arXiv 2010.12050; settings of the released code, which initialises convolutions with torch's defaults.
 """
 
 from jaxcl import config as base
@@ -22,7 +29,7 @@ from jaxcl import config as base
 DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
 SCALES = ("paper", "cpu")
 LABELS = ("labelled", "unlabelled")
-AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # the others have the CPU's scale only
+AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # the other data sets have only the cpu scale
 
 
 def get_config(preset: str = ""):
@@ -35,12 +42,12 @@ def get_config(preset: str = ""):
         c.views[name] = base.view(
             "random", crop_area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grayscale=0.2
         )
-    c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
+    c.passes = (base.encode("view1"), base.encode("view2"))  # each view normalised separately
     del c.terms.supcon
     c.terms.one_way_infonce = base.term("one_way_infonce", views=("view1", "view2"), temperature=0.1)
     c.model.head_hidden_layers = 0
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "linear_fgsm", "linear_pgd", "calibration")
-    c.eval.pgd = (4,)  # each strength costs as much as a third of the training
+    c.eval.pgd = (4,)  # each strength takes as long as a third of the training
     if dataset in AT_SCALE and scale == "paper":
         _paper(c, dataset)
     if labels == "unlabelled":
@@ -49,15 +56,15 @@ def get_config(preset: str = ""):
 
 
 def _paper(c, dataset):
-    """The authors' hyper-parameters (SGD, lr 0.03 in four stairs)."""
+    """The authors' hyper-parameters (SGD, lr 0.03 in four steps)."""
     c.duration = "301 epochs"
     c.batch_size = 128
     c.model.depth = 18
-    c.eval.final += ("logistic",)  # the authors' protocol; linear is the same model at its optimum
-    c.eval.features = "z"  # as the authors do; pooled features, h, are the default elsewhere
+    c.eval.final += ("logistic",)  # the authors' protocol; "linear" fits the same model to its optimum
+    c.eval.features = "z"  # as the authors do; the default elsewhere is h, the pooled features
     if dataset == "tiny_imagenet":
-        c.duration = "100 epochs"  # which ends before the first stair, as theirs does
-        c.size = 224  # 64 pixels, enlarged
+        c.duration = "100 epochs"  # ends before the first decay step, as the authors' run does
+        c.size = 224  # the images have 64 pixels and are enlarged
         c.model.stem = "imagenet"
     c.optimizer = base.options(
         base.OptimizerOptions,

@@ -1,12 +1,15 @@
-"""SimCLR: two random views of an image find each other among all views of the batch; no labels.
+"""SimCLR: two random views of an image identify each other among all views of the batch; no labels.
 
     python -m jaxcl.main --config=configs/simclr.py
 
-Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
-stl10, imagenet100, imagenet), a scale (paper: the authors' network and budget; cpu: the small network and minutes of
-the embedded sets, which have no other), and what labels are for: labelled (a classifier is trained beside the encoder,
-which it does not change, and needs a label on every training image) or unlabelled (no classifier; the evaluation uses
-what labels there are).
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    data set    garments, fashion_mnist, cifar10, cifar100, tiny_imagenet, stl10, imagenet100, imagenet
+    scale       paper: the authors' network and budget; cpu: the small network and the short run of the embedded sets.
+                The embedded sets (garments, fashion_mnist) have only the latter.
+    labels      labelled: a classifier is trained beside the encoder and does not change it; every training image needs
+                a label. unlabelled: no classifier; the evaluation uses the labels that exist.
 
     configs/simclr.py                          garments on a CPU: 3 minutes, linear probe 43.2 %
     configs/simclr.py:cifar10,cpu              CIFAR-10 on a CPU; 8 epochs on one core: 8 minutes, linear probe 52.0 %
@@ -16,19 +19,21 @@ what labels there are).
     configs/simclr.py:stl10, :imagenet100      ResNet-50, SimCLR's own settings in 200 epochs; not yet run
     configs/simclr.py:imagenet                 SimCLR's own: batches of 4,096, LARS, 100 epochs; bfloat16; not yet run
 
-Without labels, on your own images, at least 142 of them (a batch is 128, and a tenth is the test part), of any size:
+To train without labels on your own images, of any size, at least 142 of them (a batch is 128, and a tenth is held out
+for testing):
 
     python -m jaxcl.main --config=configs/simclr.py:unlabelled --config.data.source=folder:my_photos
 
-200 steps of 64 pixels, however many images there are: 2 min 24 s for 1,000 JPEGs on two cores of a CPU, the report
-included, which shows neighbours, a map and near-duplicates. More of either is better: --config.duration="50 epochs",
---config.data.files.image_size=128.
+This takes 200 steps at 64 pixels, for any number of images: 2 min 24 s for 1,000 JPEGs on two CPU cores, including the
+report, which shows neighbours, a map and near-duplicates. For a longer run or larger images:
+--config.duration="50 epochs", --config.data.files.image_size=128.
 
-Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH, tfds:NAME or
-folder:PATH. Everything not said here is as in supcon.py.
+To read a data set that is not embedded from somewhere else: --config.data.source=cifar:PATH, npz:PATH, tfds:NAME or
+folder:PATH. Everything that this file does not set is as in supcon.py.
 
 Source: Chen et al. 2020, arXiv 2002.05709; settings of the baseline in the released code of CLAE (Ho and Vasconcelos
-2020, arXiv 2010.12050), which normalises CIFAR to [-1, 1], draws convolutions from torch's defaults and has no blur.
+2020, arXiv 2010.12050), which normalises CIFAR to [-1, 1], initialises convolutions with torch's defaults and does not
+blur.
 """
 
 from jaxcl import config as base
@@ -36,8 +41,8 @@ from jaxcl import config as base
 DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100", "imagenet")
 SCALES = ("paper", "cpu")
 LABELS = ("labelled", "unlabelled")
-AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # as the baseline of CLAE
-STANDARD = ("stl10", "imagenet100", "imagenet")  # as SimCLR itself; the others have the CPU's scale only
+AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # as in the baseline of CLAE
+STANDARD = ("stl10", "imagenet100", "imagenet")  # as in SimCLR; the other data sets have only the cpu scale
 
 
 def get_config(preset: str = ""):
@@ -48,11 +53,11 @@ def get_config(preset: str = ""):
 
     for name in ("view1", "view2"):
         c.views[name] = base.view("random", crop_area=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), grayscale=0.2)
-    c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
+    c.passes = (base.encode("view1"), base.encode("view2"))  # each view normalised separately
     del c.terms.supcon
     c.terms.nt_xent = base.term("nt_xent", views=("view1", "view2"), temperature=0.5)
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "linear_fgsm", "linear_pgd", "calibration")
-    c.eval.pgd = (4,)  # each strength costs as much as a third of the training
+    c.eval.pgd = (4,)  # each strength takes as long as a third of the training
     if dataset in AT_SCALE and scale == "paper":
         _paper(c, dataset)
     if dataset in STANDARD and scale == "paper":
@@ -61,37 +66,37 @@ def get_config(preset: str = ""):
         _imagenet(c)
     if labels == "unlabelled":
         base.without_labels(c)
-        if c.data.source in ("garments", "fashion_mnist"):  # or what the user puts in their place
+        if c.data.source in ("garments", "fashion_mnist"):  # also if --config.data.source replaces them
             c.duration = "200 steps"
     return c
 
 
 def _paper(c, dataset):
-    """The authors' hyper-parameters (Adam, 3e-4 throughout)."""
+    """The authors' hyper-parameters (Adam, constant 3e-4)."""
     c.duration = "100 epochs"
     c.batch_size = 256
     c.model.depth = 18
     c.model.head_hidden_layers = 1
     c.model.head_features = 64
     if dataset == "tiny_imagenet":
-        c.size = 224  # 64 pixels, enlarged
+        c.size = 224  # the images have 64 pixels and are enlarged
         c.batch_size = 128
         c.model.stem = "imagenet"
     c.optimizer = base.options(base.OptimizerOptions, kind="adam", lr=3e-4, weight_decay=0.0, schedule="constant")
     c.memory.probe.optimizer = base.options(
         base.OptimizerOptions, kind="adam", lr=3e-4, weight_decay=0.0, schedule="constant"
     )
-    c.eval.final += ("logistic",)  # the authors' protocol; linear is the same model at its optimum
+    c.eval.final += ("logistic",)  # the authors' protocol; "linear" fits the same model to its optimum
     c.eval.knn_temperature = 0.5
-    c.eval.knn_features = "z"  # its linear evaluation reads h
+    c.eval.knn_features = "z"  # linear evaluation uses h
 
 
 def _standard(c):
-    """SimCLR's own: LARS, a learning rate in proportion to the batch, ten epochs of warm-up, one cosine, blur."""
+    """SimCLR's own settings: LARS, lr in proportion to the batch size, ten epochs of warm-up, one cosine, blur."""
     c.duration = "200 epochs"
     c.batch_size = 512
     c.model.depth = 50
-    c.model.head_hidden_layers = 1  # as wide as the features
+    c.model.head_hidden_layers = 1  # as wide as the encoder's features
     c.model.head_features = 128
     c.terms.nt_xent.temperature = 0.1
     for view in (c.views.view1, c.views.view2):
@@ -106,7 +111,7 @@ def _standard(c):
 
 
 def _imagenet(c):
-    """Section 2 of the paper and its appendix: 4,096 images, both views in one batch of the batch norm."""
+    """Section 2 and the appendix of the paper: 4,096 images, both views normalised together."""
     c.duration = "100 epochs"
     c.batch_size = 4096
     c.optimizer.lr = 0.3 * 4096 / 256

@@ -1,19 +1,23 @@
-"""SimSiam: each view's prediction is drawn to the other view's projection, held fixed; no negatives, no labels.
+"""SimSiam: each view's prediction matches the other view's projection, under stop-gradient; no negatives.
 
     python -m jaxcl.main --config=configs/simsiam.py
 
-Presets, one word an axis, joined by commas: a data set (garments, cifar10, imagenet100, imagenet), a scale (paper: the
-authors' network and budget; cpu: the small network and minutes of the embedded set, which has no other), and what
-labels are for: labelled (a classifier is trained beside the encoder, which it does not change) or unlabelled.
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    data set    garments, cifar10, imagenet100, imagenet
+    scale       paper: the authors' network and budget; cpu: the small network and the short run of the embedded set.
+                The embedded set has only the latter.
+    labels      labelled: a classifier is trained beside the encoder and does not change it; unlabelled: no classifier
 
     configs/simsiam.py                         garments on a CPU; not yet run
     configs/simsiam.py:cifar10                 ResNet-18, 800 epochs; not yet run
     configs/simsiam.py:imagenet100             ResNet-50, 200 epochs; not yet run
     configs/simsiam.py:imagenet                ResNet-50, 100 epochs; not yet run
 
-The predictor keeps its first learning rate throughout: --config.optimizer.constant_lr. Views of 32 pixels and less are
-not blurred: --config.views.view1.blur_above, and view2. Data of a preset other than the embedded one:
---config.data.source=cifar:PATH, folder:PATH, npz:PATH or tfds:NAME.
+SimSiam uses no labels. The predictor has a constant learning rate: --config.optimizer.constant_lr. Views of 32 pixels
+and less are not blurred: --config.views.view1.blur_above and --config.views.view2.blur_above. To read a data set that
+is not embedded from somewhere else: --config.data.source=cifar:PATH, folder:PATH, npz:PATH or tfds:NAME.
 
 Source: Chen and He 2020, arXiv 2011.10566.
 """
@@ -38,16 +42,16 @@ def get_config(preset: str = ""):
 
 
 def without_term(dataset, scale, labels):
-    """Data, views, network, budget and projector; the loss and its predictor are to be added."""
+    """Data, views, network, budget and projector; the caller adds the loss and its predictor."""
     small = dataset == "garments" or scale == "cpu"
     name = "imagenet100" if dataset == "imagenet" else dataset
     c = base.extend(__file__, "supcon.py", f"{name},{scale}")
     if dataset == "imagenet":
         c.data.source = "tfds:imagenet2012"
-        c.data.tfds.image_size = 256  # views are cropped from the middle square of an image, at this size
+        c.data.tfds.image_size = 256  # of an image's middle square, which views are cropped from
     for view in c.views.values():
         view.blur, view.blur_above = 0.5, 32
-    c.passes = (base.encode("view1"), base.encode("view2"))  # each normalised by itself
+    c.passes = (base.encode("view1"), base.encode("view2"))  # each view normalised separately
     del c.terms.supcon
     c.memory.probe.views = ("view1",)
     c.model.head_norm, c.model.head_out_norm = "batch", "plain"
@@ -67,7 +71,7 @@ def without_term(dataset, scale, labels):
 
 
 def _paper(c, dataset):
-    """The authors' hyper-parameters: SGD, lr in proportion to the batch, decay on every parameter, one cosine."""
+    """The authors' hyper-parameters: SGD, lr in proportion to the batch size, decay on every parameter, one cosine."""
     c.model.head_features = c.model.head_hidden = 2048
     if dataset == "cifar10":
         c.duration, c.batch_size = "800 epochs", 512
@@ -78,7 +82,7 @@ def _paper(c, dataset):
         c.duration, c.batch_size = "100 epochs" if dataset == "imagenet" else "200 epochs", 256
         c.model.depth, c.model.stem = 50, "imagenet"
         lr, decay = 0.05, 1e-4
-    # "released" is the cosine by epoch that ends at 0.
+    # The schedule "released" is the cosine that changes by epoch and ends at 0.
     sgd = dict(kind="sgd", momentum=0.9, schedule="released")
     c.optimizer = base.options(base.OptimizerOptions, lr=lr, weight_decay=decay, **sgd)
     c.memory.probe.optimizer = base.options(base.OptimizerOptions, lr=0.1, weight_decay=0.0, **sgd)

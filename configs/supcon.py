@@ -1,25 +1,30 @@
-"""SupCon: every image pulls the images of its class together, in two random views.
+"""SupCon: each image attracts the images of its class, in two random views.
 
     python -m jaxcl.main --config=configs/supcon.py
 
-Presets, one word an axis, joined by commas: a data set (garments, fashion_mnist, cifar10, cifar100, tiny_imagenet,
-stl10, imagenet100, imagenet), a schedule of the classifier (online, alternating, sequential), and a scale (paper: the
-authors' network and budget; cpu: the small network and minutes of the embedded sets, which have no other).
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    data set    garments, fashion_mnist, cifar10, cifar100, tiny_imagenet, stl10, imagenet100, imagenet
+    schedule    of the classifier: online, alternating, sequential
+    scale       paper: the authors' network and budget; cpu: the small network and the short run of the embedded sets.
+                The embedded sets (garments, fashion_mnist) have only the latter.
 
     configs/supcon.py                          garments on a CPU: 3 minutes, linear probe 64.2 %
     configs/supcon.py:cifar10,cpu              CIFAR-10 on a CPU; 8 epochs on one core: 8 minutes, linear probe 62.8 %
     configs/supcon.py:cifar10                  CIFAR-10, the SupCon repository's hyper-parameters; not yet run
     configs/supcon.py:cifar100,alternating     the baseline of the ExCon paper; not yet run
-    configs/supcon.py:cifar100,sequential      SupCon-original, the classifier afterwards; not yet run
+    configs/supcon.py:cifar100,sequential      the original SupCon, the classifier is trained afterwards; not yet run
     configs/supcon.py:tiny_imagenet            not yet run
-    configs/supcon.py:stl10, :imagenet100      no paper's settings; the ground of other configs; not yet run
+    configs/supcon.py:stl10, :imagenet100      no paper's settings; other configs start from these; not yet run
     configs/supcon.py:imagenet                 batches of 4,096 in bfloat16, LARS; for a pod; not yet run
 
-Data of a preset other than the embedded ones: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
-Source: Khosla et al. 2020, arXiv 2004.11362; papers' settings as in the released ExCon code; ImageNet's as in the
-authors' own script for ResNet-50 (google-research/supcon, supcon_imagenet_resnet50.sh: LARS at 0.4 for 256 images,
-weight decay 1e-3, 12 epochs of warm-up, 350 epochs, temperature 0.1), but at batches of 4,096 where theirs are of
-6,144, and with SimCLR's colours where theirs are AutoAugment's, which is not among the views here.
+To read a data set that is not embedded from somewhere else: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
+
+Source: Khosla et al. 2020, arXiv 2004.11362; settings of the papers as in the released ExCon code. ImageNet's settings
+are from the authors' own script for ResNet-50 (google-research/supcon, supcon_imagenet_resnet50.sh: LARS at 0.4 for 256
+images, weight decay 1e-3, 12 epochs of warm-up, 350 epochs, temperature 0.1), with two differences: batches of 4,096
+instead of 6,144, and SimCLR's colour jitter instead of AutoAugment, which jaxcl does not have.
 """
 
 from jaxcl import config as base
@@ -40,7 +45,7 @@ SIDES = {
     "stl10": 96,
     "imagenet100": 224,
     "imagenet": 224,
-}  # of the views; the others': the images' own
+}  # side of the views in pixels; views of other data sets are as large as the images
 
 
 def get_config(preset: str = ""):
@@ -59,7 +64,7 @@ def get_config(preset: str = ""):
     c.data.source = SOURCES.get(dataset, dataset)
     c.size = SIDES.get(dataset, 0)
     if dataset == "imagenet100":
-        c.data.files.image_size = 256  # of the photos, which views of 224 are cut from
+        c.data.files.image_size = 256  # size of the decoded photos; views of 224 are cropped from them
     c.data.tfds.image_size = 256 if dataset == "imagenet" else 0
     if dataset in SOURCES and scale == "paper":
         _paper(c, dataset)
@@ -68,21 +73,22 @@ def get_config(preset: str = ""):
     else:
         _cpu(c)
     if schedule != "online":
-        # Crop and flip, no colour; on Tiny ImageNet the released code trains the classifier on plain images.
+        # The view "classifier" is crop and flip without colour jitter. On Tiny ImageNet the released code trains the
+        # classifier on images without augmentation.
         c.views.classifier = base.view("standard" if dataset == "tiny_imagenet" else "classifier")
         c.memory.probe.schedule = schedule
     return c
 
 
 def _cpu(c):
-    """Minutes on two cores: most of this encoder is matrix products, which XLA does well on a CPU."""
+    """A run of minutes on two cores: most of this encoder is matrix products, which XLA computes fast on a CPU."""
     c.duration = "4 epochs"
     c.batch_size = 128
 
     c.model.depth = 50  # bottleneck blocks
-    c.model.stem = "patch4"  # 32 -> 8 pixels in one product
+    c.model.stem = "patch4"  # 32 -> 8 pixels in one matrix product
     c.model.stage_sizes = (2, 2)
-    c.model.stage_widths = (32, 64)  # 128 and 256 channels out
+    c.model.stage_widths = (32, 64)  # 128 and 256 output channels
     c.model.strides = (1, 2)
     c.eval.tap = "stage1"  # 8 x 8
 
@@ -96,17 +102,17 @@ def _cpu(c):
 
 
 def _paper(c, dataset):
-    """The authors' hyper-parameters (papers' tables; SGD, lr 0.5, cosine by epoch to lr/1000)."""
+    """The authors' hyper-parameters, from the papers' tables (SGD, lr 0.5, cosine by epoch to lr/1000)."""
     c.duration = "200 epochs"
     c.batch_size = 128 if dataset == "tiny_imagenet" else 256
-    if dataset == "cifar10":  # the SupCon repository's run; the ExCon paper has none on CIFAR-10
+    if dataset == "cifar10":  # the SupCon repository's settings; the ExCon paper has no run on CIFAR-10
         c.duration = "1000 epochs"
         c.batch_size = 1024
         c.optimizer.warmup = "10 epochs"
         c.optimizer.warmup_from = 0.01
     c.model.depth = 50
     c.model.stem = "imagenet" if SIDES.get(dataset, 0) > 64 else "cifar"
-    # Stage 4 of a CIFAR network is 4 x 4: the authors explain stage 2 there, stage 4 at 64 pixels.
+    # The authors explain stage 2 on CIFAR, where stage 4 has only 4 x 4 pixels, and stage 4 at 64 pixels.
     c.eval.tap = "stage4" if dataset in SIDES else "stage2"
     c.terms.supcon.temperature = 0.1
     c.terms.supcon.base_temperature = 0.07  # scales the loss by 1.43, as the released code does
@@ -124,7 +130,7 @@ def _paper(c, dataset):
 
 
 def _imagenet(c):
-    """The settings of the authors' script on ImageNet, at 4,096 images a batch."""
+    """The settings of the authors' ImageNet script, with batches of 4,096 images."""
     c.duration = "350 epochs"
     c.batch_size = 4096
     c.model.dtype = "bfloat16"

@@ -1,20 +1,23 @@
-"""Thanos: an encoder that spreads each class and one that reconstructs, side by side, on coarse labels.
+"""Thanos: one encoder that spreads each class and one that reconstructs images, trained together on coarse labels.
 
     python -m jaxcl.main --config=configs/thanos.py
 
-Two encoders are trained in one update, each with a cross-entropy on the coarse labels: the main one on L_spread, "auto"
-as an autoencoder. Their features, joined, are what is evaluated, on the fine labels too.
+One update trains both encoders, each with a cross-entropy on the coarse labels: the main one with L_spread, "auto" as
+an autoencoder. The evaluation concatenates their features and also measures the fine labels.
 
-Presets, one word an axis, joined by commas. What the main encoder learns: l_spread, or supcon for "SupCon +
-autoencoder". The encoders: two, one (a single encoder with all terms) or joint (two, with one classifier on both). Data
-set, scale, network and schedule as in l_spread.py.
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    method      the loss of the main encoder: l_spread, or supcon for "SupCon + autoencoder"
+    encoders    two; one: a single encoder with all terms; joint: two encoders, with one classifier on both
+    data set, scale, network, schedule          as in l_spread.py
 
     configs/thanos.py                          garments on a CPU: 4 min 7 s, fine classes 72.2 % (kNN 67.4), seed 0
     configs/thanos.py:supcon                   SupCon and autoencoder; not yet run
-    configs/thanos.py:one                      likewise joint; not yet run
+    configs/thanos.py:one                      joint likewise; not yet run
     configs/thanos.py:cifar10                  two ViTs, 600 epochs; not yet run
 
-As two runs joined at evaluation (the authors' way; the same numbers but for the choice of checkpoints):
+The authors train two runs and join them at evaluation. This gives the same numbers, up to the choice of checkpoints:
 
     python -m jaxcl.main --config=configs/l_spread.py --workdir=runs/s
     python -m jaxcl.main --config=configs/l_spread.py:autoencoder --workdir=runs/a
@@ -37,7 +40,7 @@ def get_config(preset: str = ""):
     """The config of a preset such as "supcon,cifar10"."""
     axes = base.choose(preset, METHODS, ENCODERS, DATASETS, SCALES, NETWORKS, SCHEDULES)
     method, encoders, *rest = axes
-    # The very config of the single run, whose terms the second encoder gets too.
+    # The config of the main encoder's single run. The second encoder's terms, below, come from its single run.
     c = base.extend(__file__, "l_spread.py", ",".join((method, *rest)))
     c.name = base.title(
         "thanos", (rest[0], method, encoders, *rest[1:]), ("", "l_spread", "two", "paper", "vit", "cosine")

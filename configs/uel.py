@@ -1,20 +1,27 @@
-"""UEL (instance spreading): each view finds its partner and is told from every other row of the batch; no labels.
+"""UEL (instance spreading): each view identifies its partner, and every other row of the batch is repelled; no labels.
 
     python -m jaxcl.main --config=configs/uel.py
 
-Presets as in simclr.py: a data set, a scale (paper, cpu), and labelled or unlabelled.
+Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
+axis is its default.
+
+    data set    garments, fashion_mnist, cifar10, cifar100, tiny_imagenet
+    scale       paper, cpu
+    labels      labelled, unlabelled
+
+The words mean the same as in simclr.py.
 
     configs/uel.py                             garments on a CPU: 3 minutes, linear probe 64.4 %
     configs/uel.py:cifar10                     CIFAR-10, the baseline of CLAE; not yet run
     configs/uel.py:cifar100                    not yet run
     configs/uel.py:tiny_imagenet               not yet run
 
-Without labels, on your own images:
+To train without labels on your own images:
 
     python -m jaxcl.main --config=configs/uel.py:unlabelled --config.data.source=npz:images.npz
 
-Everything but the loss is plain.py of the same preset. Source: Ye et al., CVPR 2019, in the batch form of Ho and
-Vasconcelos 2020, arXiv 2010.12050; settings of the latter's released code.
+Everything except the loss is as in plain.py with the same preset. Source: Ye et al., CVPR 2019, in the batch form of Ho
+and Vasconcelos 2020, arXiv 2010.12050; settings of the latter's released code.
 """
 
 from jaxcl import config as base

@@ -1,6 +1,6 @@
-"""Adversarial images by one or several steps along a loss's gradient, inside a ball around the image.
+"""Adversarial images: one or several steps along the gradient of any loss, inside a ball around the image.
 
-N images; C channels; K steps.
+N images, C channels, K steps.
 """
 
 from collections.abc import Callable
@@ -33,44 +33,44 @@ def pgd(
 ) -> jax.Array:
     """Projected gradient ascent on a loss of the whole batch, in the ball of radius epsilon around x.
 
-    x_0 = clip(x + delta0), then num_steps times, in the box of "linf",
-    x_{t+1} = clip(clip(x_t + step_size * sign(grad at x_t), x - epsilon, x + epsilon), *bounds), sign(0) = 0.
-    "l2" steps along each image's gradient scaled to length 1 (a zero gradient stays zero) and then shortens the
-    image's whole change to at most epsilon, before the clip to the bounds. Either way the result lies in the ball
-    and the bounds if x lies in the bounds.
+    x_0 = clip(x + delta0). Then, num_steps times for the norm "linf",
+    x_{t+1} = clip(clip(x_t + step_size * sign(grad at x_t), x - epsilon, x + epsilon), *bounds), with sign(0) = 0.
+    For "l2", a step goes along the gradient of each image, scaled to length 1 (a zero gradient stays zero). Then the
+    whole change of the image is shortened to at most epsilon, before the clip to the bounds. If x lies in the bounds,
+    the result lies in the ball and in the bounds.
 
-    Only the images are differentiated, and what the attack computes carries no gradient: under an outer
-    gradient the result moves with x alone.
+    Only the images are differentiated, and the attack carries no gradient: under an outer gradient, the derivative of
+    the result with respect to x is that of x itself, where nothing is clipped.
+
+        adversarial = pgd(lambda u: nt_xent(encode(u), z), x, epsilon=8 / 255, num_steps=10)
 
     Args:
-      loss_fn: images like x -> loss, to be increased. A scalar may depend on the batch as a whole. [N], one loss an
-        image: their sum is increased, and restarts are chosen image by image.
-      x: [N, H, W, C] images (any floating array works; the first axis counts the images).
-      epsilon: largest change, in the units of x: "linf" of a value, a scalar, or [C] for one a channel; "l2" of an
-        image's Euclidean norm, a scalar. May be traced, and is then not checked.
-      step_size: as epsilon; or a schedule with a leading axis of steps, [K, 1] or [K, C] ("l2": [K, 1]). An array of
-        one axis is always one a channel. None: epsilon for one step, else 2.5 * epsilon / num_steps, which can
-        reach any point of the box (Madry et al.).
-      num_steps: >= 1, or 0 for x_0. May be traced; steps past the end of a schedule then repeat its last one.
-      delta0: start offset like x, or None.
-      bounds: (lowest, highest) value of an image, scalars or [C]; None: no clipping to a range, only to the ball.
+      loss_fn: images like x -> the loss to increase. A scalar may depend on the whole batch. If it is [N], one loss per
+        image, then the sum is increased, and restarts are chosen per image.
+      x: [N, H, W, C] images, floating point. Other shapes work too; the first axis counts the images.
+      epsilon: the largest change in the units of x. "linf": of a value, a scalar or [C], one per channel. "l2": of the
+        Euclidean norm of an image, a scalar. A traced epsilon is not checked.
+      step_size: like epsilon; or a schedule with a leading axis of steps, [K, 1] or [K, C] ("l2": [K, 1]). An array of
+        one axis always has one size per channel. None: epsilon for one step, else 2.5 * epsilon / num_steps, which can
+        reach any point of the ball (Madry et al.).
+      num_steps: at least 1, or 0 to return x_0. May be traced; steps after the end of a schedule repeat its last one.
+      delta0: initial offset like x, or None.
+      bounds: (lowest, highest) value of an image, scalars or [C]; None: images are clipped to the ball only.
       norm: "linf" or "l2".
-      key: start uniformly in the ball instead of at x. One key, or [N] keys, one an image, which makes an image's
-        start independent of its place in the batch.
-      restarts: this many random starts (needs a key), of which the end point with the highest loss is kept: for the
-        batch if the loss is a scalar, since it is one attack, and for each image if the loss is [N].
+      key: start uniformly in the ball instead of at x. One key; or keys [N], one per image, so that the start of an
+        image does not depend on its position in the batch.
+      restarts: number of random starts, which need a key. The end point with the highest loss is kept: for the whole
+        batch if the loss is a scalar, and for each image if it is [N].
 
     Returns:
-      The adversarial images, shape and type of x.
+      The adversarial images, with the shape and type of x.
 
     Raises:
-      UserError: epsilon negative, or above what the bounds leave room for (as when given in 0..255 units); an
-        unknown norm; one epsilon a channel with "l2"; a schedule of another length; delta0 with a key, or restarts
-        without one; a loss of another shape.
+      UserError: images that are not floating point; epsilon negative, or larger than the bounds allow (as in 0..255
+        units); an unknown norm; one epsilon per channel with "l2"; a schedule of another length; delta0 together with
+        a key, or restarts without a key; a loss of another shape.
 
-    References:
-      Madry et al., arXiv:1706.06083; on a contrastive loss: Ho and Vasconcelos, "Contrastive Learning with
-      Adversarial Examples", arXiv:2010.12050.
+    Source: Madry et al. 2018, arXiv 1706.06083; on a contrastive loss: Ho and Vasconcelos 2020, arXiv 2010.12050.
     """
     x = jnp.asarray(x)
     traced = isinstance(num_steps, jax.core.Tracer)
@@ -81,7 +81,7 @@ def pgd(
     if step_size is None:
         step_size = _usual_step(epsilon, num_steps)
     step_size = jnp.asarray(step_size, x.dtype)
-    # A loop of unknown length cannot be differentiated; nothing of it has to be.
+    # A loop of unknown length cannot be differentiated. It need not be: see the end of this function.
     origin = lax.stop_gradient(x) if traced else x
     if traced:
         epsilon, step_size = lax.stop_gradient((epsilon, step_size))
@@ -122,7 +122,7 @@ def pgd(
         adversarial = attempt(0) if restarts == 1 else _best(loss_fn, attempt, x, restarts)
     if traced:
         inside = True if bounds is None else (adversarial > bounds[0]) & (adversarial < bounds[1])
-        adversarial += jnp.where(inside, x - origin, 0)  # adds 0, and the gradient of x
+        adversarial += jnp.where(inside, x - origin, 0)  # adds 0 with the gradient of x
     return adversarial
 
 
@@ -136,8 +136,10 @@ def fgsm(
 ) -> jax.Array:
     """Fast gradient sign method: clip(x + epsilon * sign(grad loss_fn(x)), *bounds), sign(0) = 0.
 
-    With norm "l2" the step is epsilon along each image's gradient. Arguments and errors as for `pgd`. Reference:
-    Goodfellow et al., arXiv:1412.6572.
+    With the norm "l2" the step has length epsilon along the gradient of each image. Arguments and errors are those of
+    `pgd`. The default bounds are for images in [0, 1]; pass `bounds=None` for normalised images.
+
+    Source: Goodfellow et al. 2015, arXiv 1412.6572.
     """
     return pgd(loss_fn, x, epsilon=epsilon, bounds=bounds, norm=norm)
 
@@ -150,13 +152,13 @@ def _usual_step(epsilon, num_steps):
 
 def _summed(loss, x):
     if loss.ndim and loss.shape != x.shape[:1]:
-        raise UserError(f"attack: loss of shape {loss.shape}, expected a scalar, or one an image, {x.shape[:1]}")
+        raise UserError(f"attack: loss of shape {loss.shape}, expected a scalar, or one per image, {x.shape[:1]}")
     return jnp.sum(loss) if loss.ndim else loss
 
 
 def _best(loss_fn, attempt, x, restarts):
-    """The end points of several attempts with the highest loss; a loss that is NaN wins, so that it is seen."""
-    # Never chosen, hence never computed; but of the loss's shape, type and place on a mesh.
+    """The end points with the highest loss of several attempts. A NaN loss wins, so that it does not stay hidden."""
+    # This loss is never selected, so XLA removes it; it only has the right shape, type and sharding.
     none = jnp.where(False, lax.stop_gradient(loss_fn(lax.stop_gradient(x))), -jnp.inf)
 
     def more(best, r):
@@ -173,7 +175,7 @@ def _image_keys(key, n):
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (n,)):
-        raise UserError(f"attack: keys of shape {key.shape}, expected one key, or one an image, ({n},)")
+        raise UserError(f"attack: keys of shape {key.shape}, expected one key, or one per image, ({n},)")
     return jax.random.split(key, n) if key.shape == () else key
 
 
@@ -185,7 +187,7 @@ def _in_ball(keys_N, x, epsilon, norm):
 
     def draw(key):
         direction, radius = jax.random.split(key)
-        # The share of a ball's volume within a radius grows with the power of its dimension.
+        # The volume of a ball grows with its radius to the power of the dimension.
         length = jax.random.uniform(radius) ** (1 / max(1, np.prod(shape, dtype=int)))
         return length * _unit_images(jax.random.normal(direction, (1, *shape)))[0]
 
@@ -193,13 +195,14 @@ def _in_ball(keys_N, x, epsilon, norm):
 
 
 def _norms(v):
-    """Euclidean norm of each image of v, in float32 at least, with axes of 1."""
+    """The Euclidean norm of each image of v, in float32 at least; all other axes have length 1."""
     v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(v * v, axis=tuple(range(1, v.ndim)), keepdims=True))
 
 
 def _unit_images(g):
-    # By its largest entry first: the squares of a small gradient would vanish.
+    """Each image of g scaled to Euclidean norm 1; zeros stay zeros."""
+    # First divide by the largest entry: the squares of a small gradient would underflow.
     largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)), keepdims=True)
     g = g / jnp.where(largest == 0, 1, largest)
     norm = _norms(g)
@@ -207,6 +210,7 @@ def _unit_images(g):
 
 
 def _shortened(delta, radius):
+    """Each image of delta shortened to a Euclidean norm of at most radius."""
     norm = _norms(delta)
     return (delta * jnp.where(norm > radius, radius / jnp.where(norm == 0, 1, norm), 1)).astype(delta.dtype)
 
@@ -221,9 +225,9 @@ def _check_attack(x, norm, num_steps, delta0, key, restarts):
     if restarts < 1:
         raise UserError(f"attack: restarts={restarts}, expected 1 or more")
     if restarts > 1 and key is None:
-        raise UserError(f"attack: restarts={restarts} without a key would all be the same; give key=jax.random.key(0)")
+        raise UserError(f"attack: restarts={restarts} without a key would all be equal; pass key=jax.random.key(0)")
     if delta0 is not None and key is not None:
-        raise UserError("attack: delta0 and key both choose the start, expected one of them")
+        raise UserError("attack: delta0 and key both choose the start; expected one of them")
 
 
 def _check_sizes(x, epsilon, step_size, num_steps, bounds, norm):
@@ -231,13 +235,13 @@ def _check_sizes(x, epsilon, step_size, num_steps, bounds, norm):
     if len(shapes["step_size"]) == 2:
         steps, *shapes["step_size"] = shapes["step_size"]
         if isinstance(num_steps, int) and steps != num_steps:
-            raise UserError(f"attack: a schedule of {steps} step sizes for num_steps={num_steps}, expected one a step")
+            raise UserError(f"attack: a schedule of {steps} sizes for num_steps={num_steps}, expected one per step")
     for name, shape in shapes.items():
         if norm == "l2" and np.prod(shape, dtype=int) != 1:
-            raise UserError(f"attack: {name} of shape {tuple(shape)} with norm l2, expected one number for an image")
+            raise UserError(f"attack: {name} of shape {tuple(shape)} with norm l2, expected a number")
         if len(shape) == 1 and shape[0] not in (1, x.shape[-1] if x.ndim else 1):
             raise UserError(
-                f"attack: {name} for {shape[0]} channels of images with {x.shape[-1]}, expected a number or one a "
+                f"attack: {name} for {shape[0]} channels of images with {x.shape[-1]}, expected a number or one per "
                 "channel; a schedule of step sizes has shape [num_steps, 1]"
             )
     width = None
@@ -245,8 +249,8 @@ def _check_sizes(x, epsilon, step_size, num_steps, bounds, norm):
         low, high = (np.asarray(b, np.float64) for b in bounds)
         width = high - low
         if not np.all(width >= 0):
-            raise UserError(f"attack: bounds {_said(low)} to {_said(high)}, expected the lowest value first")
-        if norm == "l2":  # from corner to corner of what an image can be
+            raise UserError(f"attack: bounds {_in_words(low)} to {_in_words(high)}, expected the lowest value first")
+        if norm == "l2":  # the diagonal of the box of all images
             width = np.sqrt(np.sum(np.broadcast_to(width, x.shape[1:]) ** 2))
     for name, value in (("epsilon", epsilon), ("step_size", step_size)):
         if value is None or isinstance(value, jax.core.Tracer):
@@ -254,13 +258,14 @@ def _check_sizes(x, epsilon, step_size, num_steps, bounds, norm):
         value = np.asarray(value)
         if value.size and not value.min() >= 0:
             raise UserError(f"attack: {name}={value}, expected 0 or more")
-        # Bounds and epsilon may have been divided by the same deviation, and rounded.
+        # Bounds and epsilon may have been divided by the same standard deviation, and rounded.
         if name == "epsilon" and width is not None and np.any(value > width * (1 + 1e-6)):
             raise UserError(
-                f"attack: epsilon={value} with images in [{_said(low)}, {_said(high)}], expected the "
-                "images' own units; divide a value in 0..255 units by 255"
+                f"attack: epsilon={value} with images in [{_in_words(low)}, {_in_words(high)}], expected the "
+                "units of the images; divide a value in 0..255 units by 255"
             )
 
 
-def _said(value):
+def _in_words(value):
+    """A bound for a message: a number, or one per channel."""
     return f"{value:g}" if value.ndim == 0 else " ".join(f"{v:g}" for v in value.ravel())

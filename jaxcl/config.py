@@ -9,7 +9,6 @@ def get_config(preset="garments"):
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -29,22 +28,6 @@ from jaxcl.models.registry import MODELS
 from jaxcl.runtime.options import POSITIVE, SHARE, Option, Options, Range, defaults, options_of, quoted, suggestion
 from jaxcl.runtime.options import check as check_option
 from jaxcl.runtime.registry import Registry
-
-# Keys that may differ between a run and its continuation: they change nothing of what is learned.
-FREE_KEYS = (
-    "log_every",
-    "collapse_every",
-    "log_examples",
-    "checkpoint",
-    "report",
-    "wandb",
-    "eval",
-    "devices",
-    "hosts",
-    "sharding",
-    "data.prefetch",
-    "data.tfds.data_dir",
-)
 
 # Keys that hold parts, which are checked where they are made: {name: part}, lists of parts, and single parts.
 MAPPINGS, LISTS = ("views", "terms", "memory", "heads", "encoders"), ("stages", "passes")
@@ -434,6 +417,8 @@ def from_dict(plain: Mapping[str, Any]) -> ConfigDict:
     """A config from what `to_dict` gave; keys that have come since have their defaults."""
     config = default()
     with config.unlocked():
+        if plain.get("model", {}).get("kind", config.model.kind) != config.model.kind:
+            del config.model  # else options of the default kind would remain beside those of this one
         _fill(config, plain)
     return config
 
@@ -453,34 +438,3 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(ConfigDict(v) if isinstance(v, Mapping) else _frozen(v) for v in value)
     return value
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.depth": 18, "stages[0].tap": "stage2", ...}"""
-    if isinstance(tree, dict):
-        items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items()]
-    elif isinstance(tree, list) and any(isinstance(v, dict) for v in tree):
-        items = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    return {k: v for key, value in items for k, v in flatten(value, key).items()}
-
-
-def _learned(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that decide what is learned, flat."""
-
-    def free(key: str) -> bool:
-        return any(key == f or key.startswith((f"{f}.", f"{f}[")) for f in FREE_KEYS)
-
-    return {k: v for k, v in flatten(config).items() if not free(k)}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys in which two configs would learn something else, as "key: old -> new"."""
-    a, b = _learned(old), _learned(new)
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-
-
-def fingerprint(config: dict[str, Any]) -> str:
-    """A short hash of what a config learns; equal for a run and its continuation."""
-    return hashlib.sha256(json.dumps(_learned(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,17 +1,17 @@
-"""What ends a run early; `main` prints each as one plain line and turns it into an exit code."""
+"""Errors that end a run. `main` prints one plain line for each and turns it into an exit code."""
 
 
 class UserError(ValueError):
-    """A mistake to mend: what is wrong, what was expected and what to do, in one line. Exit code 2."""
+    """A mistake that the user can correct. One line: what is wrong, what was expected, what to do. Exit code 2."""
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer finite. Exit code 3; running on would only repeat it."""
+    """The loss is not finite. Exit code 3; a restart would only repeat it."""
 
 
 class Preempted(RuntimeError):
-    """The run was asked to end and has saved itself. Exit code 75 (try again), so that a scheduler requeues it."""
+    """The run was asked to end and saved a checkpoint. Exit code 75 (try again), so that a scheduler requeues it."""
 
 
 class LostHost(RuntimeError):
-    """Another process of the run is gone. Exit code 75 (try again), so that a scheduler requeues all of them."""
+    """Another process of the run has ended. Exit code 75 (try again), so that a scheduler requeues all processes."""

@@ -1,7 +1,10 @@
 """Saliency maps (GradCAM, input gradients, integrated gradients) and the masks made from them.
 
-Letters: N images, H W their height and width (S where square), C colours, h w M a layer's height, width and
-channels, K classes. Maps are computed in float32 at least. Nothing here stops gradients: the caller decides.
+These are functions of arrays and functions. Maps are computed in float32 at least. No function stops gradients; the
+caller decides.
+
+Letters: N images, H W height and width of images (S if square), C colours, h w M height, width and channels of a layer,
+K classes.
 """
 
 import functools
@@ -19,19 +22,21 @@ NORMALIZE_EPS = 1e-8
 
 @functools.partial(jax.jit, static_argnames="relu")
 def cam(activations: ArrayLike, gradients: ArrayLike, *, relu: bool = False) -> jax.Array:
-    """Class activation map: channels summed with the spatial mean of their gradients as weights.
+    """Class activation map: the sum of channels, weighted by the spatial mean of their gradients.
 
     Args:
       activations: [N, h, w, M], the output of one layer.
-      gradients: [N, h, w, M], gradient of the explained logits with respect to it.
-      relu: cut negative values off. GradCAM's paper does (eq. 2); ExCon's released code does not, and the
-        region kept after normalising differs a lot between the two.
+      gradients: [N, h, w, M], gradient of the explained logits with respect to the activations.
+      relu: set negative values to 0. GradCAM's paper does (eq. 2); ExCon's released code does not. The regions kept
+        after normalising differ a lot between the two.
 
     Returns:
       [N, h, w].
 
-    References:
-      Selvaraju et al., "Grad-CAM", arXiv:1610.02391, eq. 1 and 2.
+    Raises:
+      UserError: other shapes.
+
+    Source: Selvaraju et al. 2017, Grad-CAM, arXiv 1610.02391, equations 1 and 2.
     """
     a_NxhxwxM, g_NxhxwxM = _at_least_float32(activations), _at_least_float32(gradients)
     if a_NxhxwxM.ndim != 4 or a_NxhxwxM.shape != g_NxhxwxM.shape:
@@ -51,20 +56,25 @@ def grad_cam(
     *,
     relu: bool = False,
 ) -> jax.Array:
-    """GradCAM of one layer, given the rest of the network from that layer on.
+    """GradCAM of one layer, given the rest of the network after that layer.
 
-    One backward pass of the tail for the sum of the target logits. Where the tail's batch norm uses batch
-    statistics, an image's gradient therefore holds the terms that reach it through the other images.
+    It runs one backward pass of the tail for the sum of the target logits. So if batch norms of the tail use batch
+    statistics, the gradient of an image includes terms from the other images.
+
+        maps = grad_cam(lambda a: a.mean((1, 2)) @ weights, activations, labels)   # [N,h,w]
+        masks = keep_mask(normalize_map(maps, size=32))
 
     Args:
       tail_fn: activations [N, h, w, M] -> logits [N, K].
       activations: [N, h, w, M], the layer's output.
-      targets: [N] int, the class each map explains. Negative (unlabelled): the image explains nothing, its
-        map is flat zero unless other images reach it through batch statistics.
+      targets: [N] int, the class that each map explains. For a negative target (an unlabelled image) the map is all
+        zeros, except for terms from other images through batch statistics.
       relu: see `cam`.
 
     Returns:
-      [N, h, w]; `normalize_map` scales it to the image and to [0, 1].
+      [N, h, w]; `normalize_map` resizes it to the image and scales it to [0, 1].
+
+    Source: Selvaraju et al. 2017, Grad-CAM, arXiv 1610.02391.
     """
     gradients = jax.grad(lambda a: _target_sum(tail_fn(a), targets))(activations)
     return cam(activations, gradients, relu=relu)
@@ -76,11 +86,14 @@ def normalize_map(maps: ArrayLike, size: int | tuple[int, int] | None = None) ->
 
     Args:
       maps: [N, h, w].
-      size: side S or (H, W) to resize to, bilinearly with half-pixel centres and clamped edges; None keeps
-        the size. The minimum and maximum are those of the resized map.
+      size: side S or (H, W) of the result, resized bilinearly with half-pixel centres and clamped edges. None keeps the
+        size. The minimum and maximum are taken after resizing.
 
     Returns:
-      [N, H, W]. A flat map becomes all zeros.
+      [N, H, W] in [0, 1]. A constant map becomes all zeros.
+
+    Raises:
+      UserError: maps of another shape.
     """
     maps = _at_least_float32(maps)
     if maps.ndim != 3:
@@ -99,11 +112,11 @@ def normalize_map(maps: ArrayLike, size: int | tuple[int, int] | None = None) ->
 
 
 def keep_mask(maps: ArrayLike, threshold: float = 0.5) -> jax.Array:
-    """Pixels strictly above the threshold, bool; a pixel exactly at it is removed.
+    """The pixels strictly above the threshold, bool; a pixel equal to it is removed.
 
     Args:
       maps: [N, H, W] in [0, 1], from `normalize_map`.
-      threshold: in [0, 1]. At 0.5 a flat map keeps nothing.
+      threshold: in [0, 1]. A constant map keeps nothing, because `normalize_map` makes it all zeros.
     """
     return jnp.asarray(maps) > threshold
 
@@ -112,17 +125,20 @@ def keep_mask(maps: ArrayLike, threshold: float = 0.5) -> jax.Array:
 def top_fraction_mask(maps: ArrayLike, q: float) -> jax.Array:
     """The floor(q * H * W) largest pixels of each map, bool [N, H, W].
 
-    Exactly that many are kept: among equal pixels the first in row order win.
+    Exactly this number is kept: among equal pixels, the first in row order.
 
     Args:
       maps: [N, H, W], any scale.
       q: fraction in [0, 1], a Python number.
+
+    Raises:
+      UserError: q out of range.
     """
     maps = jnp.asarray(maps)
     if not 0 <= q <= 1:
         raise UserError(f"top_fraction_mask: q={q}, expected a fraction from 0 to 1")
     flat = maps.reshape(len(maps), -1)
-    # A nudge, since 0.15 * 100 is 15.000000000000002 but 0.29 * 100 is 28.999999999999996.
+    # The small number corrects rounding: 0.29 * 100 is 28.999999999999996.
     kept = int(q * flat.shape[1] + 1e-9)
     order = jnp.argsort(-flat, axis=1, stable=True)
     rank = jnp.argsort(order, axis=1, stable=True)
@@ -130,27 +146,29 @@ def top_fraction_mask(maps: ArrayLike, q: float) -> jax.Array:
 
 
 def apply_mask(images: ArrayLike, keep: ArrayLike, fill: ArrayLike = 0.0) -> jax.Array:
-    """Replaces removed pixels, the same in every channel.
+    """Replaces the removed pixels in every channel.
 
     Args:
       images: [N, H, W, C].
-      keep: [N, H, W] bool.
-      fill: scalar or [C]. 0 on normalised images is the dataset's mean colour.
+      keep: [N, H, W] bool; False removes a pixel.
+      fill: the value of removed pixels, a scalar or [C]. 0 on normalised images is the mean colour of the data.
     """
     images = jnp.asarray(images)
     return jnp.where(jnp.asarray(keep, bool)[..., None], images, jnp.asarray(fill, images.dtype))
 
 
 def input_gradient(logits_fn: Callable[[jax.Array], jax.Array], images: jax.Array, targets: ArrayLike) -> jax.Array:
-    """Gradient of the target logits with respect to the images, summed over colours.
+    """The gradient of the target logits with respect to the images, summed over colours.
 
     Args:
       logits_fn: images [N, H, W, C] -> logits [N, K].
       images: [N, H, W, C].
-      targets: [N] int; negative: not explained, a map of zeros.
+      targets: [N] int, the class that each map explains; a negative target gives a map of zeros.
 
     Returns:
       [N, H, W], signed.
+
+    Source: Simonyan et al. 2014, arXiv 1312.6034.
     """
     gradients = jax.grad(lambda x: _target_sum(logits_fn(x), targets))(jnp.asarray(images))
     return jnp.sum(_at_least_float32(gradients), axis=-1)
@@ -166,21 +184,23 @@ def integrated_gradients(
 ) -> jax.Array:
     """Integrated gradients along the straight line from a baseline image, summed over colours.
 
-    The integral is a midpoint sum, one gradient at a time, so memory does not grow with `num_steps`. The
-    map's sum approaches logit(image) - logit(baseline) as `num_steps` grows (completeness).
+    The integral is a midpoint sum of one gradient at a time, so memory does not grow with `num_steps`. With more steps,
+    the sum of a map approaches logit(image) - logit(baseline) (completeness).
 
     Args:
       logits_fn: images [N, H, W, C] -> logits [N, K].
       images: [N, H, W, C].
-      targets: [N] int; negative: not explained, a map of zeros.
-      baseline: anything that broadcasts to the images; 0 on normalised images is the mean colour.
-      num_steps: points on the line, >= 1.
+      targets: [N] int, the class that each map explains; a negative target gives a map of zeros.
+      baseline: broadcasts to the images; 0 on normalised images is the mean colour.
+      num_steps: number of points on the line, at least 1.
 
     Returns:
       [N, H, W], signed.
 
-    References:
-      Sundararajan et al., "Axiomatic Attribution for Deep Networks", arXiv:1703.01365, eq. 1 and 3.
+    Raises:
+      UserError: num_steps below 1.
+
+    Source: Sundararajan et al. 2017, Axiomatic Attribution for Deep Networks, arXiv 1703.01365, equations 1 and 3.
     """
     if num_steps < 1:
         raise UserError(f"integrated_gradients: num_steps={num_steps}, expected at least 1")

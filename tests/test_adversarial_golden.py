@@ -1,4 +1,4 @@
-"""Attacks against numbers of others: the authors' gradients, signs and images of each contrastive loss, and foolbox."""
+"""Attacks against gradients, signs and images from the code of CLAE's authors, and against foolbox."""
 
 import functools
 
@@ -42,20 +42,20 @@ WIDTHS = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 
 def attacked(d, x):
-    """The loss of a batch against the features of its clean self."""
+    """The loss of a batch against the features of the clean batch."""
     encode = encoder({k: v.astype(x.dtype) if v.dtype == np.float64 else v for k, v in d.items()})
     anchor, temperature = jax.jit(encode)(x), float(d["temperature"])
     return lambda v: METHODS[str(d["method"])](anchor, encode(v), temperature)
 
 
 def same_gradient(got, want, sign):
-    """Values by the width's tolerance, signs exactly."""
+    """Values within the tolerance of the dtype; signs exactly."""
     np.testing.assert_allclose(got, want, atol=(1e-9 if got.dtype == jnp.float64 else 1e-4) * np.abs(want).max())
     np.testing.assert_array_equal(np.sign(got), sign)
 
 
 def same_images(got, want, start, epsilon):
-    """Values up to rounding, and each moved the same way."""
+    """Values up to rounding, with every value moved in the same direction."""
     wide = got.dtype == jnp.float64
     np.testing.assert_allclose(got, want, atol=1e-12 if wide else 2e-6)
     steps = [np.round((np.asarray(v, np.float64) - start) / epsilon, 3) for v in (got, want)]
@@ -90,7 +90,7 @@ def test_golden_pgd(golden, dtype):
         x, eps = jnp.asarray(d["x"], dtype), float(d["epsilon"])
         loss_fn = attacked(d, x)
         options = dict(epsilon=eps, step_size=float(d["step_size"]), delta0=d.get("delta0"))
-        # Each length of the trajectory, from one program; then the loop of known length.
+        # Every length of the trajectory with one program, then the loop of known length.
         steps = jax.jit(lambda x, k: pgd(loss_fn, x, num_steps=k, **options))
         value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
         for k in range(int(d["num_steps"]) + 1):
@@ -107,7 +107,7 @@ def test_golden_pgd(golden, dtype):
 
 @WIDTHS
 def test_golden_normalised_units(golden, dtype):
-    """A step in normalised units is a step of epsilon * std in pixels, one number a channel."""
+    """A step of epsilon in normalised units is a step of epsilon * std in pixels, one number per channel."""
     d = golden("clae", "attack_fgsm_simclr_normalised_space")
     with jax.enable_x64(dtype == "float64"):
         mean, std, pixels = (jnp.asarray(d[k], dtype) for k in ("mean", "std", "x01"))
@@ -142,7 +142,7 @@ def foolbox():
 
 @functools.cache
 def small_classifier():
-    """-> (images -> logits [N,5], images [8,6,6,3], labels [8]); the labels are what it says of the images."""
+    """-> (images -> logits [N,5], images [8,6,6,3], labels [8]); the labels are its own predictions."""
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 3, 3, 8)).astype(np.float32) / 4
     dense = rng.normal(size=(8 * 36, 5)).astype(np.float32) / 8

@@ -1,19 +1,21 @@
-"""GradCAM against the authors' chain, masks pixel by pixel, and attributions against closed forms."""
+"""GradCAM against the code of ExCon's authors, masks pixel by pixel, and attributions against closed forms."""
 
 import functools
 
+import chex
 import golden_net
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from jaxcl import saliency
 from jaxcl.errors import UserError
 
 
 def close(got, want, wide):
-    """Float64: 1e-7 of each number; float32: 1e-4 of the largest."""
+    """float64: within 1e-7 of each number. float32: within 1e-4 of the largest."""
     want = np.asarray(want)
     if wide:
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-10)
@@ -71,21 +73,21 @@ def test_cam_of_given_gradients(golden):
 
 
 def test_batch_statistics_carry_other_images_into_the_map(golden):
-    """The gradient of the sum of logits, not of each logit alone."""
+    """The gradient is that of the sum of logits, not of each logit alone."""
     d = golden("excon", "gradcam_cifar_train_bn")
     activations, labels = jnp.asarray(d["activations"], jnp.float32), d["labels"]
     tail_fn = functools.partial(golden_net.tail, d, train=True)
     together = saliency.grad_cam(tail_fn, activations, labels)
     alone = saliency.grad_cam(tail_fn, activations, np.where(np.arange(len(labels)) == 0, labels, -1))
     assert np.abs(together[0] - alone[0]).max() > 1e-5
-    assert np.abs(alone[1]).max() > 0  # reached through the statistics although it explains nothing
+    assert np.abs(alone[1]).max() > 0  # the terms through the statistics, although its target is negative
 
 
 # ---- maps and masks, by loops
 
 
 def slow_resize(image, size):
-    """Bilinear, half-pixel centres, edges clamped."""
+    """Reference: bilinear, half-pixel centres, edges clamped."""
     h, w = image.shape
     out = np.zeros(size)
     for i, j in np.ndindex(*size):
@@ -123,7 +125,7 @@ def test_keep_mask_is_strict():
 
 
 @pytest.mark.parametrize("q,kept", [(0.0, 0), (0.15, 15), (0.29, 29), (0.155, 15), (1.0, 100)])
-def test_top_fraction_keeps_exactly_that_many(q, kept):
+def test_top_fraction_keeps_exactly_its_number(q, kept):
     rng = np.random.default_rng(0)
     maps = rng.integers(0, 6, (4, 10, 10)).astype(np.float32)  # full of ties
     maps[3] = -2.5  # all equal
@@ -161,7 +163,7 @@ def test_input_gradient():
 
 
 def test_integrated_gradients_of_a_cubic():
-    """Along t * x the gradient of x^3 is 3 t^2 x^2; its integral times x is x^3."""
+    """Along t * x the gradient of x^3 is 3 t^2 x^2; its integral over t, times x, is x^3."""
     images = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
     targets = np.array([0, 1, -1])
     got = saliency.integrated_gradients(polynomial_logits, images, targets, num_steps=200)
@@ -175,7 +177,7 @@ def test_integrated_gradients_of_a_cubic():
 
 
 def test_integrated_gradients_midpoints():
-    """Two steps: the gradient at a quarter and three quarters of the way."""
+    """Two steps evaluate the gradient at one quarter and three quarters of the path."""
     images = np.random.default_rng(0).normal(size=(1, 2, 2, 1)).astype(np.float32)
     got = saliency.integrated_gradients(polynomial_logits, images, np.array([1]), num_steps=2)
     x = images[0, ..., 0]
@@ -197,12 +199,41 @@ def test_integrated_gradients_memory_does_not_grow_with_steps():
     assert memory(64) <= memory(2) + 4096
 
 
-def test_mistakes():
-    with pytest.raises(UserError, match="cam: activations of shape"):
-        saliency.cam(np.ones((2, 4, 4, 3)), np.ones((2, 4, 4, 2)))
-    with pytest.raises(UserError, match="normalize_map: maps of shape"):
-        saliency.normalize_map(np.ones((4, 4)), 8)
-    with pytest.raises(UserError, match="top_fraction_mask: q=15"):
-        saliency.top_fraction_mask(np.ones((1, 4, 4)), 15)
-    with pytest.raises(UserError, match="num_steps=0"):
-        saliency.integrated_gradients(polynomial_logits, np.ones((1, 2, 2, 1)), np.zeros(1, int), num_steps=0)
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: saliency.cam(np.ones((2, 4, 4, 3)), np.ones((2, 4, 4, 2))), r"cam: .*\(2, 4, 4, 2\)"),
+        (lambda: saliency.normalize_map(np.ones((4, 4)), 8), r"normalize_map: .*\(4, 4\)"),
+        (lambda: saliency.top_fraction_mask(np.ones((1, 4, 4)), 15), "top_fraction_mask: q=15"),
+        (
+            lambda: saliency.integrated_gradients(
+                polynomial_logits, np.ones((1, 2, 2, 1)), np.zeros(1, int), num_steps=0
+            ),
+            "integrated_gradients: num_steps=0",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(call, text):
+    with pytest.raises(UserError, match=text) as caught:
+        call()
+    assert "\n" not in caught.value.args[0]
+
+
+class Transformations(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters("cam", "normalize_map", "keep_mask", "top_fraction_mask", "apply_mask")
+    def test_functions_of_arrays(self, name):
+        """The same with and without jit, and image by image."""
+        rng = np.random.default_rng(0)
+        maps, layer = rng.random((3, 4, 4)).astype(np.float32), rng.normal(size=(3, 4, 4, 2)).astype(np.float32)
+        function, arguments = {
+            "cam": (saliency.cam, (layer, layer[::-1].copy())),
+            "normalize_map": (lambda m: saliency.normalize_map(m, (6, 8)), (maps,)),
+            "keep_mask": (saliency.keep_mask, (maps,)),
+            "top_fraction_mask": (lambda m: saliency.top_fraction_mask(m, 0.3), (maps,)),
+            "apply_mask": (saliency.apply_mask, (layer, maps > 0.5)),
+        }[name]
+        together = self.variant(function)(*arguments)
+        chex.assert_axis_dimension(together, 0, 3)
+        alone = [self.variant(function)(*(a[i : i + 1] for a in arguments)) for i in range(3)]
+        chex.assert_trees_all_close(together, jnp.concatenate(alone), atol=1e-6)

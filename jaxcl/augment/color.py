@@ -1,9 +1,9 @@
 """Colour operations: grayscale, and the jitter of brightness, contrast, saturation and hue in random order.
 
-Semantics are torchvision's `ColorJitter` on floating images: factors multiply, the hue turns on the HSV
-circle, every step ends in [0,1]. Images are float32 [N,H,W,3] in [0,1].
+The semantics are those of torchvision's `ColorJitter` on float images: factors multiply, the hue turns on the HSV
+circle, and every step is clipped to [0,1]. Images are float32 [N,H,W,3] in [0,1].
 
-Letters: N images.
+Letters: N images, H height, W width.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxcl.augment import ops
 from jaxcl.errors import UserError
 
-PARTS = ("brightness", "contrast", "saturation", "hue")  # the meaning of 0..3 in an order
+PROPERTIES = ("brightness", "contrast", "saturation", "hue")  # the meaning of 0..3 in an order
 IDENTITY = (1.0, 1.0, 1.0, 0.0)
 _ORDERS = tuple(itertools.permutations(range(4)))
 _LUMA = (0.299, 0.587, 0.114)
@@ -25,17 +25,17 @@ Planes = tuple[jax.Array, jax.Array, jax.Array]  # red, green, blue, each [N,H,W
 def draw_color_jitter(
     keys: jax.Array, *, strength: tuple[float, float, float, float], p: float = 1.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Factors, order and coin of a colour jitter, one row an image.
+    """Draws the factors, the order and the application of a colour jitter, one row per image.
 
     Args:
       keys: [N] typed keys.
-      strength: (brightness, contrast, saturation, hue). A factor is uniform in [max(0, 1 - s), 1 + s], the
-        hue shift uniform in [-s, s] turns.
+      strength: (brightness, contrast, saturation, hue). For strength s, a factor is uniform in [max(0, 1 - s), 1 + s]
+        and the hue shift in [-s, s] turns.
       p: probability that an image is jittered at all.
 
     Returns:
-      factors float32 [N,4], (1, 1, 1, 0) where not applied; order int32 [N,4], a permutation of 0..3:
-      order[n, t] is the part (`PARTS`) that comes t-th; applied bool [N].
+      factors float32 [N,4], (1, 1, 1, 0) where not applied; order int32 [N,4], a permutation of 0..3 in which
+      order[n, t] is the property (`PROPERTIES`) that is changed t-th; applied bool [N].
     """
     u_Nx6 = ops.draw_uniform(keys, 6)
     applied = u_Nx6[:, 4] < p
@@ -59,7 +59,7 @@ def adjust_brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
-    """clip(factor * x + (1 - factor) * m), m the mean of the grey image; factor [N] >= 0."""
+    """clip(factor * x + (1 - factor) * m), where m is the mean of the grey image; factor [N] >= 0."""
     planes = _split(images, "contrast")
     return ops.join(_blend(planes, factor, _image((1.0 - factor) * jnp.mean(_grey(planes), axis=(1, 2)))))
 
@@ -71,61 +71,61 @@ def adjust_saturation(images: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def adjust_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
-    """Turns the hue by shift [N] turns on the HSV circle; a shift of exactly 0 changes no bit."""
+    """Shifts the hue by shift [N] turns on the HSV circle; a shift of exactly 0 changes no bit."""
     planes = _split(images, "hue")
     return ops.join(_hue(planes, shift))
 
 
 def color_jitter(
-    images: jax.Array | Planes, factors: jax.Array, order: jax.Array, *, parts: tuple[str, ...] = PARTS
+    images: jax.Array | Planes, factors: jax.Array, order: jax.Array, *, properties: tuple[str, ...] = PROPERTIES
 ) -> jax.Array:
-    """Applies brightness, contrast, saturation and hue, each once, in each image's own order.
+    """Changes brightness, contrast, saturation and hue, each once, in the order drawn for each image.
 
-    Exactly the sequential definition, without a branch an image and without trying every part in every place. Contrast
-    and saturation are one blend, clip(a x + b grey + c), and the hue is the dear part. Every order of these three is a
-    subsequence of
+    The result is that of the sequential definition, without a branch per image and without trying every property at
+    every place. Contrast and saturation are one form of blend, clip(a x + b grey + c), and the hue is the expensive
+    step. Every order of these three is a subsequence of
 
         blend  blend  hue  blend  blend
 
-    and brightness, a product and a minimum, has a place after each of the five and one before them. What is not an
-    image's turn runs with factors that change nothing. One hue rotation, four blends and four means, where choosing
-    among four parts in each of four rounds takes four hues, twelve blends and four means.
+    and brightness, a product and a minimum, has a place before the first step and one after each. A step that an image
+    does not take runs with factors that change nothing. This costs one hue rotation, four blends and four means;
+    choosing among the four properties in each of four rounds would cost four hues, twelve blends and four means.
 
     Args:
-      images: [N,H,W,3] in [0,1]; or its three channels by themselves, each [N,H,W].
-      factors: [N,4] brightness, contrast, saturation factor and hue shift in turns; (1, 1, 1, 0) changes no
-        bit.
-      order: int [N,4], order[n, t] is the part that comes t-th (`PARTS`).
-      parts: the parts in the program, static; a part left out is the identity.
+      images: [N,H,W,3] in [0,1], or a tuple of the three channels, each [N,H,W].
+      factors: [N,4] brightness, contrast and saturation factor, and hue shift in turns; (1, 1, 1, 0) changes no bit.
+      order: int [N,4]; order[n, t] is the property that is changed t-th (`PROPERTIES`).
+      properties: the properties in the program, static; the others are left unchanged.
 
     Returns:
       [N,H,W,3].
 
     Raises:
-      UserError: not three channels.
+      UserError: images without three channels.
     """
     planes = images if isinstance(images, tuple) else _split(images, "colour jitter")
     bright, contrast, saturation, hue = (
-        factors[:, i] if part in parts else jnp.full_like(factors[:, i], IDENTITY[i]) for i, part in enumerate(PARTS)
+        factors[:, i] if name in properties else jnp.full_like(factors[:, i], IDENTITY[i])
+        for i, name in enumerate(PROPERTIES)
     )
-    turns, blends = "hue" in parts, "contrast" in parts or "saturation" in parts
-    # The inverse permutation: when each part comes.
+    turns, blends = "hue" in properties, "contrast" in properties or "saturation" in properties
+    # The inverse permutation: the time of each property.
     t_bright, t_contrast, t_saturation, t_hue = (jnp.sum(jnp.arange(4) * (order == i), axis=1) for i in range(4))
 
-    def step_of(own, other):
-        """Which step of the program a blend is: 0 or 1 before the hue, which is step 2, or 3 or 4."""
-        late, other_late = ((t > t_hue) if turns else jnp.zeros_like(t, bool) for t in (own, other))
-        return 3 * late + ((late == other_late) & (own > other))
+    def step_of(time, other):
+        """The step of a blend in the program: 0 or 1 before the hue, which is step 2, else 3 or 4."""
+        late, other_late = ((t > t_hue) if turns else jnp.zeros_like(t, bool) for t in (time, other))
+        return 3 * late + ((late == other_late) & (time > other))
 
     contrast_step, saturation_step = step_of(t_contrast, t_saturation), step_of(t_saturation, t_contrast)
-    # Brightness comes after the last step of the parts that it follows; -1: first of all.
+    # Brightness comes after the last step that precedes it in the image's order; -1 is the place before all steps.
     bright_step = jnp.full_like(t_bright, -1)
-    own = [(t_contrast, contrast_step), (t_saturation, saturation_step)] if blends else []
-    for t, step in own + ([(t_hue, 2)] if turns else []):
+    steps = [(t_contrast, contrast_step), (t_saturation, saturation_step)] if blends else []
+    for t, step in steps + ([(t_hue, 2)] if turns else []):
         bright_step = jnp.maximum(bright_step, jnp.where(t < t_bright, step, -1))
 
     def brighten(planes, now):
-        if "brightness" not in parts:
+        if "brightness" not in properties:
             return planes
         factor = _image(jnp.where(now, bright, 1.0))
         return tuple(jnp.minimum(factor * plane, 1.0) for plane in planes)
@@ -139,9 +139,9 @@ def color_jitter(
         planes = _blend(planes, factor, _image(jnp.where(is_saturation, 1.0 - saturation, 0.0)) * grey + _image(offset))
         return brighten(planes, bright_step == step), None
 
-    # Loops and not calls: XLA's CPU compiler would fuse the unrolled steps and recompute each in every place that reads
-    # it, a hundred times as slow (optimization_barrier does not stop it). Each step ends in planes: left after the
-    # loop, its last products would be worked out anew for every channel of what reads them.
+    # Loops instead of unrolled calls: XLA's CPU compiler would fuse unrolled steps and recompute each one wherever it
+    # is read, which is far slower (optimization_barrier does not prevent it). Each step computes its planes inside the
+    # loop: products left after the loop would be recomputed for every channel that reads them.
     if blends:
         planes, _ = jax.lax.scan(blend, planes, jnp.arange(2))
     else:
@@ -153,8 +153,7 @@ def color_jitter(
     return ops.join(planes)
 
 
-# -------------------------------------------------------------------------------------------- on planes
-# One array a channel: with three channels innermost, vector units would idle or shuffle.
+# ---- on planes, one array [N,H,W] per channel: vector units would idle or shuffle with three channels innermost
 
 
 def _split(images: jax.Array, what: str) -> Planes:
@@ -185,17 +184,15 @@ def _blend(planes: Planes, factor: jax.Array, added) -> Planes:
 
 
 def _hue(planes: Planes, shift: jax.Array) -> Planes:
-    """HSV with hue + shift, back to RGB, without a branch.
+    """Converts to HSV, adds shift to the hue and converts back, without a branch.
 
-    On the hexagon a channel is v - (v - min) * clip(min(k, 4 - k), 0, 1) with k = (n + 6 h) mod 6 and n = 5,
-    3, 1
-    for red, green, blue: the textbook's six cases in one line.
+    On the hexagon a channel is v - (v - min) * clip(min(k, 4 - k), 0, 1), where k = (n + 6 h) mod 6 and n = 5, 3, 1 for
+    red, green, blue. This one line replaces the usual six cases.
     """
     red, green, blue = planes
     top = jnp.maximum(jnp.maximum(red, green), blue)
     spread = top - jnp.minimum(jnp.minimum(red, green), blue)
-    # Over the spread last of all: XLA's CPU compiler keeps a quotient, and works out anew what is cheaper for every
-    # channel.
+    # The division comes last because XLA's CPU compiler stores a quotient, but recomputes cheaper results per channel.
     safe = jnp.where(spread > 0, spread, 1.0)
     sextant = jnp.where(
         top == red,

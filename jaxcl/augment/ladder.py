@@ -1,9 +1,11 @@
-"""The stage ladder: what each rung's random view is made of, from the first stage's to the last one's.
+"""The stage ladder: the options of the random view of each stage of a network, from the first to the last.
 
-On a ladder of mode "addone" the last rung has all types of augmentation and each one below has one type less: earlier
-stages are asked for fewer invariances. The types are added in the given order, which is not the order in which a view
-applies them (crop, flip, rotation, jitter, grayscale, blur). The crop is on every rung. All is drawn independently: no
-two views share anything. Source: Zhang and Ma 2022, arXiv 2206.00227 (papers/hierarchical_augmentation.md 2, 8.3).
+In the mode "addone" the last rung has all types of augmentation and each rung below has one type less, because earlier
+stages should learn fewer invariances. The types are added in the given order, which differs from the order in which a
+view applies them (crop, flip, rotation, jitter, grayscale, blur). Every rung has the crop. Views are drawn
+independently and share nothing.
+
+Source: Zhang and Ma 2022, arXiv 2206.00227.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,29 +15,29 @@ from jaxcl.errors import UserError
 
 TYPES = ("jitter", "grayscale", "blur", "flip")  # in the paper's order
 MODES = ("addone", "uniform", "strength", "two_view")
-# The options of `augment.random_view` that are the probability of a type.
+# The option of `augment.random_view` that is the probability of a type.
 PROBABILITY = {"jitter": "jitter_p", "grayscale": "grayscale", "blur": "blur", "flip": "flip", "rotation": "rotation"}
 
 
 def rungs(
     top: Mapping[str, Any], *, mode: str = "addone", count: int = 4, order: Sequence[str] = TYPES
 ) -> tuple[dict[str, Any] | None, ...]:
-    """Options of `augment.random_view`, one rung after the other; the last is `top` itself.
+    """Options of `augment.random_view` for each rung, from the first to the last, which is `top`.
 
     Args:
-      top: options of the last rung, with all that have a part in the ladder: crop_area, jitter, and a probability for
-        each type of `order`. A rotation that is not in `order` stays on the last rung alone.
-      mode: "addone": see above; "uniform": every rung is `top` (several stages without the ladder); "strength": every
-        rung has all types, weaker from rung to rung down (probabilities of flip, grayscale, blur and rotation by 0.05,
-        jitter by 0.02 a factor, the smallest crop by 0.1 of the area larger); "two_view": nothing below `top`.
-      count: rungs, as many as the network has stages.
-      order: in which types are added. With more rungs than types the first ones have the crop alone.
+      top: options of the last rung. They include crop_area, jitter, and a probability for each type of `order`. Only
+        the last rung has a rotation that is not in `order`.
+      mode: "addone": see above. "uniform": every rung is `top`. "strength": every rung has all types, but each rung
+        down is weaker (probabilities of flip, grayscale, blur and rotation by 0.05, strengths of the jitter by 0.02;
+        the smallest crop grows by 0.1 of the area). "two_view": only the last rung has views.
+      count: number of rungs, one per stage of the network.
+      order: the order in which types are added. If there are more rungs than types, the first ones only crop.
 
     Returns:
-      None for a rung without views.
+      One dict of options per rung; None for a rung without views.
 
     Raises:
-      UserError: an unknown mode or type, a type twice, no rung.
+      UserError: an unknown mode or type, a type twice, or no rung.
     """
     if mode not in MODES:
         raise UserError(f"ladder: mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -44,7 +46,7 @@ def rungs(
     if count < 1:
         raise UserError(f"ladder: count is {count}; expected at least 1")
     top = dict(top)
-    below = [count - rung for rung in range(1, count)]  # rungs down from the last
+    below = [count - rung for rung in range(1, count)]  # distance from the last rung
     if mode == "two_view":
         return (*(None for _ in below), top)
     if mode == "uniform":
@@ -57,7 +59,7 @@ def rungs(
 
 
 def _weaker(top: dict[str, Any], down: int) -> dict[str, Any]:
-    """All types, each weaker by so many steps; what is off stays off."""
+    """All types, each weakened `down` times; a type that is off stays off."""
     weaker = dict(top)
     for kind in ("flip", "grayscale", "blur", "rotation"):
         name = PROBABILITY[kind]

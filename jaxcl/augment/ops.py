@@ -1,11 +1,11 @@
-"""Batched image operations with static shapes, each in two parts: draw parameters, then apply them.
+"""Batched image operations with static shapes, each split into two functions: draw the parameters, then apply them.
 
-`draw_*` turns one key an image into one row of parameters an image; the operation itself is a deterministic
-function of (images, parameters), so it can be tested, replayed or pictured without a key. Every row of every
-result depends on its own key and its own pixels only: a batch may be permuted, split or sharded without
-changing an image.
+`draw_*` turns one key per image into one row of parameters per image. The operation itself is a deterministic function
+of images and parameters, so it can be tested, replayed and pictured without a key. A row of a result depends only on
+the key and the pixels of that image: permuting, splitting or sharding a batch changes no image.
 
-Images are float32 [N,H,W,C] in [0,1] unless said. Colour operations are in `jaxcl.augment.color`.
+Images are float32 [N,H,W,C] in [0,1] unless stated otherwise. Colour operations are in `jaxcl.augment.color`, units in
+`jaxcl.augment.pixels`, and what CPUs do differently in `jaxcl.augment.cpu`.
 
 Letters: N images, V crops of each, M = V N, H height, W width, S and R output side, C channels, K taps.
 """
@@ -17,24 +17,23 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxcl.augment import cpu
 from jaxcl.errors import UserError
 
-# An accelerator's default matmul precision (bfloat16, TF32) would cost two to three bits of an 8-bit image.
+# The default precision of matmuls on accelerators (bfloat16, TF32) would lose two to three bits of an 8-bit image.
 _EXACT = jax.lax.Precision.HIGHEST
-# On a CPU, operations gather in images of at least so many pixels a side for each pixel that an output is made of.
-GATHER_SIDE = 32
 
 
-# ---------------------------------------------------------------------------------------------- draws
+# ---- draws
 
 
 def draw_uniform(keys: jax.Array, count: int) -> jax.Array:
-    """`count` float32 numbers uniform in [0, 1) from each of keys [N] -> [N, count]."""
+    """Draws `count` float32 numbers, uniform in [0, 1), from each key: keys [N] -> [N, count]."""
     return jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
 
 
 def draw_mask(keys: jax.Array, *, p: float) -> jax.Array:
-    """One coin an image: keys [N] -> bool [N], True with probability p."""
+    """Draws True with probability p for each image: keys [N] -> bool [N]."""
     return draw_uniform(keys, 1)[:, 0] < p
 
 
@@ -47,16 +46,18 @@ def draw_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     tries: int = 10,
 ) -> jax.Array:
-    """Boxes of a random resized crop, as torchvision's `RandomResizedCrop.get_params` draws them.
+    """Draws the boxes of a random resized crop by the rule of torchvision's `RandomResizedCrop.get_params`.
 
-    A try draws an area fraction uniform in `area` and an aspect ratio (width / height) log-uniform in
-    `ratio`, and rounds to whole pixels; the first of `tries` that fits the image is placed uniformly. Where
-    none fits, the box is the largest centred one whose aspect ratio is inside `ratio`. All tries are drawn at
-    once, so shapes are static.
+    A try draws a share of the area uniform in `area` and an aspect ratio (width / height) log-uniform in `ratio`, and
+    rounds to whole pixels. The first try that fits the image is placed uniformly. If no try fits, the box is the
+    largest centred one with an aspect ratio inside `ratio`. All tries are drawn at once, so shapes are static.
 
     Args:
       keys: [N] typed keys.
-      height, width: of the images the boxes are for, pixels.
+      height, width: of the images, pixels.
+      area: range of the share of the area, in (0, 1].
+      ratio: range of width / height, above 0.
+      tries: number of tries.
 
     Returns:
       float32 [N, 4] whole numbers: top, left, height, width in pixels.
@@ -68,7 +69,7 @@ def draw_resized_crop(
     w_NxT = jnp.round(jnp.sqrt(height * width * fraction * aspect))
     h_NxT = jnp.round(jnp.sqrt(height * width * fraction / aspect))
     fits_NxT = (w_NxT > 0) & (w_NxT <= width) & (h_NxT > 0) & (h_NxT <= height)
-    # One-hot of the first try that fits, all zero where none does.
+    # One-hot of the first try that fits; all zeros if none fits.
     first_NxT = fits_NxT & (jnp.cumsum(fits_NxT, axis=1) == 1)
     found = jnp.any(fits_NxT, axis=1)
 
@@ -79,7 +80,7 @@ def draw_resized_crop(
         whole_w = round(height * ratio[1])
     h = jnp.where(found, jnp.sum(jnp.where(first_NxT, h_NxT, 0.0), axis=1), whole_h)
     w = jnp.where(found, jnp.sum(jnp.where(first_NxT, w_NxT, 0.0), axis=1), whole_w)
-    # min: u * (n + 1) can round up to n + 1 for u just under 1.
+    # The minimum is needed because u * (n + 1) can round up to n + 1 for u just below 1.
     top = jnp.minimum(jnp.floor(u_NxT[:, -2] * (height - h + 1)), height - h)
     left = jnp.minimum(jnp.floor(u_NxT[:, -1] * (width - w + 1)), width - w)
     top = jnp.where(found, top, (height - whole_h) // 2)
@@ -88,33 +89,33 @@ def draw_resized_crop(
 
 
 def draw_blur_sigma(keys: jax.Array, *, sigma: tuple[float, float] = (0.1, 2.0), p: float = 1.0) -> jax.Array:
-    """Blur widths in pixels: [N] keys -> float32 [N], uniform in `sigma` with probability p, else 0."""
+    """Draws blur widths in pixels: keys [N] -> float32 [N], uniform in `sigma` with probability p, else 0."""
     u_Nx2 = draw_uniform(keys, 2)
     return jnp.where(u_Nx2[:, 1] < p, sigma[0] + (sigma[1] - sigma[0]) * u_Nx2[:, 0], 0.0)
 
 
 def draw_quarter_turns(keys: jax.Array, *, p: float = 0.5) -> jax.Array:
-    """Quarter turns: [N] keys -> int32 [N], uniform in 0..3 with probability p (so a quarter of them 0), else 0."""
+    """Draws quarter turns: keys [N] -> int32 [N], uniform in 0..3 with probability p, else 0."""
     u_Nx2 = draw_uniform(keys, 2)
     turns = jnp.minimum((4 * u_Nx2[:, 0]).astype(jnp.int32), 3)
     return jnp.where(u_Nx2[:, 1] < p, turns, 0)
 
 
-# ------------------------------------------------------------------------------------ crop, resize, flip
+# ---- weights of resizing
 
 
 def resize_weights(
     start: jax.Array, length: jax.Array, *, input_size: int, output_size: int, antialias: bool = True
 ) -> jax.Array:
-    """Bilinear interpolation of [start, start + length) to `output_size` samples, a matrix whose rows sum to
-    1.
+    """The matrix of bilinear interpolation of [start, start + length) to `output_size` samples. Its rows sum to 1.
 
-    With `antialias` the triangle is widened by the shrink factor, as Pillow's BILINEAR does; without, it
-    always spans two pixels. Pixels outside the interval take no part: cropping first and resizing afterwards
-    gives the same.
+    With `antialias` the triangle filter is widened by the shrink factor, as in Pillow's BILINEAR; without it, the
+    filter always spans two pixels. Pixels outside the interval have weight 0, as if the input had been cropped first.
 
     Args:
-      start, length: [...], pixels; length > 0, the interval inside the input.
+      start, length: [...], pixels; length > 0, and the interval lies inside the input.
+      input_size, output_size: pixels, static.
+      antialias: whether to widen the filter when shrinking.
 
     Returns:
       float32 [..., output_size, input_size].
@@ -125,9 +126,9 @@ def resize_weights(
 def resize_taps(
     start: jax.Array, length: jax.Array, *, input_size: int, output_size: int, antialias: bool = True
 ) -> tuple[jax.Array, jax.Array]:
-    """The numbers of `resize_weights` that may differ from 0: pixels int32 and weights, both [..., output_size, K].
+    """The entries of `resize_weights` that can differ from 0: pixels int32 and weights, both [..., output_size, K].
 
-    K is what the filter of an interval as long as the input spans; [start, start + length) lies inside the input.
+    K is the number of pixels in the filter of the longest interval, the whole input.
     """
     count = _taps(input_size, output_size, antialias)
     pixel, weight = _tap_weights(count, *_filters(start, length, output_size, antialias))
@@ -135,20 +136,12 @@ def resize_taps(
     return jnp.clip(pixel, 0, input_size - 1).astype(jnp.int32), weight
 
 
-def _gathers(side: int, taps: int) -> bool:
-    return jax.default_backend() == "cpu" and side >= max(2, taps) * GATHER_SIDE
-
-
-def _crop_gathers(shape: tuple[int, ...], size: int, antialias: bool) -> bool:
-    return _gathers(min(shape[1:3]), max(_taps(side, size, antialias) for side in shape[1:3]))
-
-
 def _taps(input_size: int, output_size: int, antialias: bool) -> int:
     return math.ceil(2 * max(input_size / output_size, 1.0)) if antialias else 2
 
 
 def _filters(start, length, output_size: int, antialias: bool, mirrored: jax.Array | None = None):
-    """Interval, and centre and radius of the filter of each output; [..., output_size] or broadcast to that."""
+    """Start and length of the interval, centre and radius of each output's filter; they broadcast to [..., outputs]."""
     start, length = (jnp.asarray(v, jnp.float32)[..., None] for v in (start, length))
     step = length / output_size
     radius = jnp.maximum(step, 1.0) if antialias else jnp.ones_like(step)
@@ -159,20 +152,20 @@ def _filters(start, length, output_size: int, antialias: bool, mirrored: jax.Arr
 
 
 def _tap_weights(count: int, start, length, center, radius) -> tuple[jax.Array, jax.Array]:
-    """The pixels, not clipped to the input, and `_weights` that an output is made of: [..., output_size, count]."""
+    """Pixels, not clipped to the input, and `_weights` of each output: [..., output_size, count]."""
     pixel = jnp.floor(center - radius + 0.5)[..., None] + jnp.arange(count, dtype=jnp.float32)
     return pixel, _weights(pixel, *(v[..., None] for v in (start, length, center, radius)))
 
 
 def _weights(pixel, start, length, center, radius) -> jax.Array:
-    """Of each pixel in each output; they do not sum to 1 yet."""
+    """The weight of each pixel in each output, before division by their sum."""
     weight = 1.0 - jnp.abs(pixel + 0.5 - center) / radius
-    # A pixel counts by how much of it lies inside. For whole boxes that is 0 or 1; for others it is continuous, so
-    # that a box which went through fractions and back (5 -> 5.0000005) does not gain or lose a pixel.
+    # A pixel counts by the share of it that lies inside: 0 or 1 for boxes of whole pixels. For others it is continuous,
+    # so that a box which was converted to fractions and back (5 -> 5.0000005) does not gain or lose a pixel.
     end = start + length
     inside = jnp.where(pixel + 1.0 < end, pixel + 1.0, end) - jnp.where(pixel > start, pixel, start)
-    # Selections, where maximum, minimum and clip would say the same: XLA's CPU compiler takes those into a kernel that
-    # wants their other operand written out, a megabyte of zeros.
+    # Selections instead of maximum, minimum and clip: for those, XLA's CPU compiler calls a kernel that needs the other
+    # operand in memory, a megabyte of zeros.
     return jnp.where((weight > 0) & (inside > 0), weight * inside, 0.0)
 
 
@@ -186,9 +179,9 @@ def _matrix(
     mirrored: jax.Array | None = None,
     axis: int = -1,
 ):
-    """The weight of every pixel of the input in every output; the pixels along `axis`, -1 or -2."""
+    """The weight of every pixel of the input in every output; pixels lie along `axis`, -1 or -2."""
     filters = _filters(start, length, output_size, antialias, mirrored)
-    # What the weights sum to, from the few that are not 0: as a sum of the matrix it would take as long as a product.
+    # The sum of the few weights that are not 0; summing the whole matrix would cost as much as the matmul.
     count = _taps(input_size, output_size, antialias)
     _, taps = _tap_weights(count, *filters)
     total = sum(taps[..., k] for k in range(count)) if count <= 8 else jnp.sum(taps, axis=-1)
@@ -198,23 +191,30 @@ def _matrix(
     return weight / jnp.expand_dims(total, axis)
 
 
+# ---- crop, resize, flip
+
+
+def _crop_gathers(shape: tuple[int, ...], size: int, antialias: bool) -> bool:
+    return cpu.gathers(min(shape[1:3]), max(_taps(side, size, antialias) for side in shape[1:3]))
+
+
 def resized_crop(
     images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True, flipped: jax.Array | None = None
 ) -> jax.Array:
-    """Crops every image to its own box, or to several, and resizes each crop to size x size, bilinear.
+    """Crops every image to its own box, or to several boxes, and resizes each crop to size x size, bilinear.
 
-    Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on
-    a PIL image, up to Pillow's rounding to 8 bits. (Pillow's `resize(box=...)` differs: it also reads pixels
-    beside the box.) Two dense matmuls a channel rather than a gather: that is what matrix units and vector
-    units are fast at. Only a CPU's are slower where images are large and each output has few pixels, and gather.
+    Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on a PIL
+    image, up to Pillow's rounding to 8 bits. (Pillow's `resize(box=...)` differs: it also reads pixels beside the box.)
+    It computes two dense matmuls per channel, which suit matrix units and vector units better than a gather.
 
     Args:
       images: [N,H,W,C].
-      boxes: [V N, 4] top, left, height, width in pixels, whole or fractional, inside the image; the V of an image side
-        by side.
-      antialias: widen the filter when shrinking (Pillow); False samples two pixels (torch's plain
-        `interpolate`).
-      flipped: which crops come out mirrored, bool [V N]; the same as `flip` afterwards, free where matmuls do it.
+      boxes: [V N, 4] top, left, height, width in pixels, whole or fractional, inside the image. The V boxes of an image
+        are adjacent.
+      size: side of the crops in pixels.
+      antialias: True widens the filter when shrinking, as Pillow does; False samples two pixels, as torch's plain
+        `interpolate` does.
+      flipped: which crops are mirrored, bool [V N]. The result equals a later `flip`, and matmuls do it at no cost.
 
     Returns:
       [V N,size,size,C], the dtype of images.
@@ -224,7 +224,7 @@ def resized_crop(
         taps = functools.partial(resize_taps, output_size=size, antialias=antialias)
         rows = taps(boxes[:, 0], boxes[:, 2], input_size=height)
         cols = taps(boxes[:, 1], boxes[:, 3], input_size=width)
-        crops = _gathered(images, rows, cols)
+        crops = cpu.gather_crops(images, rows, cols)
         return crops if flipped is None else flip(crops, flipped)
     return join(crop_planes(images, boxes, size, antialias=antialias, flipped=flipped)).astype(images.dtype)
 
@@ -232,14 +232,14 @@ def resized_crop(
 def crop_planes(
     images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True, flipped: jax.Array | None = None
 ) -> tuple[jax.Array, ...]:
-    """`resized_crop` as an array float32 [V N,size,size] a channel, which is what its matmuls end in."""
+    """`resized_crop` as one array float32 [V N,size,size] per channel, the form in which its matmuls end."""
     _, height, width, channels = images.shape
     if _crop_gathers(images.shape, size, antialias):
         crops = resized_crop(images, boxes, size, antialias=antialias, flipped=flipped).astype(jnp.float32)
         return tuple(crops[..., c] for c in range(channels))
     matrix = functools.partial(_matrix, output_size=size, antialias=antialias)
     rows_MxSxH = matrix(boxes[:, 0], boxes[:, 2], input_size=height)
-    # Pixels first: a CPU's product would turn the other way round before it begins.
+    # Pixels first: a matmul on a CPU would transpose the other layout before it begins.
     cols_MxWxS = matrix(boxes[:, 1], boxes[:, 3], input_size=width, mirrored=flipped, axis=-2)
     rows_NxVSxH = rows_MxSxH.reshape(len(images), -1, height)
     planes = []
@@ -253,9 +253,9 @@ def crop_planes(
 
 
 def join(planes: Sequence[jax.Array]) -> jax.Array:
-    """One array [N,H,W] a channel -> images [N,H,W,C]."""
-    # A choice and not `stack`: XLA's CPU compiler branches for every value of a concatenation. But a choice reads all
-    # channels for each value, which does not pay for many.
+    """One array [N,H,W] per channel -> images [N,H,W,C]."""
+    # Selections instead of `stack`: XLA's CPU compiler branches for every value of a concatenation. A selection reads
+    # all channels for each value, so it does not pay for many channels.
     if len(planes) > 4:
         return jnp.stack(planes, axis=-1)
     *others, last = (plane[..., None] for plane in planes)
@@ -265,22 +265,8 @@ def join(planes: Sequence[jax.Array]) -> jax.Array:
     return images
 
 
-def _gathered(images: jax.Array, rows: tuple[jax.Array, jax.Array], cols: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """images [N,H,W,C] with the pixels and weights of `resize_taps`, of several crops an image or one."""
-
-    def one(image_HxWxC, row_SxK, row_weight_SxK, col_RxK, col_weight_RxK):
-        height, width, channels = image_HxWxC.shape
-        rows_HxWC = image_HxWxC.astype(jnp.float32).reshape(height, width * channels)
-        tall_SxWC = sum(row_weight_SxK[:, k, None] * rows_HxWC[row_SxK[:, k]] for k in range(row_SxK.shape[1]))
-        tall_SxWxC = tall_SxWC.reshape(len(row_SxK), width, channels)
-        return sum(col_weight_RxK[:, k, None] * tall_SxWxC[:, col_RxK[:, k]] for k in range(col_RxK.shape[1]))
-
-    images = jnp.repeat(images, len(rows[0]) // len(images), axis=0)
-    return jax.vmap(one)(images, *rows, *cols).astype(images.dtype)
-
-
 def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array:
-    """Resizes [N,H,W,C] to [N,size,size,C], bilinear as `resized_crop`; the aspect ratio is not kept."""
+    """Resizes [N,H,W,C] to [N,size,size,C], bilinear like `resized_crop`, without keeping the aspect ratio."""
     count, height, width, _ = images.shape
     if (height, width) == (size, size):
         return images
@@ -289,17 +275,14 @@ def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array
 
 
 def flip(images: jax.Array, flipped: jax.Array) -> jax.Array:
-    """Mirrors left and right the images [N,H,W,C] where flipped, bool [N]."""
-    width = images.shape[2]
-    if _gathers(width, taps=1):  # a selection would compute what was gathered before it twice
-        column = jnp.arange(width)
-        columns_NxW = jnp.where(flipped[:, None], width - 1 - column, column)
-        return jax.vmap(lambda image, columns: image[:, columns])(images, columns_NxW)
+    """Mirrors the images [N,H,W,C] left to right where flipped, bool [N]."""
+    if cpu.gathers(images.shape[2], taps=1):
+        return cpu.gather_flip(images, flipped)
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1, :], images)
 
 
 def quarter_turns(images: jax.Array, turns: jax.Array) -> jax.Array:
-    """Turns images [N,S,S,C] anticlockwise by 90 degrees as often as turns, int [N] in 0..3, says.
+    """Turns images [N,S,S,C] anticlockwise by `turns` quarters, int [N] in 0..3.
 
     Raises:
       UserError: images that are not square.
@@ -307,13 +290,13 @@ def quarter_turns(images: jax.Array, turns: jax.Array) -> jax.Array:
     if images.shape[1] != images.shape[2]:
         raise UserError(f"rotation needs square images, got {images.shape[1]}x{images.shape[2]}: crop or resize first")
     turns = turns[:, None, None, None]
-    # By two: turn once if odd, then half way if 2 or 3. Selections, where a gather would be slow on any device.
+    # A quarter turn if odd, then a half turn if 2 or 3. These are selections because a gather is slow on any device.
     images = jnp.where(turns % 2 == 1, jnp.swapaxes(images, 1, 2)[:, ::-1], images)
     return jnp.where(turns >= 2, images[:, ::-1, ::-1], images)
 
 
 def tilt(images: jax.Array, radians: jax.Array) -> jax.Array:
-    """Turns images [N,H,W,C] anticlockwise about their middle by radians [N], bilinear; 0 where nothing was."""
+    """Turns images [N,H,W,C] anticlockwise about their centre by radians [N], bilinear; pixels from outside are 0."""
     _, height, width, _ = images.shape
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32) - jnp.array([middle_y, middle_x])[:, None, None]
@@ -327,24 +310,24 @@ def tilt(images: jax.Array, radians: jax.Array) -> jax.Array:
     return jax.vmap(one)(images, radians)
 
 
-# ------------------------------------------------------------------------------------------------ blur
+# ---- blur
 
 
 def blur_kernel_size(side: int) -> int:
-    """An odd number of taps, about a tenth of the side, at least 3 (SimCLR's choice: 23 at 224 pixels)."""
+    """SimCLR's number of taps: odd, about a tenth of the side (23 at 224 pixels), at least 3."""
     return max(3, 2 * (side // 10 // 2) + 1)
 
 
 def gaussian_blur(images: jax.Array, sigma: jax.Array, *, kernel_size: int | None = None) -> jax.Array:
-    """Gaussian blur with each image's own width, reflected at the border, as torchvision's `gaussian_blur`.
+    """Gaussian blur with one width per image, reflected at the border, as in torchvision's `gaussian_blur`.
 
     Args:
       images: [N,H,W,C].
-      sigma: [N] standard deviations in pixels; 0 leaves an image exactly as it is.
+      sigma: [N] standard deviations in pixels; 0 returns the image unchanged.
       kernel_size: odd number of taps, static; None: `blur_kernel_size` of the shorter side.
 
     Raises:
-      UserError: kernel even or less than 1, or its radius not below the image's side.
+      UserError: a kernel size that is even, below 1, or too large for the image.
     """
     _, height, width, _ = images.shape
     taps = blur_kernel_size(min(height, width)) if kernel_size is None else kernel_size
@@ -362,39 +345,21 @@ def gaussian_blur(images: jax.Array, sigma: jax.Array, *, kernel_size: int | Non
     kernel_NxK = jnp.exp(-0.5 * jnp.square(offset / safe_Nx1))
     kernel_NxK = kernel_NxK / jnp.sum(kernel_NxK, axis=1, keepdims=True)
     kernel_NxK = kernel_NxK.astype(images.dtype)
-    # Shifted sums, one fused loop an axis: on a CPU 2x as fast as banded matrices at 32 pixels, equal at 224.
-    # A matrix unit would take [S,S] banded matrices.
+    # Shifted sums, one fused loop per axis. On a CPU they are at least as fast as banded matrices [S,S]; a matrix unit
+    # might prefer those.
     out = images
     for axis, side in ((1, height), (2, width)):
         pad = [(0, 0)] * 4
         pad[axis] = (radius, radius)
         padded = jnp.pad(out, pad, mode="reflect")
         shifted = [jax.lax.slice_in_dim(padded, k, k + side, axis=axis) for k in range(taps)]
-        out = functools.reduce(jnp.add, (kernel_NxK[:, k, None, None, None] * part for k, part in enumerate(shifted)))
+        out = functools.reduce(jnp.add, (kernel_NxK[:, k, None, None, None] * x for k, x in enumerate(shifted)))
     return jnp.where(blurred[:, None, None, None], out, images)
 
 
-# ------------------------------------------------------------------------------------------- pointwise
-
-
-def to_unit(images: jax.Array) -> jax.Array:
-    """float32 in [0,1]: integer images (uint8) are divided by 255, floating ones keep their values."""
-    images = jnp.asarray(images)
-    if jnp.issubdtype(images.dtype, jnp.integer):
-        return images.astype(jnp.float32) / 255.0
-    return images.astype(jnp.float32)
+# ---- pointwise
 
 
 def solarize(images: jax.Array, mask: jax.Array, *, threshold: float = 0.5) -> jax.Array:
-    """Inverts the values at or above `threshold` in the images [N,H,W,C] where mask, bool [N], is set."""
+    """Inverts the values of at least `threshold` in the images [N,H,W,C] where mask, bool [N], is set."""
     return jnp.where(mask[:, None, None, None] & (images >= threshold), 1.0 - images, images)
-
-
-def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """(images - mean) / std a channel; mean and std in [0,1] units."""
-    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
-
-
-def denormalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """The inverse of `normalize`, without clipping."""
-    return images * jnp.asarray(std, images.dtype) + jnp.asarray(mean, images.dtype)

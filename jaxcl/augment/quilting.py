@@ -3,13 +3,12 @@
 B images, H W image, E side of an exemplar, P side of a patch, L overlap of neighbouring patches, N patches,
 K candidates for a patch, Q pixels of a patch that overlap its neighbours, C channels.
 
-An image is a table of its pixels by linear index, y * W + x, and its texture a map of such indices until the very end:
-that every pixel of the texture is a copy of an exemplar's is then a matter of construction. Differences are those of
-the 8-bit values, in whole numbers, so that neither sums nor ties depend on how the batch is laid out over devices.
+An image is a table of its pixels by linear index, y * W + x. Its texture is a map of such indices until the last step,
+so every pixel of the texture is a copy of a pixel of an exemplar. Differences are those of the 8-bit values, in whole
+numbers, so that neither sums nor ties depend on the layout of the batch over devices.
 
-Source: Efros and Freeman 2001, Image Quilting for Texture Synthesis and Transfer; its place in contrastive learning:
-Ge et al. 2021, arXiv 2110.14189; papers/non_semantic_negatives.md c.2. The authors synthesise with a tool of the same
-family that copies pixel by pixel.
+Source: Efros and Freeman 2001, Image Quilting for Texture Synthesis and Transfer. As negatives of contrastive learning:
+Ge et al. 2021, arXiv 2110.14189, who use a tool of the same family that copies pixel by pixel.
 """
 
 import functools
@@ -23,12 +22,12 @@ from jaxcl.augment.patches import image_keys, whole
 from jaxcl.errors import UserError
 
 Array = jax.Array
-EXEMPLAR = (96, 224)  # published: exemplars of this side for images of that side
-_LARGEST = 2**31 // 255**2  # squared differences that an int32 holds
+EXEMPLAR = (96, 224)  # published: the side of an exemplar, for images of this side
+_LARGEST = 2**31 // 255**2  # number of squared differences that an int32 can sum
 
 
 class Layout(NamedTuple):
-    """Sizes of a quilt in pixels: the exemplars' side, the patches' and the overlap of neighbours."""
+    """Sizes of a quilt in pixels: the side of exemplars, the side of patches, and the overlap of neighbours."""
 
     exemplar: int
     patch: int
@@ -36,6 +35,7 @@ class Layout(NamedTuple):
 
     @property
     def step(self) -> int:
+        """Distance of neighbouring patches, pixels."""
         return self.patch - self.overlap
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -53,31 +53,31 @@ def quilt_texture(
     candidates: int = 32,
     tolerance: float = 0.1,
 ) -> Array:
-    """Texture of the images' own size, quilted with minimum-error cuts from two exemplars of each image.
+    """Textures of the size of the images, quilted with minimum-error cuts from two exemplars of each image.
 
-    The exemplars are the square at the centre and one at a random place. Patches of them are laid in raster order, each
-    overlapping those before it: of `candidates` random ones, one whose squared difference on the overlap is within
-    (1 + tolerance) of the smallest is taken, at random, and cut to the others along the path of least difference.
-    What an image gives depends on its own key and pixels only.
+    The exemplars are the square at the centre and a square at a random place. Patches of them are laid in raster order,
+    and each overlaps the patches before it. Among `candidates` random patches, one with a squared difference on the
+    overlap within (1 + tolerance) of the smallest is chosen at random. It is cut to its neighbours along the path of
+    least difference. A texture depends on the key and the pixels of its image only.
 
     Args:
-      key: a typed threefry key, split over the images, or keys [B], one an image.
-      images: [B,H,W,C], uint8 or float in [0,1]; the published method takes the image before augmentation.
+      key: a typed threefry key, which is split over the images, or keys [B], one per image.
+      images: [B,H,W,C], uint8 or float in [0,1]. The published method takes the image before augmentation.
       exemplar: side of the exemplars; None: 96/224 of the shorter side S of the image (14 at 32 pixels).
       patch: side of a patch; None: 4 + S/8 (8 at 32 pixels, 16 at 96, 32 at 224), at most 2/3 of the exemplar.
-      overlap: of neighbouring patches; None: a quarter of the patch, or as much more, up to a half, as makes the
-        patches fit S exactly (2 at 32 pixels, 6 at 96, 8 at 224).
-      candidates: patches compared for a place, K.
-      tolerance: 0 takes the best candidate; published by Efros and Freeman: 0.1.
+      overlap: overlap of neighbouring patches; None: the smallest from a quarter to a half of the patch that lets the
+        patches fit S exactly, or a quarter if none does (2 at 32 pixels, 6 at 96, 8 at 224).
+      candidates: K, the number of patches that are compared for a place.
+      tolerance: 0 chooses the best candidate; Efros and Freeman published 0.1.
 
     Returns:
-      [B,H,W,C] of images' dtype, every pixel a copy of one of an exemplar of its image.
+      [B,H,W,C] of images' dtype. Every pixel is a copy of a pixel of an exemplar of its image.
 
     Raises:
-      UserError: images or keys of another kind or shape, sizes that do not fit one another, candidates below 1,
+      UserError: images or keys of another type or shape, sizes that do not fit each other, candidates below 1,
         tolerance below 0.
 
-    Source: Efros and Freeman 2001, section 2; papers/non_semantic_negatives.md c.2.
+    Source: Efros and Freeman 2001, section 2; Ge et al. 2021, arXiv 2110.14189.
     """
     images = jnp.asarray(images)
     if images.ndim != 4:
@@ -97,7 +97,7 @@ def make_layout(
     patch: int | None = None,
     overlap: int | None = None,
 ) -> Layout:
-    """Sizes for images [H,W,C], None chosen by the rules of `quilt_texture`; UserError for what does not fit."""
+    """Sizes for images of shape [H,W,C]; None follows the rules of `quilt_texture`. Errors: UserError."""
     side = min(shape[:2])
     given = {"exemplar": exemplar, "patch": patch, "overlap": overlap}
     for name, value in given.items():
@@ -137,10 +137,10 @@ def _check_search(what: str, candidates: int, tolerance: float) -> None:
 
 
 def exemplar_corners(height: int, width: int, exemplar: int, u: Array) -> Array:
-    """Upper left corners (top, left) of the two exemplars, of the centre and of a random place -> int32 [2,2].
+    """Upper left corners (top, left) of the exemplar at the centre and of the random one, int32 [2,2].
 
-    u: [2] uniforms in [0, 1). The random corner is floor(u * (side - exemplar)), as published, so the last is never
-    drawn.
+    u: [2] uniform in [0, 1). The random corner is floor(u * (side - exemplar)), as published; so the last corner is
+    never drawn.
     """
     centre = jnp.array([height // 2 - exemplar // 2, width // 2 - exemplar // 2], jnp.int32)
     room = jnp.array([height - exemplar, width - exemplar])
@@ -148,9 +148,9 @@ def exemplar_corners(height: int, width: int, exemplar: int, u: Array) -> Array:
 
 
 def minimum_error_path(errors: Array) -> Array:
-    """The path down a strip with the least sum of errors: [...,R,L] -> columns int32 [...,R], steps of at most 1.
+    """The path down a strip with the least sum of errors: [...,R,L] -> columns int32 [...,R], in steps of at most 1.
 
-    Of equals, the path that starts furthest left at the last row and goes straight up where it may.
+    Among equal paths, it starts furthest left in the last row and goes straight up where possible.
     """
     largest = jnp.array(
         jnp.iinfo(errors.dtype).max // 2 if jnp.issubdtype(errors.dtype, jnp.integer) else jnp.inf, errors.dtype
@@ -179,11 +179,17 @@ def minimum_error_path(errors: Array) -> Array:
 def quilt_sources(
     image: Array, corners: Array, picks: Array, *, layout: Layout, tolerance: float
 ) -> tuple[Array, Array]:
-    """The deterministic core: where every pixel of the texture comes from.
+    """The deterministic core: the source of every pixel of the texture.
 
-    image [H,W,C]; corners [2,2] as of `exemplar_corners`; picks [N,K] integers below 2 * (E-P+1)**2, the candidates of
-    each patch in raster order: exemplar, row and column in it as one number. -> linear indices y * W + x, int32 [H,W],
-    and the candidate taken for each patch, int32 [N].
+    Args:
+      image: [H,W,C].
+      corners: [2,2] from `exemplar_corners`.
+      picks: [N,K] integers below 2 * (E-P+1)**2, the candidates of each patch in raster order. A number encodes the
+        exemplar and the row and column in it.
+      layout, tolerance: static; see `quilt_texture`.
+
+    Returns:
+      Linear indices y * W + x, int32 [H,W], and the candidate chosen for each patch, int32 [N].
     """
     H, W, _ = image.shape
     P, L, step = layout.patch, layout.overlap, layout.step
@@ -194,15 +200,15 @@ def quilt_sources(
     corner_2 = corners[:, 0] * W + corners[:, 1]
     base_NxK = (corner_2[which] + (place // places) * W + place % places).astype(jnp.int32)
 
-    table = pack(image)  # [H*W] one or more words a pixel
+    table = pack(image)  # one or more words [H*W] per pixel
     offset_PxP = jnp.arange(P, dtype=jnp.int32)[:, None] * W + jnp.arange(P, dtype=jnp.int32)
 
     def strips(x_PxP: Array) -> Array:
-        """The overlap as one row [Q]: the left strip, then what the top one adds."""
+        """The overlap as one row [Q]: the left strip, then the rest of the top strip."""
         return jnp.concatenate([x_PxP[:, :L].reshape(-1), x_PxP[:L, L:].reshape(-1)])
 
     offset_Q = strips(offset_PxP)
-    in_corner = jnp.arange(P)[:, None] < L  # rows of the left strip that the top one has too
+    in_corner = jnp.arange(P)[:, None] < L  # rows of the left strip that are in the top strip too
 
     def place_patch(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         source, taken = carry
@@ -214,7 +220,7 @@ def quilt_sources(
         counts_left = jnp.broadcast_to((j > 0) | (i > 0) & in_corner, (P, L)).reshape(-1)
         counts_Q = jnp.concatenate([counts_left, jnp.broadcast_to(i > 0, (L * (P - L),))])
         total_K = jnp.sum(jnp.where(counts_Q, error_KxQ, 0), -1).astype(jnp.float32)
-        # Candidates come in random order: the first that is good enough is a random one of those.
+        # Candidates are in random order, so the first that is good enough is a random one of them.
         k = jnp.argmax(total_K <= total_K.min() * (1 + tolerance)).astype(jnp.int32)
 
         error_Q = _squared_difference(look_up(table, base_K[k] + offset_Q), old_Q)
@@ -232,18 +238,19 @@ def quilt_sources(
 
 
 def pack(image_HxWxC: Array) -> list[tuple[Array, int]]:
-    """8-bit values, up to four channels a word -> [(words uint32 [H*W], channels)]: a look-up reads a word a pixel."""
+    """Packs 8-bit values, four channels to a word, which one look-up reads: [(words uint32 [H*W], channels)]."""
     if image_HxWxC.dtype != jnp.uint8:
         image_HxWxC = jnp.round(jnp.clip(image_HxWxC.astype(jnp.float32), 0, 1) * 255)
     pixels = image_HxWxC.astype(jnp.uint32).reshape(-1, image_HxWxC.shape[-1])
     words = []
     for begin in range(0, pixels.shape[-1], 4):
-        part = pixels[:, begin : begin + 4]
-        words.append((sum(part[:, c] << 8 * c for c in range(part.shape[-1])), part.shape[-1]))
+        values = pixels[:, begin : begin + 4]
+        words.append((sum(values[:, c] << 8 * c for c in range(values.shape[-1])), values.shape[-1]))
     return words
 
 
 def look_up(table: list[tuple[Array, int]], index: Array) -> list[tuple[Array, int]]:
+    """The packed pixels at these linear indices; an index must be in bounds."""
     return [(words.at[index].get(mode="promise_in_bounds"), channels) for words, channels in table]
 
 
@@ -268,6 +275,8 @@ def _draw(key: Array, shape: tuple[int, ...], layout: Layout, candidates: int) -
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def quilt(keys_B: Array, images: Array, layout: Layout, candidates: int, tolerance: float) -> Array:
+    """`quilt_texture` with one key per image and checked options."""
+
     def one(key: Array, image_HxWxC: Array) -> Array:
         corners, picks = _draw(key, image_HxWxC.shape, layout, candidates)
         source_HxW, _ = quilt_sources(image_HxWxC, corners, picks, layout=layout, tolerance=tolerance)

@@ -1,17 +1,17 @@
-"""Texture by copying pixels: a parallel non-parametric sampler, slower and finer than quilting; for sets made offline.
+"""Textures by copying pixels: a parallel non-parametric sampler, slower and finer than quilting, for sets made offline.
 
 B images, H W image, E side of an exemplar, h spacing of a level's lattice, s step of a sub-lattice, G points of a
 sub-lattice, K neighbours of a pixel, R random candidates, C channels.
 
-What is synthesised is a map: for every pixel, which pixel of which exemplar it copies. It begins coarse: on a lattice
-of every h-th pixel, compared on exemplars blurred over about h pixels; each finer level halves h and inherits the map,
-the last compares the exemplars themselves. On a level every pixel is chosen anew some times: of what its neighbours
-would continue with (coherence) and a few random places, the one whose surroundings look most like its own. Pixels are
-visited in sub-lattices whose points do not see each other, all points of one at once.
+The sampler makes a map: the exemplar and the pixel in it that each pixel of the texture copies. The first level is
+coarse, a lattice of every h-th pixel, which is compared on exemplars blurred over about h pixels. Each finer level
+halves h and inherits the map; the last one compares the exemplars themselves. A level chooses every pixel several
+times. The candidates are the continuations of its neighbours (coherence) and a few random places; the one with the most
+similar neighbourhood wins. Pixels are visited in sub-lattices of points that do not see each other, and all points of a
+sub-lattice are chosen at once.
 
-Source: Lefebvre and Hoppe 2005, Parallel Controllable Texture Synthesis, in place of the pixel by pixel Multiresolution
-Stochastic Texture Synthesis of the tool that Ge et al. 2021 used; its cost, candidates and two exemplars. Ge et al.:
-arXiv 2110.14189; papers/non_semantic_negatives.md c.2.
+Source: Lefebvre and Hoppe 2005, Parallel Controllable Texture Synthesis. It replaces the sequential Multiresolution
+Stochastic Texture Synthesis of Ge et al. 2021, arXiv 2110.14189; its cost, candidates and two exemplars are kept.
 """
 
 import functools
@@ -30,7 +30,7 @@ Array = jax.Array
 
 
 class Search(NamedTuple):
-    """How a texture is sampled: pixels of the exemplars' side and of the neighbourhood's radius, and counts."""
+    """Sizes of the search: side of exemplars and radius of neighbourhoods in pixels, random candidates, and passes."""
 
     exemplar: int
     radius: int
@@ -39,13 +39,13 @@ class Search(NamedTuple):
 
     @property
     def spacings(self) -> tuple[int, ...]:
-        """h of the levels, from coarse to 1: powers of two whose neighbourhood the exemplar has room for."""
+        """h of each level, from coarse to 1: powers of two with a neighbourhood that fits the exemplar."""
         levels = 1 + max(0, math.floor(math.log2(max(1, self.exemplar / (2 * self.radius)))))
         return tuple(2**i for i in reversed(range(levels)))
 
     @property
     def step(self) -> int:
-        """s: two points of a sub-lattice are no neighbours."""
+        """s: at this distance, two points are not neighbours."""
         return self.radius + 1
 
     @property
@@ -65,25 +65,27 @@ def sample_texture(
     randoms: int = 16,
     passes: int = 2,
 ) -> Array:
-    """Texture of the images' own size, sampled pixel by pixel from two exemplars of each image.
+    """Textures of the size of the images, sampled pixel by pixel from two exemplars of each image.
 
-    The exemplars are those of `quilt_texture`: the square at the centre and one at a random place. What an image gives
-    depends on its own key and pixels only.
+    As in `quilt_texture`, the exemplars are the square at the centre and a square at a random place. A texture depends
+    on the key and the pixels of its image only.
 
     Args:
-      key: a typed threefry key, split over the images, or keys [B], one an image.
+      key: a typed threefry key, which is split over the images, or keys [B], one per image.
       images: uint8 [B,H,W,C], before augmentation.
       exemplar: side of the exemplars; None: 96/224 of the shorter side of the image.
-      radius: of the neighbourhood that is compared, (2 radius + 1)^2 - 1 pixels; None: 3 for exemplars of 64 pixels
-        and more (48 pixels, about the published 50), else 2.
-      randoms: random places tried for a pixel, beside its 9 coherent ones.
-      passes: how often a level chooses every pixel.
+      radius: radius of the compared neighbourhood of (2 radius + 1)^2 - 1 pixels; None: 3 for exemplars of at least
+        64 pixels (48 pixels, close to the published 50), else 2.
+      randoms: number of random candidates of a pixel, in addition to 9 coherent ones.
+      passes: number of times that a level chooses every pixel.
 
     Returns:
-      uint8 [B,H,W,C], every pixel a copy of one of an exemplar of its image.
+      uint8 [B,H,W,C]. Every pixel is a copy of a pixel of an exemplar of its image.
 
     Raises:
-      UserError: images or keys of another kind or shape, sizes that do not fit one another.
+      UserError: images or keys of another type or shape, sizes that do not fit each other.
+
+    Source: Lefebvre and Hoppe 2005; Ge et al. 2021, arXiv 2110.14189.
     """
     images = jnp.asarray(images)
     if images.ndim != 4 or images.dtype != jnp.uint8:
@@ -100,7 +102,7 @@ def make_search(
     randoms: int = 16,
     passes: int = 2,
 ) -> Search:
-    """The search for images [H,W,C], None chosen by the rules of `sample_texture`; UserError for what does not fit."""
+    """The search for images of shape [H,W,C]; None follows the rules of `sample_texture`. Errors: UserError."""
     side = min(shape[:2])
     exemplar = max(1, round(side * EXEMPLAR[0] / EXEMPLAR[1])) if exemplar is None else exemplar
     radius = (3 if exemplar >= 64 else 2) if radius is None else radius
@@ -120,7 +122,7 @@ def _sample_texture(keys_B: Array, images: Array, search: Search) -> Array:
 
 
 def _sampled(key: Array, image_HxWxC: Array, search: Search) -> tuple[Array, Array, Array]:
-    """-> texture [H,W,C], the pixel each is a copy of as int32 [H,W] into the exemplars, and those [2,E,E,C]."""
+    """-> texture [H,W,C], its sources as indices int32 [H,W] into the exemplars, and the exemplars [2,E,E,C]."""
     (H, W, C), E = image_HxWxC.shape, search.exemplar
     of_corners, of_start, of_search = jax.random.split(key, 3)
     corners = exemplar_corners(H, W, E, jax.random.uniform(of_corners, (2,), jnp.float32))
@@ -138,8 +140,8 @@ def _sampled(key: Array, image_HxWxC: Array, search: Search) -> tuple[Array, Arr
 
 
 def _tiled(key: Array, rows: int, columns: int, h: int, E: int) -> Array:
-    """A first map [rows, columns]: random squares of the exemplars, half as wide as those, side by side."""
-    # Of single random pixels little would be left but the plainest parts of the exemplars: they fit everywhere.
+    """A first map [rows, columns]: random squares of the exemplars, side by side, each half as wide as an exemplar."""
+    # From single random pixels, the search would keep mostly the plain areas of the exemplars, which fit everywhere.
     side = max(1, E // (2 * h))
     tiles = -(-rows // side), -(-columns // side)
     of_which, of_corner = jax.random.split(key)
@@ -152,10 +154,10 @@ def _tiled(key: Array, rows: int, columns: int, h: int, E: int) -> Array:
 
 
 def _blurred(exemplars: Array, h: int) -> Array:
-    """Exemplars uint8 [2,E,E,C] without what a lattice of every h-th pixel cannot hold."""
+    """Exemplars uint8 [2,E,E,C] without the detail that a lattice of every h-th pixel cannot represent."""
     if h == 1:
         return exemplars
-    # As shrunk h times and enlarged again, each with a Gaussian of half a pixel of the small image.
+    # Equals shrinking by h and enlarging again, each with a Gaussian of half a pixel of the small image.
     apart = np.subtract.outer(np.arange(exemplars.shape[1]), np.arange(exemplars.shape[1]))
     weights = np.exp(-0.5 * (apart / (h * 0.5**0.5)) ** 2)
     weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
@@ -164,7 +166,7 @@ def _blurred(exemplars: Array, h: int) -> Array:
 
 
 def _finer(source: Array, h: int, E: int) -> Array:
-    """The map of spacing 2h -> twice as many points each way: between two points, what follows the first."""
+    """Doubles the points of a map of spacing 2h in both directions: a new point continues the point before it."""
     twice = jnp.repeat(jnp.repeat(source, 2, 0), 2, 1)
     which, row, column = twice // E**2, twice // E % E, twice % E
     row = jnp.minimum(row + h * (jnp.arange(twice.shape[0]) % 2)[:, None], E - 1)
@@ -173,37 +175,46 @@ def _finer(source: Array, h: int, E: int) -> Array:
 
 
 def _level(key: Array, source: Array, table: list, h: int, search: Search) -> Array:
-    """Choose every point of a level `passes` times. source: int32 [rows, columns] into the exemplars."""
+    """Chooses every point of a level `passes` times. source: indices int32 [rows, columns] into the exemplars."""
     s, E = search.step, search.exemplar
 
     def visit(n: Array, source: Array) -> Array:
-        part = n % s**2
+        lattice = n % s**2
         shape = (search.randoms, -(-source.shape[0] // s) * -(-source.shape[1] // s))
         picks_RxG = jax.random.randint(jax.random.fold_in(key, n), shape, 0, 2 * E * E, jnp.int32)
-        return choose(source, picks_RxG, part // s, part % s, table, h, search)
+        return choose(source, picks_RxG, lattice // s, lattice % s, table, h, search)
 
     return jax.lax.fori_loop(0, search.passes * s**2, visit, source)
 
 
 def choose(source: Array, picks_RxG: Array, top: Array, left: Array, table: list, h: int, search: Search) -> Array:
-    """The deterministic core: the map with the points (top + s i, left + s j) of it chosen anew, all at once.
+    """The deterministic core: chooses all points (top + s i, left + s j) of a map at once.
 
-    source: int32 [rows, columns], linear indices into the exemplars [2, E, E], which `table` holds packed. picks:
-    random candidates of the points in raster order. Of equals the first wins: the present one, then coherent ones, then
-    random ones.
+    Among equal candidates the first wins: the present source, then coherent ones, then random ones.
+
+    Args:
+      source: int32 [rows, columns], linear indices into the exemplars [2, E, E].
+      picks_RxG: random candidates of the points in raster order.
+      top, left: the first point.
+      table: the exemplars, packed by `quilting.pack`.
+      h: spacing of the lattice.
+      search: sizes.
+
+    Returns:
+      The new map, int32 [rows, columns].
     """
     (rows, columns), E, s = source.shape, search.exemplar, search.step
     row_G, column_G = jnp.divmod(jnp.arange(-(-rows // s) * -(-columns // s), dtype=jnp.int32), -(-columns // s))
-    row_G, column_G = top + s * row_G, left + s * column_G  # some beyond the last: computed, and dropped at the end
+    row_G, column_G = top + s * row_G, left + s * column_G  # points outside the map are dropped at the end
 
     def around(offsets: np.ndarray) -> tuple[Array, Array]:
-        """-> what points at these offsets copy [G, ...], and whether there are such points."""
+        """-> the sources of the points at these offsets [G, ...], and whether such points exist."""
         r, c = row_G[:, None] + offsets[:, 0], column_G[:, None] + offsets[:, 1]
         there = (r >= 0) & (r < rows) & (c >= 0) & (c < columns)
         return source[jnp.clip(r, 0, rows - 1), jnp.clip(c, 0, columns - 1)], there
 
     def moved(index: Array, offsets: np.ndarray) -> tuple[Array, Array]:
-        """-> the places `h * offsets` beside some of an exemplar, and whether they are in the same one."""
+        """-> the places at distance `h * offsets` in an exemplar, and whether they are in the same exemplar."""
         r, c = index // E % E + h * offsets[..., 0], index % E + h * offsets[..., 1]
         inside = (r >= 0) & (r < E) & (c >= 0) & (c < E)
         return index // E**2 * E**2 + jnp.clip(r, 0, E - 1) * E + jnp.clip(c, 0, E - 1), inside
@@ -218,7 +229,7 @@ def choose(source: Array, picks_RxG: Array, top: Array, left: Array, table: list
         place_GxK, inside_GxK = moved(index_G[:, None], offsets_Kx2)
         likeness = 1.0
         for (x, channels), (y, _) in zip(seen_GxK, look_up(table, place_GxK), strict=True):
-            y = jnp.where(inside_GxK, y, 0)  # outside of the exemplar is black
+            y = jnp.where(inside_GxK, y, 0)  # pixels outside the exemplar are black
             for c in range(channels):
                 difference = ((x >> 8 * c & 255).astype(jnp.float32) - (y >> 8 * c & 255).astype(jnp.float32)) / 255
                 likeness = likeness * (1 + difference * difference)

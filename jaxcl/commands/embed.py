@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxcl.commands.feature_files import new_file, writer_for
 from jaxcl.errors import UserError
-from jaxcl.evaluate.suite import FEATURES
+from jaxcl.evaluate.context import FEATURES
 from jaxcl.runtime import compile_cache, storage
 from jaxcl.runtime.flags import Flags
 from jaxcl.train.runs import Joined, Run, load_run

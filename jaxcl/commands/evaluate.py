@@ -17,7 +17,7 @@ from jaxcl.train import run_folder
 
 
 def _evaluators() -> str:
-    from jaxcl.evaluate.evaluators import EVALUATORS  # late: it imports JAX
+    from jaxcl.evaluate.registry import EVALUATORS  # late: it imports JAX
 
     return f"Evaluators: {', '.join(EVALUATORS)}."
 

@@ -17,7 +17,7 @@ import jaxcl
 from jaxcl.data import source_of
 from jaxcl.errors import UserError
 from jaxcl.method.forward import of_encoder, with_targets
-from jaxcl.models import torch_layout, weights
+from jaxcl.models import weights
 from jaxcl.models.backbone import architecture, model_of
 from jaxcl.runtime import compile_cache
 from jaxcl.runtime.flags import Flags
@@ -56,8 +56,9 @@ def export(saved: Saved, out: str | os.PathLike, *, encoder: str = "", layout: s
     followed = recipe.memory[encoder].of if encoder in recipe.targets else encoder
     options = architecture(config.encoders[followed] if followed else config.model)
     model = model_of(options)
-    if layout == "torch":
-        torch_layout.check_encoder(model.encoder)
+    torch = weights.torch_layout(options["kind"]) if layout == "torch" else None
+    if torch:
+        torch.check(model.encoder)
     trees = (saved.state.params, "params"), (saved.state.batch_stats, "batch_stats")
     params, stats = (of_encoder(with_targets(recipe, tree, saved.state.memory, part), encoder) for tree, part in trees)
     variables = weights.flat(params["encoder"], recipe.encoder(encoder).statistics_of(stats))
@@ -78,9 +79,9 @@ def export(saved: Saved, out: str | os.PathLike, *, encoder: str = "", layout: s
             "config": json.loads(config.to_json_best_effort()),
         },
     }
-    if layout == "torch":
-        about["torch"] = torch_layout.stem_in_torch(model.encoder)
-    return weights.write(out, variables, about, layout=layout)
+    if torch:
+        about["torch"] = torch.changes(model.encoder)
+    return weights.write(out, variables, about, torch=torch)
 
 
 def _class_names(saved: Saved) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def build(
     """Make the files of this process that are missing.
 
     Args:
-      source: a `Source`; its labels are not read.
+      source: the images; labels are not read.
       out: the folder.
       batch_size: images at a time, rounded up to a multiple of this host's devices.
       part_size: images in a file.
@@ -119,7 +119,7 @@ def build(
                 images.append(image)
                 done += 1
                 bar.update(done)
-            texture_set.write_part(out, p, np.concatenate(images), np.concatenate(textures))
+            texture_set.write_shard(out, p, np.concatenate(images), np.concatenate(textures))
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:

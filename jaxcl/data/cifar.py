@@ -1,28 +1,32 @@
 """`cifar:PATH`: CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as distributed, python or binary version.
 
-The python version is pickled, and a pickle can run anything. It is read by an unpickler that knows the
-few names an array is rebuilt with, each replaced by some lines of this file, and refuses every other one.
+The python version is pickled, and a pickle can run anything. It is read by an unpickler that knows only the
+few names that rebuild an array, each replaced by a few lines of this file, and refuses every other one.
 """
 
+import dataclasses
 import math
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from jaxcl.data.base import Select, Source
+from jaxcl.data.kind import SourceKind
 from jaxcl.data.label_levels import LEVELS
+from jaxcl.data.selection import Select
+from jaxcl.data.source import ArraySource
 from jaxcl.errors import UserError
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-# The published figures of the training images that papers normalise with.
+# The published mean and standard deviation of the training images, which papers normalise with.
 MOMENTS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 PIXELS = 32 * 32 * 3
 _BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
-# (classes, file ending) -> training files, test file. The first found is read.
+# (classes, file ending) -> training files, test file. The first that is found is read.
 LAYOUTS = {
     (10, ""): (_BATCHES, "test_batch"),
     (10, ".bin"): ([f"{name}.bin" for name in _BATCHES], "test_batch.bin"),
@@ -32,34 +36,43 @@ LAYOUTS = {
 FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 
 
-def load(path: str, *, split: str, select: Select) -> Source:
-    """The training or test part; `path` is the folder of the batches or the one that holds it.
+@dataclasses.dataclass(frozen=True)
+class Cifar(SourceKind):
+    """The training or test images. PATH is the folder of the batches, or the one above it.
 
-    Labels are the fine ones; extras["coarse"] holds the 20 superclasses of CIFAR-100, vehicles and animals of
-    CIFAR-10.
+    Labels are the fine ones. extras["coarse"] holds the 20 superclasses of CIFAR-100; of CIFAR-10, vehicles and
+    animals.
+
+    Errors: UserError for missing or damaged files, or a pickle that asks for anything but arrays.
     """
-    folder, (classes, ending) = _find(Path(path).expanduser())
-    train, test = LAYOUTS[classes, ending]
-    read = _read_binary if ending else _read_python
-    files = [folder / name for name in ([test] if split == "test" else train)]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)} of CIFAR-{classes}; unpack the archive again")
-    images, labels, coarse = (np.concatenate(column) for column in zip(*(read(f, classes) for f in files), strict=True))
-    names, coarse_names = _names(folder, classes, ending)
-    rows = select(labels)
-    mean, std = MOMENTS[classes]
-    return Source(
-        images=images[rows].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(),
-        labels=labels[rows],
-        class_names=names,
-        mean=mean,
-        std=std,
-        extras={"coarse": coarse[rows]},
-        coarse_names=coarse_names,
-        name=f"cifar{classes}",
-        split=split,
-    )
+
+    argument: ClassVar[str] = "PATH"
+    config_keys: ClassVar[tuple[str, ...]] = ()
+
+    def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
+        folder, (classes, ending) = _find(Path(argument).expanduser())
+        train, test = LAYOUTS[classes, ending]
+        read = _read_binary if ending else _read_python
+        files = [folder / name for name in ([test] if base_split == "test" else train)]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {', '.join(missing)} of CIFAR-{classes}; unpack the archive again")
+        columns = zip(*(read(file, classes) for file in files), strict=True)
+        images, labels, coarse = (np.concatenate(column) for column in columns)
+        names, coarse_names = _names(folder, classes, ending)
+        rows = select(labels)
+        mean, std = MOMENTS[classes]
+        return ArraySource(
+            images=images[rows].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(),
+            labels=labels[rows],
+            class_names=names,
+            mean=mean,
+            std=std,
+            extras={"coarse": coarse[rows]},
+            coarse_names=coarse_names,
+            name=f"cifar{classes}",
+            split=split,
+        )
 
 
 def _find(path: Path) -> tuple[Path, tuple[int, str]]:
@@ -82,7 +95,7 @@ def _find(path: Path) -> tuple[Path, tuple[int, str]]:
 
 
 def _read_binary(file: Path, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A record is the label (CIFAR-100: coarse, then fine) and the pixels, a byte each."""
+    """A record is the label (CIFAR-100: coarse, then fine) and the pixels, one byte each."""
     head = 1 if classes == 10 else 2
     raw = np.fromfile(file, np.uint8)
     if not len(raw) or len(raw) % (head + PIXELS):
@@ -125,7 +138,7 @@ def _checked(file: Path, data, labels, coarse, classes: int):
 
 
 def _names(folder: Path, classes: int, ending: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Fine and coarse class names, from the archive's own list where it is there."""
+    """Fine and coarse class names, from the archive's list if it has one."""
     if classes == 10:
         return tuple(CIFAR10_CLASSES), LEVELS["cifar10"].names
     lists = {"fine_label_names": None, "coarse_label_names": None}
@@ -161,7 +174,7 @@ def unpickle(file: Path):
 
 
 class _Array:
-    """Stands for a pickled array until its state arrives."""
+    """Takes the place of a pickled array until its state arrives."""
 
     value: np.ndarray | None = None
 
@@ -171,7 +184,7 @@ class _Array:
 
 
 class _Dtype:
-    """Stands for a pickled dtype; NumPy's own would take state that this file has no use for."""
+    """Takes the place of a pickled dtype. NumPy's own would accept state that is not needed here."""
 
     def __init__(self, name, *_):
         name = name.decode("ascii") if isinstance(name, bytes) else name
@@ -191,7 +204,7 @@ def _frombuffer(raw, dtype, shape, order, *_) -> _Array:
 
 
 def _encode(text, encoding) -> bytes:
-    """How Python 3 writes bytes in the older protocols."""
+    """`_codecs.encode`, with which Python 3 writes bytes in the older protocols."""
     if encoding not in ("latin1", b"latin1"):
         raise UserError(f"asks for the codec {encoding!r}")
     return text.encode("latin1")
@@ -208,7 +221,7 @@ _ARRAY_MODULES = (
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        # Functions come wrapped anew each time: a pickle can set attributes on whatever it is handed.
+        # Each function is wrapped anew every time: a pickle can set attributes on any object it gets.
         if (module, name) == ("_codecs", "encode"):
             return lambda *args: _encode(*args)
         if module in ("numpy", *_ARRAY_MODULES):

@@ -1,6 +1,6 @@
-"""Sets that are read row by row: `Reader`, and `DiskSource`, which decodes a batch when it is asked for.
+"""Sets that are read row by row: `Reader`, and `DiskSource`, which decodes each batch when it is read.
 
-N rows of a set, n of them chosen.
+N rows of a set, n chosen rows, B batch, H height, W width, C channels.
 """
 
 import dataclasses
@@ -13,21 +13,21 @@ from typing import ClassVar
 import numpy as np
 
 from jaxcl.data import hashing
-from jaxcl.data.base import Source, moments
+from jaxcl.data.moments import Moments, moments
+from jaxcl.data.source import SAMPLE, ArraySource, Batch, Source
 
 IN_MEMORY_BYTES = 2**30  # sets that fit are decoded once
-SAMPLE = 2000  # training images from which mean and standard deviation of other sets are estimated
-# Pillow decodes outside the interpreter lock, so a thread a core: on two cores eight cost a seventh more processor
-# time an image (handing over the lock, memory of their own). What comes through a network waits: more wait at once.
+# Pillow decodes outside the interpreter lock, so one thread per core: more threads cost processor time for handing over
+# the lock, and memory. Remote files are waited for, so more threads wait at the same time.
 THREADS = os.cpu_count() or 1
 WAITING_THREADS = min(64, max(8, THREADS))
-COLUMNS = ("label", "coarse", "group")  # what is known of an image, -1 where it is not
+COLUMNS = ("label", "coarse", "group")  # labels of an image, -1 where unknown
 
 Row = tuple[np.ndarray, tuple[int, int, int]]  # image uint8 [H,W,3], its columns
 
 
 class Reader:
-    """The rows of a set, 0 to N - 1. A kind of set gives the attributes, `__len__`, `__call__` and `columns`."""
+    """The rows of a set, 0 to N - 1. A subclass defines the attributes, `__len__`, `__call__` and `columns`."""
 
     image_shape: tuple[int, int, int]
     threads: int = THREADS
@@ -43,11 +43,11 @@ class Reader:
         raise NotImplementedError
 
     def columns(self, rows: np.ndarray) -> np.ndarray:
-        """int32 [3, n], without decoding images."""
+        """`COLUMNS` of these rows, int32 [3, n], without decoding images."""
         raise NotImplementedError
 
     def block(self, rows: np.ndarray) -> Sequence[Row]:
-        """Some rows, where reading them at once is faster than one by one."""
+        """Several rows, for readers that read them faster together than one by one."""
         return [self(row) for row in rows]
 
     def read_all(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ class Reader:
         return None
 
     def names(self, rows: np.ndarray) -> np.ndarray | None:
-        """What people call these rows, text [n], such as the names of their files; None: nothing."""
+        """Names of these rows for people, text [n], such as the names of their files; None where they have none."""
         return None
 
     def labelled(self, rows: np.ndarray) -> bool:
@@ -75,16 +75,16 @@ class Reader:
         return bool(self.class_names)
 
     def fits(self, count: int) -> bool:
-        """Whether so many rows may be held in memory, decoded."""
+        """Whether `count` decoded rows may be held in memory."""
         return fits_in_memory(count, self.image_shape)
 
-    def moments(self, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def moments(self, rows: np.ndarray) -> Moments:
         """Mean and standard deviation per channel, in [0, 1] units, of a sample of `rows`."""
         return moments(self.read_all(np.sort(rows[hashing.order(0, 0, len(rows))[:SAMPLE]]))[0])
 
 
 def fits_in_memory(count: int, image_shape: tuple[int, int, int]) -> bool:
-    """Whether so many decoded images may be held."""
+    """Whether `count` decoded images may be held in memory."""
     return count * int(np.prod(image_shape)) <= IN_MEMORY_BYTES
 
 
@@ -96,29 +96,30 @@ def in_threads(work, count: int, threads: int = THREADS) -> None:
         try:
             for job in jobs:
                 job.result()
-        finally:  # after an error the rest is not worth waiting for
+        finally:  # after an error the other blocks are not needed
             pool.shutdown(cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class DiskSource:
+class DiskSource(Source):
     """A set that stays on disk: every batch is read and decoded when it is asked for.
 
-    It has the attributes of `Source` except `images`. What a reader does not know beforehand of its labels (TFDS) is
-    read when `labels` or `extras` are first asked for.
+    Labels that a reader does not know in advance (TFDS) are read when `labels` or `extras` are first used.
 
     Attributes:
       reader: of the whole set.
-      rows: int [n], those of the reader that are this source's.
+      rows: int [n], the rows of the reader that belong to this source.
       level: the column that labels the images, "label" or "coarse".
+      mean, std, name, split: as of `Source`.
     """
 
     reader: Reader
     rows: np.ndarray
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    name: str
-    split: str
+    # With an explicit `field`: dataclasses would take the defaults of the contract for defaults of the field.
+    mean: tuple[float, ...] = dataclasses.field()
+    std: tuple[float, ...] = dataclasses.field()
+    name: str = dataclasses.field()
+    split: str = dataclasses.field()
     level: str = "label"
     in_memory: ClassVar[bool] = False
 
@@ -134,10 +135,6 @@ class DiskSource:
         return self.reader.class_names if self.level == "label" else self.reader.coarse_names
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
     def coarse_names(self) -> tuple[str, ...]:
         return self.reader.coarse_names
 
@@ -149,12 +146,11 @@ class DiskSource:
     def group_names(self) -> tuple[str, ...]:
         return self.reader.group_names
 
-    @property
+    @functools.cached_property
     def paths(self) -> tuple[str, ...] | None:
-        """As of `Source`."""
         return self.reader.paths(self.rows)
 
-    @property
+    @functools.cached_property
     def labelled(self) -> bool:
         return self.reader.labelled(self.rows)
 
@@ -164,27 +160,23 @@ class DiskSource:
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [n]"""
         return self._columns[self.level]
 
     @property
     def extras(self) -> dict[str, np.ndarray]:
-        """As of `Source`: "coarse", "fine", "group" and "name", where the set has them."""
+        """ "coarse", "fine", "group" and "name", where the set has them."""
         columns = {"coarse": "coarse", "fine": "label", "group": "group"}
         names = {"coarse": self.coarse_names, "fine": self.fine_names, "group": self.group_names}
         extras = {key: self._columns[column] for key, column in columns.items() if names[key]}
         return extras | _named(self.reader.names(self.rows))
 
     def coarse(self) -> "DiskSource":
-        """The same set labelled with its coarse classes."""
         return dataclasses.replace(self, level="coarse")
 
     def take(self, rows: np.ndarray) -> "DiskSource":
-        """The set of these rows, numbered anew from 0."""
         return dataclasses.replace(self, rows=self.rows[rows])
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows `indices` [B] as {"image" uint8 [B,H,W,C], "label" int32 [B], "index" int32 [B]}."""
+    def batch(self, indices: np.ndarray) -> Batch:
         indices = np.asarray(indices)
         images, columns = self.reader.read_all(self.rows[indices])
         return {"image": images, "label": columns[COLUMNS.index(self.level)], "index": indices.astype(np.int32)}
@@ -192,11 +184,11 @@ class DiskSource:
 
 def source_in_memory(
     reader: Reader, images: np.ndarray, columns: np.ndarray, *, names_of_rows: np.ndarray | None = None, **about
-) -> Source:
-    """Rows of a reader, as `read_all` gives them, as a source; about: mean, std, paths, name and split."""
+) -> ArraySource:
+    """Rows of a reader, as `read_all` returns them, as a source. about: mean, std, paths, name and split."""
     names = {"coarse": reader.coarse_names, "group": reader.group_names}
     columns = dict(zip(COLUMNS, columns, strict=True))
-    return Source(
+    return ArraySource(
         images=images,
         labels=columns["label"],
         class_names=reader.class_names,

@@ -1,28 +1,27 @@
-"""The image set that a config names."""
+"""The image set that a config names, and the order of its training batches."""
+
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from jaxcl.data.base import Source
+from jaxcl.data.kind import SourceKind
 from jaxcl.data.per_class import PerClass
-from jaxcl.data.sources import make_source
+from jaxcl.data.source import Source
+from jaxcl.data.sources import load, parse
 from jaxcl.data.texture_set import Textured, TextureSet
-
-FILES = ("folder", "csv", "waterbirds", "celeb_a")  # kinds that read image files
+from jaxcl.runtime.options import construct
 
 
 def source_of(config: ConfigDict, split: str) -> Source:
-    """A split of `config.data`; training batches have textures too, where the config names some. Errors: UserError."""
+    """A split of `config.data`. Training batches also hold textures, where data.textures names a folder of them.
+
+    Errors: UserError.
+    """
     data = config.data
-    # The options of the kind of source in use; those of the others lie idle in the config.
-    kind = data.source.partition(":")[0]
-    options = dict(data[kind]) if kind in ("garments", "tfds", "celeb_a") else {}
-    if kind in (*FILES, "voc"):
-        options |= data.files
-    if kind != "garments":
-        options = {k: v or None for k, v in options.items()}  # empty: the kind's own default
-    if kind in FILES:
-        options["on_bad_image"] = data.on_bad_image
-    source = make_source(
+    kind, argument = parse(data.source, "data.source")
+    source = load(
+        _made(kind, data),
+        argument,
         data.source,
         split=split,
         seed=config.seed,
@@ -31,13 +30,24 @@ def source_of(config: ConfigDict, split: str) -> Source:
         labels=data.labels,
         validation_split=data.validation_split,
         imbalance=data.imbalance,
-        **options,
     )
     return Textured(source, TextureSet(data.textures)) if data.textures and split == "train" else source
 
 
+def _made(kind: type[SourceKind], data: ConfigDict) -> SourceKind:
+    """The kind with its options from the config; options of other kinds are ignored."""
+    options = {}
+    for key in kind.config_keys:
+        prefix, values = ("data", {key: data[key]})
+        if isinstance(data[key], (Mapping, ConfigDict)):
+            prefix, values = f"data.{key}", dict(data[key])
+        construct(prefix, kind, values)  # checked key by key, so that an error names the key of the config
+        options |= values
+    return construct("data", kind, options)
+
+
 def order_of(config: ConfigDict, source: Source) -> PerClass | None:
-    """The order of training batches, where it is not the loader's own. Errors: UserError."""
+    """The order of training batches, or None for the loader's own. Errors: UserError."""
     per_class = config.data.per_class
     if not per_class:
         return None

@@ -1,27 +1,30 @@
-"""`garments`: real product photos set in colour on procedural backgrounds, with everything about them known.
+"""`garments`: real product photos composed in colour on procedural backgrounds, with everything about them known.
 
-The photos are the embedded part of Fashion-MNIST. Each is scaled, placed, mirrored, tinted in one of eight
-hue families (its shading kept), sometimes given a patterned fill, and laid over a texture. All of it follows
-from the photo's position in the set and from nothing else: not from the seed of a run, the order of reading,
-or the version of NumPy.
+The photos are the embedded subset of Fashion-MNIST. Each is scaled, placed, mirrored, tinted in one of eight
+hue families (its shading is kept), sometimes given a patterned fill, and laid over a texture. All of this depends
+only on the photo's position in the set, not on the seed of a run, the order of reading, or the version of NumPy.
 
-Whether the object is light on dark or dark on light is drawn per image, so no pixel's mean says anything
-about the class and a linear probe on raw pixels does badly, while a person sees the garment at once.
+Whether the object is light on dark or dark on light is drawn per image. So the mean of a pixel does not depend
+on the class and a linear probe on raw pixels does badly, while a person sees the garment at once.
 
-Letters: N images, S = 32 pixels a side, P = 28 pixels of a photo.
+N images, S = 32 pixels a side, P = 28 pixels of a photo.
 """
 
+import dataclasses
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from scipy import ndimage
 
 from jaxcl.data import hashing, patterns
-from jaxcl.data.base import Select, Source
 from jaxcl.data.fashion_mnist import CLASSES, COARSE, COARSE_OF_CLASS, photos
-from jaxcl.errors import UserError
+from jaxcl.data.kind import SourceKind
+from jaxcl.data.selection import Select
+from jaxcl.data.source import ArraySource
+from jaxcl.runtime.options import SHARE
 
 SIZE = 32
 HUES = ("red", "orange", "yellow", "green", "cyan", "blue", "violet", "pink")
@@ -30,91 +33,95 @@ HUE_CENTRES = np.array([0.0, 0.075, 0.15, 0.34, 0.5, 0.61, 0.76, 0.9], np.float3
 TINTS = (*HUES, *(f"{a}-{b}" for a, b in zip(HUES, (*HUES[1:], HUES[0]), strict=True)))
 BACKGROUNDS = patterns.NAMES
 TEXTURE_OF_CLASS = np.arange(10)  # the texture that `spurious` ties to each fine class
-CLASS_OF_TEXTURE = np.full(len(patterns.ALL), -1, np.int32)  # and the other way round, -1 for the others
+CLASS_OF_TEXTURE = np.full(len(patterns.ALL), -1, np.int32)  # its inverse, -1 for textures of no class
 CLASS_OF_TEXTURE[TEXTURE_OF_CLASS] = np.arange(10)
-EXTRA_SPLITS = ("test_shifted", "cue_conflict")
 
-# Of the 10,000 training images without spurious ties; a test recomputes them.
+# Of the 10,000 training images without spurious ties; a test computes them again.
 MEAN = (0.4981, 0.4854, 0.4855)
 STD = (0.3027, 0.2892, 0.3051)
 
-_GENERATOR = 20170828  # seed of the set itself; changing it makes another set
-# Hash streams. Geometry and tint are shared by the splits that share photos.
+_GENERATOR = 20170828  # seed of the set itself; another one makes another set
+# Hash streams. Splits that share photos share geometry and tint.
 _PLACE, _COLOUR, _BACKGROUND, _FILL, _CHOICE, _SHIFT, _NOISE = range(1, 8)
 
 
-def load(*, split: str, select: Select, spurious: float = 0.0, spurious_on: str = "background") -> Source:
-    """The composed set.
+@dataclasses.dataclass(frozen=True)
+class Garments(SourceKind):
+    """The composed set: splits "train" (10,000), "test" (2,000), "validation", and two more.
 
-    Args:
-      split: "train" (10,000), "test" (2,000), "validation", "test_shifted" (the test photos in the same
-        places on unseen textures and tints, with noise, blur and less contrast) or "cue_conflict" (the test
-        photos, each filled with the texture that `spurious` ties to another class).
-      spurious: probability with which, in training, the texture is the one of the class; otherwise it is
-        drawn freely. The validation part is cut from the training images and tied as they are; the
-        test splits are always drawn freely.
-      spurious_on: "background" or "fill", what is tied. "cue_conflict" textures the fill, and with
-        "background" the background too, since that is where such a model has learnt to look.
+    "test_shifted" is the test photos in the same places on unseen textures and tints, with noise, blur and less
+    contrast. "cue_conflict" is the test photos, each filled with the texture that `spurious` ties to another class.
+
+    Options:
+      spurious: probability that the texture of a training image is the one of its class; otherwise it is drawn
+        freely. Validation images are held out of the training images and tied like them; the test splits are
+        always drawn freely.
+      spurious_on: "background" or "fill", which texture is tied. "cue_conflict" textures the fill, and with
+        "background" the background too, since such a model has learnt to look there.
 
     Extras: "mask" bool [N,S,S] the object, "coarse", "background" (index into BACKGROUNDS), "fill" (the same;
     "plain" for none), "tint" (index into TINTS); in "cue_conflict" also "shape" and "texture", the two
     classes in conflict. With `spurious`, in every split, "cue" and "coarse_cue": the fine and the coarse class that
-    the tied texture speaks for, -1 for none; `make_source` makes extras["group"] of them.
+    the tied texture indicates, -1 for none, from which `make_source` makes extras["group"].
     """
-    if not 0.0 <= spurious <= 1.0:
-        raise UserError(f"garments: spurious={spurious} must be a probability from 0 to 1")
-    if spurious_on not in ("background", "fill"):
-        raise UserError(f"garments: spurious_on={spurious_on!r} must be 'background' or 'fill'")
-    part = "train" if split in ("train", "validation") else "test"
-    labels = photos()[f"{part}_labels"]
-    rows = select(labels)
-    labels = labels[rows]
-    # Test photos are numbered after the training photos, so that no two images share their draws.
-    ids = rows + (0 if part == "train" else len(photos()["train_labels"]))
 
-    draws = _choose(ids, labels, split, spurious, spurious_on)
-    images = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
-    masks = np.empty((len(rows), SIZE, SIZE), bool)
-    shading, cover = _cut_out(part)
+    extra_splits: ClassVar[tuple[str, ...]] = ("test_shifted", "cue_conflict")
+    config_keys: ClassVar[tuple[str, ...]] = ("garments",)
 
-    def compose(begin: int) -> None:
-        block = slice(begin, begin + 512)  # small enough to stay in the processor's cache
-        photo = shading[rows[block]], cover[rows[block]]
-        drawn = {k: v[block] for k, v in draws.items()}
-        images[block], masks[block] = _compose(*photo, ids[block], drawn, split)
+    spurious: Annotated[float, SHARE] = 0.0
+    spurious_on: Literal["background", "fill"] = "background"
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy works outside the interpreter lock
-        list(pool.map(compose, range(0, len(rows), 512)))
-    extras = {k: draws[k].astype(np.int32) for k in ("background", "fill", "tint")}
-    extras |= {"mask": masks, "coarse": COARSE_OF_CLASS[labels]}
-    if spurious:
-        cue = CLASS_OF_TEXTURE[draws[spurious_on]]
-        extras |= {"cue": cue, "coarse_cue": np.where(cue >= 0, COARSE_OF_CLASS[cue], -1).astype(np.int32)}
-    if split == "cue_conflict":
-        extras |= {"shape": labels, "texture": draws["texture"].astype(np.int32)}
-    return Source(
-        images=images,
-        labels=labels,
-        class_names=CLASSES,
-        mean=MEAN,
-        std=STD,
-        extras=extras,
-        coarse_names=COARSE,
-        name="garments",
-        split=split,
-    )
+    def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
+        photo_split = "train" if base_split == "train" else "test"
+        labels = photos()[f"{photo_split}_labels"]
+        rows = select(labels)
+        labels = labels[rows]
+        # Test photos are numbered after the training photos, so that no two images share their draws.
+        ids = rows + (0 if photo_split == "train" else len(photos()["train_labels"]))
+
+        draws = _choose(ids, labels, split, self.spurious, self.spurious_on)
+        images = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
+        masks = np.empty((len(rows), SIZE, SIZE), bool)
+        shading, cover = _cut_out(photo_split)
+
+        def compose(begin: int) -> None:
+            block = slice(begin, begin + 512)  # fits into the processor's cache
+            photo = shading[rows[block]], cover[rows[block]]
+            drawn = {k: v[block] for k, v in draws.items()}
+            images[block], masks[block] = _compose(*photo, ids[block], drawn, split)
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy works outside the interpreter lock
+            list(pool.map(compose, range(0, len(rows), 512)))
+        extras = {k: draws[k].astype(np.int32) for k in ("background", "fill", "tint")}
+        extras |= {"mask": masks, "coarse": COARSE_OF_CLASS[labels]}
+        if self.spurious:
+            cue = CLASS_OF_TEXTURE[draws[self.spurious_on]]
+            extras |= {"cue": cue, "coarse_cue": np.where(cue >= 0, COARSE_OF_CLASS[cue], -1).astype(np.int32)}
+        if split == "cue_conflict":
+            extras |= {"shape": labels, "texture": draws["texture"].astype(np.int32)}
+        return ArraySource(
+            images=images,
+            labels=labels,
+            class_names=CLASSES,
+            mean=MEAN,
+            std=STD,
+            extras=extras,
+            coarse_names=COARSE,
+            name="garments",
+            split=split,
+        )
 
 
 @functools.cache
-def _cut_out(part: str) -> tuple[np.ndarray, np.ndarray]:
+def _cut_out(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Shading float32 [N,P,P] in [0,1] and object cover bool [N,P,P] of the photos.
 
-    The photos stand on black with dark garments dark too, so a threshold leaves holes inside an object. A
-    hole of a few pixels is cloth; a larger one (under a bag's handle, between a sandal's straps) shows what
-    is behind.
+    The photos have a black background and dark garments are dark too, so a threshold leaves holes inside an object.
+    A hole of a few pixels is cloth; a larger one (under a bag's handle, between a sandal's straps) shows the
+    background.
     """
-    images = photos()[f"{part}_images"]
-    blocks = [_cut_out_block(images[i : i + 512]) for i in range(0, len(images), 512)]  # in the processor's cache
+    images = photos()[f"{split}_images"]
+    blocks = [_cut_out_block(images[i : i + 512]) for i in range(0, len(images), 512)]  # fit the processor's cache
     shading, cover = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
     return shading, cover
 
@@ -128,7 +135,7 @@ def _cut_out_block(photo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     small = np.bincount(numbered.reshape(-1), minlength=count + 1) <= 12
     small[0] = False
     cover = cover | small[numbered]
-    # Shading is stretched over each object's own range; a nearly even garment keeps its evenness.
+    # Shading is stretched to the range of each object; a nearly even garment stays even.
     value = photo.astype(np.float32) / 255
     low = np.where(cover, value, 1).min((1, 2), keepdims=True)
     high = np.where(cover, value, 0).max((1, 2), keepdims=True)
@@ -136,7 +143,7 @@ def _cut_out_block(photo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _choose(ids, labels, split: str, spurious: float, spurious_on: str) -> dict[str, np.ndarray]:
-    """Which textures and which tint each image gets, int [N] each."""
+    """The textures and the tint of each image, int [N] each."""
     u = hashing.uniforms(_GENERATOR, _CHOICE, ids, 8)
     familiar = len(patterns.FAMILIAR)
     free = (u[:, 0] * familiar).astype(np.int64)
@@ -178,7 +185,7 @@ def _compose(photo, cover, ids, draws, split: str) -> tuple[np.ndarray, np.ndarr
     dark = _colour(hue, saturation, np.where(light_object, 0.44, 0.06))
     light = _colour(hue, saturation, np.where(light_object, 0.90, 0.44))
     pattern = patterns.draw(draws["fill"], hashing.uniforms(_GENERATOR, _FILL, ids, patterns.NUMBERS), SIZE)
-    # A patterned garment varies along the same ramp, so that its tint stays one; shading goes on top.
+    # A pattern varies along the same ramp, so that the garment keeps one tint; shading is added to it.
     strength = (0.9 if split == "cue_conflict" else 0.55) * (draws["fill"] != patterns.PLAIN)
     strength = strength.astype(np.float32)[:, None, None]
     level = np.clip(shade * (1 - strength) + strength * pattern, 0, 1)[..., None]
@@ -193,21 +200,21 @@ def _compose(photo, cover, ids, draws, split: str) -> tuple[np.ndarray, np.ndarr
 def _place(photo, cover, u) -> tuple[np.ndarray, np.ndarray]:
     """Scales by 0.7 to 1, mirrors half, places inside the frame -> shading and alpha, float32 [n,S,S].
 
-    Scaling and shifting are separable, so one interpolation matrix an axis does them: a triangle filter as
-    wide as an output pixel (bilinear, antialiased; no photo is enlarged).
+    Scaling and shifting are separable, so each axis needs one interpolation matrix: a triangle filter as
+    wide as an output pixel (bilinear and antialiased; no photo is enlarged).
     """
     n, size = photo.shape[:2]
     scale = 0.7 + 0.3 * u[:, 0]
     extent = scale * size
-    source = np.arange(-2, size + 2, dtype=np.float32)  # two pixels of nothing on either side
+    source = np.arange(-2, size + 2, dtype=np.float32)  # two empty pixels on either side
     out = np.arange(SIZE, dtype=np.float32)
-    narrow = scale[:, None, None]  # below 1: the filter is as wide as an output pixel
+    narrow = scale[:, None, None]  # at most 1: the filter is as wide as an output pixel
 
     def weights(offset, mirror):
         at = (out[None] + 0.5 - offset[:, None]) / scale[:, None] - 0.5  # [n,S] in photo pixels
         at = np.where(mirror[:, None], size - 1 - at, at)
         w = np.maximum(0, 1 - np.abs(at[..., None] - source) * narrow)
-        # Of weight 1 in all, or the filter would leave a faint grid on the cloth; outside the photo less.
+        # The weights sum to 1, or the filter would leave a faint grid on the cloth; outside the photo to less.
         return (w / np.maximum(w.sum(-1, keepdims=True), 1))[..., 2:-2]
 
     rows = weights(u[:, 1] * (SIZE - extent), np.zeros(n, bool))
@@ -241,7 +248,7 @@ def _shift(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
     u = hashing.uniforms(_GENERATOR, _SHIFT, ids, 4)
     contrast = (0.55 + 0.35 * u[:, 0])[:, None, None, None]
     image = 0.5 + (image - 0.5) * contrast + (0.16 * (u[:, 1] - 0.5))[:, None, None, None]
-    side = (0.3 * u[:, 2])[:, None, None, None]  # three-tap kernel (side, 1 - 2 side, side) along each axis
+    side = (0.3 * u[:, 2])[:, None, None, None]  # kernel (side, 1 - 2 side, side) along each axis
     for axis in (1, 2):
         edge = np.take(image, [0], axis), np.take(image, [-1], axis)
         padded = np.concatenate([edge[0], image, edge[1]], axis)

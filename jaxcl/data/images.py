@@ -1,20 +1,18 @@
-"""An encoded image of any kind -> RGB of one size: uint8 [H,W,3]."""
+"""Decoding: an encoded image of any format becomes RGB of one size, uint8 [H,W,3]. H height, W width."""
 
 from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from jaxcl.errors import UserError
-
-# Nothing else is opened: Pillow also knows formats that run other programs (EPS) or that any bytes may pass for (TGA).
+# No other format is opened: Pillow also has some that run other programs (EPS) or that fit any bytes (TGA).
 _KNOWN = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 QOI".split()
-# What files of these formats are called; a file called something else is no image to `folder:PATH`.
+# Endings of files of these formats. `folder:PATH` ignores files with other endings.
 _SUFFIXES = """
     .jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .qoi
 """
 SUFFIXES = frozenset(_SUFFIXES.split())
-Image.init()  # now, as plugins would otherwise load in many threads at once
+Image.init()  # here, since plugins would otherwise load in many threads at the same time
 FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
 
 _TURNS = {
@@ -29,10 +27,10 @@ _TURNS = {
 
 
 def shape(stream: IO[bytes]) -> tuple[int, int]:
-    """(height, width) of an upright image, from its header. Errors: whatever Pillow raises."""
+    """(height, width) of an upright image, from its header. Errors: any error of Pillow."""
     with _open(stream) as image:
         width, height = image.size
-        # PNG and others keep their orientation behind the pixels; it is seldom there, and `decode` minds it.
+        # PNG and others store a rare orientation behind the pixels. `decode` reads it.
         turned = image.format in ("JPEG", "MPO") and 5 <= _orientation(image) <= 8
         return (width, height) if turned else (height, width)
 
@@ -40,13 +38,13 @@ def shape(stream: IO[bytes]) -> tuple[int, int]:
 def decode(stream: IO[bytes], size: int | None = None) -> np.ndarray:
     """The first frame as RGB, uint8 [H,W,3], or [size,size,3] by `resize_and_crop`.
 
-    It stands as its EXIF orientation says. Greyscale is repeated, 16 bits are scaled to 8, CMYK is converted without
-    colour profiles, and what is transparent shows white.
+    The EXIF orientation is applied. Greyscale is repeated, 16 bits are scaled to 8, CMYK is converted without colour
+    profiles, and transparent pixels become white.
 
-    Errors: whatever Pillow raises; ValueError for pixels that are floating-point or beyond 16 bits.
+    Errors: any error of Pillow; ValueError for pixels that are floating-point or beyond 16 bits.
     """
     with _open(stream) as image:
-        # A JPEG may be decoded at 1/2, 1/4 or 1/8: at least twice the size is left to resize from.
+        # A JPEG may be decoded at 1/2, 1/4 or 1/8, so that at least twice the size remains.
         drafted = image.draft(None, (2 * size, 2 * size)) if size else None
         image.load()
         rgb = _rgb(image)
@@ -59,26 +57,21 @@ def decode(stream: IO[bytes], size: int | None = None) -> np.ndarray:
 def resize_and_crop(
     image: Image.Image, size: int, *, extent: tuple[float, float] | None = None, nearest: bool = False
 ) -> Image.Image:
-    """Shorter side to `size` (bilinear, antialiased), then the centre: RGB -> size x size.
+    """Resizes the shorter side to `size` (bilinear, antialiased) and crops the centre: RGB -> size x size.
 
-    extent: width and height of the picture, where the image has a part of a pixel too many (a JPEG decoded at 1/8).
-    nearest: values are numbers of classes, of which each pixel keeps one.
+    Args:
+      extent: width and height of the picture, where the image is a fraction of a pixel larger (a JPEG decoded at 1/8).
+      nearest: take the nearest pixel, for values that are numbers of classes.
     """
     if image.size == (size, size):
         return image
     width, height = extent or image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    # Only the centre is computed, or a strip of 1 x 20,000 pixels would fill the memory on its way. Pillow widens the
-    # bilinear filter when it shrinks an image: that is the antialiasing.
+    # Only the centre is computed: resizing a strip of 1 x 20,000 pixels as a whole would fill the memory. Pillow widens
+    # the bilinear filter when it shrinks an image, which is the antialiasing.
     box = (left, top, left + side, top + side)
     return image.resize((size, size), Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR, box=box)
-
-
-def check_size(spec: str, image_size: int | None) -> None:
-    """UserError for an option image_size that is no size."""
-    if image_size is not None and image_size < 1:
-        raise UserError(f"{spec}: image_size={image_size} must be at least 1")
 
 
 def _open(stream: IO[bytes]) -> Image.Image:
@@ -88,7 +81,7 @@ def _open(stream: IO[bytes]) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata of an image that is otherwise good
+    except Exception:  # damaged metadata; the image may be good
         return 1
     return value if isinstance(value, int) else 1
 
@@ -104,7 +97,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits, which Pillow would clip at 255."""
+    """Greyscale of 16 bits, scaled to 8; Pillow would clip it at 255."""
     if image.mode == "F":
         raise ValueError("floating-point pixels; expected 8 or 16 bits")
     values = np.asarray(image)

@@ -1,4 +1,4 @@
-"""Labels of two levels: which coarse class each fine class belongs to, and sources that are labelled with either.
+"""Labels of two levels: the coarse class of each fine class, and sources labelled with either level.
 
 N images, K fine classes.
 """
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcl.data.base import Source
+from jaxcl.data.source import ArraySource, Source
 from jaxcl.errors import UserError
 
 
 class Level(NamedTuple):
-    """Names of the coarse classes, and the one of each fine class, int32 [K]."""
+    """Names of the coarse classes, and the coarse class of each fine class, int32 [K]."""
 
     names: tuple[str, ...]
     of_class: np.ndarray
@@ -37,7 +37,7 @@ _CIFAR100_NAMES = """
     large_omnivores_and_herbivores, medium_mammals, non-insect_invertebrates, people, reptiles, small_mammals, trees,
     vehicles_1, vehicles_2
 """
-# Classes in the order of their WordNet ids. Of the 67 ids 52 occur.
+# Classes in the order of their WordNet ids. 52 of the 67 superclasses occur.
 _TINY_IMAGENET = """
     14 31 16 16 8 34 35 0 0 0 4 3 22 14 7 23 23 23 9 9 3 3 3 21 11 11 11 11 11 11 6 6 6 39 39 2 4 4 4 4 4 4 4
     4 5 5 12 30 19 37 37 37 37 37 28 28 28 37 2 61 46 53 46 41 53 45 45 47 43 53 65 45 56 52 46 62 58 41 49 62
@@ -46,8 +46,8 @@ _TINY_IMAGENET = """
     54 50 58 65 58 50 46 58 46 62 48 63 45 62 65 58 65 61 41 46 58 43 47 58 48 48 59 48 52 52 52 52 52 38 38
     18 17 17 17 17 52 52 52 52 58 58 7 58 58 27
 """
-# By the name TFDS gives a set. The tables are those of Thanos's released code (arXiv:2204.07596), that of
-# Fashion-MNIST is ours; the superclasses of CIFAR-100 are its authors'.
+# By TFDS's name of the set. The tables come from Thanos's released code (arXiv 2204.07596), except Fashion-MNIST's,
+# which is ours; the superclasses of CIFAR-100 are its authors'.
 LEVELS = {
     "cifar10": _level("animals, vehicles", "1 1 0 0 0 0 0 0 1 1"),
     "cifar100": _level(_CIFAR100_NAMES, _CIFAR100),
@@ -62,40 +62,28 @@ def known_level(name: str, class_names: Sequence[str]) -> Level | None:
     level = LEVELS.get(name)
     if level is None or len(level.of_class) != len(class_names):
         return None
-    # The table of Tiny ImageNet means classes in the order of their ids.
+    # The table of Tiny ImageNet is for classes in the order of their ids.
     return None if name == "tiny_imagenet" and list(class_names) != sorted(class_names) else level
 
 
 def at_level(source: Source, labels: str, *, spec: str) -> Source:
     """The source labelled with its "fine" or its "coarse" classes.
 
-    With "coarse", `labels` and `class_names` are the coarse ones and extras["fine"] and `fine_names` hold what they
-    were; extras["coarse"] stays. Where extras has "cue" and "coarse_cue" (the class that the texture of an image
-    speaks for, -1 for none), extras["group"] is made from the one of the level: 2 * label, + 1 where the cue speaks
-    for another class.
+    With "coarse", `labels` and `class_names` are the coarse ones, and extras["fine"] and `fine_names` hold the fine
+    ones; extras["coarse"] stays. Where extras has "cue" and "coarse_cue" (the class that the texture of an image
+    indicates, -1 for none), they make extras["group"]: 2 * label, + 1 where the cue indicates another class.
 
     Raises:
-      UserError: another word, or a source that has one level only.
+      UserError: "coarse" for a source without coarse classes.
     """
-    if labels not in ("fine", "coarse"):
-        raise UserError(f"labels={labels!r} must be 'fine' or 'coarse'")
-    if labels == "coarse" and not source.coarse_names:
-        raise UserError(
-            f"{spec} has no second level of labels; use labels='fine', or an npz file with coarse_labels or a csv"
-            " file with a column coarse"
-        )
-    if not source.in_memory:
-        return source.coarse() if labels == "coarse" else source
-    cue = source.extras.get("cue")
     if labels == "coarse":
-        cue = source.extras.get("coarse_cue")
-        source = dataclasses.replace(
-            source,
-            labels=source.extras["coarse"],
-            class_names=source.coarse_names,
-            extras={**source.extras, "fine": source.labels},
-            fine_names=source.class_names,
-        )
+        if not source.coarse_names:
+            raise UserError(
+                f"{spec} has no second level of labels; use labels='fine', or an npz file with coarse_labels or a csv"
+                " file with a column coarse"
+            )
+        source = source.coarse()
+    cue = source.extras.get("cue" if labels == "fine" else "coarse_cue") if isinstance(source, ArraySource) else None
     if cue is None:
         return source
     group = np.where(source.labels >= 0, 2 * source.labels + (cue != source.labels), -1).astype(np.int32)
@@ -104,10 +92,10 @@ def at_level(source: Source, labels: str, *, spec: str) -> Source:
 
 
 def coarse_of_fine(fine: np.ndarray, coarse: np.ndarray, num_fine: int) -> np.ndarray:
-    """The coarse class of each fine class, int32 [K]: that of most of its images, -1 for a class without any.
+    """The coarse class of each fine class, int32 [K]: the one most of its images have, -1 for a class without images.
 
     Args:
-      fine, coarse: int [N] labels of the same images; rows with a negative one do not count.
+      fine, coarse: int [N] labels of the same images; rows where either is negative do not count.
       num_fine: K.
     """
     known = (fine >= 0) & (coarse >= 0)

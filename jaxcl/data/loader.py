@@ -10,8 +10,8 @@ import grain
 import jax
 import numpy as np
 
-from jaxcl.data.base import Source
 from jaxcl.data.shuffle import Shuffled
+from jaxcl.data.source import Source
 from jaxcl.errors import UserError
 
 Batch = dict[str, np.ndarray | jax.Array]
@@ -19,29 +19,29 @@ ENDLESS = 2**62  # steps; grain counts in 64 bits, and a run begins at any of th
 
 
 class Loader(Iterator[Batch]):
-    """An endless iterator of training batches whose position is the step.
+    """An endless iterator of training batches. Its position is the step.
 
     A background thread makes the next batches and puts them on the devices. Batch `k` depends only on the
-    source, `batch_size`, `seed` and `k`: a loader with `start_step=k` continues exactly what one from step 0
-    would give, and over any number of processes the global batch is the same, row by row: what depends on a row's
-    place in it, such as groups of a batch norm, does not depend on their number.
+    source, `batch_size`, `seed` and `k`: a loader with `start_step=k` continues exactly where one from step 0
+    would be. The global batch is the same, row by row, for any number of processes, so computations that depend on a
+    row's place in it, such as groups of a batch norm, do not depend on that number either.
 
     Args:
-      source: a `Source`, or anything with its attributes.
+      source: the training images.
       batch_size: global, over all processes; the last partial batch of an epoch is dropped.
       seed: of the shuffle, modulo 2^64.
-      start_step: the first step to give.
-      process_index, process_count: this process's rows, batch_size / process_count of them.
+      start_step: the step of the first batch.
+      process_index, process_count: the loader gives this process's batch_size / process_count rows of each batch.
       sharding: of the batch axis; batches are then global `jax.Array`s, otherwise NumPy arrays of the local
         rows.
-      prefetch: batches made ahead, at least 1.
-      order: the rows of the global batch [batch_size] of a step, instead of the shuffled pass; a function of the step
-        that threads may call, such as `per_class.PerClass`.
+      prefetch: number of batches made in advance, at least 1.
+      order: a function from a step to the rows of its global batch [batch_size], instead of the shuffled pass. Threads
+        may call it at the same time. An example is `per_class.PerClass`.
 
     Attributes:
       steps_per_epoch: len(source) // batch_size.
-      step: of the batch that `next` gives next.
-      seconds_waited: how long `next` has blocked in all; near zero when the input keeps up with the training.
+      step: of the next batch.
+      seconds_waited: total time that `next` has blocked; near zero when the input keeps up with the training.
 
     Raises:
       UserError: the batch is larger than the set or cannot be shared equally.
@@ -60,7 +60,7 @@ class Loader(Iterator[Batch]):
         prefetch: int = 2,
         order: Callable[[int], np.ndarray] | None = None,
     ):
-        name = f"{getattr(source, 'name', 'source')} ({getattr(source, 'split', 'train')})"
+        name = f"{source.name} ({source.split})"
         if batch_size < 1 or prefetch < 1 or start_step < 0:
             raise UserError(
                 f"batch_size={batch_size} and prefetch={prefetch} must be at least 1,"
@@ -84,7 +84,7 @@ class Loader(Iterator[Batch]):
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
 
-        # Global batch k is the same however many processes there are: each has a part of its rows, in one piece.
+        # Global batch k is the same for any number of processes: each has a contiguous slice of its rows.
         share = batch_size // process_count
         mine = slice(process_index * share, (process_index + 1) * share)
         shuffled = Shuffled(len(source), batch_size=batch_size, seed=seed)
@@ -92,8 +92,7 @@ class Loader(Iterator[Batch]):
         rows = steps.map(lambda step: shuffled(step, mine) if order is None else order(step)[mine])
         local_batches = iter(_local_batches(source, rows))
         # The thread holds no reference to the loader, so dropping the loader without close() also ends the
-        # thread; finalize runs at interpreter exit too, before JAX is torn down under a thread that still
-        # uses it.
+        # thread. finalize also runs at interpreter exit, before JAX shuts down while the thread still uses it.
         self._thread = threading.Thread(
             target=_produce,
             args=(local_batches, _placer(sharding), self._ready, self._stop),
@@ -121,7 +120,7 @@ class Loader(Iterator[Batch]):
         return item
 
     def close(self) -> None:
-        """Ends the thread and drops what it made ahead; a closed loader gives nothing more."""
+        """Ends the thread and drops the batches made in advance. A closed loader gives no more batches."""
         self._finalizer()
 
     def __enter__(self) -> "Loader":
@@ -133,9 +132,9 @@ class Loader(Iterator[Batch]):
 
 def _local_batches(source: Source, rows: grain.MapDataset[np.ndarray]) -> grain.IterDataset[Batch]:
     """Batches of `source` by their rows."""
-    if source.in_memory:  # one fancy index a batch; more threads would only wait for the interpreter lock
+    if source.in_memory:  # one fancy index per batch; more threads would only wait for the interpreter lock
         options = grain.ReadOptions(num_threads=0)
-    else:  # a batch is decoded in threads; the next one begins while the slowest of its images are still under way
+    else:  # a batch is decoded in threads; the next one starts while its slowest images are still decoded
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     return rows.map(source.batch).to_iter_dataset(options)
 
@@ -144,22 +143,22 @@ def _placer(sharding: jax.sharding.Sharding | None) -> Callable[[Batch], Batch]:
     if sharding is None:
         return lambda batch: batch
 
-    if sharding.is_fully_addressable:  # one process: all in one call, at half the cost
+    if sharding.is_fully_addressable:  # one process: one call for all arrays is cheaper
         return lambda batch: jax.device_put(batch, sharding)
     return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def _produce(made: Iterator[Batch], place: Callable, ready: queue.Queue, stop: threading.Event) -> None:
     try:
-        with jax.transfer_guard("allow"):  # these copies are the loader's purpose; the guard is for accidental ones
+        with jax.transfer_guard("allow"):  # these copies are intended; the guard is for accidental ones
             while not stop.is_set():
                 _put(place(next(made)), ready, stop)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the consumer
+    except BaseException as error:  # noqa: BLE001 - the consumer raises any error
         _put(error, ready, stop)
 
 
 def _put(item, ready: queue.Queue, stop: threading.Event) -> None:
-    """Waits for room, but never past `stop`."""
+    """Waits for room in the queue until `stop` is set."""
     while not stop.is_set():
         try:
             return ready.put(item, timeout=0.05)
@@ -177,8 +176,8 @@ def _shut_down(thread: threading.Thread, ready: queue.Queue, stop: threading.Eve
 def batches(source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """One pass over the source in order, in batches of one constant shape.
 
-    Yields {"image", "label", "index", "where"}: `where` bool [B] is False in the rows that pad the last batch
-    (image 0, label -1, index -1), so one compiled function serves every batch.
+    Yields {"image", "label", "index", "where"}. `where` bool [B] is False in the padded rows of the last batch
+    (image 0, label -1, index -1), so one compiled function fits every batch.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")

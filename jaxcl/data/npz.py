@@ -1,13 +1,18 @@
-"""`npz:PATH`: the reader's own arrays, in one NumPy file. Never unpickles."""
+"""`npz:PATH`: the user's own arrays in one NumPy file, which is never unpickled. N images, H height, W width."""
 
+import dataclasses
 import io
 import zipfile
 import zlib
+from typing import ClassVar
 
 import numpy as np
 from etils import epath
 
-from jaxcl.data.base import TEST_PART, Select, Source, as_rgb, hold_out, moments
+from jaxcl.data.kind import SourceKind
+from jaxcl.data.moments import as_rgb, moments
+from jaxcl.data.selection import TEST_SPLIT, Select, hold_out
+from jaxcl.data.source import ArraySource
 from jaxcl.errors import UserError
 from jaxcl.runtime.storage import is_remote
 
@@ -15,61 +20,68 @@ from jaxcl.runtime.storage import is_remote
 COLUMNS = {"labels": "class", "coarse_labels": "coarse", "groups": "group"}
 
 
-def load(path: str, *, split: str, select: Select) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Npz(SourceKind):
     """Reads `images` (and `labels`), or `train_images`, `train_labels`, `test_images`, `test_labels`.
 
     Images are uint8 [N,H,W], [N,H,W,1] or [N,H,W,3]; greyscale is repeated to three channels. Labels are
-    integers from 0, or -1 where unlabelled; without any the set is unlabelled. `class_names`, an array of
-    strings, is optional. Of the same form as the labels are `coarse_labels` (names: `coarse_names`), the second level,
-    and `groups` (names: `group_names`), for worst-group accuracy; `train_` and `test_` go before these too. A file
-    without a test part gives up a fixed tenth of every class as test, the same whatever the seed of the run.
-    """
-    arrays = _read(epath.Path(path).expanduser())
-    parts = {}
-    for part, prefix in (("train", "" if "images" in arrays else "train_"), ("test", "test_")):
-        images = arrays.get(f"{prefix}images")
-        if images is not None:
-            columns = [_column(path, f"{prefix}{key}", arrays, len(images)) for key in COLUMNS]
-            parts[part] = _checked(path, f"{prefix}images", images), *columns
-    if "train" not in parts:
-        raise UserError(
-            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected images (and labels) or"
-            " train_images, train_labels, test_images, test_labels"
-        )
-    if "test" in parts and parts["test"][0].shape[1:] != parts["train"][0].shape[1:]:
-        shapes = [parts[p][0].shape[1:] for p in ("train", "test")]
-        raise UserError(f"{path}: training images are {shapes[0]} and test images {shapes[1]}; they must agree")
+    integers from 0, or -1 where unlabelled; a file without labels is an unlabelled set. `class_names`, an array of
+    strings, is optional. `coarse_labels` (names: `coarse_names`), the coarse classes, and `groups` (names:
+    `group_names`), for worst-group accuracy, have the same form as the labels; they too may begin with `train_` and
+    `test_`. In a file without test images a fixed tenth of every class is the test split, whatever the run's seed.
 
-    names = {}
-    for i, word in enumerate(COLUMNS.values(), 1):
-        count = 1 + max(int(part[i].max()) for part in parts.values())
-        names[word] = _names(path, f"{word}_names", arrays, count, word)
-    parts.setdefault("test", None)
-    if parts["test"] is None:
-        images, labels, *_ = parts["train"]
-        held = hold_out(labels, 0.1, seed=0, stream=TEST_PART)
-        if split == "test" and not held.any():
+    Errors: UserError for a file that cannot be read, or arrays of another form.
+    """
+
+    argument: ClassVar[str] = "PATH"
+    config_keys: ClassVar[tuple[str, ...]] = ()
+
+    def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
+        path, arrays = argument, _read(epath.Path(argument).expanduser())
+        splits = {}
+        for name, prefix in (("train", "" if "images" in arrays else "train_"), ("test", "test_")):
+            images = arrays.get(f"{prefix}images")
+            if images is not None:
+                columns = [_column(path, f"{prefix}{key}", arrays, len(images)) for key in COLUMNS]
+                splits[name] = _checked(path, f"{prefix}images", images), *columns
+        if "train" not in splits:
             raise UserError(
-                f"{path}: a tenth of {len(images)} images in {len(names['class']) or 1} classes leaves none to test"
-                " on; add test_images (and test_labels) to the file"
+                f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected images (and labels) or"
+                " train_images, train_labels, test_images, test_labels"
             )
-        parts = {part: tuple(x[rows] for x in parts["train"]) for part, rows in (("train", ~held), ("test", held))}
-    mean, std = moments(parts["train"][0])
-    images, labels, coarse, groups = parts["test" if split == "test" else "train"]
-    rows = select(labels)
-    channels = 3 // len(mean)
-    return Source(
-        images=as_rgb(images[rows]),
-        labels=labels[rows],
-        class_names=names["class"],
-        mean=mean * channels,
-        std=std * channels,
-        extras={k: v[rows] for k, v in (("coarse", coarse), ("group", groups)) if names[k]},
-        coarse_names=names["coarse"],
-        group_names=names["group"],
-        name=f"npz:{path}",
-        split=split,
-    )
+        if "test" in splits and splits["test"][0].shape[1:] != splits["train"][0].shape[1:]:
+            shapes = [splits[s][0].shape[1:] for s in ("train", "test")]
+            raise UserError(f"{path}: training images are {shapes[0]} and test images {shapes[1]}; they must agree")
+
+        names = {}
+        for i, word in enumerate(COLUMNS.values(), 1):
+            count = 1 + max(int(columns[i].max()) for columns in splits.values())
+            names[word] = _names(path, f"{word}_names", arrays, count, word)
+        if "test" not in splits:
+            images, labels, *_ = splits["train"]
+            held = hold_out(labels, 0.1, seed=0, stream=TEST_SPLIT)
+            if split == "test" and not held.any():
+                raise UserError(
+                    f"{path}: a tenth of {len(images)} images in {len(names['class']) or 1} classes leaves none to test"
+                    " on; add test_images (and test_labels) to the file"
+                )
+            splits = {s: tuple(x[rows] for x in splits["train"]) for s, rows in (("train", ~held), ("test", held))}
+        mean, std = moments(splits["train"][0])
+        images, labels, coarse, groups = splits[base_split]
+        rows = select(labels)
+        channels = 3 // len(mean)
+        return ArraySource(
+            images=as_rgb(images[rows]),
+            labels=labels[rows],
+            class_names=names["class"],
+            mean=mean * channels,
+            std=std * channels,
+            extras={k: v[rows] for k, v in (("coarse", coarse), ("group", groups)) if names[k]},
+            coarse_names=names["coarse"],
+            group_names=names["group"],
+            name=f"npz:{path}",
+            split=split,
+        )
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray]:

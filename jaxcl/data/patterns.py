@@ -1,8 +1,7 @@
-"""Procedural textures: scalar fields in [0, 1] on the pixel grid, one function a texture.
+"""Procedural textures: scalar fields in [0, 1] on the pixel grid, one function per texture.
 
-Shapes: N images, S pixels a side. Every function takes `u` [N, NUMBERS] uniforms in [0, 1) and gives float32
-[N, S, S]; 0 and 1 stand for the two colours of the texture. Lengths are pixels; edges are about a pixel soft,
-so nothing aliases.
+N images, S pixels a side. Every function takes uniforms `u` [N, NUMBERS] in [0, 1) and returns float32 [N, S, S];
+0 and 1 are the two colours of the texture. Lengths are in pixels. Edges are about one pixel soft, so nothing aliases.
 """
 
 import numpy as np
@@ -67,7 +66,7 @@ def dots(u, size):
     x, y = _grid(u, size)
     period = _span(u[:, 3], 5.5, 10)
     radius = period * _span(u[:, 4], 0.26, 0.34)
-    # A square lattice and its centres, half as dense each: a quincunx.
+    # A square lattice and its centres: a quincunx.
     near = np.minimum(
         np.hypot(_fold(x, period), _fold(y, period)),
         np.hypot(_fold(x + period / 2, period), _fold(y + period / 2, period)) + period * 0.12,
@@ -151,7 +150,7 @@ def plain(u, size):
     return np.zeros((len(u), size, size), np.float32)
 
 
-# Ten, so that every fine class can have one of its own; the next four are met in the shifted test split only.
+# Ten, one for every fine class; the next four occur in the shifted test split only.
 FAMILIAR = (stripes, checks, dots, camouflage, gradient, plaid, zigzag, rings, bricks, speckle)
 UNSEEN = (waves, rays, triangles, marble)
 ALL = (*FAMILIAR, *UNSEEN, plain)
@@ -160,7 +159,7 @@ PLAIN = NAMES.index("plain")
 
 
 def draw(texture: np.ndarray, u: np.ndarray, size: int) -> np.ndarray:
-    """Each image its own texture: `texture` int [N] into ALL, `u` [N, NUMBERS] -> float32 [N, S, S]."""
+    """One texture per image: `texture` int [N] into ALL, `u` [N, NUMBERS] -> float32 [N, S, S]."""
     field = np.empty((len(texture), size, size), np.float32)
     for t in np.unique(texture):
         rows = np.flatnonzero(texture == t)

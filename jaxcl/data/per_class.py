@@ -1,12 +1,12 @@
-"""Batches of so many images of each of so many classes, as a function of (seed, step) alone.
+"""Batches of P classes with M images each, as a function of (seed, step) alone.
 
-N images, C classes that are drawn from, n of them in a class, B batch, M images a class in it, P = B / M classes in it,
-S steps of an epoch, Q = P S draws of M images of one class in an epoch.
+N images, C classes that are drawn from, n images in a class, B batch, M images per class in a batch, P = B / M classes
+in a batch, S steps in an epoch, Q = P S draws of M images of one class in an epoch.
 
-A class is drawn in proportion to its images, but once a batch at most: what is left then falls to the others. So all
-images are seen equally often, except where a class has more than N / P of them, or fewer than M, which are left out.
-In a pass over a class every image is drawn once, in an order of that pass, but the n mod M that whole draws do not
-reach: those are others each time, in turn.
+A class is drawn in proportion to its number of images, but at most once per batch; the other classes get the remaining
+draws. So all images are seen equally often, except in classes with more than N / P images. Classes with fewer than M
+images are left out. A pass over a class draws every image once, in the order of that pass, except the n mod M images
+that whole draws do not reach: each pass leaves out others, in turn.
 """
 
 import logging
@@ -16,22 +16,23 @@ import threading
 import numpy as np
 
 from jaxcl.data import hashing
-from jaxcl.data.base import rank_within_class
+from jaxcl.data.selection import rank_within_class
 from jaxcl.errors import UserError
 
 logger = logging.getLogger("jaxcl")
 
-# Hash streams, beside those of `base`.
+# Hash streams, different from those of `selection`.
 CLASSES, ORDER, DEAL, PASS, LEFT_OUT, WITHIN = range(11, 17)
 
 
 class PerClass:
-    """The rows of each batch, int64 [B], in an order of their own; call it with a step.
+    """The rows of each batch, int64 [B], in random order; call it with a step.
 
-    Any step is at hand, at the cost of its epoch's plan, which is kept. Threads may call it at the same time.
+    Steps may be asked for in any order. The plan of an epoch is made once and kept. Threads may call it at the same
+    time.
     """
 
-    name = "per_class"  # of the order, in the run folder
+    name = "per_class"  # of this order, in the run folder
 
     def __init__(self, labels: np.ndarray, *, batch_size: int, per_class: int, seed: int):
         """
@@ -42,7 +43,7 @@ class PerClass:
           seed: of all draws.
 
         Raises:
-          UserError: an image without a label, M that does not divide B, or too few classes of M images.
+          UserError: an image has no label, M does not divide B, or too few classes have M images.
         """
         labels, where = np.asarray(labels), f"data.per_class={per_class}"
         if per_class < 1 or batch_size % per_class:
@@ -57,15 +58,15 @@ class PerClass:
         counts = np.bincount(labels)
         classes = np.flatnonzero(counts >= per_class)
         if few := int(((counts > 0) & (counts < per_class)).sum()):
-            logger.info("%s: %s classes have fewer images, and are left out", where, f"{few:,}")
+            logger.info("%s: %s classes have fewer images and are left out", where, f"{few:,}")
         if len(classes) < self._P:
             raise UserError(
-                f"{where} makes batches of {self._P} classes (batch_size {batch_size}), and {len(classes)} have so "
-                "many images; use a smaller batch_size, or a larger data.per_class"
+                f"{where} makes batches of {self._P} classes (batch_size {batch_size}), but only {len(classes)} have "
+                "that many images; use a smaller batch_size, or a larger data.per_class"
             )
         self._n = counts[classes]
         self._draws_of_pass = self._n // per_class
-        # All rows, class by class.
+        # All rows, sorted by class.
         number = np.full(len(counts), -1)
         number[classes] = np.arange(len(classes))
         own = number[labels]
@@ -78,7 +79,7 @@ class PerClass:
         self._lock, self._plans = threading.Lock(), {}
 
     def _share_out(self, C: int) -> None:
-        """Draws of an epoch by class: x = base + rest / size, the sum of all x being Q."""
+        """Draws of each class in an epoch: x = base + rest / size; the sum of all x is Q."""
         P, S = self._P, self.steps_per_epoch
         full = np.zeros(C, bool)  # in every batch
         while True:
@@ -90,8 +91,8 @@ class PerClass:
         weight = np.where(full, 0, draws * self._n)
         self._size = max(size, 1)
         self._base = np.where(full, S, weight // self._size)
-        # The rests are laid end to end on a line, which is met at regular intervals: a class is met once or not at
-        # all, and another place of the line to begin at each epoch makes that as often as its rest says.
+        # The rests are laid end to end on a line, with points at regular intervals. A class gets one more draw where a
+        # point falls on its rest. The points start elsewhere in each epoch, so in the long run draws match rests.
         self._in_line = hashing.order(self._seed, CLASSES, C)
         ends = np.cumsum((weight % self._size)[self._in_line])
         self._line = np.concatenate([[0], ends])
@@ -101,7 +102,7 @@ class PerClass:
         self._stride = stride % self._size
 
     def _extra(self, epochs: np.ndarray) -> np.ndarray:
-        """0 or 1 draws more than base, int64 [len(epochs),C]."""
+        """Draws besides base, 0 or 1, int64 [len(epochs),C]."""
         begin = epochs % self._size * self._stride % self._size
         met = (self._line + begin[:, None]) // self._size
         out = np.empty((len(epochs), len(self._n)), np.int64)
@@ -109,8 +110,8 @@ class PerClass:
         return out
 
     def _draws_before(self, epoch: int) -> np.ndarray:
-        """Of each class, in all epochs before this one, int64 [C]."""
-        cycles, rest = divmod(epoch, self._size)  # in as many epochs every place has been begun at
+        """Draws of each class in all epochs before this one, int64 [C]."""
+        cycles, rest = divmod(epoch, self._size)  # in a cycle the points start at every place once
         total = epoch * self._base
         if cycles:
             weight = np.empty(len(self._n), np.int64)
@@ -125,7 +126,7 @@ class PerClass:
         epoch, place = divmod(int(step), self.steps_per_epoch)
         with self._lock:
             if epoch not in self._plans:
-                while len(self._plans) > 1:  # threads that read ahead are in two epochs at a time at most
+                while len(self._plans) > 1:  # threads that read ahead are in at most two epochs
                     self._plans.pop(min(self._plans))
                 self._plans[epoch] = self._plan(epoch)
             rows = self._plans[epoch][place]
@@ -137,7 +138,7 @@ class PerClass:
         S, P, M = self.steps_per_epoch, self._P, self.per_class
         count = self._base + self._extra(np.array([epoch]))[0]
         classes_SxP = self._deal(epoch, count)
-        # The draws of each class are numbered through the whole run, in the order of steps.
+        # The draws of each class are numbered over the whole run, in the order of steps.
         flat = classes_SxP.reshape(-1)
         by_class = np.argsort(flat, kind="stable")
         number = np.empty(S * P, np.int64)
@@ -156,13 +157,13 @@ class PerClass:
         return rows_QxM.reshape(S, P * M)
 
     def _pass(self, number: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """All rows class by class, each `wanted` class [C] in the order of its pass of that number [C]."""
+        """All rows sorted by class; each `wanted` class [C] is in the order of its pass `number` [C]."""
         chosen = np.flatnonzero(wanted[self._class])
         of = self._class[chosen]
         n, left = self._n[of], (self._n % self.per_class)[of]
         key = hashing.words(self._seed, PASS, number[of] * len(self._rows) + chosen, 1)[:, 0]
         last = (self._turn[chosen] - number[of] * left) % n < left
-        # Sorted by class, then whether it is left out, then at random: in one number, as that is three times as fast.
+        # Sorted by class, then by whether it is left out, then at random. Sorting one combined number is faster.
         bits = np.uint64(63 - len(self._n).bit_length())
         key = (of.astype(np.uint64) << (bits + np.uint64(1))) | (last.astype(np.uint64) << bits) | (key >> (64 - bits))
         out = self._rows.copy()
@@ -170,14 +171,14 @@ class PerClass:
         return out
 
     def _deal(self, epoch: int, count: np.ndarray) -> np.ndarray:
-        """Classes of every batch of an epoch, int64 [S,P], none twice in a row, each `count` times in all."""
+        """Classes of every batch of an epoch, int64 [S,P], none twice in a batch, each `count` times in total."""
         S, P, C = self.steps_per_epoch, self._P, len(self._n)
         line = hashing.order(self._seed, ORDER + (epoch << 8), C)
-        # A class in S places or fewer one after the other; every S-th place belongs to one batch.
+        # A class fills at most S consecutive places, and every S-th place belongs to the same batch.
         table = np.repeat(line, count[line]).reshape(P, S).T.copy()
         if P == C or S == 1:
             return table
-        # Now at random: two batches at a time share out anew what only one of them has.
+        # Then batches are mixed in pairs: the classes that only one of the two has are dealt again.
         for deal in range(2 + S.bit_length()):
             pairs = hashing.order(self._seed, DEAL + ((epoch * 64 + deal) << 8), S)[: S // 2 * 2].reshape(-1, 2)
             both = np.sort(table[pairs].reshape(len(pairs), 2 * P), axis=1)
@@ -187,7 +188,7 @@ class PerClass:
             twice[:, :-1] |= same
             place = (np.arange(both.size) + (epoch * 64 + deal) * both.size).reshape(both.shape)
             key = hashing.words(self._seed, DEAL, place.reshape(-1), 1)[:, 0].reshape(both.shape) >> np.uint64(1)
-            # Those of both go first, side by side, one to each; the others follow in a random order.
+            # Classes that both have come first, side by side, one for each; the others follow in random order.
             key = np.where(twice, both.astype(np.int64) - C, key.astype(np.int64))
             both = np.take_along_axis(both, np.argsort(key, axis=1, kind="stable"), axis=1)
             table[pairs[:, 0]], table[pairs[:, 1]] = both[:, ::2], both[:, 1::2]

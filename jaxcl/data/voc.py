@@ -2,59 +2,70 @@
 
     PATH/JPEGImages/NAME.jpg  PATH/SegmentationClass/NAME.png  PATH/ImageSets/Segmentation/{train,val}.txt
 
-Letters: N images, S side.
+N images, S side.
 """
 
+import dataclasses
 import pathlib
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from jaxcl.data.base import Select, Source, moments
-from jaxcl.data.images import check_size, decode, resize_and_crop
+from jaxcl.data.images import decode, resize_and_crop
+from jaxcl.data.kind import Size, SourceKind
+from jaxcl.data.moments import moments
+from jaxcl.data.selection import Select
+from jaxcl.data.source import ArraySource
 from jaxcl.errors import UserError
 
-PARTS = {"train": "train", "validation": "train", "test": "val"}  # split -> list of names
-VOID = 255  # a pixel that does not count, as the border of an object
+LISTS = {"train": "train", "test": "val"}  # split -> list of names
+DEFAULT_SIZE = 224
+VOID = 255  # a pixel that does not count, such as the border of an object
 
 
-def load(path: str, *, split: str, select: Select, image_size: int | None = None) -> Source:
-    """Reads the set into memory; its images have no labels of their own.
+@dataclasses.dataclass(frozen=True)
+class Voc(SourceKind):
+    """Reads the set into memory. PATH is the folder that holds JPEGImages. The images themselves have no labels.
 
-    Args:
-      path: of the folder that holds JPEGImages.
-      split: "test" is the list val.txt, "train" and "validation" are of train.txt.
-      image_size: side to which images are resized, shorter side first, and cropped, 224 if not given; of pixels'
-        classes each keeps one.
+    "test" is the list val.txt; "train", and a validation split held out of it, are train.txt.
 
-    Extras: "segmentation" int32 [N,S,S], the class of each pixel as its PNG numbers it, -1 where that says 255.
+    Options:
+      image_size: side to which images are resized, shorter side first, and cropped; 0: 224. Each pixel keeps one class.
+
+    Extras: "segmentation" int32 [N,S,S], the class of each pixel as its PNG numbers it, -1 where the PNG has 255.
     """
-    folder, spec = pathlib.Path(path), f"voc:{path}"
-    check_size(spec, image_size)
-    image_size = image_size or 224
-    names = _names(folder, PARTS[split], spec)
-    rows = select(np.full(len(names), -1, np.int32))
-    images, classes = _read(folder, [names[i] for i in rows], image_size, spec)
-    if split == "train":
-        mean, std = moments(images)
-    else:
-        sample = _names(folder, "train", spec)[:200]
-        mean, std = moments(_read(folder, sample, image_size, spec)[0])
-    return Source(
-        images=images,
-        labels=np.full(len(images), -1, np.int32),
-        class_names=(),
-        mean=mean,
-        std=std,
-        extras={"segmentation": classes},
-        paths=tuple(str(folder / "JPEGImages" / f"{names[i]}.jpg") for i in rows),
-        name=spec,
-        split=split,
-    )
+
+    argument: ClassVar[str] = "PATH"
+    config_keys: ClassVar[tuple[str, ...]] = ("files",)
+
+    image_size: Size = 0
+
+    def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
+        folder, spec, size = pathlib.Path(argument), f"voc:{argument}", self.image_size or DEFAULT_SIZE
+        names = _names(folder, LISTS[base_split], spec)
+        rows = select(np.full(len(names), -1, np.int32))
+        images, classes = _read(folder, [names[i] for i in rows], size, spec)
+        if split == "train":
+            mean, std = moments(images)
+        else:
+            sample = _names(folder, "train", spec)[:200]
+            mean, std = moments(_read(folder, sample, size, spec)[0])
+        return ArraySource(
+            images=images,
+            labels=np.full(len(images), -1, np.int32),
+            class_names=(),
+            mean=mean,
+            std=std,
+            extras={"segmentation": classes},
+            paths=tuple(str(folder / "JPEGImages" / f"{names[i]}.jpg") for i in rows),
+            name=spec,
+            split=split,
+        )
 
 
-def _names(folder: pathlib.Path, part: str, spec: str) -> list[str]:
-    file = folder / "ImageSets" / "Segmentation" / f"{part}.txt"
+def _names(folder: pathlib.Path, name: str, spec: str) -> list[str]:
+    file = folder / "ImageSets" / "Segmentation" / f"{name}.txt"
     try:
         names = file.read_text().split()
     except OSError:
@@ -76,7 +87,7 @@ def _read(folder: pathlib.Path, names: list[str], size: int, spec: str) -> tuple
                     raise ValueError(f"classes are of mode {drawn.mode}; expected a palette or greyscale")
                 images[i] = decode(stream, size)
                 classes[i] = resize_and_crop(drawn, size, nearest=True)
-        except Exception as error:  # whatever Pillow raises
+        except Exception as error:  # Pillow may raise anything
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{spec}: image {name!r} cannot be read ({why}); mend it or take it off the list") from None
+            raise UserError(f"{spec}: image {name!r} cannot be read ({why}); mend or remove it from the list") from None
     return images, np.where(classes == VOID, -1, classes)

@@ -1,63 +1,44 @@
-"""`waterbirds:PATH`: birds pasted on backgrounds that go with their kind in training (Sagawa et al., arXiv:1911.08731).
+"""`waterbirds:PATH`: birds on backgrounds that match their kind in training (Sagawa et al. 2020, arXiv 1911.08731).
 
-The folder as it is published: metadata.csv and the images it names.
+PATH is the published folder: metadata.csv and the images that it names.
 """
 
-import os
+import dataclasses
 
 import numpy as np
 
-from jaxcl.data import files
-from jaxcl.data.base import Select, Source
-from jaxcl.data.csv_file import read_table
-from jaxcl.data.disk import DiskSource
-from jaxcl.errors import UserError
+from jaxcl.data.csv_file import integers, read_table
+from jaxcl.data.files import ImageFiles
+from jaxcl.data.listing import Listing, columns
+from jaxcl.data.paths import join, root_of, shown
 
-OWN_VALIDATION = True
 BIRDS, PLACES = ("landbird", "waterbird"), ("land", "water")
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")  # in the order of their published numbers
 
 
-def load(
-    path: str,
-    *,
-    split: str,
-    part: str,
-    select: Select,
-    image_size: int | None = None,
-    on_bad_image: str = "raise",
-) -> Source | DiskSource:
-    """Two classes in four groups, 2 * bird + place; extras["group"]. The published validation part is its own.
+@dataclasses.dataclass(frozen=True)
+class Waterbirds(ImageFiles):
+    """Two classes in four groups: extras["group"] is 2 * bird + place. It has the published validation split.
 
-    Args and errors: as `files.load`.
+    Options and errors: as of `ImageFiles`.
     """
-    listing = listing_of(path)
-    return files.load(listing, split=split, part=part, select=select, image_size=image_size, on_bad_image=on_bad_image)
+
+    def listing(self, path: str) -> Listing:
+        return listing_of(path)
 
 
-def listing_of(path: str) -> files.Listing:
+def listing_of(path: str) -> Listing:
     """The images of metadata.csv, in its order. Errors: UserError."""
-    spec, root = f"waterbirds:{path}", path if files.is_remote(path) else os.path.expanduser(path)
-    table, _ = read_table(spec, files.join(root, "metadata.csv"), required=("img_filename", "y", "split", "place"))
+    spec, root = f"waterbirds:{path}", root_of(path)
+    table, _ = read_table(spec, join(root, "metadata.csv"), required=("img_filename", "y", "split", "place"))
     bird, place = (integers(spec, key, table[key], 2) for key in ("y", "place"))
     split = integers(spec, "split", table["split"], len(SPLITS))
-    return files.Listing(
+    return Listing(
         spec=spec,
-        paths=[files.join(root, name.strip()) for name in table["img_filename"]],
-        names=[files.shown(name.strip()) for name in table["img_filename"]],
-        parts=np.array(SPLITS, "U10")[split],
-        columns=files.columns(len(bird), label=bird, group=2 * bird + place),
+        paths=[join(root, name.strip()) for name in table["img_filename"]],
+        names=[shown(name.strip()) for name in table["img_filename"]],
+        splits=np.array(SPLITS, "U10")[split],
+        columns=columns(len(bird), label=bird, group=2 * bird + place),
         class_names=BIRDS,
         group_names=tuple(f"{b} on {p}" for b in BIRDS for p in PLACES),
     )
-
-
-def integers(spec: str, column: str, words: list[str], count: int) -> np.ndarray:
-    """A column of whole numbers from 0 to count - 1, int32 [N]. Errors: UserError."""
-    known = {str(i): i for i in range(count)}
-    for i, word in enumerate(words):
-        if word.strip() not in known:
-            raise UserError(
-                f"{spec}: {column} of image {i + 1} is {files.shown(word)!r}; expected {' or '.join(known)}"
-            )
-    return np.array([known[word.strip()] for word in words], np.int32)

@@ -1,91 +1,116 @@
-"""Evaluators under attack: classifiers of the frozen encoder, and what the adversary of the training does to a batch.
+"""Accuracy and calibration under white-box attacks, of the online classifier and of a linear probe.
 
-B batch, D features.
+B images of a batch, H W C of an image, K classes.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.augment import standard_view
-from jaxcl.evaluate.base import Metrics, NotApplicable, accuracy, bins, needs_classifier, needs_labels
-from jaxcl.evaluate.calibration import expected_calibration_error
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
+from jaxcl.evaluate.calibration import bins, expected_calibration_error
+from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
-from jaxcl.losses.common import inner, unit
-from jaxcl.method import sharding
-from jaxcl.method.recipe import Phase
-from jaxcl.method.stages.adversary import Adversary
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import make_views, run_stages, to_pixels
-
-if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import EvalContext
 
 Array = jax.Array
-SHOWN = 8  # images of the adversary's picture
 
 
-def fgsm(f: "EvalContext") -> tuple[Metrics, dict]:
-    """Accuracy and calibration of the classifier under one-step white-box attacks (papers/excon.md d.3)."""
-    needs_classifier(f)
-    figures, by_epsilon = _attacked(f, "fgsm", f.options.fgsm, fgsm_examples, f.logits_fn)
-    reliability = {f"FGSM {epsilon}/255": b for epsilon, b in by_epsilon.items()}
-    return figures, {"robustness": {"classifier, FGSM": figures}, "reliability_fgsm": reliability}
+def _declared(title: str, how: str) -> dict[str, Metric]:
+    return {
+        "*.accuracy": Metric(f"{title}, {{}}/255", meaning=f"after every pixel moved by up to {{}}/255 {how}"),
+        "*.ece": Metric(f"ECE, {title}, {{}}/255", "lower", meaning="the mean gap between confidence and accuracy"),
+    }
 
 
-def pgd(f: "EvalContext") -> tuple[Metrics, dict]:
-    """The same under many smaller steps: 20 by default, of 2.5 * epsilon / 20, from the image itself."""
-    needs_classifier(f)
-    figures, _ = _attacked(f, "pgd", f.options.pgd, _pgd(f), f.logits_fn)
-    return figures, {"robustness": {f"classifier, PGD-{f.options.pgd_steps}": figures}}
+_ONE_STEP, _MANY_STEPS = "in one step, in the direction that hurts most", "in many small steps"
 
 
-def linear_fgsm(f: "EvalContext") -> tuple[Metrics, dict]:
-    """`fgsm` on the linear probe fitted to the frozen features, which every method has; only for labelled data."""
-    figures, _ = _attacked(f, "linear_fgsm", f.options.fgsm, fgsm_examples, f.probe_fn, _probe(f))
-    return figures, {"robustness": {"linear probe, FGSM": figures}}
+class ClassifierFGSM(Evaluator):
+    """The online classifier under one-step attacks of the strengths in `eval.fgsm` (ExCon, arXiv 2111.14271).
+
+    Metrics: {epsilon in 1/255: {"accuracy", "ece"}}.
+    """
+
+    needs_classifier = True
+    needs_labels = ("test",)
+    metrics = _declared("Classifier under FGSM", _ONE_STEP)
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        metrics, by_epsilon = _attacked(context, "fgsm", context.options.fgsm, fgsm_examples, context.logits_fn)
+        reliability = {f"FGSM {epsilon}/255": b for epsilon, b in by_epsilon.items()}
+        return metrics, {"robustness": {"classifier, FGSM": metrics}, "reliability_fgsm": reliability}
 
 
-def linear_pgd(f: "EvalContext") -> tuple[Metrics, dict]:
-    """`pgd` on the same probe."""
-    figures, _ = _attacked(f, "linear_pgd", f.options.pgd, _pgd(f), f.probe_fn, _probe(f))
-    return figures, {"robustness": {f"linear probe, PGD-{f.options.pgd_steps}": figures}}
+class ClassifierPGD(Evaluator):
+    """The online classifier under attacks of `eval.pgd_steps` steps, of 2.5 * epsilon / steps each, from the image.
+
+    Metrics: as of `ClassifierFGSM`, for the strengths in `eval.pgd`.
+    """
+
+    needs_classifier = True
+    needs_labels = ("test",)
+    metrics = _declared("Classifier under PGD", _MANY_STEPS)
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        metrics, _ = _attacked(context, "pgd", context.options.pgd, _pgd(context), context.logits_fn)
+        return metrics, {"robustness": {f"classifier, PGD-{context.options.pgd_steps}": metrics}}
 
 
-def _probe(f: "EvalContext") -> Any:
-    needs_labels(f, "train", "test")
-    return f.fitted_probe()
+class ProbeFGSM(Evaluator):
+    """`fgsm` on the linear probe that is fitted to the frozen features, which every method has."""
+
+    needs_labels = ("train", "test")
+    metrics = _declared("Linear probe under FGSM", _ONE_STEP)
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        attack = (context.options.fgsm, fgsm_examples, context.probe_fn, context.fitted_probe())
+        metrics, _ = _attacked(context, "linear_fgsm", *attack)
+        return metrics, {"robustness": {"linear probe, FGSM": metrics}}
 
 
-def _pgd(f: "EvalContext") -> Callable:
-    return lambda *args, **options: pgd_examples(*args, num_steps=f.options.pgd_steps, **options)
+class ProbePGD(Evaluator):
+    """`pgd` on the same linear probe."""
+
+    needs_labels = ("train", "test")
+    metrics = _declared("Linear probe under PGD", _MANY_STEPS)
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        attack = (context.options.pgd, _pgd(context), context.probe_fn, context.fitted_probe())
+        metrics, _ = _attacked(context, "linear_pgd", *attack)
+        return metrics, {"robustness": {f"linear probe, PGD-{context.options.pgd_steps}": metrics}}
+
+
+def _pgd(context: EvalContext) -> Callable:
+    return lambda *args, **options: pgd_examples(*args, num_steps=context.options.pgd_steps, **options)
 
 
 def _attacked(
-    f: "EvalContext", name: str, epsilons: tuple, make: Callable, logits_of: Callable, *weights: Any
+    context: EvalContext, name: str, epsilons: tuple, make: Callable, logits_of: Callable, *weights: Any
 ) -> tuple[Metrics, dict]:
-    """-> (accuracy and calibration, reliability) of logits_of(state, *weights), by epsilon in 1/255.
+    """-> (accuracy and calibration, reliability bins), both by epsilon in 1/255.
 
-    `make` makes the attacked images, with the true labels.
+    name: of the compiled program. make: makes the attacked images, as `fgsm_examples` does. logits_of: (state,
+    *weights) -> a function from normalised images to logits.
     """
-    needs_labels(f, "test")
-    figures, by_epsilon = {}, {}
-    mean, std = jnp.asarray(f.recipe.mean), jnp.asarray(f.recipe.std)
-    resize = standard_view(f.recipe.image_shape[0], (0.0,) * len(mean), (1.0,) * len(mean))
+    metrics, by_epsilon = {}, {}
+    mean, std = jnp.asarray(context.recipe.mean), jnp.asarray(context.recipe.std)
+    resize = standard_view(context.recipe.image_shape[0], (0.0,) * len(mean), (1.0,) * len(mean))
 
     def attack(state: TrainState, batch: dict[str, Array], *weights: Any) -> Array:
         pixels = to_pixels(batch["image"])
         pixels = resize(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
         logits_fn = logits_of(state, *weights)
-        # A row's own copy of epsilon: one compiled program serves every strength.
         adversarial = make(
             logits_fn,
             pixels,
             batch["label"],
-            epsilon=batch["epsilon"][0] / 255,
+            epsilon=batch["epsilon"][0] / 255,  # every row holds the same one
             mean=mean,
             std=std,
             where=batch["where"],
@@ -93,74 +118,10 @@ def _attacked(
         return jax.nn.softmax(logits_fn((adversarial - mean) / std))
 
     for epsilon in epsilons:
-        probabilities = f.collect(f.test, name, attack, *weights, epsilon=np.float32(epsilon))
-        by_epsilon[epsilon] = bins(probabilities, f.test.labels)
-        figures[str(epsilon)] = {
-            "accuracy": accuracy(probabilities.argmax(-1), f.test.labels),
-            "ece": float(expected_calibration_error(probabilities, f.test.labels)),
+        probabilities = context.collect(context.test, name, attack, *weights, epsilon=np.float32(epsilon))
+        by_epsilon[epsilon] = bins(probabilities, context.test.labels)
+        metrics[str(epsilon)] = {
+            "accuracy": accuracy(probabilities.argmax(-1), context.test.labels),
+            "ece": float(expected_calibration_error(probabilities, context.test.labels)),
         }
-    return figures, by_epsilon
-
-
-def adversary(f: "EvalContext") -> tuple[Metrics, dict]:
-    """What the training's adversary does to a batch: how far images move towards each other, and which.
-
-    Similarities are cosines of embeddings as the attack sees them (training mode, its own batch norms), of the first
-    batch of training images: an image's, clean and adversarial, to the clean views of the others.
-    """
-    stage = next((s for s in f.recipe.stages if isinstance(s, Adversary)), None)
-    if stage is None:
-        raise NotApplicable("the config has no adversary stage")
-    recipe, model = f.recipe, f.recipe.model
-    last = Phase("encoder", tuple(range(len(recipe.stages))))
-    names = recipe.view_names(last)
-
-    def attack(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-        views, _, _ = run_stages(recipe, last, state, batch, make_views(recipe, state, batch, names), f.mesh)
-
-        def embed(image: Array) -> Array:
-            mode = dict(train=True, norm_set=stage.norm_set)
-            h, _ = model.encode(state.params, state.batch_stats, image, **mode)
-            return unit(model.embed(state.params, state.batch_stats, h, **mode)[0])
-
-        clean, moved = views[stage.of].image, views[stage.into].image
-        anchor_BxD, clean_BxD, moved_BxD = embed(views[stage.anchor].image), embed(clean), embed(moved)
-        std, mean = jnp.asarray(recipe.std), jnp.asarray(recipe.mean)
-        return {
-            "clean": clean * std + mean,
-            "adversarial": moved * std + mean,
-            "perturbation": (moved - clean) * std,
-            "before": inner(clean_BxD, anchor_BxD),
-            "after": inner(moved_BxD, anchor_BxD),
-        }
-
-    train = f.evaluation.training
-    count = min(len(train), recipe.batch_size) // f.mesh.size * f.mesh.size
-    batch = train.batch(np.arange(count))
-    # Replicated outputs: what is shown is read by the host.
-    jitted = f.evaluation.compiled("adversary", lambda: jax.jit(attack, out_shardings=sharding.replicated(f.mesh)))
-    out = jax.device_get(jitted(f.state, sharding.device_put(batch, sharding.batch_sharding(f.mesh))))
-
-    others = np.where(np.eye(count, dtype=bool), -np.inf, 0)
-    before, after = out["before"] + others, out["after"] + others
-    partner = (out["after"] - out["before"] + others).argmax(-1)  # whom an image came closest to, by its gain
-    rows = np.arange(count)
-    figures = {
-        "positive_before": float(np.diag(out["before"]).mean()),
-        "positive_after": float(np.diag(out["after"]).mean()),
-        "hardest_negative_before": float(before.max(-1).mean()),
-        "hardest_negative_after": float(after.max(-1).mean()),
-        "hardest_negative_changed": float((before.argmax(-1) != after.argmax(-1)).mean()),
-    }
-    shown = np.argsort(before[rows, partner] - after[rows, partner], kind="stable")[:SHOWN]  # the largest gains
-    panel = {k: out[k][shown] for k in ("clean", "perturbation", "adversarial")}
-    panel |= {
-        "partner": out["clean"][partner[shown]],
-        "before": before[shown, partner[shown]],
-        "after": after[shown, partner[shown]],
-    }
-    label = np.asarray(batch["label"])
-    named = lambda i: train.class_names[label[i]] if label[i] >= 0 else ""  # noqa: E731
-    panel["names"] = [named(i) for i in shown]
-    panel["partner_names"] = [named(i) for i in partner[shown]]
-    return figures, {"adversary": panel}
+    return metrics, by_epsilon

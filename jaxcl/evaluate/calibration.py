@@ -1,4 +1,7 @@
-"""How far a classifier's confidence is from its accuracy."""
+"""Calibration: the gap between a classifier's confidence and its accuracy.
+
+N images, C classes.
+"""
 
 import functools
 
@@ -8,6 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
+from jaxcl.evaluate.context import EvalContext
 
 
 @functools.partial(jax.jit, static_argnames="num_bins")
@@ -18,15 +23,18 @@ def expected_calibration_error(
 
     Args:
       probs: [N, C] class probabilities.
-      labels: [N] int; negative rows are ignored.
-      num_bins: equal bins of [0, 1] by confidence, closed on the left; the last also holds 1.
+      labels: [N] int; rows with a negative label do not count.
+      num_bins: equal bins of the confidence in [0, 1], closed on the left; the last one includes 1.
       where: [N] bool, False for padded rows.
 
     Returns:
-      A scalar, a fraction from 0 to 1 (0 with no row to count).
+      A scalar in [0, 1]; 0 if no row counts.
+
+    Raises:
+      UserError: shapes that do not match.
 
     References:
-      Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, eq. 3.
+      Guo et al. 2017, arXiv 1706.04599, eq. 3.
     """
     bins = reliability(probs, labels, num_bins=num_bins, where=where)
     gap = jnp.abs(bins["accuracy"] - bins["confidence"])
@@ -37,11 +45,11 @@ def expected_calibration_error(
 def reliability(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = 10, *, where: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
-    """The bins of a reliability diagram; arguments as for `expected_calibration_error`.
+    """The bins of a reliability diagram; arguments and errors as in `expected_calibration_error`.
 
     Returns:
-      {"count": [num_bins] int32, "accuracy": [num_bins], "confidence": [num_bins]}: rows in each bin, their
-      top-1 accuracy and mean confidence, 0 for an empty bin.
+      {"count": int32 [num_bins], "accuracy": [num_bins], "confidence": [num_bins]}: the number of rows in each bin,
+      their top-1 accuracy and their mean confidence, 0 for an empty bin.
     """
     probs, labels = jnp.asarray(probs), jnp.asarray(labels)
     if probs.ndim != 2 or labels.shape != (len(probs),):
@@ -52,14 +60,14 @@ def reliability(
     dtype = jnp.promote_types(probs.dtype, jnp.float32)
     probs = probs.astype(dtype)
     valid = labels >= 0 if where is None else (labels >= 0) & jnp.asarray(where, bool)
-    # Just below 1, as in the reference library, so that a certain answer has a bin.
+    # Just below 1, so that a confidence of 1 falls into the last bin, as in the reference library.
     confidence = jnp.minimum(jnp.max(probs, axis=1), 1 - jnp.finfo(dtype).eps)
     hit = jnp.argmax(probs, axis=1) == labels
-    # Against the edges themselves: floor(confidence * num_bins) rounds some edges into the bin below.
-    # Made by numpy: XLA may divide by multiplying with 1 / num_bins, and 3 * 0.1 is above 0.3.
+    # Compared with the edges: floor(confidence * num_bins) would round some edges into the bin below. NumPy makes the
+    # edges, because XLA may multiply by 1 / num_bins instead of dividing, and 3 * 0.1 is above 0.3.
     edges = jnp.asarray(np.arange(num_bins) / num_bins, dtype)
     index = jnp.searchsorted(edges, confidence, side="right") - 1
-    index = jnp.where(valid, index, num_bins)  # out of range: dropped
+    index = jnp.where(valid, index, num_bins)  # out of range, so that `mode="drop"` ignores the row
 
     def per_bin(values):
         return jnp.zeros(num_bins, values.dtype).at[index].add(values, mode="drop")
@@ -71,3 +79,44 @@ def reliability(
         "accuracy": per_bin(hit.astype(dtype)) / rows,
         "confidence": per_bin(confidence) / rows,
     }
+
+
+def bins(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """`reliability` on the host."""
+    return {k: np.asarray(v) for k, v in reliability(probabilities, labels).items()}
+
+
+class Calibration(Evaluator):
+    """Expected calibration error of the online classifier on the test split and, where there is one, its shifted form.
+
+    Metrics: "clean" and "test_shifted", {"accuracy", "ece"} each.
+    """
+
+    needs_classifier = True
+    needs_labels = ("test",)
+    metrics = {
+        "test_shifted.accuracy": Metric(
+            "Online classifier, shifted test", meaning="on test images from another distribution than training images"
+        ),
+        "clean.ece": Metric("ECE, clean", "lower", meaning="the mean gap between confidence and accuracy"),
+        "test_shifted.ece": Metric(
+            "ECE, shifted test",
+            "lower",
+            meaning="the same on shifted test images, where networks tend to be too sure",
+        ),
+    }
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        metrics, diagrams = {}, {}
+        for split in ("test", "test_shifted"):
+            source = context.source(split)
+            if source is None:
+                continue
+            probabilities = context.probabilities(split)
+            name = "clean" if split == "test" else split
+            metrics[name] = {
+                "accuracy": accuracy(probabilities.argmax(-1), source.labels),
+                "ece": float(expected_calibration_error(probabilities, source.labels)),
+            }
+            diagrams[name] = bins(probabilities, source.labels)
+        return metrics, {"reliability": diagrams}

@@ -1,13 +1,13 @@
-"""The sixteen categories of the cue-conflict stimuli, and which classes of ImageNet, CIFAR-10 and STL-10 are in them.
+"""The sixteen categories of the cue-conflict stimuli, with their classes of ImageNet, CIFAR-10 and STL-10.
 
-Source: Geirhos et al. 2019, arXiv 1811.12231, and its released code, which maps the 207 WordNet ids.
+Source: Geirhos et al. 2019, arXiv 1811.12231, and their released code, which maps the 207 WordNet ids.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Category -> WordNet ids of ILSVRC 2012, without their n.
+# Category -> WordNet ids of ILSVRC 2012, without the "n".
 _IDS = {
     "airplane": "02690373",
     "bear": "02132136 02133161 02134084 02134418",
@@ -44,7 +44,7 @@ _IDS = {
     "truck": "03345487 03417042 03770679 03796401 03930630 03977966 04461696 04467665",
 }
 
-# Names: of ImageNet those of all categories but dog and bird, in its usual spelling, and the names of small sets.
+# Category -> names of classes: those of ImageNet, in the usual spelling, except dogs and birds; and of small sets.
 _NAMES = {
     "airplane": "airliner, plane, aeroplane",
     "bear": "brown bear, American black bear, black bear, ice bear, polar bear, sloth bear",
@@ -69,7 +69,7 @@ CATEGORIES = tuple(_IDS)
 
 
 def plain(name: str) -> str:
-    """A class name without the differences of spelling between sets: case, underscores, spaces at the ends."""
+    """A class name without differences in spelling between sets: lower case, with single spaces."""
     return " ".join(name.replace("_", " ").lower().split())
 
 
@@ -82,9 +82,9 @@ _OF_CLASS = {
 
 
 def category_of(class_names: Sequence[str]) -> np.ndarray:
-    """The category of each class, int [K] into CATEGORIES, -1 for classes of none.
+    """The category of each class, int [K] into CATEGORIES, -1 for classes in none.
 
-    A class is known by its WordNet id or by its name; of synonyms with commas between them, by the first that is known.
+    class_names: WordNet ids or names; among synonyms, separated by commas, the first known one counts.
     """
 
     def find(name: str) -> int:

@@ -1,9 +1,7 @@
-"""How far embeddings have collapsed: within classes, onto few dimensions, or not at all.
+"""Collapse of embeddings: within classes, and onto few dimensions.
 
-Letters: B images, V views, N = B * V points, D dimensions, T images of a tile.
+B images, V views, N = B * V points, D dimensions, C classes, T images of a tile.
 """
-
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +10,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Metrics
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
+from jaxcl.evaluate.context import EvalContext
 from jaxcl.losses.common import inner, unit, widened
 
-if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import EvalContext
-
 Array = jax.Array
-TILE_ENTRIES = 2**22  # distances held at once (16 MiB in float32)
+TILE_ENTRIES = 2**22  # distances in memory at one time (16 MiB in float32)
 
 
 def collapse_metrics(
@@ -27,31 +23,32 @@ def collapse_metrics(
 ) -> dict[str, Array]:
     """Spread within classes, effective rank, alignment and uniformity of embeddings, scaled to unit length here.
 
-    Pairs are of points of different images: two views of one image only enter `alignment`. Time is O(N^2 D), memory
-    O(N D + D^2). Can be jitted, also where the batch is sharded.
+    Pairs are points of different images: two views of one image count in `alignment` only. Time is O(N^2 D), memory
+    O(N D + D^2). It can be jitted, also with a sharded batch.
 
     Args:
-      embeddings: [B, V, D] or, of one view, [B, D]; any float type, computed in float32 at least.
-      labels: [B] int, any values; negative ones (unlabelled) count for what needs no class. None: nothing is labelled.
+      embeddings: [B, V, D], or [B, D] for one view; any float type, computed in float32 at least.
+      labels: [B] int, any values; rows with a negative label (unlabelled) only count where no class is needed. None:
+        no row has a label.
       where: [B] bool, False for padded rows.
 
     Returns:
       Scalars, NaN where nothing can be measured:
-      "within_class_cosine": mean cosine over all pairs of one class, 1 at class collapse;
-      "between_class_cosine": the same over pairs of two classes, -1/(K-1) at the optimum of SupCon with K classes;
-      "class_spread": 1 - |mean of the class's unit embeddings|^2, mean over the classes with at least two images,
+      "within_class_cosine": mean cosine over all pairs within a class, 1 at class collapse;
+      "between_class_cosine": mean cosine over pairs from two classes, -1/(C-1) at the optimum of SupCon;
+      "class_spread": 1 - |mean of a class's unit embeddings|^2, averaged over the classes with at least two images,
         in [0, 1], 0 at class collapse;
       "effective_rank": exp of the entropy of the singular values of the centred points, scaled to sum 1; from 1 to
-        min(N - 1, D), and 0 where all points are one;
+        min(N - 1, D), and 0 where all points are equal;
       "uniformity": log of the mean of exp(-2 |zi - zj|^2) over pairs, from -8 to 0, 0 at complete collapse;
-      with two views or more "alignment": mean of |zi - zi'|^2 over the pairs of views of an image, from 0 to 4.
+      "alignment", with two views or more: mean of |zi - zi'|^2 over the pairs of views of an image, from 0 to 4.
 
     Raises:
       UserError: shapes that do not match.
 
     References:
-      Chen et al., "Perfectly Balanced", arXiv:2204.07596 (class collapse and spread); Wang and Isola,
-      arXiv:2005.10242 (alignment and uniformity); Roy and Vetterli, EUSIPCO 2007 (effective rank).
+      Chen et al. 2022, arXiv 2204.07596 (class collapse and spread); Wang and Isola 2020, arXiv 2005.10242 (alignment
+      and uniformity); Roy and Vetterli, EUSIPCO 2007 (effective rank).
     """
     z_BxVxD = jnp.asarray(embeddings)
     if z_BxVxD.ndim == 2:
@@ -66,7 +63,7 @@ def collapse_metrics(
     where_B = jnp.ones(count, bool) if where is None else jnp.asarray(where, bool)
     for name, array in (("labels", labels_B), ("where", where_B)):
         if array.shape != (count,):
-            raise UserError(f"collapse_metrics: {name} of shape {array.shape}, expected ({count},), one an image")
+            raise UserError(f"collapse_metrics: {name} of shape {array.shape}, expected ({count},), one for each image")
     return _metrics(z_BxVxD, labels_B, where_B)
 
 
@@ -79,29 +76,29 @@ def _metrics(z_BxVxD: Array, labels_B: Array, where_B: Array) -> dict[str, Array
     metrics["uniformity"] = _uniformity(z_BxVxD, where_B)
     views = z_BxVxD.shape[1]
     if views > 1:
-        # The mean over pairs of views, from the distances to their mean: small ones keep their digits.
+        # The mean over pairs of views, computed from the distances to their mean: more precise for small distances.
         apart_B = jnp.sum((z_BxVxD - image_BxD[:, None]) ** 2, axis=(1, 2)) * 2 / (views - 1)
         metrics["alignment"] = _mean(apart_B, where_B)
     return metrics
 
 
 def _classes(z_BxVxD: Array, image_BxD: Array, labels_B: Array, where_B: Array) -> dict[str, Array]:
-    """Pairs by way of the classes' means: a sum over pairs is a square of a sum, less its diagonal."""
+    """The metrics of classes, from the class means: the sum over pairs is a squared sum without its diagonal."""
     count, views, _ = z_BxVxD.shape
     dtype = z_BxVxD.dtype
     known_B = where_B & (labels_B >= 0)
-    # Class numbers below B, whatever the labels; B classes have room, and a last one takes what is unlabelled.
+    # Labels may have any values: number the classes from 0, at most B of them. Unlabelled rows become class B.
     _, class_B = jnp.unique(jnp.where(known_B, labels_B, -1), return_inverse=True, size=count, fill_value=-1)
     class_B = jnp.where(known_B, class_B, count)
     add = lambda x: jax.ops.segment_sum(x, class_B, count + 1)[:count]  # noqa: E731
     n_C = add(jnp.ones(count, dtype))
     mean_CxD = add(image_BxD) / jnp.maximum(n_C, 1)[:, None]
     own_BxD = jnp.take(mean_CxD, class_B, axis=0, mode="fill", fill_value=0)
-    # 1 - |mean|^2, as the mean of |z - mean|^2: without loss of digits near collapse. A zero row is not of length 1.
+    # 1 - |mean|^2 as the mean of |z - mean|^2, which is precise near collapse. Zero rows do not have length 1.
     off_B = jnp.mean(jnp.sum((z_BxVxD - own_BxD[:, None]) ** 2, axis=2) + 1 - jnp.sum(z_BxVxD**2, axis=2), axis=1)
     spread_C = add(off_B) / jnp.maximum(n_C, 1)
 
-    # Sums of cosines over ordered pairs, a V^2-th each; `same` are those of one image with itself.
+    # Sums of cosines over ordered pairs, divided by V^2; `same` is the sum over pairs of an image with itself.
     same = jnp.sum(jnp.where(known_B, jnp.sum(image_BxD**2, axis=1), 0))
     within = jnp.sum(n_C**2 * (1 - spread_C)) - same
     total = jnp.sum(n_C)
@@ -119,9 +116,9 @@ def _effective_rank(z_BxVxD: Array, where_B: Array) -> Array:
     z_NxD, where_N = _points(z_BxVxD, where_B)
     mean_D = jnp.sum(z_NxD, axis=0) / jnp.maximum(jnp.sum(where_N), 1)
     z_NxD = jnp.where(where_N[:, None], z_NxD - mean_D, 0)
-    # Of the triangular factor, which is small: as exact as of the points, where a covariance loses half the digits.
+    # The triangular factor is small and has the same singular values; a covariance would lose half the digits.
     s = jnp.linalg.svd(jnp.linalg.qr(z_NxD, mode="r"), compute_uv=False)
-    # Rounding, of the points and of their mean, is no dimension.
+    # Rounding errors of the points and of their mean are not dimensions.
     s = jnp.where(s > jnp.finfo(s.dtype).eps * (max(z_NxD.shape) * jnp.sum(where_N)) ** 0.5, s, 0)
     total = jnp.sum(s)
     share = s / jnp.where(total > 0, total, 1)
@@ -166,11 +163,23 @@ def _ratio(total: Array, count: Array) -> Array:
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.nan)
 
 
-def collapse(f: "EvalContext") -> tuple[Metrics, dict]:
-    """`collapse_metrics` of the test images, of the features h and of the embedding z, without augmentation."""
-    figures = {}
-    for kind in ("h", "z"):
-        metrics = collapse_metrics(f.features("test", kind), f.test.labels)
-        # Without labels, or with one class, some cannot be measured.
-        figures |= {f"{kind}_{name}": float(v) for name, v in metrics.items() if not np.isnan(v)}
-    return figures, {}
+class Collapse(Evaluator):
+    """`collapse_metrics` of the test images without augmentation: of features "h_..." and of embeddings "z_..."."""
+
+    features_only = True
+    metrics = {
+        "z_within_class_cosine": Metric(
+            "Cosine within a class", "", percent=False, meaning="mean cosine of embeddings of one class; 1 is collapse"
+        ),
+        "z_effective_rank": Metric(
+            "Effective rank", "", percent=False, meaning="number of dimensions that the embeddings use"
+        ),
+    }
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        metrics = {}
+        for kind in ("h", "z"):
+            measured = collapse_metrics(context.features("test", kind), context.test.labels)
+            # Without labels, or with one class, some cannot be measured.
+            metrics |= {f"{kind}_{name}": float(v) for name, v in measured.items() if not np.isnan(v)}
+        return metrics, {}

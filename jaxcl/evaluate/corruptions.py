@@ -1,12 +1,12 @@
-"""Corrupted images by the names and severities of ImageNet-C: all of the fifteen but frost, which needs photographs.
+"""The corruptions of ImageNet-C, by name and severity: all fifteen except frost, which needs photographs.
 
-Severities are the published ones of the set nearest in size: CIFAR-10-C (32 pixels), Tiny ImageNet-C (64) or ImageNet-C
-(224). An image's corruption follows from its index, the corruption and the severity, and from nothing else. The images
-are not those of the published files: the random numbers are others, and motion blur is ImageMagick's formula in floats.
+Severities are those of the published set with the nearest image size: CIFAR-10-C (32 pixels), Tiny ImageNet-C (64) or
+ImageNet-C (224). The corruption of an image depends on its index, the name and the severity only. The images differ
+from the published files: random numbers are different, and motion blur is ImageMagick's formula in floats.
 
 B images, S side, C channels, W taps, Z zooms, M side of a map (a power of two).
 
-Source: Hendrycks and Dietterich 2019, arXiv 1903.12261, and its released code.
+Source: Hendrycks and Dietterich 2019, arXiv 1903.12261, and their released code.
 """
 
 import functools
@@ -24,6 +24,7 @@ from scipy import ndimage, special
 
 from jaxcl.errors import UserError
 from jaxcl.evaluate.severities import CONSTANTS, SIDES
+from jaxcl.runtime.options import quoted, suggestion
 
 Array = jax.Array
 GROUPS = {
@@ -38,13 +39,13 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def corrupt(images: np.ndarray, name: str, severity: int, index: np.ndarray) -> np.ndarray:
-    """Images under one of the corruptions of ImageNet-C.
+    """Applies one of the corruptions of ImageNet-C.
 
     Args:
       images: uint8 [B,S,S,3].
       name: one of COMPUTED.
       severity: 1 to 5.
-      index: int [B], number of the example in its set, from which its random numbers follow.
+      index: int [B], the number of each image in its set; random numbers follow from it.
 
     Returns:
       uint8 [B,S,S,3], rounded down as in the published files.
@@ -52,9 +53,11 @@ def corrupt(images: np.ndarray, name: str, severity: int, index: np.ndarray) -> 
     Raises:
       UserError: another name, severity, dtype or shape.
 
-    Source: Hendrycks and Dietterich 2019 (arXiv 1903.12261), appendix B, and its released code.
+    References:
+      Hendrycks and Dietterich 2019, arXiv 1903.12261, appendix B, and their released code.
     """
-    check("corrupt", (name,), (severity,))
+    check_name("corrupt: name is", name)
+    check_severity("corrupt: severity is", severity)
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise UserError(f"corrupt takes uint8 images [B,S,S,3], got {images.dtype} {list(images.shape)}")
@@ -69,15 +72,17 @@ def corrupt(images: np.ndarray, name: str, severity: int, index: np.ndarray) -> 
     return np.asarray(_corrupt(name, images, np.uint32(severity), np.asarray(index, np.int32), values))
 
 
-def check(where: str, names: tuple[str, ...], severities: tuple[int, ...], known: tuple[str, ...] = COMPUTED) -> None:
-    """UserError for a corruption or a severity that there is not."""
-    for name in names:
-        if name not in known:
-            reason = " is not computed here: it needs its photographs" if name in NAMES else ""
-            raise UserError(f"{where}: corruption {name!r}{reason}; expected some of {', '.join(known)}")
-    for severity in severities:
-        if severity not in SEVERITIES:
-            raise UserError(f"{where}: severity {severity!r}; expected whole numbers from 1 to 5")
+def check_name(where: str, name: str, known: tuple[str, ...] = COMPUTED) -> None:
+    """Raises UserError for a corruption that does not exist. where: the start of the message."""
+    if name not in known:
+        reason = ", which is not computed here: it needs photographs" if name in NAMES else ""
+        raise UserError(f"{where} {quoted(name)}{reason}{suggestion(name, known)}")
+
+
+def check_severity(where: str, severity: int) -> None:
+    """Raises UserError for a severity that does not exist; `where` as in `check_name`."""
+    if severity not in SEVERITIES:
+        raise UserError(f"{where} {quoted(severity)}; expected whole numbers from 1 to 5")
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -89,12 +94,12 @@ def _corrupt(name: str, images: Array, severity: Array, index_B: Array, values: 
 
 
 def _bytes(pixels: Array) -> Array:
-    """[0, 1] -> whole numbers from 0 to 255, rounded down, but for what rounding of the floats took away."""
+    """[0, 1] -> whole numbers from 0 to 255, rounded down; the small offset makes up for rounding errors of floats."""
     return jnp.floor(jnp.clip(pixels, 0, 1) * 255 + 1e-3)
 
 
 def _draws(draw: Callable, keys_B: Array, shape: tuple[int, ...], **options: Any) -> Array:
-    """Of each key its own, [B, *shape]."""
+    """One draw for each key, [B, *shape]."""
     return jax.vmap(lambda key: draw(key, shape, jnp.float32, **options))(keys_B)
 
 
@@ -103,8 +108,8 @@ def _split(keys_B: Array, count: int) -> Array:
 
 
 def _separable(matrix_SxS: Array, x: Array) -> Array:
-    """The matrix along rows and columns of x [B,S,S,C]."""
-    exact = lax.Precision.HIGHEST  # a bfloat16 product would itself be a corruption
+    """Multiplies rows and columns of x [B,S,S,C] by the matrix."""
+    exact = lax.Precision.HIGHEST  # a bfloat16 product would add a corruption
     return jnp.einsum("yh,xw,bhwc->byxc", matrix_SxS, matrix_SxS, x, precision=exact)
 
 
@@ -116,8 +121,8 @@ def _gaussian_noise(keys_B, x, scale):
 
 
 def _photons(side: int, table: int, photons: float) -> tuple:
-    """Distribution functions of the counts at each of the 256 levels, [256,K]: far faster than drawing by rejection."""
-    most = (500, 250, 60)[table]  # the lightest pixel's rate at severity 1: one program serves all severities
+    """Cumulative distributions of the counts at the 256 levels, [256,K]: much faster than drawing by rejection."""
+    most = (500, 250, 60)[table]  # the rate of a white pixel at severity 1, so that one program serves all severities
     counts = np.arange(1 << (most + 8 * math.isqrt(most) + 8).bit_length())
     return special.pdtr(counts, np.arange(256)[:, None] / 255 * photons), photons
 
@@ -126,7 +131,7 @@ def _shot_noise(keys_B, x, below_256xK, photons):
     u = _draws(jax.random.uniform, keys_B, x.shape[1:])
     level, steps = jnp.round(x * 255).astype(jnp.int32), below_256xK.shape[1].bit_length() - 1
 
-    def halve(n: Array, count: Array) -> Array:  # the first count whose distribution function reaches u
+    def halve(n: Array, count: Array) -> Array:  # the first count where the distribution reaches u
         further = count + (1 << (steps - 1 - n))
         return jnp.where(below_256xK[level, further - 1] < u, further, count)
 
@@ -142,7 +147,7 @@ def _impulse_noise(keys_B, x, amount):
 
 
 def _disk(side: int, table: int, radius: float, alias: float) -> tuple[np.ndarray]:
-    """A disk of even weight, its edge softened, without the zeros around it."""
+    """A disk of constant weight with a soft edge, without the zeros around it."""
     reach = 8 if radius <= 8 else int(radius)
     line = np.arange(-reach, reach + 1)
     disk = line[:, None] ** 2 + line**2 <= radius**2
@@ -177,9 +182,9 @@ def _glass(side: int, table: int, sigma: float, reach: int, rounds: int) -> tupl
 
 
 def _glass_blur(keys_B, x, blur_SxS, reach, rounds):
-    """Between two blurs, pixel after pixel from the last to the first becomes a copy of a near one.
+    """Between two blurs, every pixel becomes a copy of a near one, from the last pixel to the first.
 
-    The released code means to swap the two, but its assignment between views of one array copies.
+    The released code means to swap the two, but its assignment between views of one array makes a copy.
     """
     B, S = x.shape[:2]
     reach, rounds = reach.astype(jnp.int32), rounds.astype(jnp.int32)
@@ -202,14 +207,14 @@ def _glass_blur(keys_B, x, blur_SxS, reach, rounds):
 
 
 def _taps(table: int, radius: float, sigma: float) -> np.ndarray:
-    """Half a Gaussian, padded so that one program serves all severities."""
+    """One half of a Gaussian, padded so that one program serves all severities."""
     i = np.arange(2 * int(radius) + 1)
     half = np.exp(-(i**2) / (2 * sigma**2))
     return np.pad(half / half.sum(), (0, (29, 29, 41)[table] - len(i)))
 
 
 def _along(x: Array, angle_B: Array, taps_W: Array) -> Array:
-    """Mean of x and what lies from it in the direction of an angle in degrees, edges repeated."""
+    """Weighted mean of x [B,S,S,C] along the direction of an angle [B] in degrees; edges are repeated."""
     S, radians = x.shape[1], jnp.deg2rad(angle_B)
     line = jnp.arange(S)
 
@@ -228,7 +233,7 @@ def _motion_blur(keys_B, x, taps_W):
 
 
 def _zoom(side: int, factor: float) -> np.ndarray:
-    """The middle of an axis enlarged to its whole length, linearly: [S,S]."""
+    """A matrix [S,S] that enlarges the middle of an axis to its whole length, linearly."""
     crop = int(np.ceil(side / factor))
     top = (side - crop) // 2
     enlarged = ndimage.zoom(np.eye(crop), (factor, 1), order=1)
@@ -271,7 +276,7 @@ def _fog(keys_B, x, strength, decay):
 
 
 def _plasma(noise_BxMxM: Array, decay: Array) -> Array:
-    """A cloudy map in [0, 1] by the diamond-square algorithm; a place has its own number of the noise in [-1, 1]."""
+    """A cloudy map in [0, 1] by the diamond-square algorithm; each place reads its number of the noise in [-1, 1]."""
     B, M, _ = noise_BxMxM.shape
     clouds, wobble = jnp.zeros((B, 1, 1)), 100.0
 
@@ -291,7 +296,7 @@ def _plasma(noise_BxMxM: Array, decay: Array) -> Array:
 
 
 def _brightness(keys_B, x, more):
-    """More of the value of HSV: with hue and saturation kept, the channels grow in proportion."""
+    """Raises the value of HSV: hue and saturation stay, so the channels grow in proportion."""
     value = x.max(-1, keepdims=True)
     lighter = jnp.minimum(value + more, 1)
     return jnp.where(value > 0, x * lighter / jnp.maximum(value, 1e-6), lighter)
@@ -306,12 +311,12 @@ def _contrast(keys_B, x, share):
 
 
 def _elastic(side: int, table: int, strength: float, smoothness: float, shift: float) -> tuple:
-    """Shares of the side -> pixels."""
+    """Converts shares of the side to pixels."""
     return strength * side, _gaussian(side, smoothness * side, "reflect", 3), shift * side
 
 
 def _elastic_transform(keys_B, x, strength, smooth_SxS, shift):
-    """Three corners of the inner square are moved and the image with them, then every pixel by a smooth field."""
+    """Moves three corners of the inner square, and the image with them; then every pixel along a smooth field."""
     S = x.shape[1]
     of_affine, of_field = _split(keys_B, 2)
     middle, half = float(S // 2), float(S // 3)
@@ -337,7 +342,7 @@ def _elastic_transform(keys_B, x, strength, smooth_SxS, shift):
 
 
 def _look_up(image_SxSxC: Array, y: Array, x: Array, inside: Callable[[Array], Array]) -> Array:
-    """The image between its pixels, bilinear; `inside` says which pixel stands for one that is not there."""
+    """Bilinear samples of the image; `inside` maps an index outside the image to one inside."""
     total, low_y, low_x = 0.0, jnp.floor(y), jnp.floor(x)
     for row in (low_y, low_y + 1):
         for col in (low_x, low_x + 1):
@@ -359,9 +364,15 @@ def _jpeg_compression(image: Image.Image, quality: int) -> Image.Image:
 
 
 class _Kind(NamedTuple):
-    apply: Callable  # (keys [B], pixels [B,S,S,C], *values), or of a Pillow image and the constants
-    prepare: Callable | None = None  # (side, table, *constants) -> the values; None: the constants themselves
-    on_host: bool = False  # Pillow image by image, rather than arrays
+    """How a corruption is computed.
+
+    apply: (keys [B], pixels [B,S,S,C], *values) -> pixels; with on_host, (Pillow image, *constants) -> Pillow image.
+    prepare: (side, table, *constants) -> values; None: the values are the constants.
+    """
+
+    apply: Callable
+    prepare: Callable | None = None
+    on_host: bool = False
 
 
 _KINDS = {

@@ -1,19 +1,36 @@
-"""How good an explanation is: the change of confidence it causes, and its agreement with the true object."""
+"""Explanations by GradCAM: the change of confidence that they cause, and their overlap with the true object.
+
+N images, S side, h w of a map, K classes.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from jaxcl import saliency
+from jaxcl.augment import ops
 from jaxcl.errors import UserError
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
+from jaxcl.evaluate.context import EvalContext, EvalSetup
+from jaxcl.method.forward import represent
+from jaxcl.method.inputs import to_pixels
+from jaxcl.method.state import TrainState
+
+Array = jax.Array
+PICTURED = 200  # test images from which the shown explanations are chosen
+SHOWN = 8  # explanations shown that keep the class, and as many that do not
 
 
 @jax.jit
 def drop_increase(
     p_original: ArrayLike, p_masked: ArrayLike, *, where: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
-    """Change of the predicted class's probability when only the explanation's pixels are kept.
+    """Change of the predicted class's probability when only the pixels of the explanation are kept.
 
-    With o, p = p_original, p_masked, means over the images of::
+    With o = p_original and p = p_masked, these are means over the images of::
 
         average_drop     = max(0, o - p) / o    lower is better, in [0, 1]
         rate_of_drop     = [p < o]              lower is better
@@ -21,15 +38,18 @@ def drop_increase(
         rate_of_increase = [p > o]              higher is better
 
     Args:
-      p_original: [N] soft-max probability of the class predicted on the whole image, in (0, 1].
-      p_masked: [N] probability of the same class on the masked image.
+      p_original: [N] softmax probability of the class that is predicted for the whole image, in (0, 1].
+      p_masked: [N] probability of the same class for the masked image.
       where: [N] bool, False for padded rows.
 
     Returns:
-      A dict of four scalars, fractions (multiply by 100 for percent); 0 with no row to count.
+      A dict of four scalars, fractions rather than percent; 0 if no row counts.
+
+    Raises:
+      UserError: shapes that do not match.
 
     References:
-      Chattopadhay et al., "Grad-CAM++", arXiv:1710.11063, section 4.1.
+      Chattopadhay et al. 2018 (Grad-CAM++), arXiv 1710.11063, section 4.1.
     """
     o, p = jnp.asarray(p_original), jnp.asarray(p_masked)
     if o.ndim != 1 or o.shape != p.shape:
@@ -50,20 +70,25 @@ def drop_increase(
 def mask_agreement(
     keep: ArrayLike, maps: ArrayLike, true_mask: ArrayLike, *, where: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
-    """Agreement of an explanation with the object's true mask; means over the images that have an object.
+    """Agreement of explanations with the true masks of the objects, averaged over the images that have an object.
 
     Args:
-      keep: [N, H, W] bool, the pixels the explanation keeps.
-      maps: [N, H, W] the map itself, >= 0 (negative values count as 0 energy).
-      true_mask: [N, H, W] bool, the object. An image with an empty mask is ignored.
+      keep: [N, H, W] bool, the pixels that the explanation keeps.
+      maps: [N, H, W] saliency, >= 0 (negative values count as 0 energy).
+      true_mask: [N, H, W] bool, the object. An image with an empty mask does not count.
       where: [N] bool, False for padded rows.
 
     Returns:
-      {"iou": intersection over union of keep and object,
-       "pointing_hit": is the map's maximum (the first one in row order) in the object (Zhang et al.,
-       arXiv:1608.00507),
-       "energy_inside": share of the map's sum inside the object, 0 for a map of zeros},
+      {"iou": intersection over union of `keep` and the object,
+       "pointing_hit": whether the maximum of the map (the first one in row order) is in the object,
+       "energy_inside": the share of the map's sum that is inside the object, 0 for a map of zeros},
       scalars in [0, 1]; NaN if no image has an object.
+
+    Raises:
+      UserError: shapes that do not match.
+
+    References:
+      Zhang et al. 2016, arXiv 1608.00507 (pointing game).
     """
     keep, maps, true_mask = jnp.asarray(keep, bool), jnp.asarray(maps), jnp.asarray(true_mask, bool)
     if keep.ndim != 3 or not keep.shape == maps.shape == true_mask.shape:
@@ -94,3 +119,90 @@ def _mean(values, valid, *, empty):
     count = jnp.sum(valid, dtype=jnp.int32)
     mean = jnp.sum(jnp.where(valid, values, 0)) / jnp.maximum(count, 1)
     return jnp.where(count > 0, mean, empty)
+
+
+class Explanation(Evaluator):
+    """Quality of GradCAM maps of the online classifier, at the layer `eval.tap`.
+
+    Metrics: those of `drop_increase` for the predicted class, where the most salient `eval.explanation_fraction` of
+    the pixels is kept (ExCon, arXiv 2111.14271); those of `mask_agreement`, where the data has the true masks.
+    """
+
+    needs_classifier = True
+    metrics = {
+        "average_drop": Metric(
+            "Average drop", "lower", meaning="confidence lost when only the most salient pixels are kept"
+        ),
+        "rate_of_increase": Metric(
+            "Rate of increase", meaning="share of images that gain confidence when only the salient pixels are kept"
+        ),
+        "iou": Metric("Mask overlap (IoU)", meaning="overlap of the salient area with the true object; 100% is equal"),
+        "pointing_hit": Metric(
+            "Pointing hit", meaning="share of images where the most salient pixel lies on the object"
+        ),
+    }
+
+    def check(self, setup: EvalSetup) -> None:
+        try:
+            setup.recipe.model.check_tap(setup.options.tap)
+        except UserError as error:
+            raise UserError(f"eval.tap: {error}; `explanation` in eval.final reads it") from None
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        S = context.recipe.image_shape[0]
+
+        def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+            image, logits_fn = context.normalize(to_pixels(batch["image"])), context.logits_fn(state)
+            probabilities = jax.nn.softmax(logits_fn(image))
+            predicted = probabilities.argmax(-1)
+            maps = _maps(context, state, image, predicted)
+            kept = saliency.apply_mask(image, saliency.top_fraction_mask(maps, context.options.explanation_fraction))
+            masked = jax.nn.softmax(logits_fn(kept))
+            take = lambda p: jnp.take_along_axis(p, predicted[:, None], 1)[:, 0]  # noqa: E731
+            return {"before": take(probabilities), "after": take(masked), "maps": maps}
+
+        out = context.collect(context.test, "explanation", explain)
+        metrics = {k: float(v) for k, v in drop_increase(out["before"], out["after"]).items()}
+        truth = context.test.extras.get("mask")
+        if truth is not None and truth.shape[1:] == (S, S):
+            keep = np.asarray(saliency.keep_mask(out["maps"], 0.5))
+            metrics |= {k: float(v) for k, v in mask_agreement(keep, out["maps"], truth).items()}
+        # The pictures need labels: they explain the true class.
+        return metrics, {"saliency": _explained(context, truth)} if (context.test.labels >= 0).any() else {}
+
+
+def _maps(context: EvalContext, state: TrainState, image: Array, target: Array) -> Array:
+    """GradCAM maps [N,S,S] in [0,1] of the classes `target` [N]."""
+    recipe, name = context.recipe, context.setup.classifier
+    tap = context.options.tap
+    activations, tail, _ = recipe.model.split_at(state.params, state.batch_stats, image, tap, train=False)
+
+    def logits(a: Array) -> Array:  # a: activations of the main encoder; other encoders see the image
+        h, _ = represent(recipe, state.params, state.batch_stats, image, main=tail(a)[0])
+        return recipe.memory[name].logits(state.memory[name], h)
+
+    cam = saliency.grad_cam(logits, activations, target)
+    return saliency.normalize_map(cam, image.shape[1])
+
+
+def _explained(context: EvalContext, truth: np.ndarray | None) -> dict[str, Any]:
+    """The panel: test images, their maps for the true class, the masked images, and whether these keep the class."""
+    recipe, test = context.recipe, context.test
+
+    def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+        image = context.normalize(to_pixels(batch["image"]))
+        maps = _maps(context, state, image, batch["label"])
+        keep = saliency.keep_mask(maps, 0.5)
+        masked = saliency.apply_mask(image, keep)
+        accepted = context.logits_fn(state)(masked).argmax(-1) == batch["label"]
+        show = lambda x: ops.denormalize(x, recipe.mean, recipe.std).clip(0, 1)  # noqa: E731
+        return {"image": show(image), "map": maps, "keep": keep, "masked": show(masked), "accepted": accepted}
+
+    some = min(len(test), PICTURED)
+    out = context.first(test.take(np.arange(some)) if test.in_memory else test, some, "explained", explain)
+    of_each = (np.flatnonzero(out["accepted"] == accepted)[:SHOWN] for accepted in (True, False))
+    chosen = np.sort(np.concatenate(list(of_each)))
+    out = {k: v[chosen] for k, v in out.items()}
+    out["true_mask"] = None if truth is None or truth.shape[1:] != out["map"].shape[1:] else truth[chosen]
+    out["names"] = [test.class_names[i] if i >= 0 else "" for i in test.batch(chosen)["label"]]
+    return out

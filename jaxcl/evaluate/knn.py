@@ -7,12 +7,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
+from jaxcl.evaluate.context import EvalContext
 
-# Similarities held at once (64 MiB in float32): a chunk of queries against the whole bank.
+# Similarities in memory at one time (64 MiB in float32): a chunk of queries against the whole bank.
 CHUNK_ENTRIES = 2**24
 CHUNK_QUERIES_MAX = 4096
 
@@ -32,12 +35,12 @@ def knn_predict(
       bank: [N, D] features; scaled to unit length here.
       bank_labels: [N] int in [0, num_classes); a negative label (unlabelled, padded) never votes.
       queries: [Q, D], on the same encoder.
-      k: neighbours that vote; more than the bank holds means the whole bank.
-      temperature: > 0. Small is no danger: only differences to the best neighbour are exponentiated.
+      k: neighbours that vote; at most the whole bank.
+      temperature: > 0. Small values are safe: only differences to the best neighbour are exponentiated.
       num_classes: C.
 
     Returns:
-      [Q, C] float32 or wider; rows sum to 1 (to 0 if the bank has no label at all).
+      [Q, C] float32 or wider; rows sum to 1, or to 0 if no bank row has a label.
 
     Raises:
       UserError: an empty bank, shapes that do not match, k < 1.
@@ -57,7 +60,7 @@ def _check(bank: jax.Array, queries: jax.Array, k: int) -> None:
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1] or not len(bank):
         raise UserError(
             f"knn: bank of shape {bank.shape} and queries of shape {queries.shape}, expected [rows, "
-            "features] with as many features and at least one bank row"
+            "features] with as many features in both and at least one bank row"
         )
     if k < 1:
         raise UserError(f"knn: k={k}, expected at least 1")
@@ -69,10 +72,10 @@ def nearest_neighbours(bank: ArrayLike, queries: ArrayLike, *, k: int) -> tuple[
     Args:
       bank: [N, D] features; scaled to unit length here.
       queries: [Q, D], on the same encoder.
-      k: more than the bank holds means the whole bank.
+      k: at most the whole bank.
 
     Returns:
-      (cosine [Q, k] float32 or wider, most similar first; rows of the bank int32 [Q, k]).
+      (cosines [Q, k], float32 or wider, most similar first; their rows in the bank, int32 [Q, k]).
 
     Raises:
       UserError: as `knn_predict`.
@@ -93,13 +96,13 @@ def _knn(bank, labels_N, queries, temperature, *, k, num_classes):
         dtype = s_qxN.dtype
         excluded_N = jnp.where(labels_N >= 0, 0, -jnp.inf).astype(dtype)
         s_qxk, index_qxk = lax.top_k(s_qxN + excluded_N, k)
-        # A maximum, not s_qxk[:, :1]: XLA would merge that slice with the top-k's own and sort whole rows,
-        # at ten times the price.
+        # A maximum instead of s_qxk[:, :1]: XLA would merge that slice into the top-k and sort whole rows, which
+        # is far slower.
         best_qx1 = jnp.max(s_qxk, axis=1, keepdims=True)
         best_qx1 = jnp.where(jnp.isfinite(best_qx1), best_qx1, 0)
         weight_qxk = jnp.exp((s_qxk - best_qx1) / jnp.asarray(temperature, dtype))
         row_qx1 = jnp.arange(len(s_qxN))[:, None]
-        # Unlabelled neighbours carry weight exp(-inf) = 0, whatever class they are added to.
+        # Unlabelled neighbours have weight exp(-inf) = 0, so the class they are added to does not matter.
         votes_qxC = jnp.zeros((len(s_qxN), num_classes), dtype)
         votes_qxC = votes_qxC.at[row_qx1, jnp.maximum(labels_N[index_qxk], 0)].add(weight_qxk)
         total_qx1 = jnp.sum(votes_qxC, axis=1, keepdims=True)
@@ -109,7 +112,7 @@ def _knn(bank, labels_N, queries, temperature, *, k, num_classes):
 
 
 def _search(bank, queries, of_chunk):
-    """of_chunk(cosines [q,N]) for chunks of the queries, joined to [Q, ...]; never all [Q,N] at once."""
+    """of_chunk(cosines [q,N]) for chunks of the queries, joined to [Q, ...]; [Q,N] never exists as a whole."""
     dtype = jnp.promote_types(jnp.promote_types(bank.dtype, queries.dtype), jnp.float32)
     bank_NxD, queries_QxD = _unit(bank.astype(dtype)), _unit(queries.astype(dtype))
     num_queries = len(queries_QxD)
@@ -125,3 +128,30 @@ def _search(bank, queries, of_chunk):
 def _unit(x):
     norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
     return x / jnp.where(norm > 0, norm, 1)
+
+
+class KNN(Evaluator):
+    """Weighted nearest neighbours in the training features; `eval.knn_k`, `eval.knn_temperature`."""
+
+    needs_labels = ("train", "test")
+    features_only = True
+    metrics = {
+        "accuracy": Metric(
+            "Nearest neighbours",
+            meaning="the class of the most similar training features, with nothing trained on top",
+        )
+    }
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        options = context.options
+        kind = options.knn_features or options.features
+        probabilities = knn_predict(
+            context.features("train", kind),
+            context.source("train").labels,
+            context.features("test", kind),
+            k=options.knn_k,
+            temperature=options.knn_temperature,
+            num_classes=context.recipe.num_classes,
+        )
+        right = accuracy(np.asarray(probabilities).argmax(-1), context.test.labels)
+        return {"accuracy": right, "k": options.knn_k}, {}

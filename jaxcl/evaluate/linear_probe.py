@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression on frozen features, solved on the device.
+"""Linear probe: multinomial logistic regression on frozen features, fitted on the device.
 
 Letters: N rows, D features, C classes.
 """
@@ -15,12 +15,12 @@ from jax.typing import ArrayLike
 from jaxcl.errors import UserError
 from jaxcl.losses import cross_entropy
 
-# Features that vary less than this are left as they are: dividing by their spread would amplify rounding.
+# Features with a smaller standard deviation are not scaled: that would amplify rounding errors.
 MIN_STD = 1e-6
 
 
-class LinearProbe(NamedTuple):
-    """logits = features @ weights + bias; the standardisation is folded in."""
+class LinearFit(NamedTuple):
+    """A fitted linear classifier: logits = features @ weights + bias. Any standardisation is part of the weights."""
 
     weights: jax.Array  # [D, C]
     bias: jax.Array  # [C]
@@ -35,23 +35,23 @@ def fit_linear_probe(
     max_steps: int = 300,
     tolerance: float = 1e-4,
     standardize: bool = True,
-) -> LinearProbe:
+) -> LinearFit:
     """Minimises mean cross-entropy + l2 / 2 * |weights|^2 by L-BFGS from zero.
 
-    Deterministic, and no learning rate to choose. The bias is not penalised. The penalty acts on the weights
-    of the standardised features, and equals scikit-learn's LogisticRegression with C = 1 / (l2 * N) on them.
+    The fit is deterministic and has no learning rate. The penalty acts on the weights of the standardised features,
+    not on the bias; the optimum is that of scikit-learn's LogisticRegression with C = 1 / (l2 * N).
 
     Args:
       features: [N, D], any float type; the fit runs in float32 at least.
       labels: [N] int in [0, num_classes); negative rows (unlabelled, padded) are ignored.
       num_classes: C.
-      l2: >= 0. At 0 a separable set has no optimum and the fit ends at max_steps.
-      max_steps: L-BFGS steps at most.
-      tolerance: stop when the largest entry of the gradient falls below it.
-      standardize: scale each feature to mean 0, spread 1 over the labelled rows first.
+      l2: >= 0. At 0 a separable set has no optimum, and the fit ends at max_steps.
+      max_steps: the most L-BFGS steps.
+      tolerance: the fit ends when no entry of the gradient is larger.
+      standardize: first scale each feature to mean 0 and standard deviation 1 over the labelled rows.
 
     Returns:
-      LinearProbe for the features as they were given.
+      LinearFit, for features that are not standardised.
 
     Raises:
       UserError: shapes that do not match.
@@ -73,7 +73,7 @@ def fit_linear_probe(
     )
 
 
-def probe_logits(probe: LinearProbe, features: ArrayLike) -> jax.Array:
+def probe_logits(probe: LinearFit, features: ArrayLike) -> jax.Array:
     """Logits [..., C] of features [..., D], in the probe's precision."""
     features = jnp.asarray(features, probe.weights.dtype)
     return jnp.matmul(features, probe.weights, precision=lax.Precision.HIGHEST) + probe.bias
@@ -111,7 +111,7 @@ def _fit(features, labels, l2, tolerance, *, num_classes, max_steps, standardize
         largest = jnp.maximum(jnp.max(jnp.abs(grad.weights)), jnp.max(jnp.abs(grad.bias)))
         return (steps == 0) | ((steps < max_steps) & (largest > tolerance))
 
-    start = LinearProbe(jnp.zeros((x_NxD.shape[1], num_classes), dtype), jnp.zeros(num_classes, dtype))
+    start = LinearFit(jnp.zeros((x_NxD.shape[1], num_classes), dtype), jnp.zeros(num_classes, dtype))
     probe, _, _ = lax.while_loop(unfinished, step, (start, solver.init(start), start))
     weights = probe.weights / std_D[:, None]
-    return LinearProbe(weights, probe.bias - mean_D @ weights)
+    return LinearFit(weights, probe.bias - mean_D @ weights)

@@ -1,11 +1,11 @@
-"""Linear probe by SGD on augmented images, with the schedule that is customary for each data set.
+"""Linear probe by SGD on augmented images, with the usual schedule of each data set.
 
-The cheaper `linear`, which fits the same model to its optimum on features without augmentation, says nearly the same;
-this one is for figures beside published ones. N images, S side, D features, K classes, B batch.
+It is for numbers beside published ones. `linear`, which fits the same model to its optimum on features without
+augmentation, is cheaper and gives nearly the same numbers. D features, K classes, B batch.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,13 @@ import optax
 
 from jaxcl import augment, losses
 from jaxcl.data import Loader
-from jaxcl.evaluate.base import Metrics, accuracy, needs_labels
-from jaxcl.evaluate.linear_probe import LinearProbe, probe_logits
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
+from jaxcl.evaluate.context import EvalContext
+from jaxcl.evaluate.linear_probe import LinearFit, probe_logits
 from jaxcl.method import sharding
+from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import represent, to_pixels
 from jaxcl.method.views import view_keys
-
-if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import EvalContext
 
 Array = jax.Array
 BATCH = 256
@@ -30,16 +28,23 @@ BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a probe is trained: without weight decay, crops of 0.08 to 1 of the area, flips. lr is for batches of 256."""
+    """The training of a probe: without weight decay, on random crops (0.08 to 1 of the area) and flips.
+
+    Attributes:
+      lr: for batches of 256; it scales with the batch.
+      decay: lr is divided by ten after these shares of the epochs.
+      kind: "sgd", with momentum 0.9, or "adam".
+      degrees: images are first rotated by an angle drawn from [-degrees, degrees].
+    """
 
     epochs: int = 200
     lr: float = 30.0
-    decay: tuple[float, ...] = (0.6, 0.8)  # lr is divided by ten after these shares of the epochs
-    kind: str = "sgd"  # with momentum 0.9; or "adam"
-    degrees: float = 0.0  # images are first turned by up to so much, either way
+    decay: tuple[float, ...] = (0.6, 0.8)
+    kind: str = "sgd"
+    degrees: float = 0.0
 
 
-# By what a data source's name contains (papers/hierarchical_augmentation.md 8.1); others are trained like the first.
+# By a word in the name of the data source; any other source has the first. From Zhang and Ma 2022, arXiv 2206.00227.
 PROTOCOLS = {
     "imagenet100": Protocol(),
     "imagenet2012": Protocol(epochs=90),
@@ -52,62 +57,71 @@ PROTOCOLS = {
 
 
 def protocol_of(name: str) -> Protocol:
-    """The protocol of a data source by its name."""
+    """The protocol for a data source, by its name."""
     return next((p for word, p in PROTOCOLS.items() if word in name.lower()), PROTOCOLS["imagenet100"])
 
 
 def schedule(protocol: Protocol, *, batch_size: int, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: stairs at whole epochs."""
+    """The learning rate by step: piecewise constant, with steps at whole epochs."""
     at = {round(share * protocol.epochs) * steps_per_epoch: 0.1 for share in protocol.decay}
     return optax.piecewise_constant_schedule(protocol.lr * batch_size / 256, at)
 
 
-def linear_sgd(f: "EvalContext") -> tuple[Metrics, dict]:
-    """A linear layer on frozen features of augmented images: accuracy on the test split after the last epoch.
+class LinearSGD(Evaluator):
+    """A linear layer on frozen features of augmented training images; `eval.sgd_epochs` overrides the epochs.
 
-    Weights begin normal, of deviation 0.01. Test images are the standard view, resized whole. "best_epoch_accuracy" is
-    chosen on the images it is measured on, as published figures often are; it is optimistic.
+    Weights start normal, with standard deviation 0.01. Test images are resized whole, without a crop.
+
+    Metrics: "accuracy" on the test split after the last epoch; "best_epoch_accuracy", where the epoch is chosen on the
+    images it is measured on, as in many papers, which is optimistic.
     """
-    needs_labels(f, "train", "test")
-    train, recipe = f.source("train"), f.recipe
-    protocol = protocol_of(train.name)
-    protocol = dataclasses.replace(protocol, epochs=f.options.sgd_epochs or protocol.epochs)
-    devices = f.mesh.size
-    B = max(1, min(BATCH, len(train)) // devices) * devices
-    steps = len(train) // B
-    rate = schedule(protocol, batch_size=B, steps_per_epoch=steps)
-    tx = optax.adam(rate) if protocol.kind == "adam" else optax.sgd(rate, momentum=0.9)
-    size = recipe.image_shape[0]
-    turn = (augment.RandomTilt(degrees=protocol.degrees),) if protocol.degrees else ()
+
+    needs_labels = ("train", "test")
+    metrics = {
+        "accuracy": Metric("Linear probe, SGD", meaning="a linear layer trained by SGD on features of augmented images")
+    }
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        train, recipe, mesh = context.source("train"), context.recipe, context.mesh
+        protocol = protocol_of(train.name)
+        protocol = dataclasses.replace(protocol, epochs=context.options.sgd_epochs or protocol.epochs)
+        B = max(1, min(BATCH, len(train)) // mesh.size) * mesh.size
+        steps = len(train) // B
+        rate = schedule(protocol, batch_size=B, steps_per_epoch=steps)
+        tx = optax.adam(rate) if protocol.kind == "adam" else optax.sgd(rate, momentum=0.9)
+        view = _training_view(protocol, recipe.image_shape[0], recipe.mean, recipe.std)
+        key = jax.random.key(recipe.seed, impl="threefry2x32")
+
+        def step(state: TrainState, carry: Any, batch: dict[str, Array]) -> Any:
+            probe, opt_state, count = carry
+            keys = view_keys(key, count, batch["index"], "linear_sgd")
+            h, _ = context.encode(state, view(keys, to_pixels(batch["image"]))[0])
+            grads = jax.grad(lambda p: losses.cross_entropy(probe_logits(p, h), batch["label"]))(probe)
+            updates, opt_state = tx.update(grads, opt_state)
+            return optax.apply_updates(probe, updates), opt_state, count + 1
+
+        replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        jitted = context.setup.compiled(
+            f"linear_sgd {protocol} {B}",
+            lambda: jax.jit(step, in_shardings=(replicated, replicated, rows), out_shardings=replicated),
+        )
+        test_h, labels = context.features("test", "h"), context.test.labels
+        weights = 0.01 * jax.random.normal(jax.random.fold_in(key, 1), (test_h.shape[1], recipe.num_classes))
+        probe = LinearFit(weights, jnp.zeros(recipe.num_classes))
+        carry = sharding.device_put((probe, tx.init(probe), jnp.zeros((), jnp.int32)), replicated)
+        accuracies = []
+        with Loader(train, batch_size=B, seed=recipe.seed, sharding=rows) as loader:
+            for _ in range(protocol.epochs):
+                for _ in range(steps):
+                    carry = jitted(context.state, carry, next(loader))
+                logits = np.asarray(probe_logits(jax.device_get(carry[0]), test_h))
+                accuracies.append(accuracy(logits.argmax(-1), labels))
+        best = int(np.argmax(accuracies))
+        metrics = {"accuracy": accuracies[-1], "epochs": protocol.epochs}
+        return metrics | {"best_epoch_accuracy": accuracies[best], "best_epoch": best + 1}, {}
+
+
+def _training_view(protocol: Protocol, size: int, mean: tuple, std: tuple) -> augment.Pipeline:
+    rotate = (augment.RandomTilt(degrees=protocol.degrees),) if protocol.degrees else ()
     crop = augment.RandomResizedCrop(size=size, area=(0.08, 1.0))
-    normalize = augment.Normalize(mean=recipe.mean, std=recipe.std)
-    view = augment.Pipeline((*turn, crop, augment.RandomFlip(), normalize))
-    key = jax.random.key(recipe.seed, impl="threefry2x32")
-
-    def step(state: TrainState, carry: Any, batch: dict[str, Array]) -> Any:
-        probe, opt_state, count = carry
-        keys = view_keys(key, count, batch["index"], "linear_sgd")
-        h, _ = represent(recipe, state.params, state.batch_stats, view(keys, to_pixels(batch["image"]))[0])
-        grads = jax.grad(lambda p: losses.cross_entropy(probe_logits(p, h), batch["label"]))(probe)
-        updates, opt_state = tx.update(grads, opt_state)
-        return optax.apply_updates(probe, updates), opt_state, count + 1
-
-    replicated, rows = sharding.replicated(f.mesh), sharding.batch_sharding(f.mesh)
-    jitted = f.evaluation.compiled(
-        f"linear_sgd {protocol} {B}",
-        lambda: jax.jit(step, in_shardings=(replicated, replicated, rows), out_shardings=replicated),
-    )
-    D = f.features("test", "h").shape[1]
-    weights = 0.01 * jax.random.normal(jax.random.fold_in(key, 1), (D, recipe.num_classes))
-    probe = LinearProbe(weights, jnp.zeros(recipe.num_classes))
-    carry = sharding.device_put((probe, tx.init(probe), jnp.zeros((), jnp.int32)), replicated)
-    accuracies = []
-    with Loader(train, batch_size=B, seed=recipe.seed, sharding=rows) as loader:
-        for _ in range(protocol.epochs):
-            for _ in range(steps):
-                carry = jitted(f.state, carry, next(loader))
-            logits = np.asarray(probe_logits(jax.device_get(carry[0]), f.features("test", "h")))
-            accuracies.append(accuracy(logits.argmax(-1), f.test.labels))
-    best = int(np.argmax(accuracies))
-    figures = {"accuracy": accuracies[-1], "epochs": protocol.epochs}
-    return figures | {"best_epoch_accuracy": accuracies[best], "best_epoch": best + 1}, {}
+    return augment.Pipeline((*rotate, crop, augment.RandomFlip(), augment.Normalize(mean=mean, std=std)))

@@ -1,6 +1,6 @@
-"""Logistic regression on frozen features by Adam for a fixed number of epochs: the protocol of CLAE's code.
+"""Logistic regression by Adam for a fixed number of epochs: the protocol of CLAE's code.
 
-Letters: N rows, D features, C classes, Q test rows, E epochs.
+N rows, D features, C classes, Q test rows, E epochs.
 """
 
 import functools
@@ -14,14 +14,16 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
-from jaxcl.evaluate.linear_probe import LinearProbe, probe_logits
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
+from jaxcl.evaluate.context import EvalContext
+from jaxcl.evaluate.linear_probe import LinearFit, probe_logits
 from jaxcl.losses import cross_entropy
 
 
 class LogisticFit(NamedTuple):
-    """The probe after the last epoch, and how it did after each."""
+    """The probe after the last epoch, and its course."""
 
-    probe: LinearProbe
+    probe: LinearFit
     loss: jax.Array  # [E] mean training loss of the epoch's steps
     test_accuracy: jax.Array  # [E] in [0, 1], on all labelled test rows; NaN without any
 
@@ -37,21 +39,21 @@ def fit_logistic(
     learning_rate: float = 3e-4,
     seed: int = 0,
 ) -> LogisticFit:
-    """Minimises mean cross-entropy by Adam at a constant rate, without weight decay, on features as they are.
+    """Minimises mean cross-entropy by Adam at a constant rate, without weight decay, on unscaled features.
 
-    It need not have converged: the number of epochs and the scale of the features are part of the result, unlike
-    that of `fit_linear_probe`. Each epoch goes through the rows in a new order and drops the last partial batch.
-    Weights and bias begin uniform in +-1/sqrt(D).
+    The fit may end before it converges: unlike `fit_linear_probe`, the result depends on the number of epochs and on
+    the scale of the features. Each epoch visits the rows in a new order and drops the last partial batch. Weights and
+    bias start uniform in +-1/sqrt(D).
 
     Args:
       features: [N, D], any float type; the fit runs in float32 at least.
-      labels: [N] int in [0, num_classes); negative rows (unlabelled, padded) are left out beforehand.
+      labels: [N] int in [0, num_classes); negative rows (unlabelled, padded) are removed first.
       num_classes: C.
       test: (features [Q, D], labels [Q]) to measure after every epoch; negative labels do not count.
       epochs: >= 1.
-      batch_size: of a step; a set with fewer rows is one batch.
+      batch_size: >= 1, rows a step; fewer rows are one batch.
       learning_rate: > 0.
-      seed: of the first weights and the order of rows.
+      seed: for the first weights and the order of rows.
 
     Returns:
       LogisticFit.
@@ -60,8 +62,8 @@ def fit_logistic(
       UserError: shapes that do not match, no labelled row, epochs or batch_size below 1.
 
     References:
-      Ho and Vasconcelos, arXiv:2010.12050, whose code reports the best epoch on the test set; the last one is the
-      honest figure.
+      Ho and Vasconcelos 2020, arXiv 2010.12050. Their code reports the best epoch on the test set; the last epoch is
+      the honest number.
     """
     features, labels = np.asarray(features), np.asarray(labels)
     test = (features[:0], labels[:0]) if test is None else tuple(np.asarray(t) for t in test)
@@ -69,7 +71,7 @@ def fit_logistic(
         if x.ndim != 2 or y.shape != (len(x),) or x.shape[1] != features.shape[1]:
             raise UserError(
                 f"logistic: features of shape {x.shape} and labels of shape {y.shape}, expected [rows, features] "
-                "and [rows], with as many features to test as to train"
+                "and [rows], with as many features in the test set as in the training set"
             )
     if epochs < 1 or batch_size < 1:
         raise UserError(f"logistic: epochs={epochs} and batch_size={batch_size}, expected 1 or more")
@@ -99,7 +101,7 @@ def _fit(x_NxD, labels_N, test_QxD, labels_Q, rate, seed, *, num_classes, epochs
     tx = optax.adam(rate)
     weight_key, bias_key, order_key = jax.random.split(jax.random.key(seed), 3)
     bound = num_features**-0.5
-    start = LinearProbe(
+    start = LinearFit(
         jax.random.uniform(weight_key, (num_features, num_classes), dtype, -bound, bound),
         jax.random.uniform(bias_key, (num_classes,), dtype, -bound, bound),
     )
@@ -119,3 +121,34 @@ def _fit(x_NxD, labels_N, test_QxD, labels_Q, rate, seed, *, num_classes, epochs
 
     (probe, _), (losses, accuracy) = lax.scan(epoch, (start, tx.init(start)), jnp.arange(epochs))
     return LogisticFit(probe, losses, accuracy)
+
+
+class Logistic(Evaluator):
+    """Logistic regression on frozen features by Adam, the protocol of CLAE (arXiv 2010.12050).
+
+    Metrics: "accuracy" after the last epoch; "best_epoch_accuracy", as the paper reports. The best epoch is chosen on
+    the images it is measured on, which is optimistic.
+    """
+
+    needs_labels = ("train", "test")
+    features_only = True
+    metrics = {
+        "accuracy": Metric("Logistic regression", meaning="a linear classifier on the frozen features, trained by Adam")
+    }
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        options = context.options
+        fit = fit_logistic(
+            context.features("train"),
+            context.source("train").labels,
+            test=(context.features("test"), context.test.labels),
+            num_classes=context.recipe.num_classes,
+            epochs=options.logistic_epochs,
+            batch_size=options.logistic_batch_size,
+            learning_rate=options.logistic_lr,
+            seed=context.recipe.seed,
+        )
+        accuracies = np.asarray(fit.test_accuracy)
+        best = int(accuracies.argmax())
+        metrics = {"accuracy": float(accuracies[-1]), "epochs": len(accuracies)}
+        return metrics | {"best_epoch_accuracy": float(accuracies[best]), "best_epoch": best + 1}, {}

@@ -1,4 +1,7 @@
-"""White-box attacks on a classifier, in pixel units."""
+"""White-box attacks on a classifier, in pixel units.
+
+N images, H W C of an image, K classes.
+"""
 
 from collections.abc import Callable
 
@@ -23,13 +26,13 @@ def fgsm_examples(
     """One step along the gradient sign of the cross-entropy: clip(pixels + epsilon * sign(grad), 0, 1).
 
     Args:
-      logits_fn: normalised images [N, H, W, C] -> logits [N, K]; in inference mode, so that an image's
-        gradient is its own.
+      logits_fn: normalised images [N, H, W, C] -> logits [N, K]; in inference mode, so that the gradient of an image
+        does not depend on the others.
       pixels: [N, H, W, C] in [0, 1].
-      labels: [N] int, the true classes; negative rows are not attacked.
-      epsilon: in [0, 1] units, e.g. 4 / 255; a scalar or [C].
-      mean, std: [C] (or scalar) of the normalisation logits_fn expects, in [0, 1] units.
-      where: [N] bool, False for padded rows: not in the mean, returned as they came (clipped).
+      labels: [N] int, the true classes; rows with a negative label are not attacked.
+      epsilon: a scalar or [C], in [0, 1] units, such as 4 / 255.
+      mean, std: scalars or [C], in [0, 1] units: the normalisation that logits_fn expects.
+      where: [N] bool, False for padded rows, which are not attacked.
 
     Returns:
       [N, H, W, C] adversarial pixels in [0, 1]; normalise them before classifying.
@@ -38,7 +41,7 @@ def fgsm_examples(
       UserError: epsilon negative or above 1.
 
     References:
-      Goodfellow et al., arXiv:1412.6572; as used by ExCon, arXiv:2111.14271.
+      Goodfellow et al. 2015, arXiv 1412.6572; as in ExCon (Zhang et al. 2021, arXiv 2111.14271).
     """
     pixels = jnp.asarray(pixels)
     return fgsm(_classification(logits_fn, pixels, labels, mean, std, where), pixels, epsilon=epsilon)
@@ -56,17 +59,17 @@ def pgd_examples(
     std: ArrayLike,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Many steps along the gradient sign of the cross-entropy, never further than epsilon from a pixel's value.
+    """Many steps along the gradient sign of the cross-entropy, within epsilon of every pixel's value.
 
-    Starts at the image itself and ends at the last step, so it is deterministic. Arguments, returns and errors as for
-    `fgsm_examples`, and:
+    It starts at the image and ends at the last step, so it is deterministic. Other arguments, the result and errors are
+    those of `fgsm_examples`.
 
     Args:
       num_steps: >= 0.
-      step_size: as epsilon; None: 2.5 * epsilon / num_steps.
+      step_size: in the units of epsilon; None: 2.5 * epsilon / num_steps.
 
     References:
-      Madry et al., arXiv:1706.06083.
+      Madry et al. 2018, arXiv 1706.06083.
     """
     pixels = jnp.asarray(pixels)
     loss = _classification(logits_fn, pixels, labels, mean, std, where)

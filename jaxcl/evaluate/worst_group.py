@@ -1,15 +1,15 @@
-"""Worst-group accuracy: hidden groups found by clustering features, a classifier robust over them, and its figures.
+"""Worst-group accuracy: hidden groups found by clustering features, and a classifier that is robust over them.
 
-The protocol is ours: after GEORGE (Sohoni et al., arXiv:2011.12945), which "Perfectly Balanced" (arXiv:2204.07596)
-follows, whose code has no such evaluation. One difference: principal components instead of UMAP.
+The protocol is ours, after GEORGE (Sohoni et al. 2020, arXiv 2011.12945), with principal components instead of UMAP.
+Chen et al. 2022 (arXiv 2204.07596) follow GEORGE too, but their code does not contain this evaluation.
 
-Letters: N rows, D features, C classes, G groups, M rows of each group in a step.
+N rows, D features, C classes, G groups, M rows of each group in a step.
 """
 
 import functools
 import itertools
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,17 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxcl.data.base import hold_out
+from jaxcl.data.selection import hold_out
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Metrics, NotApplicable, needs_labels
-from jaxcl.evaluate.linear_probe import MIN_STD, LinearProbe, probe_logits
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels
+from jaxcl.evaluate.context import EvalContext
+from jaxcl.evaluate.linear_probe import MIN_STD, LinearFit, probe_logits
 from jaxcl.losses import cross_entropy
 
-if TYPE_CHECKING:
-    from jaxcl.evaluate.suite import EvalContext
-
 METHODS = ("gmm", "kmeans")
-# What `robust_probe` chooses from. A rate of 0 for the weights is sampling that balances the groups, nothing more.
+# The choices of `robust_probe`. With eta 0 the groups have constant weights: it only balances them by sampling.
 ETAS, PENALTIES = (0.0, 0.01), (1e-3, 1e-2, 1e-1)
-FITTED_ROWS = 2000  # of a class: silhouettes take the square of their number
+FITTED_ROWS = 2000  # of a class, at most: the cost of silhouettes is quadratic
 
 
 def find_groups(
@@ -43,26 +41,26 @@ def find_groups(
     overcluster: int = 3,
     seed: int = 0,
 ) -> np.ndarray:
-    """Pseudo-groups: each class cut into clusters of its features, as many as the silhouette score prefers.
+    """Finds pseudo-groups: clusters of the features within each class; the silhouette score chooses their number.
 
-    Class by class: features scaled to mean 0 and spread 1, their first `dims` principal components, clusterings with
-    2 to `max_clusters` clusters, of which the best by mean silhouette is kept. Then `overcluster` times as many: one
-    of these smaller clusters becomes a group of its own, out of the larger one, where its points lie better in it
-    (mean silhouette) than they did in that. A class of more than 2,000 rows is clustered on so many, drawn by the
-    seed, and its other rows are assigned.
+    For each class: scale the features to mean 0 and standard deviation 1, take their first `dims` principal
+    components, cluster them into 2 to `max_clusters` clusters, and keep the clustering with the best mean silhouette.
+    Then cluster into `overcluster` times as many: a smaller cluster becomes a separate group if the mean silhouette of
+    its points is better in it than in the larger one. In a class of more than 2,000 rows, 2,000 random rows are
+    clustered and the others assigned.
 
     Args:
       features: [N, D].
-      labels: [N] int; a row with a negative one is in no group.
-      method: "gmm", Gaussian mixture with full covariances, or "kmeans".
-      dims: >= 1, principal components at most.
-      max_clusters: >= 2, of a class before the second cut.
-      overcluster: >= 1; 1: no second cut.
-      seed: of the clusterings' starts.
+      labels: [N] int; a row with a negative label is in no group.
+      method: "gmm", a Gaussian mixture with full covariances, or "kmeans".
+      dims: >= 1, the most principal components.
+      max_clusters: >= 2, the most clusters of a class before the second clustering.
+      overcluster: >= 1; 1: no second clustering.
+      seed: for the clusterings and the random rows.
 
     Returns:
-      int32 [N], numbered from 0, no group in two classes, -1 where unlabelled. A class of fewer than ten rows, or of
-      points that are all alike, is one group.
+      int32 [N], groups numbered from 0, each within one class; -1 for unlabelled rows. A class with fewer than ten
+      rows, or with equal points only, is one group.
 
     Raises:
       UserError: an unknown method, numbers out of range, shapes that do not match.
@@ -76,11 +74,11 @@ def find_groups(
             f"find_groups: dims={dims}, max_clusters={max_clusters}, overcluster={overcluster}; "
             "expected at least 1, 2 and 1"
         )
-    from threadpoolctl import threadpool_limits  # scikit-learn depends on it
+    from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
 
     groups, count = np.full(len(labels), -1, np.int32), 0
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mixtures that stop early; the silhouette judges them
+        warnings.simplefilter("ignore")  # of mixtures that stop early; the silhouette decides
         for c in np.unique(labels[labels >= 0]):
             rows = np.flatnonzero(labels == c)
             _, own = np.unique(
@@ -94,7 +92,7 @@ def find_groups(
 def _clusters(
     features: np.ndarray, method: str, dims: int, max_clusters: int, overcluster: int, seed: int
 ) -> np.ndarray:
-    """The cluster of each row of one class, int [n]."""
+    """The cluster of each row of a class, int [n]."""
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
     from sklearn.metrics import silhouette_samples
@@ -115,7 +113,7 @@ def _clusters(
     some = points[fitted]
 
     def cluster(k: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> (cluster of every row, silhouettes of the fitted ones)."""
+        """-> (cluster of every row, silhouettes of the fitted rows)."""
         model = KMeans(k, n_init=4, random_state=seed) if method == "kmeans" else GaussianMixture(k, random_state=seed)
         found = model.fit(some).predict(points)
         alone = len(np.unique(found[fitted])) < 2
@@ -150,33 +148,33 @@ def group_dro(
     batch_size: int = 256,
     learning_rate: float = 0.01,
     seed: int = 0,
-) -> LinearProbe:
-    """A linear classifier that minimises the loss of the worst group: group distributionally robust optimisation.
+) -> LinearFit:
+    """Fits a linear classifier to the worst group: group distributionally robust optimisation.
 
-    A step draws equally many rows of every group, with replacement. Group weights are q_g <- q_g exp(eta * loss_g),
-    scaled to sum 1; then Adam, its rate falling to 0 along a cosine, takes a step on sum_g q_g loss_g + l2 / 2 *
-    |weights|^2, of features scaled to mean 0 and spread 1. Deterministic.
+    A step draws the same number of rows from every group, with replacement. Group weights become
+    q_g <- q_g exp(eta * loss_g), scaled to sum 1; then Adam takes a step on sum_g q_g loss_g + l2 / 2 * |weights|^2.
+    Its rate falls to 0 along a cosine. Features are scaled to mean 0 and standard deviation 1. Deterministic.
 
     Args:
       features: [N, D], any float type; computed in float32 at least.
       labels: [N] int in [0, num_classes).
-      groups: [N] int in any numbering; rows with a negative group or label are left out.
+      groups: [N] int, any values; rows with a negative group or label do not count.
       num_classes: C.
-      eta: >= 0, step of the group weights; 0: all groups weigh the same throughout.
+      eta: >= 0, step size of the group weights; 0: all groups keep the same weight.
       l2: >= 0.
       steps: >= 1.
-      batch_size: rows of a step, shared out to the groups, at least one to each.
-      learning_rate: > 0, the first one.
-      seed: of the rows drawn.
+      batch_size: rows of a step, divided among the groups, at least one for each.
+      learning_rate: > 0, the initial one.
+      seed: for the rows drawn.
 
     Returns:
-      LinearProbe for the features as they were given.
+      LinearFit, for features that are not scaled.
 
     Raises:
       UserError: shapes that do not match, no row with a label and a group, numbers out of range.
 
     References:
-      Sagawa et al., arXiv:1911.08731, algorithm 1.
+      Sagawa et al. 2020, arXiv 1911.08731, algorithm 1.
     """
     features, labels, groups = (np.asarray(x) for x in (features, labels, groups))
     _check_rows("group_dro", features, labels, groups)
@@ -207,20 +205,20 @@ def group_dro(
 
 def robust_probe(
     features: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, num_classes: int, seed: int = 0
-) -> tuple[LinearProbe, dict[str, float]]:
-    """`group_dro` with the eta and the l2 under which the worst group of held-out rows does best.
+) -> tuple[LinearFit, dict[str, float]]:
+    """`group_dro` with the eta and l2 that give the best worst-group accuracy on held-out rows.
 
-    A fifth of each group is held out to choose by, the choice then fitted to all rows. Chosen by nothing but the groups
-    given: where these are pseudo-groups, true ones are not looked at. Of equals the first of ETAS x PENALTIES is taken.
+    A fifth of each group is held out to choose eta and l2, the first of ETAS x PENALTIES among equals; the choice is
+    then fitted to all rows. Only the given groups count: with pseudo-groups, the true groups are never used.
 
     Args:
-      features, labels, groups, num_classes, seed: as of `group_dro`.
+      features, labels, groups, num_classes, seed: as in `group_dro`.
 
     Returns:
       (the probe, {"eta", "l2"}).
 
     Raises:
-      UserError: as `group_dro`.
+      UserError: as in `group_dro`.
     """
     features, labels, groups = (np.asarray(x) for x in (features, labels, groups))
     _check_rows("robust_probe", features, labels, groups)
@@ -237,7 +235,7 @@ def robust_probe(
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "steps", "per_group"))
 def _dro(x_NxD, labels_N, count_G, eta, l2, rate, seed, *, num_classes, steps, per_group):
-    """Rows are in order of their group."""
+    """`group_dro` on rows that are sorted by group."""
     dtype = jnp.promote_types(x_NxD.dtype, jnp.float32)
     x_NxD = x_NxD.astype(dtype)
     mean_D, std_D = jnp.mean(x_NxD, axis=0), jnp.std(x_NxD, axis=0)
@@ -246,7 +244,7 @@ def _dro(x_NxD, labels_N, count_G, eta, l2, rate, seed, *, num_classes, steps, p
     num_groups, (_, num_features) = len(count_G), x_NxD.shape
     first_G = jnp.cumsum(count_G) - count_G
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    start = LinearProbe(jnp.zeros((num_features, num_classes), dtype), jnp.zeros(num_classes, dtype))
+    start = LinearFit(jnp.zeros((num_features, num_classes), dtype), jnp.zeros(num_classes, dtype))
 
     def step(carry, key):
         probe, state, log_q_G = carry
@@ -265,18 +263,18 @@ def _dro(x_NxD, labels_N, count_G, eta, l2, rate, seed, *, num_classes, steps, p
     even_G = jnp.zeros(num_groups, dtype)  # scaled to sum 1 in the first step
     (probe, _, _), _ = lax.scan(step, (start, tx.init(start), even_G), jax.random.split(jax.random.key(seed), steps))
     weights = probe.weights / std_D[:, None]
-    return LinearProbe(weights, probe.bias - mean_D @ weights)
+    return LinearFit(weights, probe.bias - mean_D @ weights)
 
 
 def group_accuracies(predicted: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-    """Accuracy over all rows, of the worst group, and of each.
+    """Accuracy over all rows, in the worst group, and in each group.
 
     Args:
       predicted, labels: int [N]; rows with a negative label or group do not count.
       groups: int [N].
 
     Returns:
-      {"average", "worst"} in [0, 1], NaN without rows, and "by_group" {group: accuracy} of the groups there are.
+      {"average", "worst"} in [0, 1], NaN without rows, and "by_group" {group: accuracy}.
 
     Raises:
       UserError: shapes that do not match.
@@ -299,16 +297,16 @@ def group_accuracies(predicted: np.ndarray, labels: np.ndarray, groups: np.ndarr
 
 
 def cluster_quality(pseudo: np.ndarray, true: np.ndarray) -> dict[str, Any]:
-    """How well pseudo-groups are the true ones, each true group matched with one of them at most.
+    """How well pseudo-groups match the true groups; each true group is matched with at most one of them.
 
-    The matching is the one with the largest sum of F1 scores (Hungarian method); a true group without a match scores 0.
+    The matching has the largest sum of F1 scores (Hungarian method); a true group without a match scores 0.
 
     Args:
       pseudo, true: int [N]; rows where either is negative do not count.
 
     Returns:
-      {"precision", "recall", "f1"}: means over the true groups, in [0, 1], NaN without rows; "by_group" {true group:
-      {"precision", "recall", "f1", "pseudo" (its match, -1 for none)}}.
+      {"precision", "recall", "f1"}: means over the true groups, in [0, 1], NaN without rows; "by_group": {true group:
+      {"precision", "recall", "f1", "pseudo": its match, or -1}}.
 
     Raises:
       UserError: shapes that do not match.
@@ -329,7 +327,7 @@ def cluster_quality(pseudo: np.ndarray, true: np.ndarray) -> dict[str, Any]:
     by_group = {}
     for i, name in enumerate(true_names):
         j = match.get(i)
-        # Matched, but with nothing in common, is not matched.
+        # A match without common rows is no match.
         scores = (0.0, 0.0, 0.0, -1)
         if j is not None and shared[i, j]:
             scores = (shared[i, j] / found[j], shared[i, j] / sizes[i], f1[i, j], pseudo_names[j])
@@ -341,40 +339,52 @@ def cluster_quality(pseudo: np.ndarray, true: np.ndarray) -> dict[str, Any]:
     return {k: float(v) for k, v in means.items()} | {"by_group": by_group}
 
 
-def worst_group(f: "EvalContext") -> tuple[Metrics, dict]:
-    """Accuracy on the worst true group of the test images, without and with robust training of the last layer.
-
-    "erm" is the linear probe; "dro" is `robust_probe` on the groups that `find_groups` makes of the training features,
-    without knowing the true ones; "oracle" is the same on the true groups of the training images, the most that better
-    clusters could give; "cluster" is how well the true groups are found. The protocol is ours (see above).
-    """
-    needs_labels(f, "train", "test")
-    train = f.source("train")
-    if not all((s.extras.get("group", np.array([-1])) >= 0).any() for s in (train, f.test)):
-        raise NotApplicable(
-            "the data has no groups (those with some: spurious garments, waterbirds, celeb_a, npz, csv)"
-        )
-    features, test = f.features("train"), f.features("test")
-    pseudo = find_groups(features, train.labels, seed=f.recipe.seed)
-    options = dict(num_classes=f.recipe.num_classes, seed=f.recipe.seed)
-    probes, figures, by_group = {"erm": f.fitted_probe()}, {}, {}
-    for name, groups in (("dro", pseudo), ("oracle", train.extras["group"])):
-        probes[name], chosen = robust_probe(features, train.labels, groups, **options)
-        figures |= {f"{name}_{k}": v for k, v in chosen.items()}
-    for name, probe in probes.items():
-        predicted = np.asarray(probe_logits(probe, test)).argmax(-1)
-        accuracies = group_accuracies(predicted, f.test.labels, f.test.extras["group"])
-        figures |= {f"{name}_worst": accuracies["worst"], f"{name}_average": accuracies["average"]}
-        for group, value in accuracies["by_group"].items():
-            by_group.setdefault(f.test.group_names[group], {})[name] = value
-    quality = cluster_quality(pseudo, train.extras["group"])
-    figures |= {f"cluster_{k}": quality[k] for k in ("precision", "recall", "f1")}
-    return figures | {"groups_found": int(pseudo.max() + 1), "by_group": by_group}, {}
-
-
 def _check_rows(what: str, features: np.ndarray, *columns: np.ndarray) -> None:
     if features.ndim != 2 or any(c.shape != (len(features),) for c in columns):
         shapes = ", ".join(str(c.shape) for c in columns)
         raise UserError(
             f"{what}: features of shape {features.shape} and {shapes}, expected [rows, features] and [rows]"
         )
+
+
+class WorstGroup(Evaluator):
+    """Accuracy on the worst true group of the test images, with and without robust training of the last layer.
+
+    Metrics, "NAME_worst" and "NAME_average" each: "erm", the linear probe; "dro", `robust_probe` on the groups that
+    `find_groups` finds in the training features, without the true ones; "oracle", `robust_probe` on the true groups of
+    the training images, an upper bound for better clusters. "cluster_...": how well found and true groups match.
+    """
+
+    needs_labels = ("train", "test")
+    features_only = True
+    metrics = {
+        "dro_worst": Metric(
+            "Worst group, robust",
+            meaning="accuracy on the worst true group, of a probe that is robust over groups found by clustering",
+        ),
+        "erm_worst": Metric("Worst group", meaning="accuracy on the worst true group, of the linear probe"),
+        "cluster_f1": Metric("Found groups, F1", meaning="how well the groups found by clustering match the true ones"),
+    }
+
+    def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
+        train, source = context.source("train"), context.test
+        if not all((s.extras.get("group", np.array([-1])) >= 0).any() for s in (train, source)):
+            raise NotApplicable(
+                "the data has no groups (those with some: spurious garments, waterbirds, celeb_a, npz, csv)"
+            )
+        features, test = context.features("train"), context.features("test")
+        pseudo = find_groups(features, train.labels, seed=context.recipe.seed)
+        options = dict(num_classes=context.recipe.num_classes, seed=context.recipe.seed)
+        probes, metrics, by_group = {"erm": context.fitted_probe()}, {}, {}
+        for name, groups in (("dro", pseudo), ("oracle", train.extras["group"])):
+            probes[name], chosen = robust_probe(features, train.labels, groups, **options)
+            metrics |= {f"{name}_{k}": v for k, v in chosen.items()}
+        for name, probe in probes.items():
+            predicted = np.asarray(probe_logits(probe, test)).argmax(-1)
+            accuracies = group_accuracies(predicted, source.labels, source.extras["group"])
+            metrics |= {f"{name}_worst": accuracies["worst"], f"{name}_average": accuracies["average"]}
+            for group, value in accuracies["by_group"].items():
+                by_group.setdefault(source.group_names[group], {})[name] = value
+        quality = cluster_quality(pseudo, train.extras["group"])
+        metrics |= {f"cluster_{k}": quality[k] for k in ("precision", "recall", "f1")}
+        return metrics | {"groups_found": int(pseudo.max() + 1), "by_group": by_group}, {}

@@ -1,4 +1,4 @@
-"""What every loss needs: the working precision, unit vectors, checks of arguments, and sums over devices."""
+"""Helpers shared by the losses: the working precision, unit vectors, argument checks and sums over devices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,24 +9,28 @@ from jax import lax
 
 from jaxcl.errors import UserError
 
-# One mesh axis or several; None: all rows are here.
+# An input of a public loss: a jax.Array, or anything that `jnp.asarray` takes (a NumPy array, a list of numbers). The
+# losses do not use `jax.typing.ArrayLike`, because `help()` expands it to a line of types for every argument.
+Array = jax.Array
+
+# The name of one mesh axis or of several. None: this device holds all rows.
 AxisName = str | tuple[str, ...] | None
 
-# Shorter vectors have no direction worth a gradient of 1/norm: they stay zero and receive none.
+# `unit` returns zero, with zero gradient, for a shorter vector: the gradient of its direction, 1/norm, would explode.
 NORM_FLOOR = 1e-12
 
 
 def widened(*arrays: Any) -> list[jax.Array]:
-    """The arrays in their common floating type, float32 at least."""
+    """Casts the arrays to their common floating type, which is float32 at least."""
     arrays = [jnp.asarray(a) for a in arrays]
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     return [a.astype(dtype) for a in arrays]
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors along the last axis scaled to length 1; a zero vector stays zero, with zero gradient.
+    """Scales vectors along the last axis to length 1. A zero vector stays zero and gets zero gradient.
 
-    NaN is not short: it must reach the loss, which is how divergence is noticed.
+    NaN counts as long, so that it reaches the loss: the training loop detects divergence by a NaN loss.
     """
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     usable = ~(square <= NORM_FLOOR**2)
@@ -34,47 +38,47 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-    """All inner products of rows, a [..., R, D], b [..., C, D] -> [..., R, C], in full precision on every device."""
-    # The default precision of a TPU or of TF32 rounds the inputs to fewer bits than a logit of 1/temperature needs.
+    """Inner products of all pairs of rows, a [..., R, D], b [..., C, D] -> [..., R, C], in full precision."""
+    # A TPU and TF32 round the inputs by default to fewer bits than a logit scaled by 1/temperature needs.
     return jnp.einsum("...rd,...cd->...rc", a, b, precision=lax.Precision.HIGHEST)
 
 
-def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The rows of all devices, in order of device; `x` itself without an axis."""
+def all_gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Concatenates the rows of all devices in device order. Without an axis, returns `x`."""
     return x if axis_name is None else lax.all_gather(x, axis_name, axis=0, tiled=True)
 
 
 def total(x: Any, axis_name: AxisName) -> Any:
-    """Sum over the devices of an axis; `x` itself without one."""
+    """Sums over the devices of an axis (psum). Without an axis, returns `x`."""
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def first_row(rows: int, axis_name: AxisName) -> jax.Array | int:
-    """Position of this device's first row in the global batch."""
+    """Position of this device's first row in the global batch, for `rows` rows on each device."""
     return 0 if axis_name is None else lax.axis_index(axis_name) * rows
 
 
 def check_choice(loss: str, name: str, value: Any, choices: Sequence[Any]) -> None:
-    """UserError unless `value` is one of `choices`."""
+    """Raises UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{loss}: {name}={value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def check_above_zero(loss: str, **values: Any) -> None:
-    """UserError for a Python number that is not above 0; traced values pass."""
+    """Raises UserError for a Python number that is not above 0. Traced values cannot be checked and pass."""
     for name, value in values.items():
         if isinstance(value, (int, float)) and not value > 0:
             raise UserError(f"{loss}: {name}={value}, expected a number above 0")
 
 
 def check_floating(loss: str, **arrays: jax.Array) -> None:
-    """UserError unless every array holds floating-point numbers."""
+    """Raises UserError unless every array has a floating-point type."""
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise UserError(f"{loss}: {name} of type {array.dtype}, expected floating point")
+            raise UserError(f"{loss}: {name} has type {array.dtype}, expected floating point")
 
 
 def check_shape(loss: str, name: str, array: jax.Array, shape: tuple[int, ...], why: str = "") -> None:
-    """UserError unless `array` has exactly this shape."""
+    """Raises UserError unless `array` has exactly this shape. `why` is added to the message."""
     if array.shape != shape:
-        raise UserError(f"{loss}: {name} of shape {array.shape}, expected {shape}{why and ': ' + why}")
+        raise UserError(f"{loss}: {name} has shape {array.shape}, expected {shape}{why and ': ' + why}")

@@ -1,19 +1,17 @@
-"""NT-Xent (SimCLR) with negatives of an anchor's own, and one-directional InfoNCE between two sets of vectors.
+"""NT-Xent (SimCLR) with optional negatives for each anchor, and one-directional InfoNCE between two sets of vectors.
 
-Letters: B images on this device, N = 2B rows (view 1, then view 2), R rows, C columns of the global batch,
-D features, M negatives of an anchor's own.
+Shapes: B images on this device, N = 2B rows (first views, then second views), D features, M negatives for each anchor.
 """
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
 from jaxcl.losses.common import (
+    Array,
     AxisName,
     check_above_zero,
     check_floating,
@@ -23,106 +21,113 @@ from jaxcl.losses.common import (
     unit,
     widened,
 )
-from jaxcl.losses.engine import choose, is_bounded, row_sums
-from jaxcl.losses.tiles import Side, Sums, logits
-
-Implementation = Literal["auto", "dense", "tiled", "ring"]
+from jaxcl.losses.engine import reduce_rows
+from jaxcl.losses.plan import Implementation, choose_plan, is_bounded
+from jaxcl.losses.reduction import Operand, Reduction, all_but_self
 
 
 def nt_xent(
-    z1: ArrayLike,
-    z2: ArrayLike,
+    z1: Array,
+    z2: Array,
     *,
-    negatives: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    negatives: Array | tuple[Array, Array] | None = None,
     alpha: float = 1.0,
     temperature: float = 0.5,
     implementation: Implementation = "auto",
     axis_name: AxisName = None,
-) -> jax.Array:
-    """NT-Xent, the loss of SimCLR, optionally with further negatives that only their own anchor sees.
+) -> Array:
+    """NT-Xent, the loss of SimCLR, with optional further negatives that only one anchor sees.
 
     With A the 2B rows of [z1; z2] scaled to unit length, p(a) the other view of the same image, and n_am the
-    unit vectors of the anchor's own negatives::
+    unit vectors of the negatives of anchor a::
 
         l_a  = -<A_a, A_p(a)> / T + log( sum_{b != a} exp(<A_a, A_b> / T) + sum_m exp(alpha <A_a, n_am> / T) )
         loss = mean of l_a over the 2B anchors
 
-    Which of the losses of this name it is: cosine similarity (rows are scaled inside), both views are anchors,
-    the denominator holds the positive and the 2B - 2 negatives of both views, never the anchor itself.
+    Several losses have this name. Here the similarity is the cosine (rows are scaled inside), both views are
+    anchors, and the denominator holds the positive and the 2B - 2 negatives of both views but not the anchor itself.
 
-    `alpha` is the reciprocal of a temperature for the anchor's own negatives, not a weight of their terms:
-    alpha=0 leaves a constant 1 for each in the denominator. For the plain loss pass negatives=None or M = 0.
+    Collapsed encoder: if all vectors are equal, the loss is log(2B - 1), for example 5.541 for 128 images, with the
+    global B under `axis_name`. With M negatives for each anchor and alpha=1 it is log(2B - 1 + M). A loss that stays
+    at this value has learnt nothing.
+
+    `alpha` is the reciprocal of a temperature for the negatives of the anchor and not a weight of their terms: with
+    alpha=0 each adds a constant 1 to the denominator. For the plain loss pass negatives=None or M = 0.
 
     Args:
-      z1: [B, D], any float type, first views. Computed in float32 at least. A zero row has similarity 0 with
-        everything, and zero gradient.
+      z1: [B, D], any float type, first views, or anything that `jnp.asarray` takes. Computed in float32 at least. A
+        zero row has similarity 0 to every vector, and zero gradient.
       z2: [B, D], second views of the same images.
       negatives: (n1, n2), each [B, M, D]: n1[i] belongs to anchor z1[i], n2[i] to z2[i]. One array [B, M, D]
-        serves both views. They are scaled to unit length and are no anchors. The gradient flows into them:
-        where that is not wanted (negatives of a target network) pass `jax.lax.stop_gradient` of them.
-      alpha: scale of the similarity to the own negatives; above 1, similar ones push harder.
+        serves both views. They are scaled to unit length and are not anchors. They receive gradient; pass
+        `jax.lax.stop_gradient(negatives)` for the negatives of a target network.
+      alpha: scale of the similarity to the anchor's negatives. Above 1, similar negatives push harder.
       temperature: > 0.
-      implementation: how the [2B, 2B] part is computed; the number is the same. "dense" forms all logits at
-        once, "tiled" keeps a few numbers a row and recomputes tiles for the gradient (a first reverse-mode
-        derivative only), "ring" is tiled with the blocks going from device to device (needs `axis_name`),
-        "auto" chooses by size (`jaxcl.losses.limits`), and is differentiated as "tiled" is.
+      implementation: how the [2B, 2B] matrix is computed; the result is equal up to rounding. "dense" forms all
+        logits at once. "tiled" keeps a few numbers for each row and computes the tiles again for the gradient; it
+        supports reverse-mode differentiation once. "ring" is tiled, with the blocks of the devices travelling round
+        (needs `axis_name`). "auto" chooses by size (`jaxcl.losses.limits`) and is differentiated like "tiled".
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the images are split. z1, z2 and
-        negatives then hold this device's images; its anchors meet the rows of all devices, and the result is
+        negatives then hold this device's images. Their anchors meet the rows of all devices, and the result is
         the loss of the global batch, equal on every device.
 
     Returns:
       A scalar, float32 or wider.
 
     Raises:
-      UserError: shapes that do not match, integers, a global batch of one image without own negatives (nothing
-        to contrast with), an unknown implementation, "ring" without `axis_name`.
+      UserError: shapes that do not match, integers, a global batch of one image without negatives (there is nothing
+        to contrast), an unknown implementation, or "ring" without `axis_name`.
+
+    Example:
+      loss = losses.nt_xent(z1, z2, temperature=0.5)
 
     References:
-      Chen et al., "A Simple Framework for Contrastive Learning", arXiv:2002.05709, eq. 1; own negatives: the
-      SimCLR form of Ge et al., "Robust Contrastive Learning Using Negative Samples with Diminished Semantics",
+      Chen et al., "A Simple Framework for Contrastive Learning", arXiv:2002.05709, eq. 1. The negatives of each anchor:
+      the SimCLR form of Ge et al., "Robust Contrastive Learning Using Negative Samples with Diminished Semantics",
       arXiv:2110.14189.
     """
     z1, z2 = jnp.asarray(z1), jnp.asarray(z2)
     if isinstance(negatives, (tuple, list)):
         if len(negatives) != 2:
-            raise UserError(f"nt_xent: {len(negatives)} arrays of negatives, expected a pair, one array for each view")
-        own = tuple(jnp.asarray(n) for n in negatives)
+            raise UserError(f"nt_xent: negatives holds {len(negatives)} arrays, expected a pair, one for each view")
+        pair = tuple(jnp.asarray(n) for n in negatives)
     else:
-        own = () if negatives is None else (jnp.asarray(negatives),) * 2
+        pair = () if negatives is None else (jnp.asarray(negatives),) * 2
     _check_pair("nt_xent", {"z1": z1, "z2": z2}, temperature)
-    for name, n in zip(("negatives of z1", "negatives of z2"), own, strict=False):
+    for name, n in zip(("negatives of z1", "negatives of z2"), pair, strict=False):
         check_floating("nt_xent", **{name: n})
         if n.ndim != 3:
-            raise UserError(f"nt_xent: {name} of shape {n.shape}, expected [images, negatives of each, features]")
-        check_shape("nt_xent", name, n, (len(z1), own[0].shape[1], z1.shape[1]))
-    if total(len(z1), axis_name) < 2 and (not own or own[0].shape[1] == 0):
-        raise UserError("nt_xent: a batch of one image has no negatives, expected at least 2 images; raise batch_size")
+            raise UserError(f"nt_xent: {name} has shape {n.shape}, expected [images, negatives, features]")
+        check_shape("nt_xent", name, n, (len(z1), pair[0].shape[1], z1.shape[1]))
+    if total(len(z1), axis_name) < 2 and (not pair or pair[0].shape[1] == 0):
+        raise UserError("nt_xent: z1 holds one image and so no negatives, expected at least 2; raise batch_size")
     rows = 2 * len(z1)
-    how = choose("nt_xent", implementation, rows, total(rows, axis_name), axis_name)
+    plan = choose_plan("nt_xent", implementation, rows, total(rows, axis_name), axis_name)
     return _nt_xent(
-        z1, z2, own, alpha, temperature, bounded=is_bounded(True, temperature), how=how, axis_name=axis_name
+        z1, z2, pair, alpha, temperature, bounded=is_bounded(True, temperature), plan=plan, axis_name=axis_name
     )
 
 
-# Compiled as one: op by op, the first call in a notebook would compile dozens of little programs.
-@functools.partial(jax.jit, static_argnames=("bounded", "how", "axis_name"))
-def _nt_xent(z1, z2, own, alpha, temperature, *, bounded, how, axis_name):
-    z1, z2, *own = widened(z1, z2, *own)
+# Compiled as a whole: op by op, the first call in a notebook would compile dozens of small programs.
+@functools.partial(jax.jit, static_argnames=("bounded", "plan", "axis_name"))
+def _nt_xent(z1, z2, negatives, alpha, temperature, *, bounded, plan, axis_name):
+    z1, z2, *negatives = widened(z1, z2, *negatives)
     temperature, alpha = jnp.asarray(temperature, z1.dtype), jnp.asarray(alpha, z1.dtype)
-    # Half of the temperature on each side: rows and columns are then the same vectors.
+    # Each operand is divided by the root of the temperature, so that rows and columns are the same vectors.
     shrink = lax.rsqrt(temperature)
     z_NxD = jnp.concatenate([unit(z1) * shrink, unit(z2) * shrink])
-    sums = Sums(logits, ("lse",), bounded)
-    (log_denominator_N,) = row_sums(sums, Side(z_NxD), how=how, axis_name=axis_name)
-    if own:
-        n_NxMxD = unit(jnp.concatenate(own)) * shrink
-        own_NxM = alpha * inner(z_NxD[:, None], n_NxMxD)[:, 0]
-        log_denominator_N = jax.nn.logsumexp(jnp.concatenate([log_denominator_N[:, None], own_NxM], axis=1), axis=1)
+    reduction = Reduction(all_but_self, ("lse",), bounded)
+    (log_denominator_N,) = reduce_rows(reduction, Operand(z_NxD), plan=plan, axis_name=axis_name)
+    if negatives:
+        n_NxMxD = unit(jnp.concatenate(negatives)) * shrink
+        negative_NxM = alpha * inner(z_NxD[:, None], n_NxMxD)[:, 0]
+        joined = jnp.concatenate([log_denominator_N[:, None], negative_NxM], axis=1)
+        log_denominator_N = jax.nn.logsumexp(joined, axis=1)
     loss = jnp.sum(log_denominator_N) - 2 * jnp.sum(_positives(z_NxD))
     return total(loss, axis_name) / total(len(z_NxD), axis_name)
 
 
-@jax.checkpoint  # its intermediates are as large as the features, and cheaper to form again than to keep
+@jax.checkpoint  # its intermediates are as large as the features; computing them again is cheaper than keeping them
 def _positives(z_NxD):
     """Similarity of the two views of each image [B]."""
     half = len(z_NxD) // 2
@@ -130,36 +135,46 @@ def _positives(z_NxD):
 
 
 def one_way_infonce(
-    anchors: ArrayLike,
-    keys: ArrayLike,
+    anchors: Array,
+    keys: Array,
     *,
     temperature: float = 0.1,
     implementation: Implementation = "auto",
     axis_name: AxisName = None,
-) -> jax.Array:
-    """InfoNCE in one direction: each anchor picks its key among the keys of the batch ("Plain" in CLAE).
+) -> Array:
+    """InfoNCE in one direction: each anchor identifies its key among the keys of the batch ("Plain" in CLAE).
 
     With S_ij = <anchors_i, keys_j> / temperature::
 
         loss = mean over i of ( log sum_j exp(S_ij) - S_ii ),   j over all keys, the positive included
 
-    Which of the losses of this name it is: plain inner products, **no scaling to unit length** (pass unit rows
-    for cosine similarity); only the first argument's rows are anchors, so it is not symmetric; an anchor never
-    meets another anchor. Both arguments receive gradient.
+    Several losses have this name. This one uses plain inner products, **without scaling to unit length** (pass unit
+    rows for cosine similarity). Only the rows of the first argument are anchors, so it is not symmetric, and an anchor
+    never meets another anchor. Both arguments receive gradient.
+
+    Collapsed encoder: if all vectors are equal, the loss is log(B), with the global B under `axis_name`.
 
     Args:
-      anchors: [B, D], any float type. Computed in float32 at least.
-      keys: [B, D], keys[i] is the positive of anchors[i].
+      anchors: [B, D], any float type, or anything that `jnp.asarray` takes. Computed in float32 at least.
+      keys: [B, D]; keys[i] is the positive of anchors[i].
       temperature: > 0.
-      implementation: as in `nt_xent`.
-      axis_name: as in `nt_xent`: the rows of both arguments are then this device's.
+      implementation: how the [B, B] matrix is computed; the result is equal up to rounding. "dense" forms all
+        logits at once. "tiled" keeps a few numbers for each row and computes the tiles again for the gradient; it
+        supports reverse-mode differentiation once. "ring" is tiled, with the blocks of the devices travelling round
+        (needs `axis_name`). "auto" chooses by size (`jaxcl.losses.limits`) and is differentiated like "tiled".
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the rows are split. Both arguments then
+        hold this device's rows. Its anchors meet the keys of all devices, and the result is the loss of the global
+        batch, equal on every device.
 
     Returns:
       A scalar, float32 or wider.
 
     Raises:
-      UserError: shapes that do not match, integers, a global batch of one row (nothing to contrast with), an
-        unknown implementation, "ring" without `axis_name`.
+      UserError: shapes that do not match, integers, a global batch of one row (there is nothing to contrast), an
+        unknown implementation, or "ring" without `axis_name`.
+
+    Example:
+      loss = losses.one_way_infonce(unit_anchors, unit_keys, temperature=0.1)
 
     References:
       The baseline "Plain" of Ho and Vasconcelos, "Contrastive Learning with Adversarial Examples",
@@ -169,19 +184,20 @@ def one_way_infonce(
     _check_pair("one_way_infonce", {"anchors": anchors, "keys": keys}, temperature)
     if total(len(anchors), axis_name) < 2:
         raise UserError(
-            "one_way_infonce: a batch of one row has no negatives, expected at least 2 rows; raise batch_size"
+            "one_way_infonce: anchors holds one row and so no negatives, expected at least 2; raise batch_size"
         )
-    how = choose("one_way_infonce", implementation, len(anchors), total(len(keys), axis_name), axis_name)
-    return _one_way_infonce(anchors, keys, temperature, how=how, axis_name=axis_name)
+    plan = choose_plan("one_way_infonce", implementation, len(anchors), total(len(keys), axis_name), axis_name)
+    return _one_way_infonce(anchors, keys, temperature, plan=plan, axis_name=axis_name)
 
 
-@functools.partial(jax.jit, static_argnames=("how", "axis_name"))
-def _one_way_infonce(anchors_BxD, keys_BxD, temperature, *, how, axis_name):
+@functools.partial(jax.jit, static_argnames=("plan", "axis_name"))
+def _one_way_infonce(anchors_BxD, keys_BxD, temperature, *, plan, axis_name):
     anchors_BxD, keys_BxD = widened(anchors_BxD, keys_BxD)
     temperature = jnp.asarray(temperature, anchors_BxD.dtype)
     anchors_BxD = anchors_BxD / temperature
-    rows, columns = Side(anchors_BxD), Side(keys_BxD)
-    (log_denominator_B,) = row_sums(Sums(logits, ("lse",)), rows, columns, how=how, axis_name=axis_name)
+    rows, columns = Operand(anchors_BxD), Operand(keys_BxD)
+    reduction = Reduction(all_but_self, ("lse",))
+    (log_denominator_B,) = reduce_rows(reduction, rows, columns, plan=plan, axis_name=axis_name)
     positive_B = jnp.sum(anchors_BxD * keys_BxD, axis=1)
     return total(jnp.sum(log_denominator_B - positive_B), axis_name) / total(len(anchors_BxD), axis_name)
 
@@ -190,6 +206,6 @@ def _check_pair(loss, pair, temperature):
     (first, a), (second, b) = pair.items()
     check_floating(loss, **pair)
     if a.ndim != 2 or 0 in a.shape:
-        raise UserError(f"{loss}: {first} of shape {a.shape}, expected [images, features], none of them 0")
+        raise UserError(f"{loss}: {first} has shape {a.shape}, expected [images, features], neither of them 0")
     check_shape(loss, second, b, a.shape, f"like {first}")
     check_above_zero(loss, temperature=temperature)

@@ -1,48 +1,35 @@
 """Class-conditional losses across views: attract, class-conditional InfoNCE, and their weighted mean L_spread.
 
-Letters: V views, B samples (of this device), D features; for an ordered pair of views, R anchor rows (this device's
-samples in the later view) and C candidate columns (all samples in the earlier view). "Element" is a sample's position
-in the global batch.
-
-Everything that looks at all R x C logits is one of two sweeps of the engine: sums over the candidates of functions of
-one logit and its row's and column's values. All else is O(B D).
+Shapes: V views, B samples of this device, D features. `jaxcl/losses/spread_rows.py` computes them.
 """
 
-import functools
-from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
 from jaxcl.losses.common import (
-    NORM_FLOOR,
+    Array,
     AxisName,
     check_above_zero,
     check_choice,
     check_floating,
     check_shape,
-    first_row,
     total,
-    unit,
-    widened,
 )
-from jaxcl.losses.engine import How, choose, row_sums
-from jaxcl.losses.tiles import Side, Sums
+from jaxcl.losses.plan import Implementation, choose_plan
+from jaxcl.losses.spread_rows import Norm, class_terms
 
-Norm = Literal["unit", "none", "released"]
-Implementation = Literal["auto", "dense", "tiled", "ring"]
-UNLABELLED = -1
+# More views than this are refused: they are samples in the layout [samples, views, features] of `supcon`.
+MAX_VIEWS = 32
 
 
 def attract(
-    views: ArrayLike,
-    labels: ArrayLike | None = None,
+    views: Array,
+    labels: Array | None = None,
     *,
-    where: ArrayLike | None = None,
+    where: Array | None = None,
     temperature: float = 0.5,
     positives_in_denominator: bool = False,
     positive_weight: float = 1.0,
@@ -50,108 +37,137 @@ def attract(
     norm: Norm = "unit",
     implementation: Implementation = "auto",
     axis_name: AxisName = None,
-) -> jax.Array:
-    """L_attract: supervised contrast across views whose denominator holds one positive at a time and the negatives.
+) -> Array:
+    """L_attract: supervised contrast across views whose denominator holds one positive and the negatives.
 
-    For each ordered pair of views (a, c) with c < a the anchors are x[a, i] and the candidates x[c, j] alone. With
+    For each ordered pair of views (a, c) with c < a, the anchors are x[a, i] and the only candidates are x[c, j]. With
     s_ij = cos(x[a, i], x[c, j]) / temperature, P(i) the samples of i's class *including i itself* (its other view)
     and N(i) all others::
 
         l_i  = 1 / |P(i)| * sum_{p in P(i)} [ log(exp(s_ip) + sum_{j in N(i)} exp(s_ij)) - s_ip ]
         loss = mean of l_i over the B anchors, then over the V (V - 1) / 2 pairs of views
 
-    Which of the many losses called SupCon this is:
+    How it differs from the other losses called SupCon:
 
-    * The other positives of i are *not* in the denominator; `positives_in_denominator=True` puts
-      w * sum_{j in P(i)} exp(s_ij) there instead of exp(s_ip), with w = `positive_weight`. At w = 1 that is the
+    * The other positives of i are *not* in the denominator. `positives_in_denominator=True` puts
+      w * sum_{j in P(i)} exp(s_ij) there instead of exp(s_ip), with w = `positive_weight`. With w = 1 that is the
       "out" form of Khosla et al. restricted to the other view.
-    * One direction only: the later view's rows against the earlier view's, B candidates and not 2B - 1.
+    * It has one direction: the later view's rows against the B rows of the earlier view, not all 2B - 1 others.
     * labels=None makes it InfoNCE across views: every sample is its own class.
 
+    Collapsed encoder: if all vectors are equal, l_i is log(1 + |N(i)|), or log(B) with `positives_in_denominator` and
+    w = 1 (both without a clip). Without labels the loss is log(B). B is that of the global batch under `axis_name`.
+
     Args:
-      views: [V, B, D], V >= 2, view v of sample i; any float type, computed in float32 at least.
-      labels: [B] int, the class of each sample, or None. -1 is unlabelled: that anchor has P(i) = {i}, and is a
+      views: [V, B, D], 2 <= V <= 32, view v of sample i; any float type, or anything that `jnp.asarray` takes.
+        Computed in float32 at least. For features [B, V, D], the layout of `supcon`, pass
+        `jnp.moveaxis(features, 1, 0)`.
+      labels: [B] int, the class of each sample, or None. -1 means unlabelled: that anchor has P(i) = {i}, and is a
         negative of all others.
-      where: [B] bool, False for padded samples. They are neither anchors nor candidates and may hold anything.
+      where: [B] bool, False for padded samples. They are neither anchors nor candidates and may hold any value.
       temperature: > 0.
       positives_in_denominator: see above.
-      positive_weight: w > 0; other than 1 only with positives_in_denominator.
-      clip_positive: the attracted logit is min(s_ip, clip_positive) (after the division by the temperature); the
-        denominator is not clipped. None: no clip. The authors' released code behaves as clip_positive=1.0 by
-        default, which keeps a class apart: its cosines settle at the temperature instead of 1.
-      norm: "unit" for cosines, a zero vector staying zero; "none" for inner products; "released" for the authors'
-        <x[a, i], x[c, j]> / (|x[a, j]| |x[c, j]|), both norms from column j.
-      implementation: "dense" forms all B x B logits of a pair of views; "tiled" never holds them; "ring" passes
-        the candidates round the devices of `axis_name`; "auto" chooses. All give the same number.
-      axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is split: every argument
+      positive_weight: w > 0. Values other than 1 require positives_in_denominator.
+      clip_positive: the attracted logit is min(s_ip, clip_positive), after the division by the temperature. The
+        denominator is not clipped. None: no clip. The authors' released code behaves like clip_positive=1.0 by
+        default, which keeps the samples of a class apart: their cosines settle at the temperature instead of 1.
+      norm: "unit" for cosines, where a zero vector stays zero; "none" for inner products; "released" for the authors'
+        <x[a, i], x[c, j]> / (|x[a, j]| |x[c, j]|), with both norms from column j.
+      implementation: how the [B, B] logits of a pair of views are computed; the result is equal up to rounding.
+        "dense" forms all logits at once. "tiled" keeps a few numbers for each row and computes the tiles again for
+        the gradient; it supports reverse-mode differentiation once. "ring" is tiled, with the candidates travelling
+        round the devices of `axis_name`. "auto" chooses by size (`jaxcl.losses.limits`).
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is split. Every argument then
         holds this device's samples, and the result is the loss of the global batch, equal on all devices.
 
     Returns:
-      A scalar, float32 or wider. 0 if no sample counts.
+      A scalar, float32 or wider. 0 if no sample is valid.
 
     Raises:
-      UserError: shapes or types that do not match, unknown options, positive_weight without
-        positives_in_denominator, "ring" without axis_name.
+      UserError: shapes or types that do not match, more than 32 views, unknown options, positive_weight without
+        positives_in_denominator, or "ring" without axis_name.
+
+    Example:
+      loss = losses.attract(jnp.stack([z1, z2]), labels)
 
     References:
       Chen et al., "Perfectly Balanced: Improving Transfer and Robustness of Supervised Contrastive Learning",
       arXiv:2204.07596, and the attract term of Fu et al., "The Details Matter: Preventing Class Collapse in
       Supervised Contrastive Learning" (2022).
     """
-    arrays, how = _checked("attract", views, labels, where, temperature, norm, implementation, axis_name)
+    arrays, plan = _checked("attract", views, labels, where, temperature, norm, implementation, axis_name)
     _check_positives("attract", positives_in_denominator, positive_weight, clip_positive)
-    options = dict(norm=norm, how=how, axis_name=axis_name)
+    options = dict(norm=norm, plan=plan, axis_name=axis_name)
     inside = bool(positives_in_denominator)
     numbers = temperature, positive_weight, clip_positive
-    return _terms(*arrays, *numbers, terms=("attract",), positives_in_denominator=inside, **options)["attract"]
+    return class_terms(*arrays, *numbers, terms=("attract",), positives_in_denominator=inside, **options)["attract"]
 
 
 def class_conditional_infonce(
-    views: ArrayLike,
-    labels: ArrayLike | None = None,
+    views: Array,
+    labels: Array | None = None,
     *,
-    where: ArrayLike | None = None,
+    where: Array | None = None,
     temperature: float = 0.5,
     norm: Norm = "unit",
     implementation: Implementation = "auto",
     axis_name: AxisName = None,
-) -> jax.Array:
+) -> Array:
     """Class-conditional InfoNCE ("repel"): tell an image's other view from the other images of its class.
 
-    In the notation of `attract`::
+    For each ordered pair of views (a, c) with c < a, the anchors are x[a, i] and the candidates x[c, j]. With
+    s_ij = cos(x[a, i], x[c, j]) / temperature and P(i) the samples of i's class including i itself::
 
         l_i  = log sum_{j in P(i)} exp(s_ij) - s_ii
         loss = mean of l_i over the B anchors, then over the V (V - 1) / 2 pairs of views
 
-    No sample of another class takes part. A sample that is alone in its class, or unlabelled, contributes 0; so the
-    loss is 0 for labels=None.
+    Samples of other classes have no influence. A sample that is alone in its class, or unlabelled, contributes 0, so
+    the loss is 0 for labels=None.
+
+    Collapsed classes: if all vectors of a class of n samples are equal, its anchors have l_i = log(n).
 
     Args:
-      views, labels, where, temperature, norm, implementation, axis_name: as in `attract`.
+      views: [V, B, D], 2 <= V <= 32, view v of sample i; any float type, or anything that `jnp.asarray` takes.
+        Computed in float32 at least. For features [B, V, D], the layout of `supcon`, pass
+        `jnp.moveaxis(features, 1, 0)`.
+      labels: [B] int, the class of each sample, or None. -1 means unlabelled.
+      where: [B] bool, False for padded samples. They are neither anchors nor candidates and may hold any value.
+      temperature: > 0.
+      norm: "unit" for cosines, where a zero vector stays zero; "none" for inner products; "released" for the authors'
+        <x[a, i], x[c, j]> / (|x[a, j]| |x[c, j]|), with both norms from column j.
+      implementation: how the [B, B] logits of a pair of views are computed; the result is equal up to rounding.
+        "dense" forms all logits at once. "tiled" keeps a few numbers for each row and computes the tiles again for
+        the gradient; it supports reverse-mode differentiation once. "ring" is tiled, with the candidates travelling
+        round the devices of `axis_name`. "auto" chooses by size (`jaxcl.losses.limits`).
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is split. Every argument then
+        holds this device's samples, and the result is the loss of the global batch, equal on all devices.
 
     Returns:
-      A scalar, float32 or wider. 0 if no sample counts.
+      A scalar, float32 or wider. 0 if no sample is valid.
 
     Raises:
-      UserError: shapes or types that do not match, unknown options, "ring" without axis_name.
+      UserError: shapes or types that do not match, more than 32 views, unknown options, or "ring" without axis_name.
+
+    Example:
+      loss = losses.class_conditional_infonce(jnp.stack([z1, z2]), labels)
 
     References:
       Chen et al., "Perfectly Balanced", arXiv:2204.07596: the class-conditional InfoNCE term.
     """
-    arrays, how = _checked(
+    arrays, plan = _checked(
         "class_conditional_infonce", views, labels, where, temperature, norm, implementation, axis_name
     )
-    options = dict(norm=norm, how=how, axis_name=axis_name)
-    return _terms(*arrays, temperature, 1.0, None, terms=("repel",), **options)["repel"]
+    options = dict(norm=norm, plan=plan, axis_name=axis_name)
+    return class_terms(*arrays, temperature, 1.0, None, terms=("repel",), **options)["repel"]
 
 
 def spread(
-    views: ArrayLike,
-    labels: ArrayLike | None = None,
+    views: Array,
+    labels: Array | None = None,
     *,
     a_lc: float = 1.0,
     a_spread: float = 1.0,
-    where: ArrayLike | None = None,
+    where: Array | None = None,
     temperature: float = 0.5,
     positives_in_denominator: bool = False,
     positive_weight: float = 1.0,
@@ -159,186 +175,111 @@ def spread(
     norm: Norm = "unit",
     implementation: Implementation = "auto",
     axis_name: AxisName = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L_spread: the weighted mean of `attract` (A) and `class_conditional_infonce` (R), from shared sweeps.
+) -> tuple[Array, dict[str, Array]]:
+    """L_spread: the weighted mean of `attract` (A) and `class_conditional_infonce` (R), which share their reductions.
 
     ::
 
         total = (a_lc * A + a_spread * R) / (a_lc + a_spread)    if a_spread > 0
         total = a_lc * A                                         if a_spread = 0 (not divided, as in the released code)
 
-    The paper's alpha is a_lc / (a_lc + a_spread). The more weight R has, the further a class spreads; at K classes of
-    n points each it collapses to a point from alpha = 1 / (1 + q K / (K - 1)) on, where q = e / (1 + e) and
-    e = n (K - 1) exp(-K / ((K - 1) temperature)).
+    The paper's alpha is a_lc / (a_lc + a_spread). A larger weight of R spreads the samples of a class further. With K
+    classes of n points each, a class collapses to a point if alpha >= 1 / (1 + q K / (K - 1)), where q = e / (1 + e)
+    and e = n (K - 1) exp(-K / ((K - 1) temperature)).
+
+    Collapsed encoder: if all vectors are equal, A is the mean of log(1 + B - n_i) and R the mean of log(n_i), where n_i
+    is the number of samples in the class of i. Without labels A is log(B) and R is 0.
 
     Args:
-      views, labels and the options of `attract`: as there. The clip and the denominator concern A alone.
+      views: [V, B, D], 2 <= V <= 32, view v of sample i; any float type, or anything that `jnp.asarray` takes.
+        Computed in float32 at least. For features [B, V, D], the layout of `supcon`, pass
+        `jnp.moveaxis(features, 1, 0)`.
+      labels: [B] int, the class of each sample, or None (every sample is its own class). -1 means unlabelled: the
+        sample is its own class.
       a_lc: weight of A, >= 0; may be traced.
       a_spread: weight of R, >= 0; may be traced. The two weights are not both 0.
+      where: [B] bool, False for padded samples. They are neither anchors nor candidates and may hold any value.
+      temperature: > 0, of both terms.
+      positives_in_denominator: of A only; all positives of an anchor stand in its denominator, see `attract`.
+      positive_weight: of A only; weight > 0 of those positives. Values other than 1 require positives_in_denominator.
+      clip_positive: of A only; upper limit of the attracted logit, after the division by the temperature. None: no
+        clip. The authors' released code behaves like clip_positive=1.0 by default.
+      norm: "unit" for cosines, where a zero vector stays zero; "none" for inner products; "released" for the authors'
+        <x[a, i], x[c, j]> / (|x[a, j]| |x[c, j]|), with both norms from column j.
+      implementation: how the [B, B] logits of a pair of views are computed; the result is equal up to rounding.
+        "dense" forms all logits at once. "tiled" keeps a few numbers for each row and computes the tiles again for
+        the gradient; it supports reverse-mode differentiation once. "ring" is tiled, with the candidates travelling
+        round the devices of `axis_name`. "auto" chooses by size (`jaxcl.losses.limits`).
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which the batch is split. Every argument then
+        holds this device's samples, and the result is the loss of the global batch, equal on all devices.
 
     Returns:
-      (total, {"attract": A, "repel": R}), scalars in float32 or wider. A and R are unweighted and always true
-      values, also where their weight is 0.
+      (total, {"attract": A, "repel": R}), scalars in float32 or wider. A and R are not weighted, and are computed even
+      where their weight is 0.
 
     Raises:
-      UserError: as `attract`, and for negative weights.
+      UserError: shapes or types that do not match, more than 32 views, unknown options, positive_weight without
+        positives_in_denominator, negative weights, both weights 0, or "ring" without axis_name.
+
+    Example:
+      loss, parts = losses.spread(jnp.stack([z1, z2]), labels, a_lc=1.0, a_spread=1.0)
 
     References:
-      Chen et al., "Perfectly Balanced", arXiv:2204.07596; authors' released code.
+      Chen et al., "Perfectly Balanced", arXiv:2204.07596, and the authors' released code.
     """
-    arrays, how = _checked("spread", views, labels, where, temperature, norm, implementation, axis_name)
+    arrays, plan = _checked("spread", views, labels, where, temperature, norm, implementation, axis_name)
     _check_positives("spread", positives_in_denominator, positive_weight, clip_positive)
     _check_weights(a_lc, a_spread)
-    options = dict(norm=norm, how=how, axis_name=axis_name)
+    options = dict(norm=norm, plan=plan, axis_name=axis_name)
     inside = bool(positives_in_denominator)
     numbers = temperature, positive_weight, clip_positive
-    values = _terms(*arrays, *numbers, terms=("attract", "repel"), positives_in_denominator=inside, **options)
+    values = class_terms(*arrays, *numbers, terms=("attract", "repel"), positives_in_denominator=inside, **options)
     return _weighted(values["attract"], values["repel"], a_lc, a_spread), values
 
 
 @jax.jit
 def _weighted(a, r, a_lc, a_spread):
     a_lc, a_spread = jnp.asarray(a_lc, a.dtype), jnp.asarray(a_spread, a.dtype)
-    # The divisor is replaced, not only the quotient: gradients with respect to the weights stay finite.
+    # The divisor is replaced and not only the quotient, so that gradients with respect to the weights stay finite.
     divisor = jnp.where(a_spread > 0, a_lc + a_spread, 1)
     return (a_lc * a + a_spread * r) / divisor
 
 
-# Compiled as one: op by op, the first call in a notebook would compile dozens of little programs.
-@functools.partial(jax.jit, static_argnames=("terms", "positives_in_denominator", "norm", "how", "axis_name"))
-def _terms(
-    views,
-    labels,
-    where,
-    temperature,
-    positive_weight,
-    clip,
-    *,
-    terms: Sequence[str],
-    positives_in_denominator: bool = False,
-    norm: Norm,
-    how: How,
-    axis_name: AxisName,
-) -> dict[str, jax.Array]:
-    """The losses named in `terms`: "attract" (A), "repel" (R)."""
-    (views_VxBxD,) = widened(views)
-    dtype = views_VxBxD.dtype
-    num_views, num_samples, _ = views_VxBxD.shape
-    temperature, positive_weight = jnp.asarray(temperature, dtype), jnp.asarray(positive_weight, dtype)
-    clip = None if clip is None else jnp.asarray(clip, dtype)
-
-    valid_B = jnp.ones(num_samples, bool) if where is None else where.astype(bool)
-    views_VxBxD = jnp.where(valid_B[None, :, None], views_VxBxD, 0)  # padding may be NaN, and 0 * NaN is NaN
-    element_B = first_row(num_samples, axis_name) + jnp.arange(num_samples, dtype=jnp.int32)
-    label_B = element_B if labels is None else labels.astype(jnp.int32)
-
-    sums = dict.fromkeys(terms, 0.0)
-    pairs = [(a, c) for a in range(num_views) for c in range(a)]
-    for a, c in pairs:
-        z_BxD, y_BxD = _logit_factors(views_VxBxD[a], views_VxBxD[c], norm)
-        clip_B = None if clip is None else jnp.full(num_samples, clip)
-        rows = Side(z_BxD / temperature, fixed=(label_B, element_B, clip_B))
-        columns = Side(y_BxD, fixed=(label_B, element_B, clip_B), valid=valid_B)
-        first = Sums(_classes, ("lse", "lse", "sum"))
-        if "attract" in terms and positives_in_denominator:
-            first = Sums(_classes_and_positives, ("lse", "lse", "sum", "sum"))
-        same_B, other_B, count_B, *positive_B = row_sums(first, rows, columns, how=how, axis_name=axis_name)
-
-        if "attract" in terms:
-            if positives_in_denominator:
-                # P(i) holds i, so only padded anchors have none: logaddexp sees at most one -inf.
-                together_B = jnp.where(valid_B, same_B, 0) + jnp.log(positive_weight)
-                loss_B = _log_add(together_B, other_B) - positive_B[0] / jnp.maximum(count_B, 1)
-            else:
-                anchors = rows._replace(values=other_B)
-                candidates = columns._replace(values=jnp.zeros_like(other_B))
-                (loss_B,) = row_sums(Sums(_attractions, ("sum",)), anchors, candidates, how=how, axis_name=axis_name)
-                loss_B /= jnp.maximum(count_B, 1)
-            sums["attract"] += jnp.sum(jnp.where(valid_B, loss_B, 0))
-        if "repel" in terms:
-            # Alone in its class, an anchor has exactly 0; the difference would leave the rounding of a large logit.
-            own_B = jnp.sum(rows.z * columns.z, axis=1)
-            together_B = jnp.where(valid_B & (count_B > 1), same_B, own_B)
-            sums["repel"] += jnp.sum(together_B - own_B)
-
-    scale = jnp.maximum(total(jnp.sum(valid_B, dtype=jnp.int32), axis_name), 1) * len(pairs)
-    return {name: total(value, axis_name) / scale.astype(dtype) for name, value in sums.items()}
-
-
-def _logit_factors(x_BxD: jax.Array, y_BxD: jax.Array, norm: Norm) -> tuple[jax.Array, jax.Array]:
-    """Row and column vectors whose inner products are the logits times the temperature."""
-    if norm == "unit":
-        return unit(x_BxD), unit(y_BxD)
-    if norm == "released":  # both norms are those of the column's sample
-        square = jnp.sum(x_BxD * x_BxD, axis=-1, keepdims=True)
-        usable = ~(square <= NORM_FLOOR**2)
-        return x_BxD, unit(y_BxD) * jnp.where(usable, lax.rsqrt(jnp.where(usable, square, 1)), 0)
-    return x_BxD, y_BxD
-
-
-# own, other: ((label, element, clip or None), values) of the anchor and of the candidate
-
-
-def _same(own, other):
-    """P(i) as a mask; what is not in it is in N(i)."""
-    (label, element, _), (other_label, other_element, _) = own[0], other[0]
-    return (element == other_element) | (label == other_label) & (label != UNLABELLED)
-
-
-def _classes(s, own, other, itself):
-    """First sweep: logits of the anchor's class and of the others, and one for each positive."""
-    same = _same(own, other)
-    return jnp.where(same, s, -jnp.inf), jnp.where(same, -jnp.inf, s), same.astype(s.dtype)
-
-
-def _classes_and_positives(s, own, other, itself):
-    clip = own[0][2]
-    clipped = s if clip is None else jnp.where(s > clip, clip, s)
-    return *_classes(s, own, other, itself), jnp.where(_same(own, other), clipped, 0)
-
-
-def _attractions(s, own, other, itself):
-    """Second sweep: logaddexp(s, log_other) - min(s, clip) of each positive; log_other may be -inf."""
-    same, clip, log_other = _same(own, other), own[0][2], own[1]
-    s = jnp.where(same, s, 0)
-    # It is softplus(log_other - s) + max(s - clip, 0), which cancels no large logits.
-    loss = _log_add(0.0, log_other - s)
-    if clip is not None:
-        loss += jnp.where(s > clip, s - clip, 0)
-    return (jnp.where(same, loss, 0),)
-
-
-def _log_add(a: jax.Array | float, b: jax.Array) -> jax.Array:
-    """log(exp(a) + exp(b)) for finite a; b = -inf gives a, with zero gradient to b."""
-    # Not `b > -inf`: NaN must pass through, which is how divergence is noticed.
-    empty = jnp.isneginf(b)
-    return a + jnp.where(empty, 0, jax.nn.softplus(jnp.where(empty, 0, b) - a))
-
-
 def _checked(loss, views, labels, where, temperature, norm, implementation, axis_name):
-    """The array arguments, once they and the common options are known to be right."""
+    """Checks the arrays and the common options -> (arrays, plan)."""
     views, labels, where = (None if x is None else jnp.asarray(x) for x in (views, labels, where))
     if views.ndim != 3 or views.shape[0] < 2 or 0 in views.shape:
-        raise UserError(f"{loss}: views of shape {views.shape}, expected [views >= 2, samples, features]")
+        raise UserError(f"{loss}: views has shape {views.shape}, expected [views >= 2, samples, features]")
+    if views.shape[0] > MAX_VIEWS:
+        raise UserError(
+            f"{loss}: views has shape {views.shape} and so {views.shape[0]} views, expected [views, samples, features] "
+            f"with at most {MAX_VIEWS} views; for [samples, views, features] pass jnp.moveaxis(views, 1, 0)"
+        )
     check_floating(loss, views=views)
     for name, value in (("labels", labels), ("where", where)):
         if value is not None:
-            check_shape(loss, name, value, (views.shape[1],), "one a sample")
+            check_shape(loss, name, value, (views.shape[1],), _shape_hint(value, views))
     if labels is not None and not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
-        raise UserError(f"{loss}: labels of type {labels.dtype}, expected integers; pass class ids, -1 for unlabelled")
+        raise UserError(f"{loss}: labels has type {labels.dtype}, expected integers: class ids, or -1 for unlabelled")
     check_above_zero(loss, temperature=temperature)
-    check_choice(loss, "norm", norm, ("unit", "none", "released"))
+    check_choice(loss, "norm", norm, get_args(Norm))
     rows = views.shape[1]
-    how = choose(loss, implementation, rows, total(rows, axis_name), axis_name)
-    return (views, labels, where), how
+    plan = choose_plan(loss, implementation, rows, total(rows, axis_name), axis_name)
+    return (views, labels, where), plan
+
+
+def _shape_hint(value, views):
+    if value.shape == views.shape[:1]:
+        return "one for each sample; for views [samples, views, features] pass jnp.moveaxis(views, 1, 0)"
+    return "one for each sample"
 
 
 def _check_positives(loss, positives_in_denominator, positive_weight, clip_positive):
     check_above_zero(loss, positive_weight=positive_weight)
-    # A traced weight cannot be looked at: to pass one is to mean it.
+    # The value of a traced weight is unknown. A caller who passes one wants it to have an effect.
     if not positives_in_denominator and not (isinstance(positive_weight, (int, float)) and positive_weight == 1):
         raise UserError(
-            f"{loss}: positive_weight given without positives_in_denominator, expected 1; "
+            f"{loss}: positive_weight={positive_weight} without positives_in_denominator, expected 1; "
             "set positives_in_denominator=True"
         )
     if isinstance(clip_positive, (int, float)) and clip_positive != clip_positive:
@@ -348,6 +289,6 @@ def _check_positives(loss, positives_in_denominator, positive_weight, clip_posit
 def _check_weights(a_lc, a_spread):
     for name, value in (("a_lc", a_lc), ("a_spread", a_spread)):
         if isinstance(value, (int, float)) and not value >= 0:
-            raise UserError(f"spread: {name}={value}, expected a number that is not negative")
+            raise UserError(f"spread: {name}={value}, expected a number of at least 0")
     if all(isinstance(w, (int, float)) and w == 0 for w in (a_lc, a_spread)):
         raise UserError("spread: a_lc=0 and a_spread=0, expected at least one weight above 0")

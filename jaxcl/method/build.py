@@ -1,6 +1,5 @@
 """From a config to a recipe. Whatever cannot work is refused here, in one line, before anything compiles."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,13 +15,7 @@ from jaxcl.models.model import make_model
 from jaxcl.models.registry import MODELS
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.options import construct
-from jaxcl.runtime.registry import Registry
-
-
-def make_part(name: str, node: Mapping[str, Any], parts: Registry, **supplied: Any) -> Any:
-    """The part a config node means: `kind` chooses it, the other keys are its options. Errors: UserError."""
-    part = parts.resolve(node.get("kind"), f"{name}.kind")
-    return construct(name, part, {k: v for k, v in node.items() if k not in ("kind", "optimizer")}, **supplied)
+from jaxcl.runtime.registry import make_part
 
 
 def data_facts(source: Any) -> dict[str, Any]:

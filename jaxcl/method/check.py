@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from jaxcl.errors import UserError
 from jaxcl.method.recipe import ForwardPass, Recipe
 from jaxcl.method.terms.base import embedding_name, split_name
+from jaxcl.models.trees import BRANCHES, ENCODER, ENCODERS, HEAD, HEADS
 from jaxcl.runtime.options import suggestion
 
 
 def check_paths(where: str, paths: Iterable[str], heads: Iterable[str], encoders: Iterable[str]) -> None:
     """Errors: UserError for a path at which no parameters are."""
-    known = ["encoder", "head", "branches", *(f"heads/{n}" for n in heads), *(f"encoders/{n}" for n in encoders)]
+    known = [ENCODER, HEAD, BRANCHES, *(f"{HEADS}/{n}" for n in heads), *(f"{ENCODERS}/{n}" for n in encoders)]
     for path in paths:
         if not any(f"{path}/".startswith(f"{k}/") for k in known):
             raise UserError(f"{where} holds {path!r}, which has no parameters{suggestion(path, known)}")

@@ -20,12 +20,13 @@ from jaxcl.method.terms.base import embedding_name
 from jaxcl.method.views import View
 from jaxcl.models import Model
 from jaxcl.models.heads import aug_param_numbers
+from jaxcl.models.trees import ENCODERS, HEADS, TARGETS
 
 Array = jax.Array
 
 # Params and batch statistics hold the main encoder at the top level, and other encoders and heads by name under these
-# keys. Moving averages are kept in memory and join them, under "targets", only within an update.
-_BESIDE = ("encoders", "heads", "targets")
+# keys. Moving averages are kept in memory and join them, under TARGETS, only within an update.
+_BESIDE = (ENCODERS, HEADS, TARGETS)
 
 
 def set_in(tree: dict, place: str, name: str, value: dict) -> dict:
@@ -42,12 +43,12 @@ def _with_encoder(tree: dict, name: str, value: dict) -> dict:
 
 
 def _place(tree: dict, name: str) -> str:
-    return "targets" if name in tree.get("targets", {}) else "encoders"
+    return TARGETS if name in tree.get(TARGETS, {}) else ENCODERS
 
 
 def with_targets(recipe: Recipe, tree: dict, memory: dict, key: str) -> dict:
     """Adds the moving averages' params (key "params") or batch statistics ("batch_stats") to the trained encoders'."""
-    return {**tree, "targets": {n: memory[n][key] for n in recipe.targets}} if recipe.targets else tree
+    return {**tree, TARGETS: {n: memory[n][key] for n in recipe.targets}} if recipe.targets else tree
 
 
 def represent(
@@ -159,9 +160,9 @@ def run_heads(
         for begin in range(0, len(of), len(of) if head.together else 1):
             span = slice(begin, len(of) if head.together else begin + 1)
             rows, where, sizes, groups = _together(inputs[span])
-            head_stats = stats.get("heads", {}).get(name, {})
-            out, new = head.apply(sizes_of_head, params["heads"][name], head_stats, rows, train=True, where=where)
-            stats = set_in(stats, "heads", name, new)
+            head_stats = stats.get(HEADS, {}).get(name, {})
+            out, new = head.apply(sizes_of_head, params[HEADS][name], head_stats, rows, train=True, where=where)
+            stats = set_in(stats, HEADS, name, new)
             for view, y in zip(of[span], _split(out, sizes, groups), strict=True):
                 to = embedding_name(head.encoders[0], view)
                 embeddings[to] = embeddings[to]._replace(out={**embeddings[to].out, name: y})

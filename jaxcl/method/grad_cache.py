@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcl.errors import UserError
 from jaxcl.method.sharding import AXIS
 from jaxcl.models import Model
+from jaxcl.models.trees import ENCODER
 from jaxcl.runtime.options import Options, Range
 
 Array = jax.Array
@@ -105,7 +106,7 @@ def encode(
       mesh: the mesh of the update, or None for one device. No image moves between devices, and the gradient of the
         parameters is summed over devices once, not once a micro-batch.
     """
-    encoder = {"encoder": params["encoder"]}
+    encoder = {ENCODER: params[ENCODER]}
     devices = 1 if mesh is None else mesh.size
     if groups % (chunks * devices):
         raise UserError(

@@ -13,6 +13,7 @@ from jaxcl.method.recipe import Recipe
 from jaxcl.method.sharding import all_gather_params, state_sharding
 from jaxcl.method.state import TrainState
 from jaxcl.method.terms.base import split_name
+from jaxcl.models.trees import ENCODER, ENCODERS, HEADS
 
 Array = jax.Array
 
@@ -37,16 +38,16 @@ def init_state(
         return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
     def with_weights(name: str, params: dict, stats: dict) -> tuple[dict, dict]:
-        given_params, given_stats = weights.get(name, (params["encoder"], {}))
-        return {**params, "encoder": given_params}, {**stats, **given_stats}
+        given_params, given_stats = weights.get(name, (params[ENCODER], {}))
+        return {**params, ENCODER: given_params}, {**stats, **given_stats}
 
     params, stats = with_weights("", *recipe.model.init(jax.random.fold_in(key, 1), recipe.image_shape))
     for name, model in recipe.encoders.items():
         new_params, new_stats = with_weights(name, *model.init(key_of(f"encoders/{name}"), recipe.image_shape))
-        params, stats = set_in(params, "encoders", name, new_params), set_in(stats, "encoders", name, new_stats)
+        params, stats = set_in(params, ENCODERS, name, new_params), set_in(stats, ENCODERS, name, new_stats)
     for name, head in recipe.heads.items():
         new_params, new_stats = head.init(key_of(f"heads/{name}"), recipe.head_input(name))
-        params, stats = set_in(params, "heads", name, new_params), set_in(stats, "heads", name, new_stats)
+        params, stats = set_in(params, HEADS, name, new_params), set_in(stats, HEADS, name, new_stats)
     context = InitContext(
         features=recipe.features_of(recipe.representation),
         num_classes=recipe.num_classes,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxcl.augment import to_float as to_pixels
 from jaxcl.method.forward import of_encoder, with_targets
 from jaxcl.method.init_state import replicate_params
 from jaxcl.method.recipe import Phase, Recipe
@@ -21,11 +22,6 @@ from jaxcl.method.views import View, view_keys
 
 Array = jax.Array
 Batch = dict[str, Array]
-
-
-def to_pixels(image: Array) -> Array:
-    """uint8 [B,H,W,C] -> float32 in [0, 1]."""
-    return image.astype(jnp.float32) / 255
 
 
 def make_views(recipe: Recipe, state: TrainState, batch: Batch, names: tuple[str, ...]) -> dict[str, View]:

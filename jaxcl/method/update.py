@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from jaxcl.method import accumulate
 from jaxcl.method.forward import of_encoder, represent, run_heads, run_pass, with_targets
-from jaxcl.method.init_state import init_state, replicate_params, state_shardings  # noqa: F401
-from jaxcl.method.inputs import encoder_inputs, make_views, run_stages, to_pixels  # noqa: F401
+from jaxcl.method.init_state import replicate_params
+from jaxcl.method.inputs import encoder_inputs, make_views
 from jaxcl.method.memory import StepOutput
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.run_terms import make_terms
@@ -26,6 +26,7 @@ from jaxcl.method.sharding import all_gather_params, replicated
 from jaxcl.method.state import TrainState
 from jaxcl.method.terms.base import Embedding, embedding_name, split_name
 from jaxcl.method.terms.similarity import similarity_metrics
+from jaxcl.models.trees import TARGETS
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -109,7 +110,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         with scope("metrics"):
             metrics |= _similarities(recipe, active, embeddings, len(batch["label"]), memory)
             metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        for name, target_stats in stats.pop("targets", {}).items():
+        for name, target_stats in stats.pop(TARGETS, {}).items():
             memory[name] = {**memory[name], "batch_stats": target_stats}
         out = StepOutput(
             represented=lambda v: _represented(recipe, embeddings, v),

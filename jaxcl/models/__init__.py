@@ -1,25 +1,23 @@
-"""Encoders behind one interface, the heads trained on them, and their weights as files.
+"""Networks and their parameters: encoders behind one contract, projection heads, a decoder, weights in files.
 
-Belongs here: networks and their parameters. Does not: losses, the update, configs' recipes.
+Belongs here: flax modules, their options, and functions from parameters to features. Does not belong here: losses,
+updates and anything else that knows of a method or a config. A new encoder is one file and a line in `registry`.
 """
 
+from jaxcl.models.encoder import Encoder, EncoderOptions
 from jaxcl.models.heads import ProjectionHead
-from jaxcl.models.model import BRANCHES, DTYPES, HEAD, Model, ModelOptions, make_model
-from jaxcl.models.resnet import ResNet, resnet, tap_stage
-from jaxcl.models.vit import ViT, ViTOptions, vit
+from jaxcl.models.model import Model, make_model
+from jaxcl.models.resnet import ResNet, ResNetOptions
+from jaxcl.models.vit import ViT, ViTOptions
 
 __all__ = [
-    "BRANCHES",
-    "DTYPES",
-    "HEAD",
+    "Encoder",
+    "EncoderOptions",
     "Model",
-    "ModelOptions",
     "ProjectionHead",
     "ResNet",
+    "ResNetOptions",
     "ViT",
     "ViTOptions",
     "make_model",
-    "resnet",
-    "tap_stage",
-    "vit",
 ]

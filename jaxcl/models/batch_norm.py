@@ -1,9 +1,9 @@
-"""Batch normalisation with its gradient written out, and rows that do not count at no cost.
+"""Batch normalisation with a hand-written gradient, which ignores padded rows at no cost.
 
-N batch, C channels, n values of a channel (rows that count, times their places).
+N batch, C channels, n values of a channel (rows that count, times the positions of a map).
 
-Source: Ioffe and Szegedy 2015, arXiv 1502.03167; variables, running statistics and E[x^2] - E[x]^2 for the variance as
-in `flax.linen.BatchNorm`, which has the same values and gradients.
+Source: Ioffe and Szegedy 2015, arXiv 1502.03167. Variables, running statistics and the variance as E[x^2] - E[x]^2 are
+those of `flax.linen.BatchNorm`, which has the same values and gradients.
 """
 
 import functools
@@ -17,33 +17,30 @@ Array = jax.Array
 
 
 def zero_rows(x: Array, where: Array | None) -> Array:
-    """x [N,...] with zeros in the rows in which `where` [N] is False, as `BatchNorm` wants them; None: as it is."""
+    """x [N,...] with zeros in the rows where `where` [N] is False, as `BatchNorm` needs them; None: x unchanged."""
     return x if where is None else jnp.where(_by_row(where, x.ndim), x, 0)
 
 
 class BatchNorm(nn.Module):
-    """x [...,C] normalised over all axes but the last; scale, bias and running statistics as flax's module has them.
+    """x [...,C] normalised over all axes but the last; scale, bias and running statistics as in flax's module.
 
-    Rows that do not count are given as `where` [N] False, and must be zero throughout (`zero_rows`, once, in front of a
-    network): a convolution without bias, a ReLU, a pool and a sum keep them so, and so does this norm. They add nothing
-    to sums, so the statistics of the others need no selection, which cost a pass over 384 rows 8 % of its time on a
-    CPU; nothing but the constant that is added differs by row. Nothing checks it: other rows would give wrong
-    statistics. Their incoming gradient must be zero too, which it is when the loss does not see them.
+    Padded rows have `where` [N] False, and must be zero: apply `zero_rows` once, in front of a network. A convolution
+    without bias, a ReLU, a pool, a sum and this norm keep them zero. They add nothing to sums, so the statistics of the
+    other rows need no selection. Nothing checks this: padded rows with other values give wrong statistics. The incoming
+    gradient of these rows must be zero too, which it is if the loss does not depend on them.
 
-    Against flax's the gradient takes two sums instead of three, and no copy of x - mean or of the scaled gradient is
-    written for them, as XLA on CPU does: a stack of 1x1 convolutions, norms and ReLUs takes 0.8 of the time (25 paired
-    rounds, jax 0.10.2).
+    The gradient takes two sums, where flax's takes three, and needs no copy of x - mean or of the scaled gradient.
     """
 
-    momentum: float = 0.9  # kept of the running statistics
+    momentum: float = 0.9  # share of the running statistics that a batch keeps
     epsilon: float = 1e-5
-    dtype: Any = None  # of the result; None: as x
+    dtype: Any = None  # of the result; None: that of x
     use_scale: bool = True
     use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool = False, where: Array | None = None) -> Array:
-        """`where` [N] bool: rows that count in the statistics; the others of x are zero, and stay so."""
+        """where: [N] bool, rows that count in the statistics; the other rows of x are zero, and stay zero."""
         C, f32 = x.shape[-1], jnp.float32
         mean = self.variable("batch_stats", "mean", jnp.zeros, (C,), f32)
         var = self.variable("batch_stats", "var", jnp.ones, (C,), f32)
@@ -62,9 +59,9 @@ class BatchNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def normalize(x: Array, scale: Array, bias: Array, where: Array | None, epsilon: float) -> tuple[Array, Array, Array]:
-    """x [N,...,C] by the statistics of the batch -> (y, in float32 at least, mean [C], biased variance [C]).
+    """Normalise x [N,...,C] by the statistics of the batch -> (y, float32 at least, mean [C], biased variance [C]).
 
-    where: [N] bool, as for `BatchNorm`. The mean and the variance have no gradients of their own.
+    where: [N] bool, as for `BatchNorm`. No gradient flows through the returned mean and variance.
     """
     return _forward(x, scale, bias, where, epsilon)[0]
 
@@ -72,7 +69,7 @@ def normalize(x: Array, scale: Array, bias: Array, where: Array | None, epsilon:
 def _forward(x, scale, bias, where, epsilon):
     wide, axes = x.astype(jnp.promote_types(x.dtype, jnp.float32)), tuple(range(x.ndim - 1))
     n = x.size // x.shape[-1]
-    if where is not None:  # no row at all: statistics of zero, not NaN
+    if where is not None:  # without any row the statistics are zero, not NaN
         n = jnp.maximum(where.sum(), 1) * (n // len(x))
     mean = wide.sum(axes) / n
     var = jnp.maximum(jnp.square(wide).sum(axes) / n - jnp.square(mean), 0)
@@ -86,7 +83,7 @@ def _backward(epsilon, saved, given):
     x, scale, mean, inverse, n, where = saved
     g, wide, axes = given[0], x.astype(given[0].dtype), tuple(range(x.ndim - 1))
     bias_gradient = g.sum(axes)
-    # The sum of g times the normalised x, by the sum of g * x: no x - mean need be written.
+    # The sum of g times the normalised x, from the sum of g * x, so that x - mean is never stored.
     scale_gradient = ((g * wide).sum(axes) - mean * bias_gradient) * inverse
     slope = inverse * scale
     of_x = -slope * inverse * scale_gradient / n
@@ -98,7 +95,7 @@ normalize.defvjp(_forward, _backward)
 
 
 def _constant(value_C: Array, where: Array | None, ndim: int) -> Array:
-    """What is added to a channel: to the rows that count only."""
+    """The constant added to each channel, in the rows that count only."""
     return value_C if where is None else jnp.where(_by_row(where, ndim), value_C, 0)
 
 

@@ -1,4 +1,4 @@
-"""Heads on pooled features: projection MLP and linear classifier, initialised like torch's Linear."""
+"""The projection head on pooled features, and dense layers initialised like torch's Linear."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,39 +8,27 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.augment import IDENTITY
-from jaxcl.errors import UserError
-from jaxcl.models.activations import relu
 from jaxcl.models.batch_norm import BatchNorm, zero_rows
+from jaxcl.models.layers import relu
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, name_in_set
+from jaxcl.runtime.options import OptionError
 
 Array = jax.Array
-NORMS = ("none", "batch")
-OUT_NORMS = ("none", "batch", "plain")
-EMBED = "embed_"  # what the modules that take drawn parameters are called, before the parameter's name
+EMBED = "embed_"  # prefix of the modules that embed augmentation parameters, before the parameter's name
 
 
-def check_head(where: str, *, features: int, hidden_layers: int, hidden: int, norm: str, out_norm: str) -> None:
-    """UserError, which names the option, for a head that cannot be."""
-    for name, value in (("features", features), ("hidden_layers", hidden_layers), ("hidden", hidden)):
-        if value < 0:
-            raise UserError(f"{where}{name} is {value}; expected at least 0")
-    for name, value, known in (("norm", norm, NORMS), ("out_norm", out_norm, OUT_NORMS)):
-        if value not in known:
-            raise UserError(f"{where}{name} is {value!r}; expected one of {', '.join(known)}")
-
-
-def check_embeds(where: str, embeds: Sequence[str], embed_features: int) -> None:
-    """UserError for parameters that no head can be told."""
+def check_embeds(embeds: Sequence[str], features: int) -> None:
+    """Raises OptionError for augmentation parameters that a head cannot be conditioned on. features: of the head."""
     for name in embeds:
         if name not in IDENTITY:
-            raise UserError(f"{where}embeds holds {name!r}; expected some of {', '.join(IDENTITY)}")
+            raise OptionError("head_embeds", f"holds {name!r}; expected some of {', '.join(IDENTITY)}")
     if len(set(embeds)) < len(embeds):
-        raise UserError(f"{where}embeds is {tuple(embeds)}; expected each name once")
-    if embed_features < 1:
-        raise UserError(f"{where}embed_features is {embed_features}; expected at least 1")
+        raise OptionError("head_embeds", f"is {tuple(embeds)}; expected each name once")
+    if embeds and not features:
+        raise OptionError("head_embeds", f"is {tuple(embeds)} with head_features 0, which means no head; give it some")
 
 
-# Uniform +-1/sqrt(fan_in), the default of the authors' framework, for weights and biases alike.
+# Uniform +-1/sqrt(fan_in), torch's default, for weights and biases alike.
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -72,12 +60,13 @@ class Dense(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense - [norm] - ReLU, a Dense.
+    """Features [N,D] -> embedding [N,features], not normalised: `hidden_layers` times Dense - [norm] - ReLU, Dense.
 
     With features 0 there is no head: the embedding is the features themselves.
 
-    The head may be told what was drawn for each view, by name (`embeds`), so that the encoder need not forget it: each
-    goes through Dense - BN - ReLU of its own and stands beside the features (Zhang and Ma 2022, arXiv 2206.00227).
+    The head can be conditioned on augmentation parameters (`embeds`), so that the encoder need not be invariant to
+    them: each goes through a separate Dense - BN - ReLU and is concatenated with the features (Zhang and Ma 2022, arXiv
+    2206.00227).
     """
 
     features: int = 128
@@ -87,10 +76,10 @@ class ProjectionHead(nn.Module):
     out_norm: str = "none"  # after the last one: none, batch, plain (a batch norm without scale and bias)
     dtype: Any = jnp.float32
     momentum: float = MOMENTUM
-    norm_sets: Sequence[str] = ()  # as of the encoder, where there are batch norms
+    norm_sets: Sequence[str] = ()  # those of the encoder
     norm_set_momentum: float = SET_MOMENTUM
-    embeds: Sequence[str] = ()  # names of drawn parameters, in the order in which they stand beside the features
-    embed_features: int = 512  # of each
+    embeds: Sequence[str] = ()  # names of augmentation parameters, in the order of concatenation
+    embed_features: int = 512  # of each parameter
 
     @nn.compact
     def __call__(
@@ -101,26 +90,31 @@ class ProjectionHead(nn.Module):
         norm_set: str = "",
         aug_params: dict[str, Array] | None = None,
     ) -> Array:
-        """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use.
+        """Features -> embedding.
 
-        aug_params: by name, what was drawn for each view, [N] or [N,P], as it was drawn; what is not there was not done.
+        Args:
+          h: [N,D].
+          train: normalise by this batch and move the running statistics.
+          where: [N] bool, rows that count in the batch statistics.
+          norm_set: the set of batch norms to use.
+          aug_params: name -> the parameters drawn for each row, [N] or [N,P]. A missing name means the identity.
         """
         if not self.features:
             return h
         where = where if train else None
         mode = dict(use_running_average=not train, where=where)
         width = self.hidden or h.shape[-1]
-        told = []
+        embedded = []
         for name in self.embeds:
-            # No bias: the batch norm has one. It also takes parameters of any scale.
+            # Without bias: the batch norm has one. It also makes the scale of a parameter irrelevant.
             a = Dense(self.embed_features, self.dtype, False, name=f"{EMBED}{name}")(
                 aug_param_numbers(name, aug_params, len(h))
             )
-            told.append(relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
-        h = zero_rows(h, where)  # not finite, it would spoil the kernels' gradients
-        h = jnp.concatenate([h, *told], -1) if told else h
+            embedded.append(relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
+        h = zero_rows(h, where)  # a padded row that is not finite would spoil the kernels' gradients
+        h = jnp.concatenate([h, *embedded], -1) if embedded else h
         for i in range(self.hidden_layers):
-            # A bias before a batch norm would do nothing.
+            # A bias before a batch norm would have no effect.
             h = Dense(width, self.dtype, self.norm == "none", name=f"hidden{i}")(h)
             h = relu(self._normalise(f"bn{i}", self.norm, h, mode, norm_set))
         h = Dense(self.features, self.dtype, self.out_norm == "none", name="out")(h)
@@ -130,9 +124,10 @@ class ProjectionHead(nn.Module):
     def _normalise(self, name: str, kind: str, x: Array, mode: dict, norm_set: str) -> Array:
         if kind == "none":
             return x
-        out = x = zero_rows(x, mode["where"])  # a layer with a bias may lie between two norms
+        out = x = zero_rows(x, mode["where"])  # a layer with a bias may precede this norm
         for one in ("", *self.norm_sets):
-            if one != norm_set and not self.is_initializing():  # only what is called gets variables
+            # flax makes variables only of the modules that are called
+            if one != norm_set and not self.is_initializing():
                 continue
             norm = BatchNorm(
                 momentum=self.norm_set_momentum if one else self.momentum,
@@ -148,7 +143,7 @@ class ProjectionHead(nn.Module):
 
 
 def aug_param_numbers(name: str, aug_params: dict[str, Array] | None, count: int) -> Array:
-    """What was drawn for each view as numbers [N,P]; of a view that drew nothing of the kind, the identity."""
+    """The augmentation parameters of each row as numbers [N,P]; the identity where the name is missing."""
     if aug_params is None or name not in aug_params:
         return jnp.broadcast_to(jnp.array(IDENTITY[name], jnp.float32), (count, len(IDENTITY[name])))
     return aug_params[name].astype(jnp.float32).reshape(count, -1)

@@ -1,8 +1,8 @@
-"""The norms of an encoder: batch norms, once more for each named set, or group norms.
+"""The norms of an encoder: group norms, or batch norms in one or several named sets.
 
-A set is the batch norms of a whole network, each with its own scale, bias and running statistics; all else is shared
-(auxiliary batch norms: Xie et al. 2020, "Adversarial Examples Improve Image Recognition", arXiv 1911.09665). The set ""
-is the clean one, by which the encoder is evaluated. In the variables the further ones stand beside it: `bn1_adv`.
+A set holds one batch norm for each norm of the network, with its own scale, bias and running statistics; the sets share
+all other parameters (auxiliary batch norms: Xie et al. 2020, "Adversarial Examples Improve Image Recognition", arXiv
+1911.09665). The set "" is the clean one, which evaluation uses. In the variables the others lie beside it: `bn1_adv`.
 
 C channels.
 """
@@ -13,36 +13,31 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxcl.errors import UserError
 from jaxcl.models.batch_norm import BatchNorm
+from jaxcl.runtime.options import OptionError
 
 Array = jax.Array
 Tree = Any
 
-NORMS = ("batch", "group")
-# Flax keeps 0.9 of the old value where torch writes momentum 0.1; its running variance is biased (n, not n-1).
+# The share of the old value that is kept: 0.9 where torch writes momentum 0.1. The running variance is biased (n).
 MOMENTUM = 0.9
 SET_MOMENTUM = 0.99
 
 
-def check_norm_sets(norm: str, norm_sets: Sequence[str], momentum: float) -> None:
-    """UserError for sets of norms that cannot be."""
-    if isinstance(norm_sets, str):
-        raise UserError(f"model.norm_sets is {norm_sets!r}; expected names in brackets, ({norm_sets!r},)")
+def check_norm_sets(norm: str, norm_sets: Sequence[str]) -> None:
+    """Raises OptionError for names of sets that cannot be, or for sets of a norm other than batch norm."""
     for name in norm_sets:
-        # No underscore: it is what divides `bn1_adv` into norm and set.
+        # No underscore: it separates the norm from the set in `bn1_adv`.
         if not isinstance(name, str) or not (name.isascii() and name.isalnum()):
-            raise UserError(f"model.norm_sets holds {name!r}; expected names of letters and digits")
+            raise OptionError("norm_sets", f"holds {name!r}; expected names of letters and digits")
     if len(set(norm_sets)) < len(norm_sets):
-        raise UserError(f"model.norm_sets is {tuple(norm_sets)}; expected each name once")
+        raise OptionError("norm_sets", f"is {tuple(norm_sets)}; expected each name once")
     if norm_sets and norm != "batch":
-        raise UserError(f"model.norm_sets with model.norm={norm}: only batch norms come in sets; use model.norm=batch")
-    if not 0 <= momentum < 1:
-        raise UserError(f"model.norm_set_momentum is {momentum}; expected at least 0 and less than 1")
+        raise OptionError("norm_sets", f"is {tuple(norm_sets)} with norm={norm}; only batch norms come in sets")
 
 
 def norm_groups(channels: int) -> int:
-    """Groups of a group norm: 32, or the nearest divisor below that leaves two channels to a group."""
+    """Groups of a group norm: the largest divisor of the channels up to 32 that leaves two channels or more a group."""
     # One channel a group would be instance norm, which erases a 1x1 feature map.
     return max(g for g in range(1, max(1, min(32, channels // 2)) + 1) if channels % g == 0)
 
@@ -54,22 +49,28 @@ def _norm(kind: str, channels: int, momentum: float, dtype: Any) -> nn.Module:
 
 
 def name_in_set(name: str, norm_set: str) -> str:
-    """What a norm is called in the variables: ("bn1", "adv") -> "bn1_adv"."""
+    """The name of a norm in the variables: ("bn1", "adv") -> "bn1_adv"."""
     return f"{name}_{norm_set}" if norm_set else name
 
 
 def add_norms(module: nn.Module, name: str, channels: int) -> None:
-    """In a module's setup: its norm of this name, one a set, by its fields norm, momentum and so on."""
+    """In a module's `setup`: add a norm of this name for each set.
+
+    The module has the fields norm, norm_sets, momentum, norm_set_momentum and dtype.
+    """
     for norm_set in ("", *module.norm_sets):
         momentum = module.norm_set_momentum if norm_set else module.momentum
         setattr(module, name_in_set(name, norm_set), _norm(module.norm, channels, momentum, module.dtype))
 
 
 def apply_norm(module: nn.Module, name: str, x: Array, mode: dict) -> Array:
-    """x [..., C] normalised by a module's norm of this name, of the set that `mode` says."""
+    """x [..., C] normalised by the norm of this name, in the set that `mode` names.
+
+    mode: arguments of `BatchNorm.__call__` and norm_set; {} for a group norm.
+    """
     mode = dict(mode)
     chosen = mode.pop("norm_set", "")
-    if module.is_initializing():  # only what is called gets variables
+    if module.is_initializing():  # flax makes variables only of the modules that are called
         for norm_set in ("", *module.norm_sets):
             if norm_set != chosen:
                 getattr(module, name_in_set(name, norm_set))(x, **mode)
@@ -77,7 +78,7 @@ def apply_norm(module: nn.Module, name: str, x: Array, mode: dict) -> Array:
 
 
 def statistics_of(stats: Tree, norm_set: str, norm_sets: Sequence[str]) -> Tree:
-    """The part of the running statistics that belongs to one set."""
+    """The running statistics of one set."""
     if not norm_sets:
         return stats
 
@@ -93,7 +94,7 @@ def statistics_of(stats: Tree, norm_set: str, norm_sets: Sequence[str]) -> Tree:
 
 
 def replace(tree: Tree, part: Tree, by: Callable[[Array, Array], Array]) -> Tree:
-    """A tree with by(old, new) where the part has something to say, as it was elsewhere."""
+    """A tree with by(old, new) for the leaves that `part` has too, and its own values elsewhere."""
     if not isinstance(tree, dict):
         return by(tree, part)
     return {k: replace(v, part[k], by) if k in part else v for k, v in tree.items()}

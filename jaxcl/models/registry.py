@@ -1,4 +1,4 @@
-"""The built-in encoders, each named once, here: kind -> its options."""
+"""The built-in encoders: kind -> its options, named once, here. A config can also name one as "package.module:Name"."""
 
 from jaxcl.runtime.registry import Registry
 
@@ -6,7 +6,7 @@ MODELS = Registry(
     "model",
     "jaxcl.models.encoder:EncoderOptions",
     {
-        "resnet": "jaxcl.models.model:ModelOptions",
+        "resnet": "jaxcl.models.resnet:ResNetOptions",
         "vit": "jaxcl.models.vit:ViTOptions",
     },
 )

@@ -1,16 +1,16 @@
-"""A small vision transformer, cut open after any block so that an explainer can stand in the middle.
+"""A small vision transformer, which can be split after any block for an explainer.
 
 N batch, H W image, C image channels, p patch, h w grid of patches, P = h w patches, T = 1 + P tokens, D features,
 A attention heads, d features of a head, F hidden features, L blocks. Q and K are T, of queries and of keys.
 
 Source: the encoder of Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596, in the form of its released code:
-pre-norm blocks, attention without output projection, a norm after the patch embedding. papers/thanos.md 3.
+pre-norm blocks, attention without output projection, a norm after the patch embedding.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -18,56 +18,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.errors import UserError
-from jaxcl.models.encoder import EncoderOptions
+from jaxcl.models.encoder import Encoder, EncoderOptions
 from jaxcl.models.heads import Dense, dense_init
-from jaxcl.models.resnet import remat_block
+from jaxcl.models.layers import remat_block
+from jaxcl.runtime.options import OptionError, Range
 
 Array = jax.Array
 
 RATES = ("dropout", "block_dropout", "attention_dropout", "query_dropout", "drop_path")
-SPARE_POSITIONS = 2  # rows of the released table that no token uses; kept so that the parameter counts agree
+SPARE_POSITIONS = 2  # unused rows of the released table; kept so that the parameter counts agree
 NORM = dict(epsilon=1e-5, use_fast_variance=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class ViTOptions(EncoderOptions):
-    """What a config may say of a vision transformer. The rates are probabilities, and act in training only."""
+def _kept(key: Array | None, N: int, rates: dict[str, tuple[float, tuple[int, ...]]]) -> dict[str, Array]:
+    """Draws what to keep: {name: (rate of dropping, shape S for each image)} -> {name: bool [N, *S], True: keep}.
 
-    patch: int = 4  # side of a patch in pixels; it must divide the image's
-    width: int = 256  # features of a token
-    depth: int = 7  # blocks
-    heads: int = 8  # attention heads; they divide the width
-    mlp_width: int = 512  # hidden features of a block's MLP
-    dropout: float = 0.1  # of the patch embedding
-    block_dropout: float = 0.05  # of the attention's output, and in the MLP after either layer
-    attention_dropout: float = 0.05  # of attention probabilities
-    query_dropout: float = 0.1  # of whole queries in all heads: they attend to all tokens alike
-    drop_path: float = 0.05  # of a whole branch of an image in the last block; 0 in the first, linear in between
-    head_hidden_layers: int = 1  # of the projection head; 0: one dense layer
-    head_features: int = 128  # size of the embedding; 0: no head, the features themselves
-    head_hidden: int = 0  # width of its hidden layers; 0: as wide as the features
-    head_norm: str = "none"  # after each hidden layer of the head: none, batch
-    head_out_norm: str = "none"  # after its last: none, batch, plain (no scale, no bias)
-    dtype: str = "float32"  # or bfloat16: of activations; parameters, losses and statistics of norms stay float32
-    remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
-    weights: str = ""  # begin with these, not at random: a file by jaxcl export
-
-
-def _kept(key: Array | None, N: int, parts: dict[str, tuple[float, tuple[int, ...]]]) -> dict[str, Array]:
-    """{name: (rate of dropping, shape S of what is dropped of an image)} -> {name: bool [N, *S], what is kept}.
-
-    Names without a rate are left out, and all without a key. It is one draw of the global shape: under jit it does not
-    depend on how the batch is spread over devices, and a CPU compiles one generator instead of one a part, which
-    would be most of the time that the network takes to compile.
+    The result lacks names with rate 0, and is empty without a key. There is one draw of the global shape: under jit it
+    does not depend on how the batch is spread over devices, and XLA compiles one generator instead of one for each
+    name, which would be most of the compile time of the network on a CPU.
     """
-    parts = {name: part for name, part in parts.items() if part[0]} if key is not None else {}
-    if not parts:
+    rates = {name: given for name, given in rates.items() if given[0]} if key is not None else {}
+    if not rates:
         return {}
-    ends = np.cumsum([math.prod(shape) for _, shape in parts.values()])
+    ends = np.cumsum([math.prod(shape) for _, shape in rates.values()])
     bits = jnp.split(jax.random.bits(key, (N, int(ends[-1])), jnp.uint32), ends[:-1], axis=1)
     return {
         name: (own < np.uint32(min(round((1 - rate) * 2**32), 2**32 - 1))).reshape(N, *shape)
-        for own, (name, (rate, shape)) in zip(bits, parts.items(), strict=True)
+        for own, (name, (rate, shape)) in zip(bits, rates.items(), strict=True)
     }
 
 
@@ -91,7 +68,7 @@ class Embedding(nn.Module):
     def __call__(self, images: Array, key: Array | None) -> Array:
         (N, H, W, C), p, D = images.shape, self.patch, self.width
         if H % p or W % p or not H or not W:
-            raise UserError(f"model.patch is {p}, on images of {H}x{W} pixels; expected a divisor of both sides")
+            raise UserError(f"model.patch is {p}, but images have {H}x{W} pixels; expected a divisor of both sides")
         h, w = H // p, W // p
         x_NxPxppC = images.astype(self.dtype).reshape(N, h, p, w, p, C).transpose(0, 1, 3, 2, 4, 5)
         x_NxPxppC = x_NxPxppC.reshape(N, h * w, p * p * C)  # in the order row, column, channel
@@ -104,8 +81,8 @@ class Embedding(nn.Module):
             known = len(self.get_variable("params", "positions"))
             if known != rows:
                 raise UserError(
-                    f"the model has positions for {known - 1 - SPARE_POSITIONS} patches, and images of {H}x{W} pixels "
-                    f"have {h * w}; give images of the size it was made for"
+                    f"the model has positions for {known - 1 - SPARE_POSITIONS} patches, but images of {H}x{W} pixels "
+                    f"have {h * w}; give images of the size that the model was made for"
                 )
         positions_TxD = self.param("positions", _init_token, (rows, D))[: 1 + h * w].astype(self.dtype)
         token_D = self.param("class_token", _init_token, (D,)).astype(self.dtype)
@@ -133,10 +110,10 @@ class Block(nn.Module):
         self.mlp_out = Dense(self.width, self.dtype)
 
     def __call__(self, x_NxTxD: Array, key: Array | None) -> Array:
-        """key: of what is dropped; None: nothing is."""
+        """key: for the random choice of what is dropped; None: nothing is."""
         N, T, D = x_NxTxD.shape
         path, block = self.drop_path, self.block_dropout
-        parts = {
+        rates = {
             "query": (self.query_dropout, (1, T, 1)),
             "attention": (self.attention_dropout, (self.heads, T, T)),
             "attended": (block, (T, D)),
@@ -145,7 +122,7 @@ class Block(nn.Module):
             "out": (block, (T, D)),
             "mlp_path": (path, (1, 1)),
         }
-        keep = _kept(key, N, parts).get
+        keep = _kept(key, N, rates).get
         y_NxTxD = _drop(self._attention(self.attention_norm(x_NxTxD), keep), block, keep("attended"))
         x_NxTxD = x_NxTxD + _drop(y_NxTxD, path, keep("attention_path"))
         y_NxTxF = nn.gelu(self.mlp_hidden(self.mlp_norm(x_NxTxD)), approximate=False)
@@ -158,18 +135,21 @@ class Block(nn.Module):
         q, k, v = jnp.moveaxis(self.qkv(x_NxTxD).reshape(N, T, 3, self.heads, d), 2, 0)  # [N,T,A,d]
         s_NxAxQxK = jnp.einsum("NQAd,NKAd->NAQK", q * d**-0.5, k)
         s_NxAxQxK = s_NxAxQxK.astype(jnp.promote_types(self.dtype, jnp.float32))
-        # Of the logits: a dropped query has 0 on all keys, and so takes a plain mean of the values.
+        # On the logits: a dropped query has logit 0 for all keys, so its output is the plain mean of the values.
         s_NxAxQxK = _drop(s_NxAxQxK, self.query_dropout, keep("query"))
         p_NxAxQxK = _drop(jax.nn.softmax(s_NxAxQxK), self.attention_dropout, keep("attention"))
         return jnp.einsum("NAQK,NKAd->NQAd", p_NxAxQxK.astype(self.dtype), v).reshape(N, T, D)
 
 
-class ViT(nn.Module):
-    """Image [N,H,W,C] -> normed class token [N,D]; `to_tap` and `from_tap` are its two halves.
+class ViT(Encoder):
+    """Image [N,H,W,C] -> normalised class token [N,D].
 
-    A tap "blockK" is the patch tokens [N,h,w,D] that block K hands to block K+1. The last block has none: behind it
-    the features are of the class token alone, and nothing would be explained.
+    A tap "blockK" is the patch tokens [N,h,w,D] that block K hands to block K+1. The last block has no tap: its output
+    enters the features through the class token alone, so the patch tokens would get no gradient.
     """
+
+    norm = "layer"
+    takes_key = True
 
     patch: int = 4
     width: int = 256
@@ -182,14 +162,15 @@ class ViT(nn.Module):
     query_dropout: float = 0.0
     drop_path: float = 0.0
     dtype: Any = jnp.float32
-    remat: bool = False  # see ViTOptions
-    # What the interface of `Model` asks of an encoder: each image by itself, nothing running.
-    norm = "layer"
-    norm_sets = ()
+    remat: bool = False
 
     @property
     def features(self) -> int:
         return self.width
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(f"block{i}" for i in range(1, self.depth))
 
     def setup(self):
         self.embedding = Embedding(self.patch, self.width, self.dropout, self.dtype)
@@ -206,7 +187,7 @@ class ViT(nn.Module):
         return x_NxTxD
 
     def _pool(self, x_NxTxD: Array) -> Array:
-        # A norm sees each token by itself, and the patches' are not wanted.
+        # The norm sees each token by itself, so it need not see the patches.
         return self.final_norm(x_NxTxD[:, 0]).astype(jnp.promote_types(self.dtype, jnp.float32))
 
     def __call__(
@@ -217,10 +198,6 @@ class ViT(nn.Module):
         norm_set: str = "",
         key: Array | None = None,
     ) -> Array:
-        """x [N,H,W,C] normalised images; with `train` and a key the rates apply, otherwise nothing is dropped.
-
-        `where` and `norm_set` are for batch norms, and change nothing here.
-        """
         keys = None if key is None or not train else jax.random.split(key, 1 + self.depth)
         x_NxTxD = self.embedding(x, None if keys is None else keys[0])
         return self._pool(self._run(x_NxTxD, 0, self.depth, keys))
@@ -228,39 +205,42 @@ class ViT(nn.Module):
     def to_tap(
         self, x: Array, tap: str, train: bool = False, where: Array | None = None, norm_set: str = ""
     ) -> tuple[Array, Array]:
-        """-> (patch tokens [N,h,w,D] at the tap, the class token [N,D], which `from_tap` wants back)."""
-        x_NxTxD = self._run(self.embedding(x, None), 0, tap_block(tap, self.depth))
+        """-> (patch tokens [N,h,w,D] at the tap, the class token [N,D] there)."""
+        x_NxTxD = self._run(self.embedding(x, None), 0, 1 + self.tap_index(tap))
         N, H, W, _ = x.shape
         return x_NxTxD[:, 1:].reshape(N, H // self.patch, W // self.patch, self.width), x_NxTxD[:, 0]
 
     def from_tap(
-        self, a: Array, x: Array, tap: str, train: bool = False, where: Array | None = None, norm_set: str = ""
+        self, a: Array, rest: Array, tap: str, train: bool = False, where: Array | None = None, norm_set: str = ""
     ) -> Array:
-        """Patch tokens at the tap and the class token there -> features [N,D]."""
         a_NxPxD = a.reshape(len(a), -1, self.width)
-        x_NxTxD = jnp.concatenate([x[:, None], a_NxPxD], axis=1)
-        return self._pool(self._run(x_NxTxD, tap_block(tap, self.depth), self.depth))
+        x_NxTxD = jnp.concatenate([rest[:, None], a_NxPxD], axis=1)
+        return self._pool(self._run(x_NxTxD, 1 + self.tap_index(tap), self.depth))
 
 
-def tap_block(tap: str, depth: int) -> int:
-    """How many blocks lie before a tap; UserError where the network has no such tap."""
-    names = [f"block{i}" for i in range(1, depth)]
-    if tap not in names:
-        known = f"one of {', '.join(names)}" if names else "none, since the last block has no tap"
-        raise UserError(f"tap {tap!r} is not in this encoder; expected {known}")
-    return 1 + names.index(tap)
+Rate = Annotated[float, Range(0, below=1)]
 
 
-def vit(options: ViTOptions, dtype: Any) -> ViT:
-    """A vision transformer; UserError for sizes or rates that cannot be."""
-    sizes = {k: getattr(options, k) for k in ("patch", "width", "depth", "heads", "mlp_width")}
-    rates = {k: getattr(options, k) for k in RATES}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"model.{name} is {value}; expected a whole number of at least 1")
-    if options.width % options.heads:
-        raise UserError(f"model.width is {options.width}; expected a multiple of model.heads, {options.heads}")
-    for name, value in rates.items():
-        if not 0 <= value < 1:
-            raise UserError(f"model.{name} is {value}; expected a probability of at least 0 and less than 1")
-    return ViT(**sizes, **rates, dtype=dtype, remat=options.remat)
+@dataclasses.dataclass(frozen=True)
+class ViTOptions(EncoderOptions):
+    """What a config says of a vision transformer. The rates are probabilities, and act in training only."""
+
+    patch: Annotated[int, Range(1)] = 4  # side of a patch in pixels; it must divide the side of the images
+    width: Annotated[int, Range(1)] = 256  # features of a token
+    depth: Annotated[int, Range(1)] = 7  # blocks
+    heads: Annotated[int, Range(1)] = 8  # attention heads; they divide the width
+    mlp_width: Annotated[int, Range(1)] = 512  # hidden features of the MLP in each block
+    dropout: Rate = 0.1  # of the patch embedding
+    block_dropout: Rate = 0.05  # of the attention's output, and of both layers of the MLP
+    attention_dropout: Rate = 0.05  # of attention probabilities
+    query_dropout: Rate = 0.1  # of whole queries in all heads: they attend to all tokens alike
+    drop_path: Rate = 0.05  # of a residual branch of an image, in the last block; 0 in the first, linear in between
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise OptionError("width", f"is {self.width}; expected a multiple of heads, {self.heads}")
+
+    def make(self, dtype: Any) -> ViT:
+        names = ("patch", "width", "depth", "heads", "mlp_width", *RATES, "remat")
+        return ViT(**{k: getattr(self, k) for k in names}, dtype=dtype)

@@ -1,15 +1,15 @@
-"""Weights of encoders as safetensors files: how they are written, read, and fitted to an encoder.
+"""Weights of encoders as safetensors files: write them, read them, and fit them to an encoder.
 
-A file says of itself what it is, in JSON, in the header that safetensors has for that: `about`. Its tensors are the
-variables of one encoder, by the paths of flax's tree ("params.stem_conv.kernel") or by torchvision's names
-(`models.torch_layout`). A file by torchvision's names without a word about itself is read too.
+The header of a file holds a description in JSON, `about`: the layout of the tensors ("jaxcl" or "torch"), the encoder's
+architecture, its preprocessing and its provenance. In layout jaxcl the tensors are the variables of one encoder by the
+paths of flax's trees ("params.stem_conv.kernel"); in layout torch they are a state dict (`models.torch_layout`). A file
+without a description is read too if an encoder's torch layout recognises it.
 """
 
 import json
-import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -18,31 +18,43 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
-from jaxcl.method.recipe import Recipe
-from jaxcl.models import BRANCHES, HEAD, Model, torch_layout
+from jaxcl.models.model import Model
+from jaxcl.models.registry import MODELS
+from jaxcl.models.torch_layout import TorchLayout, Variables
+from jaxcl.models.trees import ENCODER, encoder_stats
 from jaxcl.runtime import storage
 
-logger = logging.getLogger("jaxcl")
-
 Tree = Any
-Variables = dict[str, np.ndarray]  # by dotted names
 SUFFIX = ".safetensors"
 DEFAULT_NAME = "backbone" + SUFFIX
 LAYOUTS = ("jaxcl", "torch")
-_KEY = "jaxcl"  # of the header
+_KEY = "jaxcl"  # in the header
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
+class Weights(NamedTuple):
+    """The content of a file.
+
+    Attributes:
+      variables: of one encoder, float32.
+      about: the description in the file, {} without one.
+      kind: without a description, the kind of encoder whose torch layout recognised the file; otherwise "".
+    """
+
+    variables: Variables
+    about: dict[str, Any]
+    kind: str = ""
+
+
 def flat(params: Tree, stats: Tree) -> Variables:
-    """Parameters and statistics of an encoder, by dotted names."""
+    """Parameters and batch statistics of an encoder -> variables by dotted names."""
     return flatten_dict({"params": params, "batch_stats": stats}, sep=".")
 
 
 def nested(variables: Variables) -> tuple[Tree, Tree]:
-    """-> (parameters, statistics), from dotted names."""
+    """Variables by dotted names -> (parameters, batch statistics)."""
     tree = unflatten_dict(variables, sep=".")
     return tree["params"], tree.get("batch_stats", {})
 
@@ -53,22 +65,44 @@ def file_of(path: str | os.PathLike) -> epath.Path:
     return path if path.name.endswith(SUFFIX) else path / DEFAULT_NAME
 
 
-def write(path: str | os.PathLike, variables: Variables, about: Mapping[str, Any], *, layout: str) -> epath.Path:
-    """Write variables of an encoder to a file, and `about` beside it too, for people; -> the file.
+def torch_layout(kind: str) -> TorchLayout:
+    """The torch layout of a kind of encoder. Raises UserError if the kind has none."""
+    layout = MODELS.resolve(kind).torch_layout
+    if layout is None:
+        raise UserError(f"{kind} has no torch layout; use layout jaxcl")
+    return layout
+
+
+def _torch_layouts(kind: str) -> Iterator[tuple[str, TorchLayout]]:
+    """The torch layout of a kind, if it has one, and those of the built-in kinds."""
+    for name in dict.fromkeys((*filter(None, (kind,)), *MODELS)):
+        if layout := MODELS.resolve(name).torch_layout:
+            yield name, layout
+
+
+def write(
+    path: str | os.PathLike, variables: Variables, about: Mapping[str, Any], *, torch: TorchLayout | None = None
+) -> epath.Path:
+    """Write the variables of an encoder to a file, and `about` to a JSON file beside it for people.
 
     Args:
-      path: a file that ends in .safetensors, or a folder, made where it is missing; local or remote.
-      variables: by our names; float32.
-      layout: "jaxcl" or "torch".
+      path: a file that ends in .safetensors, or a folder, which is made if it is missing; local or remote.
+      variables: float32.
+      about: the description.
+      torch: the layout to write; None: jaxcl's.
 
-    Errors: UserError where nothing can be written.
+    Returns:
+      The file.
+
+    Raises:
+      UserError: nothing can be written there.
     """
     path = file_of(path)
-    tensors = torch_layout.to_torch(variables) if layout == "torch" else variables
+    tensors = torch.to_torch(variables) if torch else variables
     tensors = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
-    about = {**about, "layout": layout}
-    # "format" is for readers of torch's world, who ask for it.
-    header = {_KEY: json.dumps(about), **({"format": "pt"} if layout == "torch" else {})}
+    about = {**about, "layout": "torch" if torch else "jaxcl"}
+    # Readers in torch ask for "format".
+    header = {_KEY: json.dumps(about), **({"format": "pt"} if torch else {})}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.write_whole(path, safetensors.numpy.save(tensors, header))
@@ -82,10 +116,15 @@ def _beside(path: epath.Path) -> epath.Path:
     return path.with_name(path.name.removesuffix(SUFFIX) + ".json")
 
 
-def read(path: str | os.PathLike) -> tuple[Variables, dict[str, Any]]:
-    """-> (variables by our names, float32; what the file says about itself, {} where nothing).
+def read(path: str | os.PathLike, *, kind: str = "") -> Weights:
+    """Read a file of weights.
 
-    Errors: UserError for what is no such file, damaged, or of no known names.
+    Args:
+      path: the file, or a folder with an export.
+      kind: of the encoder that the weights are for; a file without a description is tried in its torch layout first.
+
+    Raises:
+      UserError: the file is missing or damaged, or its names are unknown.
     """
     path = file_of(path)
     storage.need_library(path)
@@ -93,53 +132,75 @@ def read(path: str | os.PathLike) -> tuple[Variables, dict[str, Any]]:
         content = path.read_bytes()
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        raise UserError(f"weights {path} cannot be read ({why}); expected what jaxcl export wrote") from error
+        raise UserError(f"weights {path} cannot be read ({why}); expected a file by jaxcl export") from error
     if content[:2] in (b"PK", b"\x80\x02"):
         raise UserError(
             f"{path} is a pickle of torch, which may run code when it is read; convert it where you trust it, with "
             "safetensors.torch.save_file(model.state_dict(), PATH)"
         )
     try:
-        tensors = safetensors.deserialize(content)
+        tensors = dict(safetensors.deserialize(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about = json.loads(header.get("__metadata__", {}).get(_KEY, "{}"))
     except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(f"{path} is no safetensors file, or damaged ({error})") from error
-    state = {name: _array(path, name, tensor) for name, tensor in tensors if not torch_layout.ignored(name)}
-    if about.get("layout") == "torch" or (not about and torch_layout.is_torch(state)):
-        return torch_layout.from_torch(state), about
-    if about.get("layout") != "jaxcl":
-        some = ", ".join(sorted(state)[:3]) or "nothing"
-        raise UserError(
-            f"{path} holds {some}, ...; expected an export of jaxcl, or a ResNet by torchvision's names (conv1.weight, "
-            "bn1.weight, layer1.0.conv1.weight, ...)"
-        )
-    return state, about
+    if about.get("layout") == "jaxcl":
+        return Weights(_arrays(path, tensors), about)
+    if about.get("layout") == "torch" and "architecture" in about:
+        layout = torch_layout(about["architecture"].get("kind"))
+        return Weights(layout.from_torch(_arrays(path, tensors, layout)), about)
+    for name, layout in _torch_layouts(kind):
+        if layout.recognises(tensors):
+            return Weights(layout.from_torch(_arrays(path, tensors, layout)), about, name)
+    some = ", ".join(sorted(tensors)[:3]) or "nothing"
+    networks = [layout.network for _, layout in _torch_layouts(kind)]
+    raise UserError(f"{path} holds {some}, ...; expected an export of jaxcl, or {' or '.join(networks)}")
 
 
-def _array(path: epath.Path, name: str, tensor: Mapping[str, Any]) -> np.ndarray:
-    if tensor["dtype"] not in _FLOATS:
-        raise UserError(f"{path}: {name} is {tensor['dtype']}; expected one of {', '.join(_FLOATS)}")
-    return np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"]).astype(np.float32)
+def _arrays(path: epath.Path, tensors: Mapping[str, Any], layout: TorchLayout | None = None) -> Variables:
+    arrays = {}
+    for name, tensor in tensors.items():
+        if layout and layout.ignores(name):
+            continue
+        if tensor["dtype"] not in _FLOATS:
+            raise UserError(f"{path}: {name} is {tensor['dtype']}; expected one of {', '.join(_FLOATS)}")
+        array = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]])
+        arrays[name] = array.reshape(tensor["shape"]).astype(np.float32)
+    return arrays
+
+
+def architecture(weights: Weights) -> dict[str, Any]:
+    """The options of the encoder that has these weights, with its kind: from the description, or from the tensors.
+
+    Raises:
+      UserError: the weights are those of no encoder, or their description lacks the options.
+    """
+    if weights.kind:
+        return {"kind": weights.kind, **torch_layout(weights.kind).architecture(weights.variables)}
+    if "architecture" not in weights.about:
+        raise UserError("it names no architecture")
+    return weights.about["architecture"]
 
 
 def fit(where: str, variables: Variables, model: Model, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
-    """Variables as (parameters, statistics) of a model's encoder.
+    """Variables -> (parameters, batch statistics) of a model's encoder.
 
-    Further sets of batch norms, which no file has, begin as copies of the clean one.
+    Further sets of batch norms, which files lack, start as copies of the clean one.
 
     Args:
-      where: what the variables are called in messages.
-      variables: by our names.
-      image_shape: of the images that the model is for.
+      where: the name of the variables in messages.
+      variables: by dotted names.
+      model: the model.
+      image_shape: (H, W, C) of the images that the model is for.
 
-    Errors: UserError where a name is missing or too many, or a shape differs.
+    Raises:
+      UserError: a name is missing or unknown, or a shape differs.
     """
-    wanted, norm_sets = shapes(model, image_shape), getattr(model.encoder, "norm_sets", ())
-    sources = {name: _clean(name, norm_sets) for name in wanted}
+    wanted = shapes(model, image_shape)
+    sources = {name: _clean(name, model.encoder.norm_sets) for name in wanted}
     needed = set(sources.values())
     odd = [
-        f"{name} is {_of(variables, name)} there and {wanted.get(name, 'absent')} here"
+        f"{name} is {_shape(variables, name)} there and {wanted.get(name, 'absent')} here"
         for name in sorted(needed | set(variables))
         if name not in needed or name not in variables or variables[name].shape != wanted[name]
     ]
@@ -149,15 +210,14 @@ def fit(where: str, variables: Variables, model: Model, image_shape: tuple[int, 
     return nested({name: variables[source] for name, source in sources.items()})
 
 
-def _of(variables: Variables, name: str) -> Any:
+def _shape(variables: Variables, name: str) -> Any:
     return variables[name].shape if name in variables else "absent"
 
 
 def shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """Of the variables of a model's encoder, of all its sets of batch norms, by name."""
+    """The shapes of the variables of a model's encoder, in all its sets of batch norms, by dotted names."""
     params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0), image_shape))
-    stats = {k: v for k, v in stats.items() if k not in (HEAD, BRANCHES)}
-    return {name: tuple(x.shape) for name, x in flat(params["encoder"], stats).items()}
+    return {name: tuple(x.shape) for name, x in flat(params[ENCODER], encoder_stats(stats)).items()}
 
 
 def _clean(name: str, norm_sets: tuple[str, ...]) -> str:
@@ -166,22 +226,3 @@ def _clean(name: str, norm_sets: tuple[str, ...]) -> str:
     for norm_set in norm_sets:
         path[-2] = path[-2].removesuffix(f"_{norm_set}")
     return ".".join(path)
-
-
-def starting_weights(config: ConfigDict, recipe: Recipe) -> dict[str, tuple[Tree, Tree]]:
-    """What the config's `model.weights` and `encoders.NAME.weights` name: (parameters, statistics) by encoder, "" main.
-
-    Errors: UserError for files that cannot be read or do not fit.
-    """
-    nodes = {"": ("model", config.model), **{n: (f"encoders.{n}", node) for n, node in config.encoders.items()}}
-    out = {}
-    for name, (where, node) in nodes.items():
-        if path := node.get("weights"):
-            if not isinstance(path, str):
-                raise UserError(f"{where}.weights is {path!r}; expected a path, or '' for none")
-            variables, about = read(path)
-            out[name] = fit(f"{where}.weights {path}", variables, recipe.encoder(name), recipe.image_shape)
-            origin = about.get("provenance", {})
-            of = f", of {origin.get('name')} at step {origin.get('step')}" if origin else ""
-            logger.info("%s begins with the weights in %s%s", where, path, of)
-    return out

@@ -1,6 +1,7 @@
-"""What a run leaves behind for people: numbers as they come, a progress line, and one page at the end.
+"""What people read of a run: the metrics while it trains, the progress line, figures, and one page at the end.
 
-Everything here takes NumPy arrays and plain dicts; nothing imports a model, a loss or jax.
+Writers, figures and HTML belong here. They take NumPy arrays and plain dicts and import no model, no loss and no jax.
+Metrics are computed in `jaxcl.evaluate`; tables over several runs are made by `jaxcl.commands`.
 """
 
 from jaxcl.report.metrics import JsonLines, MetricsWriter, read_metrics
@@ -11,7 +12,7 @@ __all__ = ["JsonLines", "MetricsWriter", "Progress", "open_wandb", "read_metrics
 
 
 def __getattr__(name: str):
-    # The page pulls in matplotlib and scikit-learn; a loop that draws nothing should not pay for them.
+    # Lazy: the page imports matplotlib and scikit-learn.
     if name == "write_report":
         from jaxcl.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""What a run recorded, drawn as small multiples."""
+"""The metrics of a run over its steps, as small multiples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ _MAX_LINES = 6
 
 @styled
 def curves(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Small multiples of what a run recorded; each measurement light, its running mean strong.
+    """Draw the metrics of a run as small multiples: single measurements light, their running mean strong.
 
     Args:
-      metrics: the dicts of `read_metrics`. Known names get panels in a fixed order (loss, learning rate,
-        accuracy, saliency, collapse, speed, data wait); other numbers one panel for each prefix before "/".
+      metrics: the dicts of `read_metrics`. Known metrics get panels in a fixed order (loss, learning rate, accuracy,
+        saliency, collapse, speed, data wait), the others one panel for each prefix before "/".
     """
-    panels = _panels(_series(metrics))
+    panels = grouped(read_series(metrics))
     if not panels:
         return message("No metrics were recorded.")
     columns = 1 if len(panels) == 1 else 2
@@ -42,8 +42,8 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
     return figure
 
 
-def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> (steps [n], values [n]) in the order of the steps; only numbers, non-finite ones included."""
+def read_series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (steps [n], values [n]) in the order of the steps, of all metrics that are numbers, finite or not."""
     found: dict[str, dict[int, float]] = {}
     for row in metrics:
         for name, value in row.items():
@@ -54,7 +54,7 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray,
     return {name: tuple(np.array(points, float).T) for name, points in ordered.items()}
 
 
-def _panels(series: dict) -> list[tuple[str, dict, str]]:
+def grouped(series: dict) -> list[tuple[str, dict, str]]:
     """[(title, {label: (steps, values)}, kind)]; kind "number" | "percent" | "schedule"."""
     rest = dict(series)
 
@@ -76,7 +76,7 @@ def _panels(series: dict) -> list[tuple[str, dict, str]]:
     losses = take("loss", prefix="loss/")
     if "loss" in losses and len(losses) == 2:
         (_, total), (_, part) = losses.items()
-        if np.array_equal(total, part, equal_nan=True):  # one term of weight 1: the same line twice
+        if np.array_equal(total, part, equal_nan=True):  # one term of weight 1 equals the total
             losses = {"loss": total}
     if "loss" in losses and len(losses) > 1:
         losses = {"total": losses.pop("loss"), **losses}
@@ -95,7 +95,7 @@ def _panels(series: dict) -> list[tuple[str, dict, str]]:
     panels.append(("Cosines within and between classes", renamed(collapse, names), "number"))
     others = ("collapse/effective_rank", "collapse/alignment", "collapse/uniformity")
     lines = renamed(others, ("log eff. rank", "alignment", "uniformity"))
-    if "log eff. rank" in lines:  # the rank itself would leave the other two flat; 0 stands for all points in one
+    if "log eff. rank" in lines:  # on the rank's own scale the other two lines are flat; 0: all points are one
         steps, ranks = lines["log eff. rank"]
         lines["log eff. rank"] = steps, np.log(np.maximum(ranks, 1))
     panels.append(("All embeddings: spread and alignment", lines, "number"))
@@ -118,7 +118,7 @@ def _draw_lines(ax, lines: dict, kind: str, last: float) -> None:
         shown = np.where(finite, values, np.nan)
         if smooth:
             ax.plot(steps, shown, color=color, alpha=0.25, linewidth=0.8)
-            shown = _running_mean(shown, max(3, len(values) // 25))
+            shown = running_mean(shown, max(3, len(values) // 25))
         sparse = len(values) < 25
         ax.plot(steps, shown, color=color, marker="o" if sparse else None, markersize=3.5)
         ends.append((float(shown[np.flatnonzero(np.isfinite(shown))[-1]]), name, color))
@@ -165,7 +165,7 @@ def _label_ends(ax, ends: list[tuple[float, str, str]], kind: str) -> None:
         )  # fmt: skip
 
 
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Mean of the finite values in a centred window, cut off at the ends."""
     half = width // 2
     good = np.isfinite(values)

@@ -1,4 +1,4 @@
-"""The figures of the report: NumPy arrays and plain dicts in, a matplotlib Figure out."""
+"""The figures of the report: functions of NumPy arrays and plain dicts that return a matplotlib Figure."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,18 +43,18 @@ __all__ = [
 
 _BLUES = LinearSegmentedColormap.from_list("page", ["#ffffff", "#cfe3f1", "#6fb0d8", BLUE, "#00395c"])
 _TSNE_POINTS = 1500
-MARKS = "osD^vP"  # of lines, so that colour is not all that tells them apart
+MARKS = "osD^vP"  # markers of lines, which then differ not only in colour
 
 
 @styled
 def embedding(
     features: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None = None, *, seed: int = 0
 ) -> matplotlib.figure.Figure:
-    """t-SNE of the embeddings, a colour a class, the class written where its middle lies.
+    """Draw a t-SNE picture of the embeddings, coloured by class, with each name at the median of its class.
 
     Args:
-      features: [n,D] embeddings; scaled to unit length, reduced to 50 principal components, then t-SNE. At
-        most 1,500 points are drawn, chosen at random.
+      features: [n,D] embeddings; scaled to unit length and reduced to 50 principal components before t-SNE. At most
+        1,500 points are drawn, chosen at random.
       labels: [n] class ids, -1 = unlabelled (grey).
       class_names: names by id.
       seed: of the choice of points and of t-SNE.
@@ -72,7 +72,7 @@ def embedding(
     classes = [int(c) for c in np.unique(labels) if c >= 0]
     color_of = class_colors(len(classes))
     ax.scatter(*points[labels < 0].T, s=9, color="#b6bec7", linewidths=0)
-    order = np.random.default_rng(seed).permutation(len(points))  # no class is drawn on top of all others
+    order = np.random.default_rng(seed).permutation(len(points))  # in random order, so no class covers the others
     rank = {c: i for i, c in enumerate(classes)}
     order = order[labels[order] >= 0]
     ax.scatter(*points[order].T, s=13, c=[color_of[rank[int(labels[i])]] for i in order], alpha=0.75, linewidths=0)
@@ -93,16 +93,16 @@ def embedding(
 
 
 def to_plane(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """t-SNE of at most 1,500 of the features, chosen at random, after scaling to unit length and 50 components.
+    """Place features in the plane by t-SNE: at most 1,500 of them, chosen at random.
 
     Args:
-      features: [n,D], or anything of which n rows can be made.
+      features: [n,...]; scaled to unit length and reduced to 50 principal components before t-SNE.
 
     Returns:
-      (which rows of the features [m], their places [m,2]).
+      (rows of the features [m], their positions [m,2]).
 
     Raises:
-      ValueError: there is nothing to see; the text says why.
+      ValueError: too few finite features, or all are equal; the message says which.
     """
     features = np.asarray(features, np.float32)
     features = features.reshape(len(features), -1)
@@ -115,25 +115,26 @@ def to_plane(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     if features.std(0).max() < 1e-5:
         raise ValueError("All embeddings are the same point: the encoder has collapsed.")
-    return rows, _tsne(features, seed)
+    return rows, tsne(features, seed)
 
 
-def _tsne(features: np.ndarray, seed: int) -> np.ndarray:
+def tsne(features: np.ndarray, seed: int) -> np.ndarray:
+    """t-SNE of [n,D] features -> positions [n,2]."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # scikit-learn depends on it
 
     n, d = features.shape
     perplexity = min(30.0, (n - 1) / 3)
-    # 600 steps: later ones hardly change the picture; 1,500 points then take about 3 s.
-    tsne = TSNE(2, perplexity=perplexity, init="pca", max_iter=600, random_state=seed)
-    # One thread: on a busy machine, threads waiting for each other made this ten times slower.
+    # 600 steps: later ones hardly change the picture.
+    method = TSNE(2, perplexity=perplexity, init="pca", max_iter=600, random_state=seed)
+    # One thread: on a busy machine, threads that wait for each other make this many times slower.
     with threadpool_limits(1):
         if min(n, d) > 50:
             features = PCA(50, svd_solver="randomized", random_state=seed).fit_transform(features)
         if d == 1:
             features = np.concatenate([features, np.zeros_like(features)], axis=1)
-        return tsne.fit_transform(features.astype(np.float32))
+        return method.fit_transform(features.astype(np.float32))
 
 
 def class_colors(count: int) -> list:
@@ -152,7 +153,7 @@ def _darker(color) -> tuple[float, ...]:
 
 
 def _apart(places: np.ndarray, extent: np.ndarray) -> np.ndarray:
-    """Moves labels that would overlap up and down until they do not."""
+    """Move labels up and down until they do not overlap."""
     places = places.astype(float).copy()
     wide, high = 0.13 * extent[0], 0.045 * extent[1]
     for _ in range(60):
@@ -173,7 +174,7 @@ def _apart(places: np.ndarray, extent: np.ndarray) -> np.ndarray:
 
 @styled
 def confusion(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> matplotlib.figure.Figure:
-    """Row-normalised confusion matrix; up to 20 classes with numbers, beyond with the ten commonest mistakes.
+    """Draw a row-normalised confusion matrix: up to 20 classes with numbers, more with the ten commonest mistakes.
 
     Args:
       matrix: [C,C] counts, rows = true class, columns = predicted class.
@@ -190,7 +191,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> m
     grid = figure.add_gridspec(1, 2, width_ratios=[1.0, 0.62]) if not detailed else figure.add_gridspec(1, 1)
     ax = figure.add_subplot(grid[0, 0])
     ax.set_facecolor("#eceff2")  # a class without examples
-    # Of many classes each mistake is rare: a square-root scale keeps them visible.
+    # With many classes each mistake is rare: a square-root scale keeps them visible.
     norm = PowerNorm(1.0 if detailed else 0.5, vmin=0, vmax=1)
     ax.imshow(share, cmap=_BLUES, norm=norm, interpolation="nearest")
     ax.grid(False)
@@ -235,7 +236,7 @@ def calibration_error(bins: Mapping[str, Any]) -> float:
 
 @styled
 def reliability(splits: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Reliability diagrams side by side: how often the predictions of a given confidence are right.
+    """Draw reliability diagrams side by side: how often the predictions of a given confidence are right.
 
     Args:
       splits: name -> {"count", "accuracy", "confidence"}, each [num_bins], equal-width bins over [0,1].
@@ -280,17 +281,17 @@ def reliability(splits: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Fi
 
 @styled
 def robustness(lines: Mapping[str, Mapping[Any, Any]]) -> matplotlib.figure.Figure:
-    """Accuracy, and where given the calibration error, under attacks of growing strength.
+    """Draw the accuracy, and the calibration error where it is given, under attacks of growing strength.
 
     Args:
-      lines: what is attacked and how -> epsilon in 1/255 (number or text) -> accuracy or
-        {"accuracy": ..., "ece": ...}; 0 = clean.
+      lines: name of the line -> epsilon in 1/255 (number or text; 0: clean) -> accuracy or
+        {"accuracy": ..., "ece": ...}.
     """
     series: dict[str, list[tuple[float, Any, Any]]] = {}
     for name, by_epsilon in lines.items():
         for epsilon, value in by_epsilon.items():
-            figures = value if isinstance(value, Mapping) else {"accuracy": value}
-            series.setdefault(name, []).append((float(epsilon), figures.get("accuracy"), figures.get("ece")))
+            metrics = value if isinstance(value, Mapping) else {"accuracy": value}
+            series.setdefault(name, []).append((float(epsilon), metrics.get("accuracy"), metrics.get("ece")))
     panels = [("Accuracy under attack", 1, 0), ("Calibration error under attack", 2, 1)]
     panels = [p for p in panels if any(row[p[1]] is not None for rows in series.values() for row in rows)]
     if not panels:
@@ -309,8 +310,8 @@ def robustness(lines: Mapping[str, Mapping[Any, Any]]) -> matplotlib.figure.Figu
             ax.plot(*points.T, color=color, marker=MARKS[i % len(MARKS)], markersize=5, label=name)
             top = max(top, float(np.nanmax(points[:, 1])))
             if len(series) > 1:
-                continue  # numbers on several lines would lie on each other; they are in the table below
-            falls = points[-1, 1] < points[0, 1]  # the numbers stand on the side the line leaves free
+                continue  # the numbers of several lines would overlap; the table has them
+            falls = points[-1, 1] < points[0, 1]  # numbers go to the side that the line leaves free
             place = {"xytext": (4 if falls else -4, 5), "ha": "left" if falls else "right"}
             for x, y in points:
                 ax.annotate(f"{100 * y:.1f}%", (x, y), textcoords="offset points", color=color, weight="bold",
@@ -329,11 +330,11 @@ def robustness(lines: Mapping[str, Mapping[Any, Any]]) -> matplotlib.figure.Figu
 
 @styled
 def out_of_domain(rows: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Bars of accuracy in domain and out of it; where less is better, they are hatched.
+    """Draw bars of accuracy in domain and out of it; hatched if lower is better.
 
     Args:
-      rows: name -> {"value": in [0,1]; "chance": drawn as a line across the bar, where there is one; "lower": True
-        where less is better}, from top to bottom.
+      rows: name -> {"value": in [0,1], "chance": (optional) drawn as a line across the bar, "lower": (optional) True if
+        lower is better}, from top to bottom.
     """
     rows = {name: row for name, row in rows.items() if np.isfinite(row["value"])}
     if not rows:
@@ -344,7 +345,7 @@ def out_of_domain(rows: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Fi
         value, lower = float(row["value"]), row.get("lower", False)
         color = ORANGE if lower else BLUE if y == 0 else SKY
         ax.barh(y, value, 0.66, color=color, hatch="///" if lower else None, edgecolor="white", linewidth=0)
-        end = max(value, row.get("chance") or 0)  # clear of both
+        end = max(value, row.get("chance") or 0)  # right of both
         ax.annotate(f"{100 * value:.1f}%", (end, y), xytext=(5, 0), textcoords="offset points", va="center",
                     weight="bold", fontsize=8.5)  # fmt: skip
         if row.get("chance") is not None:

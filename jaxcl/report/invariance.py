@@ -1,4 +1,4 @@
-"""The figure of what each stage of a network is invariant to."""
+"""Figures of the transformations that each stage of a network is invariant to."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ _TITLES = {"centred": "Beyond what all images share", "cosine": "Features as the
 
 @styled
 def invariance(panel: Mapping[str, Any]) -> matplotlib.figure.Figure:
-    """Heat maps, a row a stage (the last on top), a column a transformation, the mean cosine written in each cell.
+    """Draw heat maps of the mean cosine: one row per stage (the last on top), one column per transformation.
 
     Args:
-      panel: "stages" [K] and "transformations" [A], names; "centred" and "cosine" [K,A], either may be missing. A last
-        transformation that is none (another image) stands apart.
+      panel: "stages" [K] and "transformations" [A], names; "centred" and "cosine" [K,A], either may be missing. If the
+        last column compares with another image instead of a transformed one, it is set apart.
     """
     kinds = [k for k in _TITLES if k in panel and np.size(panel[k])]
     if not kinds:
@@ -30,7 +30,7 @@ def invariance(panel: Mapping[str, Any]) -> matplotlib.figure.Figure:
     for i, kind in enumerate(kinds):
         ax = figure.add_subplot(len(kinds), 1, i + 1)
         table = np.asarray(panel[kind], float)
-        # From the lowest of the copies up, in tenths: the values of one network lie close together.
+        # The scale starts at the lowest value of the copies, in tenths: the values of a network are close together.
         copies = table[:, :-1] if names[-1].startswith("another") and len(names) > 1 else table
         low = float(np.clip(np.floor(10 * np.nanmin(copies, initial=0.9)) / 10, 0, 0.9))
         _heat_map(ax, table, stages, names, low)
@@ -41,14 +41,14 @@ def invariance(panel: Mapping[str, Any]) -> matplotlib.figure.Figure:
 
 @styled
 def invariances(tables: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """The same for several encoders, side by side in one scale, only beyond what all images share.
+    """Draw the centred heat maps of several encoders side by side, on one scale.
 
     Args:
-      tables: name -> "stages" [K], "transformations" [A] and "centred" [K,A], the mean of its seeds. Encoders whose
-        stages or transformations are not those of the first are left out.
+      tables: name -> "stages" [K], "transformations" [A] and "centred" [K,A], the mean over seeds. Encoders with other
+        stages or transformations than the first one are left out.
     """
     if not tables:
-        return message("No run of the sweep has measured its stages.")
+        return message("No run of the sweep has results of the evaluator invariance.")
     first = next(iter(tables.values()))
     alike = {n: t for n, t in tables.items() if all(t[k] == first[k] for k in ("stages", "transformations"))}
     stages, names = [str(s) for s in first["stages"]], [str(n) for n in first["transformations"]]

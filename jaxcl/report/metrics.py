@@ -1,8 +1,8 @@
-"""Metrics as they come: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard.
+"""Metrics during training: one JSON object per line in `metrics.jsonl`, and the same metrics for TensorBoard.
 
-On a local disk each line is there as soon as it is written. To an object store nothing can be appended: the files are
-kept in a temporary folder and put up whole, every half minute, before a checkpoint and at the end. What a kill takes
-are then lines after the last checkpoint, whose steps are done again anyway.
+On a local disk a line is complete as soon as it is written. Nothing can be appended to a file in an object store: there
+the files are kept in a temporary folder and uploaded whole, every half minute, before a checkpoint and at the end. A
+kill then loses only lines after the last checkpoint, whose steps are repeated anyway.
 """
 
 import json
@@ -20,24 +20,26 @@ from etils import epath
 from jaxcl.runtime import storage
 
 FILE_NAME = "metrics.jsonl"
-PUT_UP_SECONDS = 30.0
-# JSON has no word for these. As strings they stay valid JSON, stay apart from each other, and pandas reads
-# the column as numbers again.
+UPLOAD_SECONDS = 30.0
+# JSON has no literals for these. As strings they are valid JSON, and pandas still reads the column as numbers.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class JsonLines:
-    """A file of JSON lines to append to, cut back to `first_step` first: what came later will be written again.
+    """A file of JSON lines to append to.
 
-    A last line cut short by a kill is dropped too. first_step 0 starts the file afresh.
+    Args:
+      path: local or in an object store.
+      first_step: lines of later steps are dropped first, since a resumed run writes them again, and so is a last line
+        that a kill cut short. 0 empties the file.
     """
 
     def __init__(self, path: str | os.PathLike, *, first_step: int = 0):
         self._path = storage.folder(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _keep_until(self._path, first_step)
-        self._away = _Away(self._path.parent) if storage.is_remote(self._path) else None
-        local = self._away.fetch(self._path.name) if self._away else pathlib.Path(self._path)
+        self._mirror = _Mirror(self._path.parent) if storage.is_remote(self._path) else None
+        local = self._mirror.fetch(self._path.name) if self._mirror else pathlib.Path(self._path)
         self._file = open(local, "a", encoding="utf-8")
 
     @property
@@ -45,26 +47,26 @@ class JsonLines:
         return self._file.closed
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """One object, which has a "step"."""
+        """Append one object, which has a "step"."""
         self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
         self._file.flush()
-        if self._away:
-            self._away.put_up(PUT_UP_SECONDS)
+        if self._mirror:
+            self._mirror.upload(UPLOAD_SECONDS)
 
     def flush(self) -> None:
-        """Until all lines are where the file belongs."""
-        if self._away:
-            self._away.put_up()
+        """Upload what was written, if the file is remote."""
+        if self._mirror:
+            self._mirror.upload()
 
     def close(self) -> None:
-        """May be called twice."""
+        """Flush and close. May be called twice."""
         if not self._file.closed:
             self._file.close()
             self.flush()
 
 
-class _Away:
-    """A local folder whose files are put into an object store whole."""
+class _Mirror:
+    """A temporary local folder whose files are uploaded whole to a folder of an object store."""
 
     def __init__(self, remote: epath.Path):
         self._remote, self._sizes, self._last = remote, {}, time.monotonic()
@@ -72,14 +74,14 @@ class _Away:
         self.path = pathlib.Path(self._folder.name)
 
     def fetch(self, name: str) -> pathlib.Path:
-        """The local copy of a file, empty where there is none."""
+        """The local copy of a remote file; empty if there is none."""
         remote, local = self._remote / name, self.path / name
         local.write_bytes(remote.read_bytes() if remote.exists() else b"")
         self._sizes[local] = local.stat().st_size
         return local
 
-    def put_up(self, seconds: float = 0.0) -> None:
-        """Put up what has grown, unless that was done within the last `seconds`."""
+    def upload(self, seconds: float = 0.0) -> None:
+        """Upload the files that have grown, unless that was done within the last `seconds`."""
         if time.monotonic() - self._last < seconds:
             return
         for local in sorted(self.path.iterdir()):
@@ -90,22 +92,25 @@ class _Away:
 
 
 class _Board:
-    """A TensorBoard event file. Written as it comes: the usual writer's thread dies unseen when a disk is full, and
-    whoever feeds it then waits for ever."""
+    """A TensorBoard event file, written synchronously.
+
+    tensorboardX.SummaryWriter writes in a thread, which dies silently when the disk is full; its caller then waits
+    for ever on a full queue.
+    """
 
     def __init__(self, folder: epath.Path, first_step: int):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._event, self._away = Event, None
+        self._event, self._mirror = Event, None
         if storage.is_remote(folder):
-            self._away = _Away(folder)
+            self._mirror = _Mirror(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-        local = self._away.path if self._away else folder
-        # Named as TensorBoard expects, in the order of time; two of one second are told apart by their processes.
+        local = self._mirror.path if self._mirror else folder
+        # TensorBoard expects names in the order of time; the suffix keeps two files of one second apart.
         self._writer = EventsWriter(os.path.join(local, "events"), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
-        if first_step:  # makes TensorBoard forget the replayed steps of the earlier event files
+        if first_step:  # makes TensorBoard drop the repeated steps of earlier event files
             log = SessionLog(status=SessionLog.START)
             self._writer.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=log))
         self.flush()
@@ -114,36 +119,35 @@ class _Board:
         from tensorboardX.summary import scalar
 
         for name, value in scalars.items():
-            # TensorBoard plots nothing of the others, and tensorboardX prints a warning for each.
+            # TensorBoard does not plot other values, and tensorboardX prints a warning for each.
             if math.isfinite(value):
                 self._writer.write_event(self._event(wall_time=now, step=step, summary=scalar(name, value)))
         self._writer.flush()
-        if self._away:
-            self._away.put_up(PUT_UP_SECONDS)
+        if self._mirror:
+            self._mirror.upload(UPLOAD_SECONDS)
 
     def flush(self) -> None:
         self._writer.flush()
-        if self._away:
-            self._away.put_up()
+        if self._mirror:
+            self._mirror.upload()
 
     def close(self) -> None:
         self._writer.close()
-        if self._away:
-            self._away.put_up()
+        if self._mirror:
+            self._mirror.upload()
 
 
 class MetricsWriter:
     """Appends metrics to `workdir/metrics.jsonl` and to `workdir/tensorboard`.
 
-    Only one process may write a workdir; in a run of several processes the caller makes it process 0.
+    Only one process may write to a workdir; a run of several processes uses process 0.
 
     Args:
       workdir: the run folder, created if missing; local or in an object store.
       tensorboard: also write TensorBoard event files.
-      first_step: the step the run continues from (that of its checkpoint). What an earlier, interrupted run
-        wrote for later steps will be written again, so it is dropped here and no step appears twice; a last
-        line cut short by a kill is dropped too. 0 starts the record afresh.
-      also: given every step's scalars too, those that are finite.
+      first_step: the step of the checkpoint that the run continues from. Lines of later steps are dropped, so no step
+        appears twice, and so is a last line that a kill cut short. 0 starts afresh.
+      also: a function that receives the finite scalars of every step too.
     """
 
     def __init__(
@@ -160,15 +164,15 @@ class MetricsWriter:
         self._board = _Board(workdir / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any], **extra: Any) -> None:
-        """Writes one line.
+        """Write one line.
 
         Args:
-          step: the update the numbers belong to.
-          metrics: name -> scalar (Python, NumPy or device scalar). "/" in a name groups it in TensorBoard.
-          **extra: anything else JSON can hold, for the line only (an epoch, a note).
+          step: the update that the metrics belong to.
+          metrics: name -> scalar (Python, NumPy or device scalar). TensorBoard groups names by the part before "/".
+          **extra: other content for the line only, such as a histogram or a note.
 
         Raises:
-          ValueError: a name is "step" or "time", is given twice, or its value is not a scalar.
+          ValueError: a name is "step" or "time" or is given twice, or a value is not a scalar.
         """
         if self._lines.closed:
             raise ValueError("this MetricsWriter is closed")
@@ -184,13 +188,13 @@ class MetricsWriter:
             self._also(int(step), {name: value for name, value in scalars.items() if math.isfinite(value)})
 
     def flush(self) -> None:
-        """Until everything is where it belongs; before a checkpoint, which must not be ahead of its record."""
+        """Complete both records; before a checkpoint, which must not be ahead of them."""
         self._lines.flush()
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes both records; may be called twice."""
+        """Flush and close both records. May be called twice."""
         board, self._board = self._board, None
         try:
             self._lines.close()
@@ -206,7 +210,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Reads `workdir/metrics.jsonl` in the order written, "nan" and "inf" as floats; [] if there is none."""
+    """Read the lines of `workdir/metrics.jsonl`, "nan" and "inf" as floats; [] if there is no such file."""
     path = epath.Path(workdir) / FILE_NAME
     if not path.exists():
         return []
@@ -217,7 +221,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _rows(text: bytes) -> list[dict[str, Any]]:
-    """The lines that are whole; a kill in the middle of a write leaves at most one that is not."""
+    """The complete lines; a kill in the middle of a write leaves at most one that is not."""
     rows = []
     for line in text.splitlines():
         try:
@@ -230,11 +234,11 @@ def _rows(text: bytes) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: epath.Path, first_step: int) -> None:
-    """Rewrites `path` with the steps 1..first_step of a run that is continued, in one atomic replacement."""
+    """Rewrite `path` atomically with only the steps 1..first_step."""
     if not path.exists():
         return
     before = path.read_bytes()
-    # A run that starts over writes its step 0 again as well.
+    # A run that starts afresh writes its step 0 again too.
     rows = [row for row in _rows(before) if first_step > 0 and row["step"] <= first_step]
     after = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if after == before:
@@ -245,14 +249,14 @@ def _keep_until(path: epath.Path, first_step: int) -> None:
 def _scalar(name: str, value: Any) -> float:
     array = np.asarray(value)
     if array.size != 1:
-        raise ValueError(f"metric {name!r} has shape {array.shape}; a metric is one number")
+        raise ValueError(f"metric {name!r} has shape {array.shape}; expected one number")
     array = array.reshape(())
-    # The shortest digits that give the same float32 back: 0.1, not 0.10000000149011612.
+    # The shortest digits that read back as the same float32: 0.1, not 0.10000000149011612.
     return float(str(array[()])) if array.dtype == np.float32 else float(array)
 
 
 def _plain(value: Any) -> Any:
-    """The same value in what JSON can hold."""
+    """The value in types that JSON can hold."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Figures about non-semantic negatives: what their weight does to accuracy, in domain and out of it."""
+"""Figures of non-semantic negatives: how accuracy in and out of domain depends on their weight."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ Points = Mapping[float | None, Sequence[float]]  # alpha, None without negatives
 
 @styled
 def alpha_curves(panels: Mapping[str, Mapping[str, Points]]) -> matplotlib.figure.Figure:
-    """A measure a panel against the weight alpha of the negatives, a line a setting, those without negatives dashed.
+    """Draw metrics against the weight alpha of the negatives: one panel per metric, one line per setting.
 
     Args:
-      panels: title -> name of a line -> alpha -> values in [0,1] of its seeds; drawn are their mean and sample
-        standard deviation. A line of which only None is known is a setting without negatives.
+      panels: title -> name of the line -> alpha -> values in [0,1] of its seeds. Drawn are their mean and sample
+        standard deviation. A line with the only alpha None is a setting without negatives; it is dashed.
     """
     panels = {t: {n: p for n, p in lines.items() if any(len(v) for v in p.values())} for t, lines in panels.items()}
     panels = {title: lines for title, lines in panels.items() if lines}

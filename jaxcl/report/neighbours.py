@@ -1,4 +1,4 @@
-"""Pictures of what lies near what: images with their nearest ones, a map of thumbnails, and near-duplicates."""
+"""Figures of similar images: nearest neighbours, a map of thumbnails, and near-duplicates."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from jaxcl.report.style import (
     styled,
 )
 
-_MARGIN, _GAP, _TEXT = 14, 8, 34  # dots; of a line of text
+_MARGIN, _GAP, _TEXT = 14, 8, 34  # dots; _TEXT: height of a line of text
 _COLUMNS = 9
 _WIDE = round(WIDTH * DPI)
 _ROOM = (_WIDE - 2 * _MARGIN) // _COLUMNS - _GAP
@@ -39,14 +39,14 @@ def neighbour_grid(
     names: Sequence[str],
     found_names: Sequence[Sequence[str]],
 ) -> Titled:
-    """A row an image: it, and to its right the nearest ones, the nearest first.
+    """Draw one row per image: the image, then its nearest ones, the nearest first.
 
     Args:
       queries: [n,H,W,C].
       found: [n,k,H,W,C]; the first eight are shown.
       cosine: [n,k] of the features.
-      agree: [n,k] 1 where the class is that of the query, 0 where not, NaN where one is not known; None: no classes.
-      names, found_names: of the images, in full.
+      agree: [n,k] 1 for the class of the query, 0 for another one, NaN if one is unknown; None: no classes.
+      names, found_names: full names of the images.
     """
     n, k = len(queries), min(found.shape[1], _COLUMNS - 1)
     queries, found = as_rgb(queries), as_rgb(found)
@@ -55,11 +55,11 @@ def neighbour_grid(
     head = 40
     sheet = Sheet(2 * _MARGIN + (k + 1) * step + aside, _MARGIN + head + n * high)
     sheet.text(_MARGIN, _MARGIN + 14, "image", weight="bold")
-    sheet.text(_MARGIN + step + aside, _MARGIN + 14, "nearest by its features, with their cosine", weight="bold")
+    sheet.text(_MARGIN + step + aside, _MARGIN + 14, "nearest by features, with their cosine", weight="bold")
     for r in range(n):
         y = _MARGIN + head + r * high
         sheet.image(queries[r], _MARGIN, y, size, title=names[r])
-        sheet.text(_MARGIN, y + size[1] + _TEXT // 2, _fitted(names[r], step), color=MUTED, fontsize=7.5)
+        sheet.text(_MARGIN, y + size[1] + _TEXT // 2, shortened(names[r], step), color=MUTED, fontsize=7.5)
         for c in range(k):
             x = _MARGIN + (c + 1) * step + aside
             sheet.image(found[r, c], x, y, size, title=f"{found_names[r][c]}, cosine {cosine[r, c]:.3f}")
@@ -75,13 +75,13 @@ def neighbour_grid(
 def thumbnail_map(
     features: np.ndarray, images: np.ndarray, names: Sequence[str], *, seed: int = 0
 ) -> Titled | matplotlib.figure.Figure:
-    """t-SNE of the features with the images where they lie; those that have no room are dots.
+    """Draw a t-SNE picture of the features with the images at their positions; images without room are dots.
 
     Args:
       features: [n,D].
       images: [n,H,W,C].
       names: [n], in full.
-      seed: of t-SNE and of who gets the room.
+      seed: of t-SNE and of the order in which images are placed.
     """
     try:
         rows, points = to_plane(features, seed)
@@ -91,7 +91,7 @@ def thumbnail_map(
     size = cell_size(as_rgb(images[:1]).shape[1:3], _THUMBNAIL, _THUMBNAIL)
     low, extent = points.min(0), np.maximum(np.ptp(points, axis=0), 1e-9)
     inside = np.array([_WIDE, _MAP_HEIGHT]) - 2 * _MARGIN - size
-    places = _MARGIN + (points - low) / extent * inside  # of the upper left corner
+    places = _MARGIN + (points - low) / extent * inside  # of the upper left corners
     sheet.axes.scatter(*(places + np.array(size) / 2).T, s=5, color="#b6bec7", linewidths=0, zorder=-1)
     drawn = np.zeros((0, 2))
     for i in np.random.default_rng(seed).permutation(len(rows)):
@@ -105,11 +105,11 @@ def thumbnail_map(
 
 @styled
 def duplicate_grid(images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> Titled:
-    """Groups of near-duplicates, one after another.
+    """Draw groups of near-duplicates, one after another.
 
     Args:
-      images: of each group [n,H,W,C]; the first eight are shown.
-      names: of each group, of all its images.
+      images: [n,H,W,C] of each group; the first eight are shown.
+      names: of all images of each group.
     """
     columns = _COLUMNS - 1
     groups = [as_rgb(group)[:columns] for group in images]
@@ -126,14 +126,14 @@ def duplicate_grid(images: Sequence[np.ndarray], names: Sequence[Sequence[str]])
     for group, called, (x, y) in zip(groups, names, places, strict=True):
         for c, image in enumerate(group):
             sheet.image(image, x + c * step, y, size, title=called[c])
-            sheet.text(x + c * step, y + size[1] + _TEXT // 2, _fitted(called[c], step), color=MUTED, fontsize=7.5)
+            sheet.text(x + c * step, y + size[1] + _TEXT // 2, shortened(called[c], step), color=MUTED, fontsize=7.5)
         if more := len(called) - len(group):
             sheet.text(x + len(group) * step, y + size[1] / 2, f"and {more:,} more", color=MUTED, fontsize=8)
     return sheet.titled()
 
 
-def _fitted(name: str, room: int) -> str:
-    """Both ends of a file's name, in one of which it differs from others, for so many dots."""
+def shortened(name: str, room: int) -> str:
+    """A file name shortened to `room` dots; it keeps both ends, as names often differ in one of them."""
     name, length = short(name.rsplit("/", 1)[-1], 200), room // 13
     if len(name) <= length:
         return name

@@ -1,4 +1,4 @@
-"""The report of a run: an HTML page and its pictures in `report/`; it opens from disk and runs no scripts."""
+"""The report of a run: an HTML page and its figures in `report/`. It opens from disk and runs no scripts."""
 
 import html
 import json
@@ -16,126 +16,123 @@ from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI, Titled
 from jaxcl.runtime import storage
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("jaxcl")
 
-# Panel -> (title, what to look for, how its panel's dict is drawn), in the order of the page.
+# Panel -> (title, caption, how the panel's data is drawn), in the order of the page.
 _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | Titled]]] = {
     "curves": (
         "Training",
-        "Light lines are single measurements, strong lines their running mean; the number is where each "
-        "ends. The loss should fall and flatten while accuracy rises; a loss that falls while accuracy "
-        "stays points to a shortcut. Images a second that sag, or a wait for data above a few percent, "
-        "mean the device was not kept busy.",
+        "Light lines are single measurements, strong lines their running mean; the number is the last value. The loss "
+        "should fall and flatten while accuracy rises; if the loss falls but accuracy does not rise, the encoder has "
+        "found a shortcut. If images per second drop, or the wait for data is above a few percent, the device was not "
+        "kept busy.",
         lambda panel: figures.curves(panel),
     ),
     "views": (
         "What the encoder saw",
-        "Each row is one view of the same images. You should still recognise the class in every row: "
-        "where you cannot, the augmentation is too strong; where two rows look the same, there is "
-        "little to learn from the pair. Only negatives are to have lost what they show, and kept its texture.",
+        "Each row is one view of the same images. You should still recognise the class in every row: if you cannot, "
+        "the augmentation is too strong; if two rows look the same, there is little to learn from the pair. Only "
+        "negatives should have lost the object and kept its texture.",
         lambda panel: figures.view_grid(panel["images"], panel.get("labels")),
     ),
     "neighbours": (
         "Nearest neighbours",
-        "Some test images, and the training images whose features are most similar. Do you see what they have in "
-        "common? That is what the encoder goes by: the thing itself, or only colour, light and background. Where "
-        "classes are known, a blue frame means the same class and a red one another. The mouse shows the names.",
+        "Some test images, and the training images whose features are most similar. What they have in common is what "
+        "the encoder relies on: the object itself, or only colour, light and background. If classes are known, a blue "
+        "frame marks the same class and an orange frame another one. Point at an image to see its name.",
         lambda panel: neighbours.neighbour_grid(**panel),
     ),
     "map": (
         "A map of the images",
-        "A t-SNE picture of the features, with the images themselves where there is room and dots where there is none. "
-        "What lies together is alike to the encoder; distances between islands mean little. The mouse shows the names.",
+        "A t-SNE picture of the features, with the images themselves where there is room and dots elsewhere. Images "
+        "that lie close together look alike to the encoder; distances between islands mean little. Point at an image "
+        "to see its name.",
         lambda panel: neighbours.thumbnail_map(**panel),
     ),
     "near_duplicates": (
         "Near-duplicates",
-        "Images that are alike both to the encoder and pixel by pixel, a group a row: copies, other sizes or "
-        "compressions of one image, or frames of one scene. Copies on both sides of a split make figures too good; "
-        "many of one image pull the training towards it.",
+        "Groups of images that are alike both to the encoder and pixel by pixel: copies, other sizes or compressions "
+        "of one image, or frames of one scene. Copies in both the training and the test split make results look too "
+        "good; many copies of one image give it too much weight in training.",
         lambda panel: neighbours.duplicate_grid(**panel),
     ),
     "similarities": (
         "Near and far",
-        "How similar the embedding of a view is to its positive, to the negatives made of the same image, and to other "
-        "images; darker means more pairs, the line is the mean. An image's own negatives begin nearer than other "
-        "images, or there is nothing to learn from them; the further they fall below the positives, the less the "
-        "encoder goes by texture.",
+        "How similar the embedding of a view is to its positive, to the negatives made of the same image, and to "
+        "other images; darker means more pairs, the line is the mean. The negatives of an image start closer to it "
+        "than other images, or there is nothing to learn from them. The further they fall below the positives, the "
+        "less the encoder relies on texture.",
         lambda panel: similarities.similarities(panel),
     ),
     "saliency": (
         "Saliency masks",
-        "What the classifier looked at, and what the mask kept. A good mask covers the object and "
-        "leaves the background out: the two outlines agree. A mask is accepted when the kept pixels "
-        "alone are still given the right class. The rejected ones are worth a look: they show what the "
-        "network needed and did not get.",
+        "Where the classifier looked, and what the mask kept. A good mask covers the object and leaves the background "
+        "out: the two outlines agree. A mask is accepted if the kept pixels alone are still given the right class. "
+        "Look at the rejected ones too: they show what the network needed and did not get.",
         lambda panel: figures.saliency_grid(**panel),
     ),
     "adversary": (
         "What the adversary did",
-        "The view it started from, what it added (amplified around grey), and what the encoder was trained "
-        "on. The last row is the other image of the batch that each came closer to, with the similarity of "
-        "their embeddings before and after: these are the pairs the attack makes confusable. A good "
-        "adversary changes nothing you can see and much of what the encoder sees.",
+        "The view it started from, what it added (amplified around grey), and the view that the encoder was trained "
+        "on. The last row is the other image of the batch that each view came closer to, with the similarity of their "
+        "embeddings before and after: the attack makes these pairs confusable. A good adversary changes nothing that "
+        "you can see and much of what the encoder sees.",
         lambda panel: figures.adversary_grid(**panel),
     ),
     "invariance": (
         "What each stage is invariant to",
-        "The mean cosine between the features of an image and of its transformed copy, at each stage of the network. 1 "
-        "is invariant. Two different images are at the far right: above, their features are compared once what all "
-        "images share is taken away, so that 0 means no more alike than any two images; below, as they are. A ladder "
-        "of augmentations should show as steps: early stages invariant to few of them, the last to all. Features are "
-        "means over the image, which alone makes an early stage nearly blind to flips and turns.",
+        "The mean cosine between the features of an image and of its transformed copy, at each stage of the network; "
+        "1 means invariant. The column on the far right compares two different images. In the upper table the mean of "
+        "all features is subtracted first, so 0 means no more alike than any two images; in the lower table it is "
+        "not. A ladder of augmentations should show as steps: early stages are invariant to few of them, the last to "
+        "all. Features are means over the image, so an early stage hardly sees flips and turns.",
         invariance,
     ),
     "embedding": (
         "The embeddings in two dimensions",
-        "A t-SNE picture of the embeddings, scaled to unit length first; colour is the true class. Look "
-        "for islands of one colour; classes that share an island are the ones the encoder takes for "
-        "each other. Distances between islands mean little.",
+        "A t-SNE picture of the embeddings, scaled to unit length first; colour is the true class. Look for islands of "
+        "one colour; the encoder confuses classes that share an island. Distances between islands mean little.",
         lambda panel: figures.embedding(**panel),
     ),
     "transfer": (
         "Classes inside classes",
         "Another t-SNE picture, first by coarse class, then each coarse class enlarged with its fine classes in "
-        "colour. Within a coarse class, islands of one colour mean that the fine classes survived, though the "
-        "encoder was not told of them; colours well mixed mean that it has merged them. Points of other classes "
-        "are grey.",
+        "colour. Islands of one colour within a coarse class mean that the encoder kept the fine classes apart "
+        "without their labels; mixed colours mean that it merged them. Points of other classes are grey.",
         lambda panel: transfer.fine_embedding({"": panel}),
     ),
     "confusion": (
         "Which classes are confused",
-        "Rows are true classes, columns predictions; each row adds up to 100%. A perfect encoder has a "
-        "dark diagonal and nothing else.",
+        "Rows are true classes, columns predictions; each row adds up to 100%. A perfect encoder has a dark diagonal "
+        "and nothing else.",
         lambda panel: figures.confusion(**panel),
     ),
     "reliability": (
         "Is its confidence to be trusted?",
-        "Predictions grouped by the confidence they were made with; the height of a bar is the share "
-        "that was right. Bars that end below the dashed line are overconfident, above it too modest. "
-        "The strip below shows where the predictions are.",
+        "Predictions are grouped by their confidence; the height of a bar is the share of them that was right. Bars "
+        "that end below the dashed line are overconfident, bars above it underconfident. The strip below shows how "
+        "many predictions each group has.",
         lambda panel: figures.reliability(panel),
     ),
     "ood": (
         "Out of domain",
-        "A linear probe on images unlike those of its training. Shifted and corrupted images still show their "
-        "objects, so the nearer these bars are to the first one, the better. Shuffled patches and texture keep the "
-        "surface and lose the shape: there (hatched) a low bar means that the encoder looks at shapes. The shape "
-        "bias is the share of decisions for the shape where shape and texture speak for different classes. A dark "
-        "line is what chance would give.",
+        "A linear probe on images unlike the training images. Shifted and corrupted images still show their objects, "
+        "so these bars should be close to the first one. Shuffled patches and texture keep the surface and lose the "
+        "shape: there (hatched) a low bar means that the encoder looks at shapes. The shape bias is the share of "
+        "decisions for the shape where shape and texture suggest different classes. A dark line marks chance.",
         lambda panel: figures.out_of_domain(panel),
     ),
     "robustness": (
         "Under attack",
-        "Every pixel of each test image is moved, by at most the given amount, in the direction that hurts "
-        "most: in one step (FGSM) or in many smaller ones (PGD), the stronger attack. The slower accuracy "
-        "falls and the less the calibration error grows, the better.",
+        "Every pixel of each test image is moved, by at most the given amount, in the direction that hurts most: in "
+        "one step (FGSM) or in many smaller ones (PGD), the stronger attack. The slower accuracy falls and the less "
+        "the calibration error grows, the better.",
         lambda panel: figures.robustness(panel),
     ),
     "reliability_fgsm": (
         "Its confidence under attack",
-        "The reliability diagram again, on attacked images. Tall shaded parts mean the network is sure "
-        "of answers that the attack has made wrong.",
+        "The reliability diagram again, on attacked images. Tall shaded parts mean that the network is confident in "
+        "answers that the attack has made wrong.",
         lambda panel: figures.reliability(panel),
     ),
 }
@@ -149,32 +146,34 @@ def write_report(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     panels: Mapping[str, Any],
+    images: Mapping[str, int] | None = None,
 ) -> epath.Path:
-    """Writes `workdir/report/index.html` and its PNG files.
+    """Write `workdir/report/index.html` and its PNG files.
 
-    A figure that cannot be drawn is named on the page and logged; it never costs the run its report.
+    A figure that cannot be drawn is named on the page and logged; the rest of the report is still written.
 
     Args:
       workdir: the run folder.
-      config: the whole config; its "name" is the title.
+      config: the whole config; its "name" and "data.source" make the title.
       environment: packages, devices, commit.
-      results: nested dict of the final figures, fractions in [0,1]; those known to `verdict` are explained at
-        the top, and all are listed below.
+      results: nested dict of the final metrics, fractions in [0,1]. The main ones (`verdict`) are explained at the
+        top, and all are listed below.
       metrics: what `read_metrics` returns.
-      panels: name -> what its figure is drawn from; each may be missing:
+      panels: name -> the data of its figure; each may be missing:
         "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
         "adversary" those of `adversary_grid`, "neighbours", "map" and "near_duplicates" those of `neighbour_grid`,
         `thumbnail_map` and `duplicate_grid`, "invariance" that function's own, "embedding" those of `embedding`,
         "transfer" a run's of `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`,
         "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name;
         "step_time" what `jaxcl.train.profile` measured, a table.
+      images: number of images by split, for example {"training": 10000, "test": 2000}.
 
     Returns:
       The path of the page.
     """
     folder = storage.folder(workdir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _SECTIONS:  # pictures of an earlier report must not outlive their section
+    for name in _SECTIONS:  # figures of an earlier report must not stay without their section
         (folder / f"{name}.png").unlink(missing_ok=True)
     measured = panels.get("step_time")
     panels = {k: v for k, v in panels.items() if k != "step_time"}
@@ -183,10 +182,11 @@ def write_report(
         logger.warning("the report has no section for the panel %r", name)
     sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]
 
-    title = str(config.get("name") or storage.folder(workdir).name)
+    title = verdict.title(config) or storage.folder(workdir).name
     command = results.get("command") or environment.get("command")
+    lead = verdict.sentence(config, results, images or {})
     body = [
-        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(verdict.sentence(config, results))}</p></header>",
+        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p></header>",
         _verdict_table(results),
         *sections,
         step_time.section(measured) if measured else "",
@@ -201,7 +201,7 @@ def write_report(
 
 
 def write_page(path: str | os.PathLike, title: str, body: str, style: str = "") -> epath.Path:
-    """Writes a page of this look, whole or not at all; `body` is HTML, `style` further CSS. -> `path`."""
+    """Write an HTML page in the report's style, atomically. `body` is HTML, `style` further CSS. -> `path`."""
     path = epath.Path(path)
     storage.write_whole(path, _PAGE.format(title=escape(title), style=_CSS + style, body=body))
     return path
@@ -217,14 +217,14 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
         drawn = draw(panel)
         figure, titles = drawn if isinstance(drawn, Titled) else (drawn, ())
         figures.save(figure, folder / f"{name}.png")
-    except Exception as error:  # the weeks of training behind the page are worth more than one of its pictures
+    except Exception as error:  # one figure must not cost a long run its report
         logger.warning("the figure %r of the report could not be drawn", name, exc_info=True)
         said = f"This figure could not be drawn: {type(error).__name__}: {error}"
         return f'<section id="{name}"><h2>{escape(title)}</h2><p class=missing>{escape(said)}</p></section>'
-    # Fewer pixels on the page than in the file keep it sharp on dense screens; CSS shrinks it on narrow ones.
+    # The page shows fewer pixels than the file has: sharp on dense screens. CSS shrinks it on narrow ones.
     width, height = (round(inches * DPI / 1.8) for inches in figure.get_size_inches())
     picture = f'<img src="{name}.png" width="{width}" height="{height}" alt="{escape(title)}">'
-    if titles:  # shares of the picture's size, whatever that is on this screen
+    if titles:  # positions are shares of the figure's size, which depends on the screen
         over = "".join(
             f'<i title="{escape(text)}" style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;'
             f'height:{100 * h:.2f}%"></i>'
@@ -250,7 +250,7 @@ def _verdict_table(results: Mapping[str, Any]) -> str:
         f"<td class=better>{escape(row.better)}</td><td>{escape(row.meaning)}</td></tr>"
         for row in rows
     )
-    head = "<tr><th>measure</th><th class=value>result</th><th>better</th><th>what it says</th></tr>"
+    head = "<tr><th>metric</th><th class=value>result</th><th>better</th><th>meaning</th></tr>"
     return (
         f"<section><h2>In short</h2><div class=wide><table class=verdict><thead>{head}</thead>"
         f"<tbody>{cells}</tbody></table></div></section>"
@@ -303,7 +303,7 @@ def _json(config: Mapping[str, Any]) -> str:
 
 
 def escape(text: Any) -> str:
-    """Text as HTML, for attributes too: names of files and classes are anybody's."""
+    """Escape text for HTML and attributes: names of files and classes may contain anything."""
     return html.escape(str(text), quote=True)
 
 

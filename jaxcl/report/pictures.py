@@ -1,4 +1,4 @@
-"""Sheets of images: what the encoder saw, and what the saliency mask kept of it."""
+"""Sheets of images: views, saliency masks and adversarial images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,13 +23,13 @@ from jaxcl.report.style import (
 )
 
 _MARGIN, _GAP = 14, 8  # dots
-_LABEL = 226  # dots for the names of the rows
+_LABEL = 226  # dots, width of the row names
 MAX_COLUMNS = 8
 
 
 @styled
 def view_grid(views: Mapping[str, np.ndarray], labels: Sequence[str] | None = None) -> matplotlib.figure.Figure:
-    """Rows = views, columns = examples, each pixel a crisp square.
+    """Draw one row per view and one column per example; each pixel is a sharp square.
 
     Args:
       views: name -> images [n,H,W,C], C 1 or 3, float in [0,1] or uint8. Sizes may differ between views; the
@@ -74,17 +74,17 @@ def saliency_grid(
     true_mask: np.ndarray | None = None,
     names: Sequence[str] | None = None,
 ) -> matplotlib.figure.Figure:
-    """Two blocks, accepted and rejected masks; columns = examples, rows = the way from image to masked view.
+    """Draw accepted and rejected masks in two blocks: columns are examples, rows lead from image to masked view.
 
-    Shows up to eight of each, without counts: the caller may have picked equally many of both kinds.
+    Shows up to eight of each, without counts: the caller may have chosen equally many of both kinds.
 
     Args:
-      image: [n,H,W,C] what was explained, float in [0,1] or uint8.
+      image: [n,H,W,C] the explained images, float in [0,1] or uint8.
       map: [n,H,W] saliency in [0,1].
-      keep: [n,H,W] bool, what the mask keeps.
+      keep: [n,H,W] bool, the pixels that the mask keeps.
       masked: [n,H,W,C] the masked image, in the range of `image`.
-      accepted: [n] bool, the classifier still names the class on the masked image.
-      true_mask: [n,H,W] bool, the object, where the data set knows it.
+      accepted: [n] bool, the classifier still predicts the class on the masked image.
+      true_mask: [n,H,W] bool, the object; None: unknown.
       names: [n] class names.
     """
     image, masked = as_rgb(image), as_rgb(masked)
@@ -153,12 +153,12 @@ def adversary_grid(
     names: Sequence[str] | None = None,
     partner_names: Sequence[str] | None = None,
 ) -> matplotlib.figure.Figure:
-    """Columns = examples; rows = clean view, perturbation, adversarial view, the other image it came closer to.
+    """Draw one column per example: clean view, perturbation, adversarial view, and the image that it came closer to.
 
     The perturbation is shown around grey, scaled so that its largest value spans the range.
 
     Args:
-      clean, adversarial, partner: [n,H,W,C], float in [0,1] (values beyond are cut off in the picture only).
+      clean, adversarial, partner: [n,H,W,C], float in [0,1] (other values are clipped in the figure only).
       perturbation: [n,H,W,C], in the same units.
       before, after: [n] cosines of the embeddings of the image and its partner.
       names, partner_names: [n] class names.
@@ -221,14 +221,14 @@ def _row_names(sheet: Sheet, y: int, size: tuple[int, int], has_truth: bool) -> 
 
 
 def _overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """The map over the grey image: colour is the value, and low values let the image through."""
+    """The map over the grey image: the colour shows the value, and low values are more transparent."""
     grey = image.mean(-1, keepdims=True)
     alpha = 0.35 + 0.45 * heat[..., None]
     return (1 - alpha) * grey + alpha * colormaps["inferno"](heat)[..., :3]
 
 
 def _dimmed(image: np.ndarray) -> np.ndarray:
-    """The image in light grey, so that outlines stand out."""
+    """The image in light grey, on which outlines are easy to see."""
     return np.repeat(0.45 + 0.5 * image.mean(-1, keepdims=True), 3, axis=-1)
 
 

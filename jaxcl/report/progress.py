@@ -1,4 +1,4 @@
-"""Where a run is: a bar on a terminal, a plain line every ten seconds in a log file."""
+"""The progress of a run: a bar on a terminal, a plain line every ten seconds in a log file."""
 
 import collections
 import contextlib
@@ -13,17 +13,17 @@ _LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Shows the step, the figures it is given, images/s and the time left.
+    """Shows the step, some metrics, images/s and the time left.
 
-    images/s is that of the last half minute, and never counts the time up to the first update, which is
-    mostly compilation.
+    images/s is the mean of the last half minute. It leaves out the time before the first update, which is mostly
+    compilation, and the evaluations (`paused`).
 
     Args:
       total: steps of the whole run.
       initial: steps done before this process started (a resumed run).
-      unit_images: images a step consumes, over all devices and hosts.
-      stream: where to write; a bar if it is a terminal, lines otherwise. None means stderr.
-      clock: seconds, monotonic.
+      unit_images: images per step, over all devices and hosts.
+      stream: where to write: a bar if it is a terminal, lines otherwise; None: stderr.
+      clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._marks: collections.deque[tuple[float, int]] = collections.deque()
-        self._away = 0.0  # seconds spent in `paused`, taken out of the clock
+        self._paused = 0.0  # seconds spent in `paused`
         self._last_line: float | None = None
         self._pending = ""
         self._bar = None
@@ -56,7 +56,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Images a second over the recent window; NaN until there are two updates to measure between."""
+        """Images per second over the recent window; NaN before the second update."""
         if len(self._marks) < 2:
             return math.nan
         (t0, s0), (t1, s1) = self._marks[0], self._marks[-1]
@@ -64,19 +64,19 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds to the end at the recent speed; NaN while that is unknown."""
+        """Seconds to the end at the recent speed; NaN while it is unknown."""
         speed = self.images_per_second
         return (self.total - self.step) * self.unit_images / speed if speed > 0 else math.nan
 
-    def update(self, step: int, **figures: Any) -> None:
-        """Notes that `step` steps are done and shows `figures` (name -> number; `data_wait` a fraction)."""
-        now = self._clock() - self._away
+    def update(self, step: int, **metrics: Any) -> None:
+        """Show that `step` steps are done, with some metrics (name -> number; `data_wait` is a fraction)."""
+        now = self._clock() - self._paused
         done, self.step = step - self.step, step
         self._marks.append((now, step))
-        # Keep one mark older than the window, so that slow steps always leave two to measure between.
+        # Keep one mark older than the window: with slow steps there are still two to measure between.
         while len(self._marks) > 2 and now - self._marks[1][0] >= _WINDOW_SECONDS:
             self._marks.popleft()
-        text = self._text(figures)
+        text = self._text(metrics)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done)
@@ -90,17 +90,17 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what happens inside (evaluation, a checkpoint) out of images/s and the time left."""
+        """Leave the time spent inside (an evaluation) out of images/s and the time left."""
         start = self._clock()
         if self._bar is not None:
             self._bar.clear()
         try:
             yield
         finally:
-            self._away += self._clock() - start
+            self._paused += self._clock() - start
 
     def close(self) -> None:
-        """Shows the last update if it was not shown yet; may be called twice."""
+        """Show the last update if it was not shown yet. May be called twice."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -118,9 +118,9 @@ class Progress:
         self._stream.flush()
         self._pending = ""
 
-    def _text(self, figures: dict[str, Any]) -> str:
-        data_wait = figures.pop("data_wait", None)
-        parts = [f"{name.replace('_', ' ')} {_short(value)}" for name, value in figures.items()]
+    def _text(self, metrics: dict[str, Any]) -> str:
+        data_wait = metrics.pop("data_wait", None)
+        parts = [f"{name.replace('_', ' ')} {_short(value)}" for name, value in metrics.items()]
         if math.isfinite(self.images_per_second):
             parts.append(f"{self.images_per_second:,.0f} images/s")
         if data_wait is not None:
@@ -131,7 +131,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """`110` -> "1 min 50 s"; the two largest units that matter."""
+    """Seconds in words, in their two largest units: 110 -> "1 min 50 s"."""
     if not math.isfinite(seconds):
         return "unknown"
     if 0 < seconds < 9.95:

@@ -1,4 +1,4 @@
-"""Histograms of similarities over training: to positives, to an image's own negatives, to other images."""
+"""Histograms of similarities during training: to positives, to negatives of the same image, to other images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ PREFIX = "similarity_histogram/"
 
 
 def rows(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines of `read_metrics` that hold histograms of similarities."""
+    """The lines of `read_metrics` with histograms of similarities."""
     return [row for row in metrics if any(name.startswith(PREFIX) for name in row)]
 
 
 @styled
 def similarities(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """For each kind of pair how its cosines are spread at every step, and last all kinds at the end of training.
+    """Draw the distribution of cosines over the steps for each kind of pair, and of all kinds at the end of training.
 
     Args:
-      metrics: lines with "step" and "similarity_histogram/KIND": the shares [bins] of the cosines in equal parts of
+      metrics: lines with "step" and "similarity_histogram/KIND": the shares [bins] of the cosines in equal bins of
         [-1, 1].
     """
     kinds = dict.fromkeys(n for row in metrics for n in row if n.startswith(PREFIX))
@@ -42,7 +42,7 @@ def similarities(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figu
         shares = np.array([row[name] for row in metrics if name in row], float)
         edges = np.linspace(-1, 1, shares.shape[1] + 1)
         middles = (edges[:-1] + edges[1:]) / 2
-        # A column reaches from the line before it to its own: a line is the mean since the last.
+        # A column reaches from the previous line to its own: a line is the mean since the previous one.
         starts = np.concatenate([[max(0.0, 2 * steps[0] - steps[min(1, len(steps) - 1)])], steps])
         shade = LinearSegmentedColormap.from_list(name, ["white", color])
         norm = PowerNorm(0.6, vmin=0, vmax=max(float(np.nanmax(shares, initial=0)), 1e-9))
@@ -65,7 +65,7 @@ def similarities(metrics: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figu
 
 
 def _range(histograms: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The part of [-1, 1] that all but a thousandth of any histogram lies in, and a little more."""
+    """The range of the bins with more than a thousandth of a histogram, slightly enlarged."""
     low, high = 1.0, -1.0
     for shares in histograms:
         shares = np.asarray(shares, float)

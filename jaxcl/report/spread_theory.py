@@ -1,9 +1,10 @@
-"""What theory says of L_spread, alpha * A + (1 - alpha) * R: how far the classes of free embeddings spread. NumPy only.
+"""The theory of L_spread, alpha * A + (1 - alpha) * R: how far classes of free embeddings spread. NumPy only.
 
-K balanced classes of n points each, unit vectors, both views equal, proper cosines, no clamp. The theory is about the
-family z = sqrt(1 - t) * (vertex of the class) + sqrt(t) * (vertex of one's own), from class collapse (t = 0: a class is
-a point, the classes a regular simplex) to classes without a direction (t = 1: the points of a class a regular simplex).
-Gradient descent on free points ends in it. An encoder also has to tell images apart, and may be trained by other terms.
+The setting: K balanced classes of n points each, unit vectors, equal views, true cosines, no clamp. The theory covers
+the family z = sqrt(1 - t) * (vertex of the class) + sqrt(t) * (vertex of the point). At t = 0 (class collapse) each
+class is one point and the classes form a regular simplex; at t = 1 the classes have no direction and the points of each
+class form a regular simplex. Gradient descent on free points ends in this family. An encoder is less free: it must also
+be a function of the images, and other terms may train it.
 """
 
 import numpy as np
@@ -42,10 +43,10 @@ def family(t: ArrayLike, K: float, n: float, tau: float) -> tuple[np.ndarray, np
 
 
 def alpha_threshold(K: float, n: float, tau: float) -> float:  # noqa: N803
-    """The weight of attraction, in (0, 1), from which on class collapse is the optimum within the family.
+    """The lowest weight of attraction, in (0, 1), for which class collapse is the optimum within the family.
 
-    1 / (1 + q K / (K - 1)) with q = e / (1 + e), e = n (K - 1) exp(-K / ((K - 1) tau)): where the slopes of A and R at
-    collapse cancel. Arguments and errors as `family`.
+    1 / (1 + q K / (K - 1)) with q = e / (1 + e), e = n (K - 1) exp(-K / ((K - 1) tau)): there the slopes of A and R at
+    collapse cancel. Arguments and errors as in `family`.
     """
     _check(K, n, tau)
     q = np.exp(-np.logaddexp(0, K / ((K - 1) * tau) - np.log(n * (K - 1))))
@@ -53,11 +54,11 @@ def alpha_threshold(K: float, n: float, tau: float) -> float:  # noqa: N803
 
 
 def optimal_t(alpha: ArrayLike, K: float, n: float, tau: float) -> np.ndarray:  # noqa: N803
-    """Where alpha * A + (1 - alpha) * R is least in the family: 0 from `alpha_threshold` on, 1 for alpha = 0.
+    """The minimum of alpha * A + (1 - alpha) * R within the family: 0 from `alpha_threshold` on, 1 for alpha = 0.
 
     Args:
       alpha: in [0, 1], any shape; a_lc / (a_lc + a_spread) of `losses.spread`.
-      K, n, tau: as `family`.
+      K, n, tau: as in `family`.
 
     Returns:
       t in [0, 1], float64 of alpha's shape, to about 1e-7.
@@ -68,7 +69,7 @@ def optimal_t(alpha: ArrayLike, K: float, n: float, tau: float) -> np.ndarray:  
     alpha = np.asarray(alpha, np.float64)
     if not ((alpha >= 0) & (alpha <= 1)).all():
         raise UserError("optimal_t: alpha is outside [0, 1]; it is a_lc / (a_lc + a_spread)")
-    # By search, from a grid of everything down to ever finer ones around the best: there may be several minima.
+    # There may be several minima: search a grid of the whole range, then finer grids around the best point.
     low, high = np.zeros_like(alpha), np.ones_like(alpha)
     best = low
     for points in (1001, 101, 101, 101):
@@ -84,5 +85,5 @@ def optimal_t(alpha: ArrayLike, K: float, n: float, tau: float) -> np.ndarray:  
 def _check(K: float, n: float, tau: float) -> None:  # noqa: N803
     if not (K >= 2 and n > 1 and tau > 0):
         raise UserError(
-            f"the theory of spread takes K >= 2 classes of n > 1 points and tau > 0; here K={K:g}, n={n:g}, tau={tau:g}"
+            f"the theory expects K >= 2 classes of n > 1 points and tau > 0; got K={K:g}, n={n:g}, tau={tau:g}"
         )

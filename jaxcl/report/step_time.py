@@ -4,37 +4,37 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-SMALL = 0.005  # parts below this share of an update are one row
+SMALL = 0.005  # scopes that take less than this share of an update are summed up in one row
 
 TITLE = "Where the time of an update goes"
 
 
-def section(figures: Mapping[str, Any]) -> str:
-    """HTML of what `jaxcl.train.profile.step_time` measured, with the updates and the device it was measured on."""
-    whole, parts = figures["seconds"], dict(figures["parts"])
-    small = {name: s for name, s in parts.items() if s < SMALL * whole}
-    rows = {name: s for name, s in parts.items() if name not in small}
+def section(measured: Mapping[str, Any]) -> str:
+    """The HTML section of a step_time.json (`jaxcl.train.profile`)."""
+    whole, scopes = measured["seconds"], dict(measured["parts"])
+    small = {name: s for name, s in scopes.items() if s < SMALL * whole}
+    rows = {name: s for name, s in scopes.items() if name not in small}
     if small:
-        rows[f"{len(small)} smaller parts: {'; '.join(small)}"] = sum(small.values())
-    rows |= {"waiting for data": figures["data"], "the rest: nothing ran": figures["rest"]}
+        rows[f"{len(small)} smaller scopes: {'; '.join(small)}"] = sum(small.values())
+    rows |= {"waiting for data": measured["data"], "the rest: nothing ran": measured["rest"]}
     cells = "".join(_row(name, seconds, whole) for name, seconds in rows.items())
     cells += f"<tr><th scope=row>an update</th><td class=value>{_ms(whole)}</td><td></td></tr>"
     return (
-        f'<section id="step_time"><h2>{TITLE}</h2><p>{html.escape(_said(figures))}</p>'
+        f'<section id="step_time"><h2>{TITLE}</h2><p>{html.escape(_caption(measured))}</p>'
         f"<div class=wide><table class=steps>{cells}</table></div></section>"
     )
 
 
-def _said(figures: Mapping[str, Any]) -> str:
-    first, last = figures["updates"]
-    named = sum(figures["parts"].values())
-    device, share = figures["device"], 100 * named / figures["seconds"]
+def _caption(measured: Mapping[str, Any]) -> str:
+    first, last = measured["updates"]
+    share = 100 * sum(measured["parts"].values()) / measured["seconds"]
     return (
-        f"Measured from a trace of updates {first} to {last} of this run on {device}: how long each operation "
-        "ran, added up by the part of the recipe it was made from. One that was fused from several counts for the part "
-        "of its last, and a moment in which several ran is shared. Backward is what the gradient runs back through. "
-        "Waiting for data is when the device had nothing to do and the next batch was not there. The operations add up "
-        f"to {share:.1f}% of the update as the host's clock has it; a trace slows small operations a little."
+        f"Measured from a trace of updates {first} to {last} of this run on {measured['device']}: the time of all "
+        "operations, summed up by the scope of the update that they belong to. A fused operation counts for the "
+        "scope of its last part, and operations that run at the same time share it. Backward is the backward pass of "
+        "a scope. Waiting for data is time in which the device was idle because the next batch was not ready. The "
+        f"operations add up to {share:.1f}% of the update by the host's clock; tracing slows small operations down a "
+        "little."
     )
 
 

@@ -1,4 +1,4 @@
-"""One look for every figure: a light page, few lines, colours that colour-blind readers can tell apart."""
+"""The style of all figures: a light page, few lines, colours that colour-blind readers can tell apart."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-# Inches and dots: a figure is 1620 dots wide and shown at 900, so 1 point of type is 1.4 pixels on screen.
+# Inches and dots per inch: a figure is 1620 dots wide and shown at 900, so 1 point of type is 1.4 pixels on screen.
 WIDTH = 9.0
 DPI = 180
 
@@ -28,7 +28,7 @@ BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE = (
     "#cc79a7",
 )
 LINES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
-# Ten hues for classes: Okabe and Ito's eight with black left out, and three that stay apart from them.
+# Ten hues for classes: those of Okabe and Ito without black, and three that differ from them.
 CLASSES = (*LINES[:4], "#7a3e9d", SKY, "#c24d8a", "#8a9a00", "#6b6b6b", "#7f4a1e")
 GOOD, BAD = BLUE, VERMILLION
 
@@ -58,7 +58,7 @@ _RC = {
     "lines.solid_capstyle": "round",
     "savefig.facecolor": "white",
     "text.color": INK,
-    # A class may be called "$5 note": names are names, never formulas.
+    # A class may be called "$5 note": do not read names as formulas.
     "text.parse_math": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
@@ -72,7 +72,7 @@ P, F = ParamSpec("P"), TypeVar("F")
 
 
 class Titled(NamedTuple):
-    """A figure, parts of which say what they are under the mouse: (left, top, width, height, text), shares of it."""
+    """A figure and its tooltips: (left, top, width, height, text), as shares of the figure's size."""
 
     figure: matplotlib.figure.Figure
     titles: list[tuple[float, float, float, float, str]]
@@ -80,16 +80,16 @@ class Titled(NamedTuple):
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The style, and no warning about letters the bundled font lacks (they show as boxes)."""
+    """Apply the style, without warnings about letters that the bundled font lacks (they show as boxes)."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # a notebook's own style stays out of the report
+        matplotlib.rcdefaults()  # ignore the style of a notebook
         matplotlib.rcParams.update(_RC)
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def styled(draw: Callable[P, F]) -> Callable[P, F]:
-    """Draws under `style`, so that a figure looks the same whatever the caller's own settings are."""
+    """Decorate a function to draw under `style`, whatever the caller's settings are."""
 
     @functools.wraps(draw)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> F:
@@ -100,14 +100,14 @@ def styled(draw: Callable[P, F]) -> Callable[P, F]:
 
 
 def new_figure(height: float, *, width: float = WIDTH, layout: str | None = "constrained"):
-    """A figure on an Agg canvas of its own: no pyplot, no window, nothing to close."""
+    """A figure on its own Agg canvas: no pyplot, no window, nothing to close."""
     figure = matplotlib.figure.Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> epath.Path:
-    """Writes a PNG in the style."""
+    """Write a figure as PNG, in the style."""
     path, png = epath.Path(path), io.BytesIO()
     with style():
         figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None})
@@ -116,14 +116,14 @@ def save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> epath.Pat
 
 
 def message(text: str) -> matplotlib.figure.Figure:
-    """A short figure that says why there is nothing to draw."""
+    """A small figure with a text instead of a plot."""
     figure = new_figure(1.0, layout=None)
     figure.text(0.02, 0.5, text, va="center", color=MUTED)
     return figure
 
 
 def short(name: object, length: int = 18) -> str:
-    """A name that fits, on one line."""
+    """A name on one line, cut to `length` letters."""
     name = " ".join(str(name).split())
     return name if len(name) <= length else name[: length - 1] + "…"
 
@@ -139,9 +139,9 @@ def as_rgb(images: np.ndarray) -> np.ndarray:
 
 
 class Sheet:
-    """A sheet of small images, placed to the dot so that each pixel is a square of the same size.
+    """A sheet of small images, placed to the dot, so each pixel is a square of the same size.
 
-    Positions are in dots from the top left corner. Type is set in points as everywhere else.
+    Positions are in dots from the top left corner; font sizes are in points.
     """
 
     def __init__(self, width: int, height: int):
@@ -154,11 +154,11 @@ class Sheet:
         self._titles: list[tuple[float, float, float, float, str]] = []
 
     def titled(self) -> Titled:
-        """The figure, with the titles of its images."""
+        """The figure with the tooltips of its images."""
         return Titled(self.figure, self._titles)
 
     def image(self, pixels: np.ndarray, x: int, y: int, size: tuple[int, int], *, title: str = "") -> None:
-        """Draws [H,W,3] in [0,1] at (x, y), `size` = (width, height) in dots; title: what it is, under the mouse."""
+        """Draw [H,W,3] in [0,1] at (x, y), `size` = (width, height) in dots; title: its tooltip."""
         w, h = size
         if title:
             width, height = self.figure.bbox.width, self.figure.bbox.height
@@ -176,7 +176,7 @@ class Sheet:
         self.axes.add_patch(Rectangle((x, y), *size, fill=False, edgecolor=color, linewidth=width, joinstyle="miter"))
 
     def outline(self, mask: np.ndarray, x: int, y: int, size: tuple[int, int], color: str, width: float) -> None:
-        """The border of a boolean mask [H,W], along its pixels' edges."""
+        """Draw the border of a boolean mask [H,W], along the edges of its pixels."""
         from matplotlib.collections import LineCollection
 
         mask = np.pad(np.asarray(mask, bool), 1)
@@ -191,7 +191,7 @@ class Sheet:
 
 
 def cell_size(shape: tuple[int, int], room: int, limit: int = 200) -> tuple[int, int]:
-    """(width, height) in dots of an image [H,W] in `room` dots: a whole number of dots a pixel."""
+    """(width, height) in dots of an image [H,W] in `room` dots: a whole number of dots per pixel."""
     h, w = shape
     scale = min(room, limit) / w
     scale = float(int(scale)) if scale >= 1 else scale

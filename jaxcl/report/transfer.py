@@ -1,4 +1,4 @@
-"""Figures about classes inside classes: what an encoder trained on coarse labels kept of the fine ones."""
+"""Figures of fine classes inside coarse ones, for encoders that were trained on the coarse labels."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ _UNKNOWN = "#9aa5b1"  # points of the class whose fine label is unknown
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run's t-SNE picture, or why there is none."""
+    """The t-SNE picture of a run, or the reason why there is none."""
 
     points: np.ndarray  # [m,2]
     fine: list[str | None]  # [m] names
@@ -32,15 +32,15 @@ class _Run:
 
 @styled
 def fine_embedding(panels: Mapping[str, Mapping[str, Any]], *, seed: int = 0) -> matplotlib.figure.Figure:
-    """t-SNE of the embeddings, all of them by coarse class, then class by class with its fine classes in colour.
+    """Draw a t-SNE picture of the embeddings by coarse class, then of each coarse class by its fine classes.
 
-    One t-SNE a run: the picture of a coarse class is a part of it, enlarged, with points of other classes in grey. One
-    run: the pictures side by side. Several: a column a run, a row a picture, the same class in a row.
+    There is one t-SNE per run; the picture of a coarse class is an enlarged part of it, with points of other classes in
+    grey. The pictures of one run are side by side; several runs have one column each, with the same class in a row.
 
     Args:
       panels: name of the run -> {"features": [n,D], "labels": [n] fine classes, "coarse": [n], "class_names",
-        "coarse_names": by id}; ids -1 are unknown. At most 1,500 points are drawn. "note", where there is one, stands
-        under the run's name. Classes are the same in two runs if their names are.
+        "coarse_names": by id, "note": (optional) a line under the name of the run}; ids -1 are unknown. At most 1,500
+        points are drawn. Classes of two runs are the same if they have the same name.
       seed: of the choice of points and of t-SNE.
     """
     runs = {name: _placed(panel, seed) for name, panel in panels.items()}
@@ -56,7 +56,7 @@ def fine_embedding(panels: Mapping[str, Mapping[str, Any]], *, seed: int = 0) ->
     shown, said = _chosen(fine_of)
     rows = [("All coarse classes", list(fine_of), None), *((c, fine_of[c], c) for c in shown)]
     figure = _one_run(runs, rows) if len(runs) == 1 else _columns(runs, rows, panels)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.1 / figure.get_figheight()))  # titles may touch the edge
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.1 / figure.get_figheight()))  # room for titles
     if said:
         figure.supxlabel(said, x=0.01, ha="left", color=MUTED, fontsize=8.5)
     return figure
@@ -77,7 +77,7 @@ def _one_run(runs: Mapping[str, _Run], rows: Sequence) -> matplotlib.figure.Figu
         ax.set_title(short(title, 26))
         for i, (text, color) in enumerate(legend):
             _key(ax, (0.5 * (i % 2), 0), -13 - 13.5 * (i // 2), text, color)
-        # The tallest legend of the row makes room for all of them.
+        # Reserve the height of the tallest legend of the row.
         _key(ax, (0, 0), -13.5 * lines[k // columns], " ", None)
     return figure
 
@@ -107,7 +107,7 @@ def _columns(runs: Mapping[str, _Run], rows: Sequence, panels: Mapping[str, Any]
 
 
 def _scatter(ax, run: _Run, names: Sequence[str], coarse: str | None) -> None:
-    """The points of a coarse class by fine class, enlarged, over all others; coarse None: all by coarse class."""
+    """Draw the points of a coarse class by fine class, enlarged, over all others; None: all points by coarse class."""
     ax.set(xticks=[], yticks=[], box_aspect=1)
     ax.spines[:].set_visible(True)
     ax.spines[:].set_color("#d5dae0")
@@ -120,10 +120,10 @@ def _scatter(ax, run: _Run, names: Sequence[str], coarse: str | None) -> None:
     color_of = dict(zip(names, class_colors(len(names)), strict=False))
     shown = run.coarse if coarse is None else run.fine
     ax.scatter(*run.points[~front].T, s=9, color=_BEHIND, linewidths=0)
-    order = np.random.default_rng(0).permutation(np.flatnonzero(front))  # no class lies on top of the others
+    order = np.random.default_rng(0).permutation(np.flatnonzero(front))  # no class covers the others
     colors = [color_of.get(shown[i], _UNKNOWN) for i in order]
     ax.scatter(*run.points[order].T, s=6 if coarse is None else 11, c=colors, alpha=0.8, linewidths=0)
-    # A few points that lie among other classes must not make their own class small.
+    # Ignore a few outliers when choosing the limits.
     edge = 0 if coarse is None else 1.5
     low, high = np.percentile(run.points[front], [edge, 100 - edge], axis=0)
     middle, half = (low + high) / 2, 0.54 * max((high - low).max(), 0.03 * np.ptp(run.points, axis=0).max())
@@ -132,7 +132,7 @@ def _scatter(ax, run: _Run, names: Sequence[str], coarse: str | None) -> None:
 
 
 def _key(ax, corner: tuple[float, float], down: float, text: str, color) -> None:
-    """A dot and a name, `down` points from a place in the axes."""
+    """Draw a legend entry, a dot and a name, `down` points from a corner of the axes."""
     options = dict(xycoords="axes fraction", textcoords="offset points", va="center")
     if color is not None:
         ax.annotate("●", corner, xytext=(0, down), color=color, fontsize=9, **options)
@@ -140,7 +140,7 @@ def _key(ax, corner: tuple[float, float], down: float, text: str, color) -> None
 
 
 def _legend(names: Sequence[str], length: int, most: int) -> list[tuple[str, Any]]:
-    """[(name, colour)], the last one "and 7 more" where there are too many."""
+    """[(name, colour)]; if there are too many, the last entry is "and 7 more"."""
     entries = [(short(n, length), c) for n, c in zip(names, class_colors(len(names)), strict=False)]
     return entries if len(entries) <= most else [*entries[: most - 1], (f"and {len(entries) - most + 1} more", None)]
 
@@ -160,7 +160,7 @@ def _named(ids: np.ndarray, names: Sequence[str] | None) -> list[str | None]:
 
 
 def _fine_classes(panel: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Coarse class -> its fine classes, both in order of their ids."""
+    """Coarse class -> its fine classes, both in the order of their ids."""
     fine, coarse = np.asarray(panel["labels"]), np.asarray(panel["coarse"])
     pairs = np.unique(np.stack([coarse, fine], 1)[(coarse >= 0) & (fine >= 0)], axis=0)
     found: dict[str, list[str]] = {}
@@ -171,7 +171,7 @@ def _fine_classes(panel: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _chosen(fine_of: Mapping[str, Sequence[str]]) -> tuple[list[str], str]:
-    """Which coarse classes get a picture, and what to say about the others."""
+    """-> (coarse classes that get a picture, a note about the others)."""
     several = [c for c, names in fine_of.items() if len(names) > 1]
     single = [c for c in fine_of if c not in several]
     shown = several[:MAX_COARSE] or list(fine_of)[:MAX_COARSE]
@@ -180,16 +180,16 @@ def _chosen(fine_of: Mapping[str, Sequence[str]]) -> tuple[list[str], str]:
         said.append(f"The first {MAX_COARSE} of {len(several)} coarse classes.")
     if several and single:
         listed = ", ".join(short(c) for c in single[:4]) + (f" and {len(single) - 4} more" if len(single) > 4 else "")
-        said.append(f"Without a picture, as they are one fine class: {listed}.")
+        said.append(f"Without a picture, as they have only one fine class: {listed}.")
     return shown, " ".join(said)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the theory of spread needs to know of a run; see `spread_theory`."""
+    """The quantities of a run that the theory of spread depends on; see `spread_theory`."""
 
     classes: float
-    points: float  # of a class in a batch
+    points: float  # per class in a batch
     temperature: float
 
     @property
@@ -201,12 +201,12 @@ class Setting:
 def collapse_curve(
     points: Mapping[str, Mapping[float, Sequence[float]]], settings: Mapping[str, Setting | None]
 ) -> matplotlib.figure.Figure:
-    """Within-class cosine against the weight of attraction: measured, predicted, and where theory sees collapse begin.
+    """Draw the within-class cosine against the weight of attraction: measured, predicted, and the predicted threshold.
 
     Args:
-      points: name of a line -> alpha in [0,1] -> the cosines of its seeds, each in [-1,1]; drawn are their mean and
+      points: name of the line -> alpha in [0,1] -> the cosines of its seeds, each in [-1,1]. Drawn are their mean and
         sample standard deviation.
-      settings: of each line; None or absent: no theory is drawn.
+      settings: of each line; None or absent: no prediction is drawn.
     """
     points = {name: {a: v for a, v in line.items() if len(v)} for name, line in points.items()}
     points = {name: line for name, line in points.items() if line}

@@ -1,197 +1,201 @@
-"""Which results stand at the top of the report, and what each of them says in plain words."""
+"""The table at the top of the page: the main results, each explained in plain words; and the page's title."""
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxcl.report import names
 from jaxcl.report.progress import duration
 
+DEFAULT_SOURCE = "garments"  # of a config; part of the names of presets that do not choose another one
 HIGHER, LOWER = "↑ higher", "↓ lower"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """One row of the table at the top of the page."""
+
     name: str
     value: str
     better: str
     meaning: str
 
 
-# (name, where it may stand in the results, better, meaning); fractions, shown in percent.
+# (title, names of the metric, better, meaning). The first name in the results is shown, in percent.
 _PERCENT = (
     (
         "Linear probe",
-        ("linear.accuracy", "linear"),
+        (names.LINEAR,),
         HIGHER,
         "a linear classifier trained on the frozen features, the usual measure of an encoder",
     ),
     (
         "Nearest neighbours",
-        ("knn.accuracy", "knn"),
+        (names.KNN,),
         HIGHER,
         "the class of the most similar training embeddings, with nothing trained on top",
     ),
     (
         "Neighbours of the same class",
-        ("neighbours.agreement",),
+        (names.NEIGHBOURS_AGREEMENT,),
         HIGHER,
-        "of the training images nearest to each test image, the share that is of its class",
+        "of the training images nearest to each test image, the share with the same class",
     ),
     (
         "Online classifier",
-        ("classifier.accuracy", "probe.accuracy", "classifier", "probe"),
+        (names.CLASSIFIER,),
         HIGHER,
-        "the classifier learned beside the encoder",
+        "the classifier trained along with the encoder",
     ),
     (
         "Fine classes, from coarse labels",
-        ("transfer.accuracy",),
+        (names.TRANSFER,),
         HIGHER,
         "a linear probe for the fine classes: what the encoder kept beyond the coarse ones it was trained on",
     ),
     (
         "Tint of the object",
-        ("color.tint",),
+        (names.TINT_IN_COLOR, names.TINT),
         "",
-        "a linear probe for it on the frozen features: how much of colour they have kept",
+        "a linear probe for the tint on the frozen features: how much colour they have kept",
     ),
     (
         "Object mask, frozen (IoU)",
-        ("dense.iou",),
+        (names.DENSE_IOU,),
         HIGHER,
-        "overlap with the true object of what a linear classifier on the cells of the best stage's map marks",
+        "overlap of the true object with the one found by a linear classifier on the map of the best stage",
     ),
     (
         "Raw-pixel baseline",
-        (
-            "raw_pixels.accuracy",
-            "raw_pixel.accuracy",
-            "linear_raw_pixels.accuracy",
-            "raw_pixels",
-            "raw_pixel",
-        ),
+        (names.RAW_PIXELS,),
         "",
         "the same linear probe on plain pixels: what the encoder has to beat",
     ),
     (
         "Accuracy, shifted test",
-        ("calibration.test_shifted.accuracy", "test_shifted.accuracy", "ood.shifted.accuracy"),
+        (names.SHIFTED_CLASSIFIER, names.OOD_SHIFTED),
         HIGHER,
         "on test images from another distribution than the training images",
     ),
     (
         "Accuracy, corrupted test",
-        ("ood.corruption.accuracy",),
+        (names.OOD_CORRUPTION,),
         HIGHER,
         "a linear probe on test images with noise, blur, weather and compression, the mean over all of them",
     ),
     (
         "Texture only",
-        ("ood.texture.accuracy",),
+        (names.OOD_TEXTURE,),
         LOWER,
-        "a linear probe on texture made of each test image, its object gone: how much the texture alone gives away",
+        "a linear probe on texture made of each test image, without its object: what the texture alone gives away",
     ),
     (
         "Shape bias",
-        ("shape_bias.shape_bias", "shape_bias.stimuli.shape_bias"),
+        (names.SHAPE_BIAS, names.SHAPE_BIAS_STIMULI),
         HIGHER,
-        "where shape and texture speak for different classes, the share of decisions for the shape",
+        "where shape and texture suggest different classes, the share of decisions for the shape",
     ),
     (
         "ECE, clean",
-        (
-            "calibration.clean.ece",
-            "calibration.test.ece",
-            "calibration.ece",
-            "calibration.clean",
-            "calibration.test",
-        ),
+        (names.ECE,),
         LOWER,
-        "how far confidence is from the share of right answers, on average",
+        "the mean gap between confidence and accuracy",
     ),
     (
         "ECE, shifted test",
-        (
-            "calibration.test_shifted.ece",
-            "calibration.shifted.ece",
-            "calibration.test_shifted",
-            "calibration.shifted",
-        ),
+        (names.ECE_SHIFTED,),
         LOWER,
-        "the same on the shifted test images, where networks tend to be too sure",
+        "the same on the shifted test images, on which networks tend to be overconfident",
     ),
     (
         "Average drop",
-        ("explanation.average_drop",),
+        (names.AVERAGE_DROP,),
         LOWER,
         "confidence lost when only the most salient pixels are left; low: the map found what mattered",
     ),
     (
         "Rate of increase",
-        ("explanation.rate_of_increase",),
+        (names.RATE_OF_INCREASE,),
         HIGHER,
-        "share of images that get more confident when all but the salient pixels is removed",
+        "share of images for which confidence rises when only the salient pixels are left",
     ),
     (
         "Mask overlap (IoU)",
-        ("explanation.iou", "explanation.mask_iou", "iou"),
+        (names.MASK_IOU,),
         HIGHER,
         "overlap of the salient area with the true object, 100% = identical",
     ),
     (
         "Pointing hit",
-        ("explanation.pointing_hit", "explanation.pointing_game", "pointing_hit"),
+        (names.POINTING_HIT,),
         HIGHER,
         "share of images whose most salient pixel lies on the object",
     ),
 )
 
-_PIXELS = next(places for name, places, _, _ in _PERCENT if name == "Raw-pixel baseline")
-
-# (key of the results, name, how the pixels were moved)
-_ATTACKS = (
-    ("fgsm", "Classifier under FGSM", "in one step, in the direction that hurts most"),
-    ("pgd", "Classifier under PGD", "in many small steps"),
-    ("linear_fgsm", "Linear probe under FGSM", "in one step, in the direction that hurts most"),
-    ("linear_pgd", "Linear probe under PGD", "in many small steps"),
-)
+# attack -> (title, how the pixels were moved)
+_ATTACKS = {
+    "fgsm": ("Classifier under FGSM", "in one step, in the direction that hurts most"),
+    "pgd": ("Classifier under PGD", "in many small steps"),
+    "linear_fgsm": ("Linear probe under FGSM", "in one step, in the direction that hurts most"),
+    "linear_pgd": ("Linear probe under PGD", "in many small steps"),
+}
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """The known results that are there, in the order of the page."""
+    """The rows of the known metrics in `results`, in the order of the page."""
     found = []
-    pixels = number(results, *_PIXELS)
-    for name, places, better, meaning in _PERCENT:
-        value = number(results, *places)
+    pixels = number(results, names.RAW_PIXELS)
+    for title, places, better, meaning in _PERCENT:
+        value = next((v for v in (number(results, place) for place in places) if v is not None), None)
         if value is None:
             continue
-        if name == "Shape bias" and _untaught(results):
+        if title == "Shape bias" and _at(results, names.TEXTURE_TAUGHT) is False:
             meaning += "; here no texture was tied to a class in training, so it says little"
-        if name == "Linear probe" and pixels is not None:
+        if title == "Linear probe" and pixels is not None:
             meaning += f"; {_points(value - pixels)} raw pixels"
-        found.append(Row(name, percent(value), better, meaning))
+        found.append(Row(title, percent(value), better, meaning))
     found += _neighbours(results)
     found += _worst_group(results)
-    for key, name, how in _ATTACKS:
-        attacked = _attacks(results, key)
-        if attacked:
+    for attack in names.ATTACKS:
+        title, how = _ATTACKS[attack]
+        if attacked := _attacked(results, attack):
             epsilon = min(attacked, key=lambda e: abs(e - 4))
             meaning = f"after every pixel moved by up to {epsilon:g}/255 {how}"
-            found.append(Row(name, percent(attacked[epsilon]), HIGHER, meaning))
+            found.append(Row(title, percent(attacked[epsilon]), HIGHER, meaning))
     seconds = total_seconds(results)
     if seconds is not None:
         found.append(Row("Time", duration(seconds), LOWER, _time_split(results)))
     return found
 
 
-def sentence(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """One sentence that says what was run and how it went."""
-    said = "Trained"
+def title(config: Mapping[str, Any]) -> str:
+    """The config's name and the data source that was used; "" for a config without a name.
+
+    A name contains the data set of its preset, which is not the one used if `data.source` was set by hand: "simclr
+    garments unlabelled" on a folder of photos is "simclr unlabelled on folder:photos".
+    """
+    name, source = str(config.get("name") or ""), _source(config)
+    if not (name and source):
+        return name
+    words = [word for word in name.split() if word != DEFAULT_SOURCE and word not in re.split(r"\W+", source)]
+    return f"{' '.join(words) or name} on {source}"
+
+
+def _source(config: Mapping[str, Any]) -> str:
     data = config.get("data")
-    source = data.get("source") if hasattr(data, "get") else data
-    if isinstance(source, str) and source:
+    return str((data.get("source") if hasattr(data, "get") else data) or "")
+
+
+def sentence(config: Mapping[str, Any], results: Mapping[str, Any], images: Mapping[str, int]) -> str:
+    """One sentence that says what was run and how it went; images: their number by split."""
+    said = "Trained"
+    if source := _source(config):
         said += f" on {source}"
+    if images:
+        said += f" ({' and '.join(f'{count:,} {split}' for split, count in images.items())} images)"
     steps = results.get("steps")
     if isinstance(steps, int):
         said += f" for {steps:,} steps"
@@ -201,41 +205,36 @@ def sentence(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     seconds = total_seconds(results)
     if seconds is not None:
         said += f" in {duration(seconds)}"
-    linear, pixels = number(results, *_PERCENT[0][1]), number(results, *_PIXELS)
-    neighbours = number(results, *_PERCENT[1][1])
+    linear, pixels, knn = (number(results, name) for name in (names.LINEAR, names.RAW_PIXELS, names.KNN))
     if linear is not None:
         said += f": a linear probe reaches {percent(linear)}"
         said += f", {_points(linear - pixels)} raw pixels" if pixels is not None else ""
-    elif neighbours is not None:
-        said += f": nearest neighbours reach {percent(neighbours)}"
+    elif knn is not None:
+        said += f": nearest neighbours reach {percent(knn)}"
     return said + "."
 
 
-def number(results: Mapping[str, Any], *places: str) -> float | None:
-    """The first of the dotted `places` that holds a finite number."""
-    for place in places:
-        value: Any = results
-        for key in place.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        value = _as_float(value)
-        if value is not None:
-            return value
-    return None
+def number(results: Mapping[str, Any], name: str) -> float | None:
+    """The finite number at a dotted path into the results; None if there is none."""
+    return _as_float(_at(results, name))
+
+
+def _at(results: Mapping[str, Any], name: str) -> Any:
+    value: Any = results
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def total_seconds(results: Mapping[str, Any]) -> float | None:
-    """seconds.total, else the sum of the parts, else None."""
+    """The sum of results["seconds"]: train, evaluate, report."""
     seconds = results.get("seconds")
-    if not isinstance(seconds, Mapping):
-        return _as_float(seconds)
-    if (total := _as_float(seconds.get("total"))) is not None:
-        return total
-    parts = [v for v in map(_as_float, seconds.values()) if v is not None]
+    parts = [v for v in map(_as_float, seconds.values()) if v is not None] if isinstance(seconds, Mapping) else []
     return sum(parts) if parts else None
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
+    """Flatten nested dicts to one with dotted names."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
@@ -264,43 +263,40 @@ def _as_float(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _attacks(results: Mapping[str, Any], key: str) -> dict[float, float]:
+def _attacked(results: Mapping[str, Any], attack: str) -> dict[float, float]:
     """Accuracy by epsilon in 1/255."""
-    attacks = {}
-    for epsilon, value in (results.get(key) if isinstance(results.get(key), Mapping) else {}).items():
-        accuracy = number({"a": value}, "a.accuracy", "a")
+    by_epsilon = results.get(attack)
+    found = {}
+    for text, metrics in by_epsilon.items() if isinstance(by_epsilon, Mapping) else ():
         try:
-            epsilon = float(epsilon)
+            epsilon = float(text)
         except ValueError:
             continue
+        accuracy = number(metrics, "accuracy")
         if accuracy is not None and epsilon > 0:
-            attacks[epsilon] = accuracy
-    return attacks
-
-
-def _untaught(results: Mapping[str, Any]) -> bool:
-    found = results.get("shape_bias")
-    return isinstance(found, Mapping) and found.get("texture_taught") is False
+            found[epsilon] = accuracy
+    return found
 
 
 def _neighbours(results: Mapping[str, Any]) -> list[Row]:
-    """What can be said of images without labels."""
-    nearest, usual, copies = (number(results, f"neighbours.{k}") for k in ("cosine", "any_cosine", "copies"))
+    """Rows that need no labels."""
+    nearest, usual = number(results, names.NEIGHBOURS_COSINE), number(results, names.NEIGHBOURS_ANY_COSINE)
+    copies = number(results, names.NEIGHBOURS_COPIES)
     rows = []
     if nearest is not None:
         meaning = "the cosine of the features of a test image and the training image nearest to it"
-        meaning += "" if usual is None else f"; of any two images it is {usual:.2f} on average"
+        meaning += "" if usual is None else f"; the mean over all pairs of images is {usual:.2f}"
         rows.append(Row("Nearest image", f"{nearest:.2f}", "", meaning))
     if copies is not None:
-        meaning = "images that are nearly the same as another one, counted without the first of each kind"
-        if results["neighbours"].get("all_compared") is False:
-            meaning += "; there are more, as not all pairs were compared"
+        meaning = "images that are nearly the same as another one, without the first of each group"
+        if _at(results, names.NEIGHBOURS_ALL_COMPARED) is False:
+            meaning += "; there may be more, as not all pairs were compared"
         rows.append(Row("Near-duplicates", f"{copies:,.0f}", LOWER, meaning))
     return rows
 
 
 def _worst_group(results: Mapping[str, Any]) -> list[Row]:
-    robust, plain = (number(results, f"worst_group.{name}_worst") for name in ("dro", "erm"))
+    robust, plain = number(results, names.WORST_GROUP_DRO), number(results, names.WORST_GROUP_ERM)
     if robust is None and plain is None:
         return []
     meaning = "accuracy on the true group where it is lowest, of a linear classifier"
@@ -313,5 +309,5 @@ def _worst_group(results: Mapping[str, Any]) -> list[Row]:
 def _time_split(results: Mapping[str, Any]) -> str:
     seconds = results.get("seconds")
     parts = seconds if isinstance(seconds, Mapping) else {}
-    said = [f"{key} {duration(v)}" for key in parts if key != "total" and (v := _as_float(parts[key])) is not None]
+    said = [f"{key} {duration(v)}" for key in parts if (v := _as_float(parts[key])) is not None]
     return ("by the clock: " + ", ".join(said)) if said else "by the clock, from start to end"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxcl.errors import UserError
-from jaxcl.runtime.options import quoted, suggestion
+from jaxcl.runtime.options import construct, quoted, suggestion
 
 
 class Registry(Mapping[str, str]):
@@ -81,6 +81,21 @@ class Registry(Mapping[str, str]):
             except NameError:
                 return False
         return isinstance(part, type) and issubclass(part, self.contract)
+
+
+def make_part(name: str, node: Mapping[str, Any], parts: Registry, **supplied: Any) -> Any:
+    """The part that a config node describes: `kind` chooses it, the other keys are its options.
+
+    Args:
+      name: the config key of the node, for messages.
+      node: the options, and `kind`; an `optimizer` is ignored, since it is not an option of the part.
+      parts: the registry of the slot.
+      **supplied: arguments that are not options.
+
+    Errors: UserError, as `Registry.resolve` and `construct`.
+    """
+    part = parts.resolve(node.get("kind"), f"{name}.kind")
+    return construct(name, part, {k: v for k, v in node.items() if k not in ("kind", "optimizer")}, **supplied)
 
 
 def _load(path: str) -> Any:

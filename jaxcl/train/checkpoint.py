@@ -1,7 +1,7 @@
-"""Checkpoints of a TrainState with Orbax, and the notice that the machine wants this process to end.
+"""Checkpoints of a TrainState with Orbax, and the SIGTERM that asks a run to stop.
 
-A checkpoint holds the whole state; its step is the position in the data, so nothing else is needed to go on exactly.
-`manifest.json` beside it says of which run it is and has a hash of every file, checked when it is read.
+A checkpoint holds the whole state. Its step is also the position in the data, so a run continues exactly from it.
+`manifest.json` beside it names the run and has a hash of every file, which is checked when the checkpoint is read.
 """
 
 import concurrent.futures
@@ -30,15 +30,22 @@ _KEY = "key_data"
 
 
 def _plain(state: TrainState) -> dict[str, Tree]:
-    """The state with the typed key as its bits: a checkpoint holds plain arrays only."""
+    """The state with the bits of its typed key: a checkpoint holds plain arrays only."""
     tree = {f: getattr(state, f) for f in ("step", "params", "batch_stats", "opt_state", "memory")}
     return tree | {_KEY: jax.random.key_data(state.key)}
 
 
 class Checkpoints:
-    """Asynchronous saves under `directory`, the newest `keep` of them kept; a half-written one is never the latest.
+    """Saves checkpoints asynchronously and keeps the newest; a half-written one is never the latest.
 
-    Errors of every method that writes: UserError where the disk is full or refuses, with the last good checkpoint.
+    Args:
+      directory: where they are, one folder per step; local or remote.
+      keep: number of checkpoints to keep.
+      read_only: the directory may belong to a run in progress: change nothing in it.
+      about: entries for the manifests, which name the run.
+
+    Raises:
+      UserError: (any method that writes) the disk is full or refuses; the message names the last good checkpoint.
     """
 
     def __init__(
@@ -49,16 +56,15 @@ class Checkpoints:
         read_only: bool = False,
         about: Mapping[str, Any] | None = None,
     ):
-        """read_only: to look at the checkpoints of a run that may be going on. about: what the manifests say of it."""
         self.directory = storage.folder(directory)
         self._read_only, self._about = read_only, dict(about or {})
         training = ocp.training
         self._checkpointer = training.Checkpointer(
             self.directory,
-            # The loop decides when; Orbax's own defaults are "whenever idle" and "keep everything".
+            # The loop decides when to save. Orbax's defaults are to save when idle and to keep everything.
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=not read_only,  # what a killed save left behind
+            cleanup_tmp_directories=not read_only,  # left behind by a save that was killed
         )
         self._finishing: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -75,10 +81,10 @@ class Checkpoints:
         return tuple(sorted(c.step for c in self._checkpointer.checkpoints))
 
     def save(self, step: int, state: TrainState) -> None:
-        """Copy the state off the devices, write it in the background. Saving a step twice does nothing."""
+        """Copy the state to the host and write it in the background. Saving a step twice does nothing."""
         if self.latest == step:
             return
-        # Also because Orbax deletes old checkpoints as it saves: none may vanish while its manifest is made.
+        # Orbax deletes old checkpoints when it saves: none may vanish while its manifest is made.
         self._finish()
         try:
             response = self._checkpointer.save_async(step, _plain(state))
@@ -89,12 +95,12 @@ class Checkpoints:
             self._finishing.start()
 
     def _seal(self, step: int, response: Any) -> None:
-        """When the files of a save are all there, write the manifest of their hashes."""
+        """Wait until all files of a save are written, then write the manifest with their hashes."""
         try:
             response.result()
             if jax.process_index() == 0:
                 _write_manifest(self.directory / str(step), {"step": step} | self._about)
-        except BaseException as error:  # noqa: BLE001 - it belongs to the loop, which asks before its next save
+        except BaseException as error:  # noqa: BLE001 - raised in the loop, by its next save
             self._error = error
 
     def _finish(self) -> None:
@@ -111,22 +117,25 @@ class Checkpoints:
             return error
         return UserError(
             f"cannot save a checkpoint in {self.directory}: {reason}; {self.last_good()}; make room, "
-            "then the same command goes on"
+            "then run the same command again to continue"
         )
 
     def last_good(self) -> str:
-        """Which checkpoint there is to go back to, for a message."""
+        """The checkpoint that a run can continue from, as part of a message."""
         whole = [s for s in self.steps if (self.directory / str(s) / MANIFEST).exists()]
         return f"the last good checkpoint is step {whole[-1]}" if whole else "no checkpoint was saved yet"
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """The state at `step`, placed as `abstract` (arrays or ShapeDtypeStructs) is sharded, on any number of devices.
+        """Read a state, onto any number of devices.
 
-        step None: the newest that is as it was saved; one that is damaged is set aside, and that is said.
+        Args:
+          abstract: arrays or ShapeDtypeStructs with the shapes and shardings of the state.
+          step: of the checkpoint; None: the newest that is undamaged. Damaged ones are set aside, with a warning.
 
-        Errors: UserError when the checkpoint is of another model, or damaged where `step` asks for it, or all are.
+        Raises:
+          UserError: the checkpoint is of another model, the one of `step` is damaged, or all are.
         """
-        odd: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         for candidate in sorted(self.steps, reverse=True) if step is None else [step]:
             where = self.directory / str(candidate)
             fault = distributed.agreed(lambda where=where: _fault(where))
@@ -135,28 +144,28 @@ class Checkpoints:
                     state = self._load(candidate, abstract)
                 except UserError:
                     raise
-                except Exception as error:  # noqa: BLE001 - tensorstore, json, zarr: what a broken file raises varies
+                except Exception as error:  # noqa: BLE001 - a broken file raises errors of tensorstore, json or zarr
                     fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
                 else:
-                    self._set_aside(odd)
+                    self._set_aside(damaged)
                     return state
-            odd[candidate] = fault
+            damaged[candidate] = fault
             if step is None:
                 logger.warning("checkpoint %s is damaged: %s; trying the one before", where, fault)
         raise UserError(
             f"no checkpoint in {self.directory} can be read: "
-            + "; ".join(f"step {s}: {fault}" for s, fault in odd.items())
-            + "; put a copy back, or use another --workdir to begin anew"
+            + "; ".join(f"step {s}: {fault}" for s, fault in damaged.items())
+            + "; restore a copy, or use another --workdir to start again"
         )
 
     def _load(self, step: int, abstract: TrainState) -> TrainState:
         wanted = jax.eval_shape(_plain, abstract)
         shardings = _plain_shardings(abstract)
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, shardings)
-        # Compared before loading: a load that fails half way leaves its threads complaining at exit.
+        # Compared before loading: a load that fails half way leaves threads that print errors at exit.
         stored = self._checkpointer.metadata(step).metadata
         if stored is None:
-            raise ValueError("what is in it cannot be read")
+            raise ValueError("its metadata cannot be read")
         there, here = _shapes(stored), _shapes(wanted)
         if odd := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
             raise UserError(
@@ -166,29 +175,30 @@ class Checkpoints:
         tree = self._checkpointer.load(step, wanted)
         return TrainState(key=jax.random.wrap_key_data(tree.pop(_KEY), impl="threefry2x32"), **tree)
 
-    def _set_aside(self, odd: Mapping[int, str]) -> None:
-        """Rename what is damaged, so that its step can be saved again; it stays for whoever wants to look."""
-        if not odd or self._read_only:
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        """Rename damaged checkpoints: their steps can be saved again, and the files can still be examined."""
+        if not damaged or self._read_only:
             return
         if jax.process_index() == 0:
-            for step in odd:
+            for step in damaged:
                 storage.move_folder(self.directory / str(step), self.directory / f"damaged-{step}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("jaxcl damaged checkpoints set aside")
         self._checkpointer.reload()
 
     def wait(self) -> None:
-        """Until what was saved is on disk."""
+        """Wait until everything that was saved is on disk."""
         self._finish()
         self._checkpointer.wait()
 
     def close(self) -> None:
+        """Finish the last save and free Orbax's threads."""
         try:
             self._finish()
         finally:
             try:
                 self._checkpointer.close()
-            except Exception as error:  # Orbax says again what went wrong with the last save
+            except Exception as error:  # Orbax raises the error of the last save again
                 raise self._refused(error) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -199,7 +209,7 @@ class Checkpoints:
 
 
 def _hashes(folder: epath.Path) -> dict[str, list]:
-    """{name: [bytes, BLAKE2b]} of all files of a checkpoint but its manifest."""
+    """{name: [bytes, BLAKE2b]} of all files of a checkpoint except its manifest."""
 
     def read(path: epath.Path) -> list:
         digest, size = hashlib.blake2b(digest_size=16), 0
@@ -220,7 +230,7 @@ def _write_manifest(folder: epath.Path, about: Mapping[str, Any]) -> None:
 
 
 def _fault(folder: epath.Path) -> str:
-    """How the files differ from what was saved; "" where they do not, or where a kill came before the manifest."""
+    """How the files differ from the saved ones; "" if they do not, or if there is no manifest, after a kill."""
     path = folder / MANIFEST
     if not path.exists():
         return ""
@@ -233,7 +243,7 @@ def _fault(folder: epath.Path) -> str:
         if name not in found:
             return f"{name} is missing"
         if name not in wanted:
-            return f"{name} was not in it when it was saved"
+            return f"{name} was added after it was saved"
         if wanted[name] != found[name]:
             sizes = wanted[name][0], found[name][0]
             return f"{name} has {sizes[1]} of {sizes[0]} bytes" if sizes[0] != sizes[1] else f"{name} has changed"
@@ -247,7 +257,7 @@ def _plain_shardings(abstract: TrainState) -> Tree:
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-    """{"params.encoder.stem_conv.kernel": (4, 4, 3, 64), ...}; the same for a state and for what is stored of it."""
+    """{"params.encoder.stem_conv.kernel": (4, 4, 3, 64), ...}, for a state and for the metadata of a stored one."""
 
     def name(entry: Any) -> str:
         return str(next(getattr(entry, a) for a in ("key", "name", "idx") if hasattr(entry, a)))
@@ -257,16 +267,16 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 
 class Preemption:
-    """Whether this run has been asked to end: SIGTERM, on any host of a multi-process run.
+    """Notices SIGTERM, on any host of a multi-process run.
 
-    In the loop the request is noted, and `reached` answers it between two steps. Before and after the loop (`at_once`)
-    there is nothing to save, and the notice raises Preempted wherever it finds the main thread.
+    In the loop it is only noted, and `reached` reports it between two steps. Before and after the loop (`at_once`)
+    there is nothing to save: the signal handler raises Preempted in the main thread.
     """
 
     def __init__(self, *, at_once: bool = False):
         self._asked, self._at_once = False, at_once
-        # With several processes JAX's coordination service catches the signal and makes all hosts agree on one step.
-        # One process needs no agreement, nor a service that looks at the signal once a second.
+        # With several processes, JAX's coordination service catches the signal and makes all hosts agree on a step.
+        # One process needs no agreement, and the service polls only once a second.
         self._distributed = jax.process_count() > 1
         self._previous = None
         self._catches = False
@@ -274,31 +284,32 @@ class Preemption:
             self._catch()
 
     def _catch(self) -> None:
-        # Python lets only the main thread catch signals; a run in another thread (a notebook's) goes without.
+        # Python lets only the main thread catch signals; a run in another thread (a notebook) does not notice them.
         if not self._catches and threading.current_thread() is threading.main_thread():
             self._previous, self._catches = signal.signal(signal.SIGTERM, self._notice), True
 
     def _notice(self, signum: int, frame: Any) -> None:
         asked, self._asked = self._asked, True
         if self._at_once and not asked:
-            raise Preempted("stopped on request outside of the training loop; the same command goes on from there")
+            raise Preempted("stopped on request outside of the training loop; run the same command again to continue")
 
     def loop_begins(self) -> None:
-        """From now on `reached` is asked after every step."""
+        """From now on the loop calls `reached` after every step."""
         self._at_once = False
 
     def loop_ended(self) -> None:
-        """From now on nobody asks: end at once. JAX's agreement of hosts has no use any more."""
+        """From now on raise at once again, without the agreement of hosts."""
         self._at_once = True
         self._catch()
 
     def reached(self, step: int) -> bool:
-        """Ask once after every step, on every process."""
+        """Whether to stop after this step. Call it once after every step, on every process."""
         if self._distributed:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
 
     def close(self) -> None:
+        """Restore the signal handler."""
         if self._catches:
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
             self._previous, self._catches = None, False

@@ -1,4 +1,4 @@
-"""Figures about the embeddings while a run goes on: is the encoder collapsing? One small program beside the update.
+"""Metrics of the embeddings during training, to see a collapse early: one small program beside the update.
 
 B batch, V views, D features.
 """
@@ -9,21 +9,25 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.evaluate.collapse import collapse_metrics
+from jaxcl.method.forward import represent
+from jaxcl.method.init_state import replicate_params
+from jaxcl.method.inputs import make_views
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.sharding import replicated
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import make_views, replicate_params, represent
 
 Array = jax.Array
-VIEWS = 2  # of an image: alignment is between two
+VIEWS = 2  # alignment is measured between two views of an image
 
 
 def compile_monitor(
     recipe: Recipe, state_sharding, batch_sharding
 ) -> Callable[[TrainState, dict[str, Array]], dict[str, Array]]:
-    """(state, batch) -> {"collapse/within_class_cosine": ..., ...} of the batch's first two views, in inference mode.
+    """Compile `evaluate.collapse.collapse_metrics` of the first two views of a batch, in inference mode.
 
-    What needs labels or a second view is left out where there is none. See `evaluate.collapse.collapse_metrics`.
+    Returns:
+      (state, batch) -> {"collapse/within_class_cosine": ..., ...}, without the metrics for which labels or a second
+      view are missing.
     """
     names = recipe.whole_view_names(Phase("encoder"))[:VIEWS]
 

@@ -1,7 +1,7 @@
-"""The run folder: one config, one run. Running the same command again goes on, or says that it is finished.
+"""The run folder holds one run of one config; the same command continues an unfinished run.
 
-config.json, data.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json, report/; lock.json
-while it runs. On a local disk or in an object store (gs://).
+It contains config.json, data.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/, results.json and
+report/, and lock.json while a process trains. It is on a local disk or in an object store (gs://).
 """
 
 import json
@@ -19,18 +19,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxcl import config as configs
 from jaxcl.errors import UserError
 from jaxcl.runtime import distributed, storage
 from jaxcl.runtime.lock import RunLock
+from jaxcl.train import config_diff
 
 logger = logging.getLogger("jaxcl")
-ROW_ORDER = "row_order"  # key of data.json: the name of the order of the training rows
+ROW_ORDER = "row_order"  # key of data.json: name of the order in which training rows are drawn
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def finished(workdir: epath.Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The results of a finished run, after saying so; None where there is something left to do."""
+    """The results of a finished run, with a log line; None if the run is unfinished or new. Raises: UserError."""
     if not (workdir / "results.json").exists():
         return None
     _same_config(workdir, config)
@@ -42,25 +42,34 @@ def _same_config(workdir: epath.Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    changed = configs.differences(json.loads(path.read_text()), config)
+    changed = config_diff.differences(json.loads(path.read_text()), config)
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
             f"{workdir} holds a run of another config, {changed[0]}{more}; "
-            "use another --workdir, or the same config to go on"
+            "use another --workdir, or the same config to continue"
         )
 
 
 def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool) -> RunLock | None:
-    """Make the run folder, or check that it is this run's, and lock it; -> the lock, of the process that writes.
+    """Make the run folder, or check that it holds this run, and lock it.
 
-    facts: what the recipe was told of the data, the class names and ROW_ORDER. Errors: UserError, on all processes where one has it.
+    Args:
+      config: as plain containers.
+      facts: of the training data (`data_facts`), "class_names" and ROW_ORDER.
+      writes: whether this process writes to the folder; exactly one process does.
+
+    Returns:
+      The lock, in the process that writes; None in the others.
+
+    Raises:
+      UserError: the folder holds another run, is locked or cannot be written to; on all processes if on one.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make --workdir {workdir}: {error.strerror}; choose a folder you may write to"
+            f"cannot make --workdir {workdir}: {error.strerror}; choose a folder that you may write to"
         ) from None
     _same_config(workdir, config)
     _same_data(workdir, facts)
@@ -85,7 +94,7 @@ def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], wr
 
 
 def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
-    """With an image more or less every batch to come would hold other examples."""
+    """UserError if the data changed: with one image more, all later batches would hold other examples."""
     path = workdir / "data.json"
     if not path.exists():
         return
@@ -93,19 +102,20 @@ def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
     before, now = old.pop(ROW_ORDER, None), new.pop(ROW_ORDER, None)
     if now is not None and before != now:
         raise UserError(
-            f"{workdir} began under another order of the training rows ({before or 'of an older jaxcl'} -> {now}), so "
-            "going on would repeat some images and leave out others; use another --workdir (it can still be evaluated)"
+            f"{workdir} was trained with another order of the training rows "
+            f"({before or 'that of an older jaxcl'} -> {now}), so continuing would "
+            "repeat some images and skip others; use another --workdir (this one can still be evaluated)"
         )
     for key in old.keys() & new.keys():
         if not _close(old[key], new[key]):
             raise UserError(
-                f"the data is not what {workdir} began with, {key}: {old[key]} -> {new[key]}; "
-                "put it back as it was, or use another --workdir"
+                f"the data has changed since {workdir} was started, {key}: {old[key]} -> {new[key]}; "
+                "restore the data, or use another --workdir"
             )
 
 
 def _close(a: Any, b: Any) -> bool:
-    """Equal but for the last digits of a mean, which may differ between machines."""
+    """Equality up to the last digits of a mean, which may differ between machines."""
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_close, a, b))
     if isinstance(a, float) or isinstance(b, float):
@@ -114,16 +124,17 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def write_json(path: epath.Path | pathlib.Path, content: Any) -> None:
+    """Write a JSON file atomically."""
     storage.write_whole(path, json.dumps(content, indent=2, default=number) + "\n")
 
 
 def plain(content: Any) -> Any:
-    """What comes back when it is written to JSON and read."""
+    """The content as JSON gives it back: lists for tuples, Python numbers for arrays."""
     return json.loads(json.dumps(content, default=number))
 
 
 def number(value: Any) -> Any:
-    """What JSON writes for a number or array of NumPy or JAX."""
+    """`default` of json.dumps: numbers and arrays of NumPy and JAX as Python numbers and lists."""
     if isinstance(value, (np.generic, np.ndarray, jax.Array)):
         return np.asarray(value).tolist()
     raise TypeError(f"cannot write {type(value).__name__} to JSON")
@@ -158,4 +169,5 @@ def _commit() -> str:
 
 
 def command() -> str:
+    """The command line of this process."""
     return " ".join(["python -m jaxcl.main", *sys.argv[1:]])

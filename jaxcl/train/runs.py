@@ -1,4 +1,4 @@
-"""Finished (or unfinished) runs read back from their folders, to be evaluated again, alone or joined.
+"""Runs opened from their folders, finished or not, to be evaluated again, one by one or several joined.
 
 N images, D features.
 """
@@ -16,41 +16,33 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
-from jaxcl.data import FILES, Source, source_of
+from jaxcl.data import Source, keeps_size, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Metrics
-from jaxcl.evaluate.suite import EvalContext, Evaluation, check_split
+from jaxcl.evaluate.context import EvalContext
+from jaxcl.evaluate.registry import EVALUATORS, make_evaluator
+from jaxcl.evaluate.suite import Evaluation, check_split
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe
+from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.state import TrainState
-from jaxcl.method.update import init_state
 from jaxcl.runtime import storage
-from jaxcl.runtime.options import suggestion
+from jaxcl.runtime.options import OptionError, check, options_of, suggestion
 from jaxcl.train.checkpoint import Checkpoints
 from jaxcl.train.run_folder import ROW_ORDER
-
-# Evaluators that see nothing but features: only they can take several encoders of different runs together.
-OF_FEATURES = (
-    "knn",
-    "linear",
-    "logistic",
-    "raw_pixels",
-    "transfer",
-    "transfer_augmented",
-    "worst_group",
-    "collapse",
-    "ood",
-    "shape_bias",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A run folder, opened: its config, parts and newest checkpoint. Its data need not be at hand.
+    """A run, opened from its folder: its config, recipe and state. It does not need the run's data.
 
-    class_names: of the training data; None where the run is of a version that did not write them down.
-    environment: packages, commit and so on of the training.
+    Attributes:
+      workdir: the folder.
+      config, recipe: of the run, with the changes that `open_run` was given.
+      state: from the checkpoint of step `step`, replicated over `mesh`.
+      class_names: of the training data; None for runs of versions that did not save them.
+      environment: contents of environment.json: packages, commit and so on.
     """
 
     workdir: epath.Path
@@ -65,18 +57,19 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Saved):
-    """A run folder, opened, and the evaluation of its encoder."""
+    """An open run with its data, ready to be evaluated."""
 
     evaluation: Evaluation
 
     def frozen(self, split: str = "test") -> EvalContext:
+        """The context of its state, to measure on a split."""
         return EvalContext(self.evaluation, self.state, self.mesh, split)
 
 
 def load_run(
     workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
 ) -> Run:
-    """Open a run folder, to evaluate: arguments and errors as of `open_run`, and UserError for data that is missing."""
+    """Opens a run with its data. Arguments and errors are those of `open_run`; UserError too if data is missing."""
     saved = open_run(workdir, source=source, step=step, options=options)
     config = saved.config
     train = source_of(config, "train")
@@ -87,17 +80,18 @@ def load_run(
 def open_run(
     workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
 ) -> Saved:
-    """Open a run folder.
+    """Opens a run.
 
     Args:
-      workdir: what `jaxcl.main --workdir` was given; local or remote.
-      source: evaluate on this data source instead of the run's own; images are normalised as in training, and files
-        of images decoded at the size of the training's.
+      workdir: the --workdir of the training, local or remote.
+      source: a data source that replaces the run's own. Images are normalised as in training, and image files are
+        decoded at the size of the training images.
       step: of the checkpoint; None: the newest.
-      options: "KEY=VALUE" of config.eval to set otherwise, such as "ood=('sketch=folder:PATH',)".
+      options: "KEY=VALUE" texts that change keys of config.eval, such as "ood=('sketch=folder:PATH',)".
 
     Raises:
-      UserError: no run there, no such checkpoint, or one that does not fit its config; an unknown option.
+      UserError: no run in the folder, no such checkpoint, a checkpoint that does not fit the config, or an option that
+        does not exist or cannot have this value.
     """
     storage.need_library(workdir)
     workdir = epath.Path(workdir)
@@ -107,15 +101,15 @@ def open_run(
             raise UserError(f"{workdir} is not a run folder: it has no {path.name}; give the --workdir of a run")
     plain, facts = (json.loads(path.read_text()) for path in files.values())
     class_names = facts.pop("class_names", None)
-    facts.pop(ROW_ORDER, None)  # of the training only
+    facts.pop(ROW_ORDER, None)  # only training needs it
     environment = workdir / "environment.json"
     config = configs.from_dict(plain)
     config.report = False
-    config.data.textures = ""  # of the training only
+    config.data.textures = ""  # only training needs them
     if source:
         config.data.source = source
-        if source.partition(":")[0] in FILES:
-            # Not at a size of their own: small images enlarged, or large ones decoded for nothing.
+        if keeps_size(source):
+            # Otherwise files decode at their own size, larger than needed or smaller than the encoder's input.
             config.data.files.image_size = config.data.files.image_size or facts["image_shape"][0]
     for option in options:
         _set(config.eval, option)
@@ -130,7 +124,7 @@ def open_run(
         place = sharding.replicated(mesh)
         abstract = jax.eval_shape(lambda: init_state(recipe))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
-        state = checkpoints.restore(abstract, step)  # the newest: or the one before, where that is damaged
+        state = checkpoints.restore(abstract, step)  # without a step: the newest one that is not damaged
         step = int(state.step) if step is None else step
     return Saved(
         workdir=workdir,
@@ -145,51 +139,57 @@ def open_run(
 
 
 def _set(options: ConfigDict, text: str) -> None:
+    """Sets a key of config.eval from "KEY=VALUE"; a value that is no Python literal is a text."""
     key, equals, value = text.partition("=")
     key = key.removeprefix("eval.")
     if not equals or key not in options:
         raise UserError(f"--set={text}: expected KEY=VALUE with a key of config.eval{suggestion(key, options)}")
     try:
         value = ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a word
+    except (ValueError, SyntaxError):
         pass
-    wanted = type(options[key])
-    if not isinstance(value, wanted) and not (wanted is float and isinstance(value, int)):
-        raise UserError(f"--set={text}: {value!r} is no {wanted.__name__}; expected one like {options[key]!r}")
-    options[key] = wanted(value)
+    try:
+        check(key, value, options_of(configs.Eval)[key])
+    except OptionError as error:
+        raise UserError(f"--set={text}: eval.{key} {error.reason}") from None
+    options[key] = type(options[key])(value)
 
 
 class Joined(EvalContext):
-    """Several runs as one encoder: features side by side. Labels and options are those of the first."""
+    """Several runs as one encoder, their features side by side. Labels and options are those of the first run.
+
+    Raises:
+      UserError: the runs do not have the same images.
+    """
 
     def __init__(self, runs: Sequence[Run], split: str = "test"):
         first = runs[0]
         super().__init__(first.evaluation, first.state, first.mesh, split)
-        self._parts = [run.frozen(split) for run in runs]
-        for run, part in zip(runs[1:], self._parts[1:], strict=True):
-            part.batch_size = self.batch_size  # batches of features are joined, too
-            if not _same_images(self.test, part.test):
+        self._contexts = [run.frozen(split) for run in runs]
+        for run, context in zip(runs[1:], self._contexts[1:], strict=True):
+            context.batch_size = self.batch_size  # `stream` joins batches, too
+            if not _same_images(self.test, context.test):
                 raise UserError(
                     f"{runs[0].workdir} and {run.workdir} were trained on different data, {self.test.name} and "
-                    f"{part.test.name}; give both the same --source"
+                    f"{context.test.name}; give both the same --source"
                 )
 
     def features(self, split: str, kind: str = "") -> np.ndarray:
         """float32 [N,D], D the sum over the runs."""
-        return np.concatenate([part.features(split, kind) for part in self._parts], axis=-1)
+        return np.concatenate([context.features(split, kind) for context in self._contexts], axis=-1)
 
     def features_of(self, source: Source) -> np.ndarray:
-        """float32 [N,D], as of `features`."""
-        return np.concatenate([part.features_of(source) for part in self._parts], axis=-1)
+        """float32 [N,D], as `features`."""
+        return np.concatenate([context.features_of(source) for context in self._contexts], axis=-1)
 
     def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
-        """float32 [n,D], as of `EvalContext.stream`."""
-        for parts in zip(*(part.stream(source, kind) for part in self._parts), strict=True):
-            yield np.concatenate(parts, axis=-1)
+        """Yields float32 [n,D], as `EvalContext.stream`."""
+        for features in zip(*(context.stream(source, kind) for context in self._contexts), strict=True):
+            yield np.concatenate(features, axis=-1)
 
     def augmented_features(self, split: str, draw: int) -> np.ndarray:
-        """float32 [N,D]; runs of one seed and the same views see the same ones."""
-        return np.concatenate([part.augmented_features(split, draw) for part in self._parts], axis=-1)
+        """float32 [N,D]; runs with one seed and equal views see the same augmented images."""
+        return np.concatenate([context.augmented_features(split, draw) for context in self._contexts], axis=-1)
 
 
 def _same_images(a: Source, b: Source) -> bool:
@@ -200,29 +200,32 @@ def _same_images(a: Source, b: Source) -> bool:
 
 
 def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = (), *, split: str = "") -> dict[str, Metrics]:
-    """Results by evaluator of one run, or of several joined.
+    """Results by evaluator, of one run or of several joined.
 
     Args:
-      runs: from `load_run`; several are one encoder, their features side by side (Thanos as two runs).
-      suite: names of evaluators; empty: those of the first run's eval.final, of several runs those among them that
-        see features only.
-      split: "test" or "validation"; empty: the first run's eval.split.
+      runs: from `load_run`. Several are one encoder, their features side by side (Thanos as two runs).
+      suite: evaluators, by name or as "package.module:Name"; empty: those in eval.final of the first run, of several
+        runs only those that read features alone (`Evaluator.features_only`).
+      split: "test" or "validation"; empty: eval.split of the first run.
 
     Raises:
-      UserError: an evaluator nobody knows, or one that cannot take several runs.
+      UserError: an evaluator that does not exist, or one that cannot take several runs.
     """
     evaluation = runs[0].evaluation
     split = split or evaluation.options.split
-    check_split("the split", split, runs[0].config)
+    check_split("split", split, runs[0].config)
+    kinds, where = (tuple(suite), "suite") if suite else (tuple(evaluation.options.final), "eval.final")
     if len(runs) == 1:
-        return evaluation.evaluate(tuple(suite or evaluation.options.final), runs[0].frozen(split))
-    if odd := [name for name in suite if name not in OF_FEATURES]:
-        raise UserError(f"{odd[0]} cannot take several runs; expected some of {', '.join(OF_FEATURES)}")
-    names = tuple(suite) or tuple(n for n in evaluation.options.final if n in OF_FEATURES)
-    return evaluation.evaluate(names, Joined(runs, split))
+        return evaluation.evaluate(kinds, runs[0].frozen(split), where=where)
+    joinable = [kind for kind in kinds if make_evaluator(kind, where).features_only]
+    if suite and len(joinable) < len(kinds):
+        odd = next(kind for kind in kinds if kind not in joinable)
+        known = [kind for kind in EVALUATORS if make_evaluator(kind).features_only]
+        raise UserError(f"suite has {odd!r}, which cannot take several runs; expected some of {', '.join(known)}")
+    return evaluation.evaluate(joinable, Joined(runs, split), where=where)
 
 
 def summary(runs: Sequence[Run], results: dict[str, Metrics]) -> dict[str, Any]:
-    """The results and what they are of, ready for JSON."""
-    of = [{"workdir": str(r.workdir), "step": r.step, "config": r.config.name} for r in runs]
-    return {"runs": of, "source": runs[0].config.data.source, "results": results}
+    """The results with their runs and source, ready for JSON."""
+    evaluated = [{"workdir": str(r.workdir), "step": r.step, "config": r.config.name} for r in runs]
+    return {"runs": evaluated, "source": runs[0].config.data.source, "results": results}

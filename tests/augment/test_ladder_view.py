@@ -1,4 +1,4 @@
-"""The rungs of the ladder: which types each has, how strong they are, and in which order they come."""
+"""The rungs of the ladder: their types of augmentation, strengths and order."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def ops(rung, size=64):
 
 
 def test_each_rung_has_one_type_more():
-    """papers/hierarchical_augmentation.md 2.1: operations and probabilities of the four modules."""
+    """The operations and probabilities of the four modules of Zhang and Ma 2022, arXiv 2206.00227."""
     t1, t2, t3, t4 = map(ops, rungs(TOP))
     assert t1 == {"crop": 1, "jitter": 0.8}
     assert t2 == t1 | {"grayscale": 0.2}
@@ -39,7 +39,7 @@ def test_any_order(order):
         assert all(a < b for a, b in itertools.pairwise(sets))
 
 
-def test_rotation_can_have_a_place_of_its_own():
+def test_rotation_can_be_a_type_of_the_ladder():
     rung = rungs(TOP | {"rotation": 0.5}, order=("rotation", *TYPES[:3]))
     assert [set(ops(r)) - {"crop"} for r in rung[:2]] == [{"rotation"}, {"rotation", "jitter"}]
 
@@ -47,7 +47,7 @@ def test_rotation_can_have_a_place_of_its_own():
 def test_controls():
     assert rungs(TOP, mode="uniform") == (TOP,) * 4
     assert rungs(TOP, mode="two_view") == (None, None, None, TOP)
-    # The table of papers/hierarchical_augmentation.md 8.3, from the last rung down.
+    # From the last rung down: flip, grayscale, blur, jitter, hue, smallest crop.
     want = [
         (0.50, 0.20, 0.50, 0.40, 0.10, 0.2),
         (0.45, 0.15, 0.45, 0.38, 0.08, 0.3),
@@ -66,20 +66,20 @@ def test_controls():
 def test_small_images_are_not_blurred_unless_asked():
     rung = TOP | dict(blur_above=32)
     assert "blur" not in ops(rung, 32) and "blur" in ops(rung, 33) and "blur" in ops(TOP, 32)
-    with pytest.raises(UserError, match="blur probability"):
+    with pytest.raises(UserError, match="^blur "):
         ops(rung | dict(blur=1.5), 32)
 
 
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(mode="add"), "mode is 'add'; expected one of addone, uniform"),
-        (dict(order=("jitter", "hue")), "expected some of jitter, grayscale"),
-        (dict(order=("jitter", "jitter")), "each once"),
-        (dict(count=0), "expected at least 1"),
+        (dict(mode="add"), "mode is 'add'"),
+        (dict(order=("jitter", "hue")), "order is"),
+        (dict(order=("jitter", "jitter")), "order is"),
+        (dict(count=0), "count is 0"),
     ],
 )
 def test_mistakes(options, text):
     with pytest.raises(UserError) as error:
         rungs(TOP, **options)
-    assert text in str(error.value) and set(TYPES) < set(PROBABILITY)
+    assert text in str(error.value) and "\n" not in str(error.value) and set(TYPES) < set(PROBABILITY)

@@ -1,6 +1,5 @@
-"""Every operation against Pillow or the definition written out in NumPy, and what the draws follow."""
+"""Crops, flips, blur and the other operations, against Pillow or their definition in NumPy; distributions of draws."""
 
-import colorsys
 import itertools
 import math
 
@@ -8,44 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sample_images import BYTE, keys, ks, photo, unit
 
 from jaxcl.augment import color, ops
 from jaxcl.errors import UserError
 
-BYTE = 1 / 255
-ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
-LUMA = np.array([0.299, 0.587, 0.114])
-
-
-def photo(count=4, height=24, width=20, seed=0) -> np.ndarray:
-    """uint8 images with smooth parts, noise, pure colours, greys, black and white."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    base = np.stack([np.sin(y / 5 + i) * np.cos(x / 4 - i) for i in range(3)], -1) * 90 + 128
-    images = base + rng.normal(0, 40, (count, height, width, 3))
-    images[:, :3] = rng.integers(0, 2, (count, 3, width, 3)) * 255
-    images[:, 3] = rng.integers(0, 256, (count, width, 1))
-    return np.clip(images, 0, 255).astype(np.uint8)
-
-
-def unit(images) -> jnp.ndarray:
-    return jnp.asarray(images, jnp.float32) / 255
-
-
-def keys(count, seed=0):
-    return jax.random.split(jax.random.key(seed), count)
-
-
-def ks(sample, cdf) -> float:
-    """Kolmogorov-Smirnov statistic in units of its 1% point for a large sample: below 1 is a fit."""
-    sample = np.sort(np.asarray(sample, np.float64))
-    n = len(sample)
-    theory = cdf(sample)
-    gap = max(np.max(np.arange(1, n + 1) / n - theory), np.max(theory - np.arange(n) / n))
-    return gap * math.sqrt(n) / 1.63
-
-
-# ------------------------------------------------------------------------------------------ crop, resize
+# ---- crop, resize
 
 
 @pytest.mark.parametrize("size", [8, 20, 33])
@@ -62,7 +29,7 @@ def test_resized_crop_is_pillows_crop_then_resize(size):
 
 
 def plain_bilinear(image, box, size):
-    """Two taps an axis at (i + 1/2) scale - 1/2, edges repeated: the definition, pixel by pixel."""
+    """Reference, pixel by pixel: two taps per axis at (i + 1/2) scale - 1/2, with repeated edges."""
     top, left, h, w = box
     crop = image[top : top + h, left : left + w].astype(np.float64)
     out = np.empty((size, size, image.shape[2]))
@@ -144,7 +111,7 @@ def test_flip():
     np.testing.assert_array_equal(out[1], images[1])
 
 
-# ------------------------------------------------------------------------------------------ crop draws
+# ---- draws of crops
 
 
 def test_drawn_boxes_are_whole_and_inside():
@@ -171,7 +138,7 @@ def test_drawn_area_is_uniform_and_ratio_log_uniform():
 
 
 def sequential_box(rng, height, width, area, ratio):
-    """torchvision's rule, try after try."""
+    """Reference: torchvision's rule, try after try."""
     for _ in range(10):
         target = height * width * rng.uniform(*area)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -206,136 +173,7 @@ def test_fallback_is_the_largest_centred_box(height, width, ratio, box):
     np.testing.assert_array_equal(boxes, np.tile(box, (50, 1)))
 
 
-# ------------------------------------------------------------------------------------------------ colour
-
-
-def grey(image):
-    return image @ LUMA
-
-
-def turn_hue(image, shift):
-    flat = [colorsys.rgb_to_hsv(*p) for p in image.reshape(-1, 3)]
-    return np.array([colorsys.hsv_to_rgb((h + shift) % 1.0, s, v) for h, s, v in flat]).reshape(image.shape)
-
-
-def sequential_jitter(image, factors, order):
-    """The definition: one part after the other, in float64, clipped after each."""
-    x = np.asarray(image, np.float64)
-    b, c, s, h = np.asarray(factors, np.float64)
-    for part in order:
-        if part == 0:
-            x = b * x
-        elif part == 1:
-            x = c * x + (1 - c) * grey(x).mean()
-        elif part == 2:
-            x = s * x + (1 - s) * grey(x)[..., None]
-        else:
-            x = turn_hue(x, h)
-        x = np.clip(x, 0, 1)
-    return x
-
-
-def test_jitter_in_each_of_the_24_orders():
-    images = unit(photo(24, 7, 6))
-    rng = np.random.default_rng(1)
-    factors = np.concatenate([rng.uniform(0.2, 1.8, (24, 3)), rng.uniform(-0.5, 0.5, (24, 1))], axis=1)
-    got = np.asarray(jax.jit(color.color_jitter)(images, jnp.asarray(factors, jnp.float32), ORDERS))
-    want = np.stack([sequential_jitter(*row) for row in zip(images, factors, ORDERS, strict=True)])
-    np.testing.assert_allclose(got, want, atol=2e-5)
-    # The order is visible in this data, so a wrong order cannot pass.
-    other = np.stack([sequential_jitter(*r) for r in zip(images, factors, np.roll(ORDERS, 1, 0), strict=True)])
-    assert (np.abs(other - want).max(axis=(1, 2, 3)) > 1e-2).sum() >= 22
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ("brightness", "contrast", "saturation"),
-        ("saturation", "hue"),
-        ("contrast", "hue"),
-        ("brightness", "hue"),
-        ("brightness", "saturation", "hue"),
-        ("brightness",),
-        ("hue",),
-        (),
-    ],
-)
-def test_jitter_with_parts_left_out(parts):
-    images = unit(photo(24, 5, 4, seed=2))
-    factors = np.tile(np.float32([0.6, 1.5, 0.3, 0.2]), (24, 1))
-    got = np.asarray(color.color_jitter(images, factors, ORDERS, parts=parts))
-    kept = np.where([p in parts for p in color.PARTS], factors, color.IDENTITY)
-    want = np.stack([sequential_jitter(*row) for row in zip(images, kept, ORDERS, strict=True)])
-    np.testing.assert_allclose(got, want, atol=2e-5)
-
-
-def test_identity_factors_change_no_bit():
-    images = unit(photo(24))
-    factors = jnp.tile(jnp.array(color.IDENTITY), (24, 1))
-    np.testing.assert_array_equal(jax.jit(color.color_jitter)(images, factors, ORDERS), images)
-
-
-def test_hue_against_colorsys():
-    colours = np.array(list(itertools.product([0.0, 0.2, 0.5, 0.9, 1.0], repeat=3)), np.float32)
-    shifts = np.float32([-0.5, -0.31, -0.1, 0.0, 1e-3, 1 / 6, 0.25, 0.5])
-    images = np.tile(colours.reshape(1, 25, 5, 3), (len(shifts), 1, 1, 1))
-    got = np.asarray(color.adjust_hue(jnp.asarray(images), jnp.asarray(shifts)))
-    for shift, one, out in zip(shifts, images, got, strict=True):
-        np.testing.assert_allclose(out, turn_hue(one.astype(np.float64), float(shift)), atol=3e-6)
-    np.testing.assert_array_equal(got[3], images[3])
-
-
-def test_colour_parts_against_pillow():
-    image = pytest.importorskip("PIL.Image")
-    enhance = pytest.importorskip("PIL.ImageEnhance")
-    images = photo(1)
-    for factor in (0.0, 0.6, 1.0, 1.4):
-        row = jnp.array([factor])
-        for ours, theirs in (
-            (color.adjust_brightness, enhance.Brightness),
-            (color.adjust_contrast, enhance.Contrast),
-            (color.adjust_saturation, enhance.Color),
-        ):
-            want = np.asarray(theirs(image.fromarray(images[0])).enhance(factor)) / 255
-            np.testing.assert_allclose(ours(unit(images), row)[0], want, atol=1.6 * BYTE)
-    shift = 25 / 255  # whole steps of Pillow's 8-bit hue
-    hsv = np.array(image.fromarray(images[0]).convert("HSV"))
-    hsv[..., 0] += 25
-    want = np.asarray(image.fromarray(hsv, "HSV").convert("RGB")) / 255
-    # Hue in 256 steps: one step moves a channel by up to 6 bytes.
-    assert np.abs(color.adjust_hue(unit(images), jnp.array([shift]))[0] - want).max() < 9 * BYTE
-
-
-def test_grayscale():
-    images = unit(photo(2))
-    out = np.asarray(color.grayscale(images, jnp.array([True, False])))
-    np.testing.assert_allclose(out[0], np.repeat(grey(np.asarray(images[0]))[..., None], 3, -1), atol=1e-6)
-    np.testing.assert_array_equal(out[1], images[1])
-
-
-def test_jitter_draws():
-    strength = (0.4, 1.5, 0.2, 0.1)
-    factors, order, applied = color.draw_color_jitter(keys(30000), strength=strength, p=0.8)
-    factors, order, applied = np.asarray(factors), np.asarray(order), np.asarray(applied)
-    assert abs(applied.mean() - 0.8) < 4 * math.sqrt(0.16 / 30000)
-    np.testing.assert_array_equal(factors[~applied], np.tile(np.float32(color.IDENTITY), ((~applied).sum(), 1)))
-    for column, (low, high) in enumerate([(0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1)]):
-        cdf = lambda v, low=low, high=high: np.clip((v - low) / (high - low), 0, 1)  # noqa: E731
-        assert ks(factors[applied, column], cdf) < 1
-    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(4), (30000, 1)))
-    _, counts = np.unique(order, axis=0, return_counts=True)
-    assert len(counts) == 24
-    assert ((counts - 1250) ** 2 / 1250).sum() < 41.6  # chi-square, 23 degrees of freedom, 1%
-    assert abs(np.corrcoef(factors[applied].T) - np.eye(4)).max() < 0.03
-
-
-@pytest.mark.parametrize("op", ["adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "grayscale"])
-def test_colour_needs_three_channels(op):
-    with pytest.raises(UserError, match="three times"):
-        getattr(color, op)(jnp.zeros((2, 8, 8, 1)), jnp.ones(2, bool))
-
-
-# --------------------------------------------------------------------------- blur, solarize, normalise
+# ---- blur, solarize
 
 
 @pytest.mark.parametrize("taps", [3, 9])
@@ -389,14 +227,6 @@ def test_solarize_against_pillow():
     np.testing.assert_array_equal(out[1], unit(images)[1])
 
 
-def test_normalize_and_back():
-    images = unit(photo(2))
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    normal = ops.normalize(images, mean, std)
-    np.testing.assert_allclose(normal, (np.asarray(images, np.float64) - mean) / std, atol=1e-6)
-    np.testing.assert_allclose(ops.denormalize(normal, mean, std), images, atol=1e-6)
-
-
 def test_masks_have_their_probability():
     for p in (0.0, 0.2, 1.0):
         mask = np.asarray(ops.draw_mask(keys(20000), p=p))
@@ -414,41 +244,3 @@ def test_operations_vmap():
     flat = jax.jit(both)(images.reshape(6, 24, 20, 3), boxes, factors, order)
     nested = jax.jit(jax.vmap(both))(images, *(v.reshape(2, 3, 4) for v in (boxes, factors, order)))
     np.testing.assert_allclose(nested.reshape(flat.shape), flat, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size", "antialias"), [(64, 70, 64, True), (100, 96, 64, True), (96, 80, 20, False)]
-)
-def test_large_images_are_gathered_on_a_cpu_and_are_the_same(monkeypatch, height, width, size, antialias):
-    """One image's boxes: the whole, a corner of a pixel, one through fractions, and drawn ones."""
-    images = jax.random.uniform(jax.random.key(0), (6, height, width, 3))
-    drawn = ops.draw_resized_crop(jax.random.split(jax.random.key(1), 3), height, width)
-    odd = jnp.array([[0, 0, height, width], [height - 1, width - 1, 1, 1], [3.25, 7.5, 20.5, 31.75]])
-    boxes, flipped = jnp.concatenate([odd, drawn]), jnp.arange(6) % 2 == 0
-
-    def both(images):
-        return ops.flip(ops.resized_crop(images, boxes, size, antialias=antialias), flipped)
-
-    def run():
-        step = jax.jit(lambda x: (both(x), jax.grad(lambda x: jnp.sum(both(x) ** 2))(x)))
-        return "gather" in step.lower(images).as_text(), *step(images)
-
-    gathers, *gathered = run()
-    monkeypatch.setattr(ops, "GATHER_SIDE", 10**6)
-    no_longer, *dense = run()
-    assert gathers and not no_longer
-    for one, other in zip(gathered, dense, strict=True):  # a filter's place is rounded to 1e-5 of a pixel
-        np.testing.assert_allclose(one, other, atol=1e-4)
-
-
-def test_gathering_asks_no_other_device():
-    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    n = 2 * len(jax.devices())
-    images = jax.device_put(jax.random.uniform(jax.random.key(0), (n, 64, 64, 3)), rows)
-    boxes = jax.device_put(ops.draw_resized_crop(jax.random.split(jax.random.key(1), n), 64, 64), rows)
-    step = jax.jit(lambda x, b: ops.flip(ops.resized_crop(x, b, 64), b[:, 0] > 3), out_shardings=rows)
-    text = step.lower(images, boxes).compile().as_text()
-    assert "all-gather" not in text and "all-reduce" not in text and "collective" not in text
-    one_device = jax.jit(lambda x, b: ops.flip(ops.resized_crop(x, b, 64), b[:, 0] > 3))
-    np.testing.assert_allclose(step(images, boxes), one_device(*map(np.asarray, (images, boxes))), atol=1e-6)

@@ -1,10 +1,9 @@
-"""Patch negatives: the released tiling exactly, the draws, and the stage."""
+"""Patch negatives: exactly the released tiling, and the distribution of the draws."""
 
 import functools
-import types
 
+import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,22 +12,20 @@ from jaxcl.augment import patch_negatives, patches, tile_patches
 from jaxcl.augment.patches import scaled_range
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
-from jaxcl.method.grad_cache import GradCache
-from jaxcl.method.stages.negatives import PatchNegatives
-from jaxcl.method.views import View, view_keys
+from jaxcl.method.views import view_keys
 
 PAPER = "non_semantic_negatives"
-S, LOW, HIGH = 12, 2, 5  # of the small images below
+S, LOW, HIGH = 12, 2, 5  # of the small images below; LOW and HIGH are the smallest and largest patch
 N = S // LOW + 1
 
 
 def coordinates(side):
-    """[S,S,2]: every pixel says where it is."""
+    """[S,S,2]: the value of every pixel is its position."""
     return np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1).astype(np.int32)
 
 
 def slow_tiles(image, d, top, left):
-    """The n * n patches side by side, cropped."""
+    """Reference: the n * n patches side by side, cropped."""
     n = len(top)
     square = np.zeros((n * d, n * d, *image.shape[2:]), image.dtype)
     for a in range(n):
@@ -46,8 +43,9 @@ def padded(table, n):
 
 
 def test_golden_tiling(golden):
-    """With the size traced and more tiles than are used, as inside `patch_negatives`: one program for all."""
-    d, tile = golden(PAPER, "patch_tiling"), jax.jit(tile_patches)
+    """With a traced size and more tiles than are used, as inside `patch_negatives`: one program for all sizes."""
+    d = golden(PAPER, "patch_tiling")
+    tile = jax.jit(chex.assert_max_traces(tile_patches, n=2))  # one for each shape of image
     index = np.arange(224 * 224, dtype=np.int32).reshape(224, 224, 1)
     for i in range(4):
         top, left = (padded(d[f"case{i}_{k}"], 15) for k in ("top", "left"))
@@ -70,7 +68,7 @@ def test_golden_tiling_of_other_sizes(golden):
 
 
 def test_tiling_against_the_loop():
-    """Every size from a pixel to the whole image."""
+    """Every size from one pixel to the whole image."""
     rng, image = np.random.default_rng(0), coordinates(S)
     tile = jax.jit(tile_patches)
     for d in range(1, S + 1):
@@ -161,18 +159,19 @@ def test_an_image_depends_on_its_own_key_only():
     _, out, images = some()
     keys = jax.random.split(jax.random.key(3), 4)
     options = dict(min_patch=LOW, max_patch=HIGH)
-    np.testing.assert_array_equal(patch_negatives(keys, images, **options), out[:, :1])  # however many there are
+    # The first negative does not depend on the number of negatives.
+    np.testing.assert_array_equal(patch_negatives(keys, images, **options), out[:, :1])
     np.testing.assert_array_equal(patch_negatives(keys[2:3], images[2:3], **options), out[2:3, :1])
     np.testing.assert_array_equal(patch_negatives(jax.random.key(3), images, **options), out[:, :1])
-    # Images and negatives differ among themselves.
+    # All images and negatives differ.
     relative = (out - out // 100 * 100).reshape(8, -1)
     assert len(np.unique(relative, axis=0)) == 8
-    with jax.enable_x64(True):  # the draws are not those of the default integer
+    with jax.enable_x64(True):  # the draws have fixed types
         np.testing.assert_array_equal(patch_negatives(keys, images, **options), out[:, :1])
 
 
-def test_a_step_later_they_are_others():
-    """An image keeps its own stream of patches, which goes on from step to step."""
+def test_patches_change_from_step_to_step():
+    """Every image has its own stream of patches, by its index and the step."""
     _, _, images = some()
     made = [
         patch_negatives(
@@ -187,7 +186,7 @@ def test_a_step_later_they_are_others():
 
 
 def test_sharded_over_devices():
-    """On one and on eight devices the same, and no image leaves its device."""
+    """The result is equal on one and on eight devices, and no image leaves its device."""
     images, keys = tiny.normal(8, S, S, 3), jax.random.split(jax.random.key(1), 8)
     make = functools.partial(patch_negatives, min_patch=LOW, max_patch=HIGH, count=2)
     want = make(keys, images)
@@ -205,15 +204,15 @@ def test_range_scaled_to_the_side():
 @pytest.mark.parametrize(
     "options,words",
     [
-        (dict(min_patch=2, max_patch=12), "max_patch is 12, the images have a side of 12"),
-        (dict(min_patch=5, max_patch=4), "min_patch is 5 and max_patch 4"),
-        (dict(min_patch=0, max_patch=4), "expected 1 <= min_patch"),
-        (dict(min_patch=2.5, max_patch=4), "expected whole numbers"),
+        (dict(min_patch=2, max_patch=12), "max_patch is 12"),
+        (dict(min_patch=5, max_patch=4), "min_patch is 5"),
+        (dict(min_patch=0, max_patch=4), "min_patch is 0"),
+        (dict(min_patch=2.5, max_patch=4), "2.5"),
         (dict(min_patch=2, max_patch=4, count=0), "count is 0"),
         (dict(key=jax.random.key(0, impl="rbg")), "threefry"),
-        (dict(key=np.zeros(2, np.uint32)), "typed keys"),
-        (dict(key=jax.random.split(jax.random.key(0), 3)), "got keys (3,), 2 images"),
-        (dict(images=np.zeros((2, 12, 10, 3))), "square images"),
+        (dict(key=np.zeros(2, np.uint32)), "jax.random.key"),
+        (dict(key=jax.random.split(jax.random.key(0), 3)), "(3,)"),
+        (dict(images=np.zeros((2, 12, 10, 3))), "(2, 12, 10, 3)"),
     ],
 )
 def test_errors(options, words):
@@ -226,39 +225,12 @@ def test_errors(options, words):
 @pytest.mark.parametrize(
     "shape,size,tiles,words",
     [
-        ((12, 10, 3), 3, (5, 5), "square image"),
-        ((12, 12, 3), 13, (1, 1), "expected a patch of 1 to 12"),
-        ((12, 12, 3), 3, (3, 3), "do not cover"),
-        ((12, 12, 3), 3, (5, 4), "one shape"),
+        ((12, 10, 3), 3, (5, 5), "12, 10, 3"),
+        ((12, 12, 3), 13, (1, 1), "size is 13"),
+        ((12, 12, 3), 3, (3, 3), "3 tiles"),
+        ((12, 12, 3), 3, (5, 4), "5, 4"),
     ],
 )
 def test_errors_of_the_core(shape, size, tiles, words):
     with pytest.raises(UserError, match=words):
         tile_patches(np.zeros(shape), size, np.zeros(tiles, int), np.zeros(tiles, int))
-
-
-# ---- the stage
-
-
-def test_stage():
-    view = View(jnp.asarray(tiny.normal(4, 32, 32, 3)), {"flip": jnp.zeros(4)}, jnp.array([True, True, False, True]))
-    keys, asked = jax.random.split(jax.random.key(5), 4), []
-    context = types.SimpleNamespace(keys=lambda name: (asked.append(name), keys)[1])
-    stage = PatchNegatives(into="cut", count=2)
-    out = stage(context, {"view1": view})
-    want = patch_negatives(keys, view.image, min_patch=2, max_patch=10, count=2)
-    assert stage.reads == ("view1",) and stage.writes == stage.creates == ("cut",) and asked == ["cut/patches"]
-    assert list(out.views) == ["cut"] and out.batch_stats is None
-    np.testing.assert_array_equal(out.views["cut"].image, np.asarray(want).reshape(8, 32, 32, 3))
-    assert out.views["cut"].where.tolist() == [True, True, True, True, False, False, True, True]
-
-
-def test_stage_checks():
-    recipe = types.SimpleNamespace(image_shape=(32, 32, 3), batch_size=8, grad_cache=GradCache())
-    PatchNegatives().check("stages[0]", recipe, 1)
-    with pytest.raises(UserError, match=r"stages\[0\]: max_patch is 40"):
-        PatchNegatives(max_patch=40).check("stages[0]", recipe, 1)
-    with pytest.raises(UserError, match="min_patch is 20 and max_patch 10"):
-        PatchNegatives(min_patch=20).check("stages[0]", recipe, 1)
-    with pytest.raises(UserError, match="count from 1"):
-        PatchNegatives(count=0)

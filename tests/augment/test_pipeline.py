@@ -1,5 +1,9 @@
-"""Pipelines: what they return, what an image's result depends on, and what they refuse."""
+"""Pipelines: what they return, what the result of an image depends on, what operations share, what is refused."""
 
+import dataclasses
+from typing import ClassVar
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcl import augment
 from jaxcl.augment import color, ops
 from jaxcl.errors import UserError
+from jaxcl.runtime.options import construct
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
 SIZE, COUNT = 12, 16
@@ -33,8 +38,8 @@ def result(view):
     return jax.tree.map(np.asarray, view(keys(), batch()))
 
 
-@pytest.mark.parametrize("side", [16, 64])  # by products of matrices, and on a CPU by gathering
-def test_a_crop_that_is_mirrored_is_the_crop_and_then_its_mirror_image(side):
+@pytest.mark.parametrize("side", [16, 64])  # by matmuls, and on a CPU by gathering
+def test_a_fused_flip_equals_a_crop_and_then_a_flip(side):
     images = batch(height=side, width=side)
     crop, mirror = augment.RandomResizedCrop(size=side), augment.RandomFlip(p=0.5)
     both, params = augment.Pipeline((crop, mirror))(keys(), images)
@@ -64,18 +69,18 @@ def test_shapes_dtypes_and_names(result):
 
 
 def test_params_replay_the_view(result):
-    """The returned parameters, applied one by one with the deterministic parts, give the same images."""
+    """The returned parameters, applied one by one with the deterministic functions, give the same images."""
     images, params = result
 
     @jax.jit
     def replay(x, params):
-        x = ops.resized_crop(ops.to_unit(x), params["crop"] * jnp.array([16.0, 14.0, 16.0, 14.0]), SIZE)
+        x = ops.resized_crop(augment.to_float(x), params["crop"] * jnp.array([16.0, 14.0, 16.0, 14.0]), SIZE)
         x = color.color_jitter(ops.flip(x, params["flip"]), params["jitter"], params["jitter_order"])
         x = ops.gaussian_blur(color.grayscale(x, params["grayscale"]), params["blur_sigma"])
-        return ops.normalize(ops.solarize(x, params["solarize"]), MEAN, STD)
+        return augment.normalize(ops.solarize(x, params["solarize"]), MEAN, STD)
 
     difference = np.abs(np.asarray(replay(batch(), params)) - images)
-    # A value within rounding of solarize's threshold may fall to either side of it.
+    # A value close to solarize's threshold may be rounded to either side of it.
     assert (difference > 1e-4).sum() <= 3
     skipped = ~params["jitter_applied"]
     assert skipped.any()
@@ -96,9 +101,9 @@ def test_result_does_not_depend_on_the_batch_around_it(view, result):
         np.testing.assert_allclose(value, params[name][5:8], rtol=1e-6)
 
 
-@pytest.mark.parametrize("side", [16, 64])  # by products of matrices, and on a CPU by gathering
+@pytest.mark.parametrize("side", [16, 64])  # by matmuls, and on a CPU by gathering
 @pytest.mark.parametrize("make", [augment.random_view, augment.standard_view])
-def test_several_views_of_an_image_are_those_of_the_image_repeated(make, side):
+def test_several_views_of_an_image_equal_views_of_repeated_images(make, side):
     images, several = batch(5, side, side), keys(15)
     view = make(side, MEAN, STD)
     out, params = view(several, images)
@@ -115,7 +120,7 @@ def test_types_do_not_depend_on_x64():
         assert jax.eval_shape(view, keys(), batch()) == want
 
 
-def test_an_image_answers_to_its_key(view, result):
+def test_another_key_gives_another_view(view, result):
     other = view(keys(seed=1), batch())
     assert (np.abs(other[0] - result[0]).max(axis=(1, 2, 3)) > 0.1).all()
 
@@ -138,7 +143,7 @@ def test_one_and_eight_devices_agree_without_communication(view, result):
         assert collective not in several.as_text()
 
 
-def test_leaving_a_part_out_keeps_the_draws_of_the_others(result):
+def test_removing_an_operation_keeps_the_draws_of_the_others(result):
     pipeline = augment.random_view(SIZE, MEAN, STD, flip=0.0, jitter_p=0.0, **EVERYTHING)
     params = jax.jit(lambda *args: pipeline(*args)[1])(keys(), batch())
     assert "flip" not in params and "jitter" not in params
@@ -146,7 +151,7 @@ def test_leaving_a_part_out_keeps_the_draws_of_the_others(result):
         np.testing.assert_array_equal(value, result[1][name])
 
 
-def test_parts_draw_independently():
+def test_operations_draw_independently():
     pipeline = augment.Pipeline([augment.RandomFlip(), augment.RandomGrayscale(p=0.5), augment.RandomFlip()])
     _, params = jax.jit(pipeline)(keys(4000), np.zeros((4000, 2, 2, 3), np.uint8))
     assert set(params) == {"flip", "grayscale", "flip_2"}
@@ -155,14 +160,14 @@ def test_parts_draw_independently():
     assert np.abs(coins.mean(1) - 0.5).max() < 2 / np.sqrt(4000)
 
 
-def test_parts_of_probability_zero_are_not_in_the_program():
+def test_operations_of_probability_zero_are_not_in_the_program():
     small = augment.random_view(8, MEAN, STD, flip=0, jitter_p=0, grayscale=0)
     assert [type(op).__name__ for op in small.ops] == ["RandomResizedCrop", "Normalize"]
     whole = augment.random_view(8, MEAN, STD, **EVERYTHING)
     assert [op.name for op in whole.ops] == "crop flip jitter grayscale blur solarize normalize".split()
 
 
-def test_jitter_of_strength_zero_leaves_its_part_out():
+def test_jitter_of_strength_zero_is_the_identity():
     x = np.random.default_rng(0).uniform(size=(8, 6, 6, 3)).astype(np.float32)
     op = augment.ColorJitter(brightness=0, contrast=0, saturation=0, hue=0, p=1.0)
     images, params = augment.Pipeline([op])(keys(8), x)
@@ -176,7 +181,8 @@ def test_standard_view_resizes_and_normalises():
     assert params == {}
     np.testing.assert_allclose(out, (images / 255 - MEAN) / STD, atol=1e-5)
     resized, _ = augment.standard_view(5, MEAN, STD)(keys(4), images)
-    np.testing.assert_allclose(resized, ops.normalize(ops.resize(ops.to_unit(images), 5), MEAN, STD), atol=1e-6)
+    want = augment.normalize(ops.resize(augment.to_float(images), 5), MEAN, STD)
+    np.testing.assert_allclose(resized, want, atol=1e-6)
 
 
 def test_classifier_view():
@@ -196,7 +202,7 @@ def test_bytes_and_floats_are_the_same_image():
     assert {x.dtype.name for x in out} == {"float32"}
 
 
-def test_one_channel_goes_through_what_has_no_colour():
+def test_one_channel_needs_views_without_colour_operations():
     images = batch(4)[..., :1]
     out, _ = jax.eval_shape(augment.classifier_view(8, (0.5,), (0.5,)), keys(4), images)
     assert out.shape == (4, 8, 8, 1)
@@ -212,36 +218,158 @@ def test_pipelines_are_values():
     assert a == b and hash(a) == hash(b)
 
 
+BAD_OPTIONS = [
+    dict(crop_area=(0.0, 1.0)),
+    dict(crop_area=(0.2, 1.1)),
+    dict(crop_area=(0.9, 0.2)),
+    dict(crop_area=(0.2,)),
+    dict(crop_ratio=(0.0, 1.0)),
+    dict(crop_ratio=(2.0, 1.0)),
+    dict(crop_ratio=(1.0, float("inf"))),
+    dict(flip=1.5),
+    dict(flip=True),
+    dict(jitter_p=-0.1),
+    dict(grayscale=float("nan")),
+    dict(blur=2),
+    dict(blur_sigma=(2.0, 0.1)),
+    dict(blur_sigma=(0.0, 0.1)),
+    dict(blur_above=32.5),
+    dict(solarize=-1),
+    dict(rotation="often"),
+    dict(jitter=(0.4, 0.4, 0.4)),
+    dict(jitter=(0.4, 0.4, 0.4, 0.6)),
+    dict(jitter=(-0.4, 0.4, 0.4, 0.1)),
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_are_refused_by_their_key(options):
+    """Called directly, and as a part of a config."""
+    (key,) = options
+    data = dict(size=8, mean=MEAN, std=STD)
+    for prefix, make in (
+        ("", lambda: augment.random_view(**data, **options)),
+        ("views.view1.", lambda: construct("views.view1", augment.random_view, options, **data)),
+    ):
+        with pytest.raises(UserError, match=f"^{prefix}{key} is ") as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    "options",
+    "make, key",
     [
-        dict(crop_area=(0.0, 1.0)),
-        dict(crop_area=(0.2, 1.1)),
-        dict(crop_area=(0.9, 0.2)),
-        dict(crop_area=(0.2,)),
-        dict(crop_ratio=(0.0, 1.0)),
-        dict(crop_ratio=(2.0, 1.0)),
-        dict(crop_ratio=(1.0, float("inf"))),
-        dict(flip=1.5),
-        dict(jitter_p=-0.1),
-        dict(grayscale=float("nan")),
-        dict(blur=2),
-        dict(blur=0.0, blur_sigma=(2.0, 0.1)),
-        dict(blur_sigma=(0.0, 0.1)),
-        dict(solarize=-1),
-        dict(jitter=(0.4, 0.4, 0.4)),
-        dict(jitter=(0.4, 0.4, 0.4, 0.6)),
-        dict(jitter=(-0.4, 0.4, 0.4, 0.1)),
-        dict(size=0),
-        dict(size=32.0),
-        dict(std=(0.2, 0.0, 0.2)),
-        dict(std=(0.2, 0.2)),
+        (lambda: augment.RandomResizedCrop(size=0), "crop.size"),
+        (lambda: augment.Resize(size=32.0), "resize.size"),
+        (lambda: augment.RandomResizedCrop(size=8, area=(0.9, 0.2)), "crop.area"),
+        (lambda: augment.RandomFlip(p=1.5), "flip.p"),
+        (lambda: augment.ColorJitter(hue=0.6), "jitter.hue"),
+        (lambda: augment.GaussianBlur(sigma=(2.0, 1.0)), "blur.sigma"),
+        (lambda: augment.RandomTilt(degrees=-1.0), "tilt.degrees"),
+        (lambda: augment.Normalize(mean=MEAN, std=(0.2, 0.0, 0.2)), "normalize.std"),
+        (lambda: augment.Normalize(mean=MEAN, std=(0.2, 0.2)), "normalize.std"),
+        (lambda: augment.random_view(0, MEAN, STD), "crop.size"),
+        (lambda: augment.standard_view(8, MEAN, (0.2, 0.2)), "normalize.std"),
     ],
 )
-def test_bad_options_are_one_line(options):
-    with pytest.raises(UserError) as caught:
-        augment.random_view(**{"size": 8, "mean": MEAN, "std": STD, **options})
+def test_bad_operations_are_refused_by_name_and_option(make, key):
+    with pytest.raises(UserError, match=f"^{key} is ") as caught:
+        make()
     assert "\n" not in str(caught.value)
+
+
+# ---- operations of a user
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Invert(augment.Op):
+    """Draws nothing and needs nothing of the contract but a name and a call."""
+
+    name: str = "invert"
+
+    def __call__(self, keys, images):
+        return 1 - images, {"invert": jnp.ones(len(images), bool)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shrink(augment.Op):
+    """A crop of a user: every second pixel. It takes part in all that the built-in crop does."""
+
+    takes_views: ClassVar[bool] = True
+    fuses_flip: ClassVar[bool] = True
+    gives_planes: ClassVar[bool] = True
+
+    asked: list = dataclasses.field(default_factory=list, compare=False)
+    name: str = "shrink"
+
+    def __call__(self, keys, images, flipped=None, planar=False):
+        self.asked.append((flipped is not None, planar))
+        images = jnp.repeat(images, len(keys) // len(images), axis=0)[:, ::2, ::2]
+        images = images if flipped is None else ops.flip(images, flipped)
+        return tuple(jnp.moveaxis(images, -1, 0)) if planar else images, {}
+
+
+def test_an_operation_needs_a_name_and_a_call_only():
+    images = batch(3)
+    out, params = augment.Pipeline((Invert(), augment.RandomFlip(p=1.0), Invert()))(keys(6), images)
+    chex.assert_trees_all_close(out, augment.to_float(np.repeat(images, 2, axis=0))[:, :, ::-1], atol=1e-6)
+    assert list(params) == ["invert", "flip", "invert_2"]
+    with pytest.raises(NotImplementedError):
+        augment.Pipeline((augment.Op(name="nothing"),))(keys(3), images)
+
+
+@pytest.mark.parametrize(
+    "after, asked",
+    [
+        ((augment.RandomFlip(), augment.ColorJitter()), (True, True)),
+        ((augment.RandomFlip(), Invert(), augment.ColorJitter()), (True, False)),
+        ((augment.ColorJitter(), augment.RandomFlip()), (False, True)),
+        ((Invert(), augment.RandomFlip(), augment.ColorJitter()), (False, False)),
+        ((), (False, False)),
+    ],
+)
+def test_an_operation_of_a_user_can_share_work(after, asked):
+    """The values are those of a pipeline whose operations share nothing."""
+    shrink, images = Shrink(), batch(4)
+    apart = [op for following in after for op in (augment.RandomSolarize(p=0.0), following)]
+    results = [augment.Pipeline(ops)(keys(8), images) for ops in ((shrink, *after), (shrink, *apart))]
+    assert shrink.asked == [asked, (False, False)]
+    (out, params), (want, same) = results
+    chex.assert_trees_all_close(out, want, atol=1e-6)
+    chex.assert_trees_all_equal(params, {k: v for k, v in same.items() if k in params})
+
+
+def test_one_channel_is_not_split_for_a_jitter():
+    shrink = Shrink()
+    with pytest.raises(UserError, match=r"\(4, 8, 7, 1\)"):
+        augment.Pipeline((shrink, augment.ColorJitter()))(keys(4), batch(4)[..., :1])
+    assert shrink.asked == [(False, False)]
+
+
+def test_what_is_no_operation_is_refused():
+    with pytest.raises(UserError, match="augment"):
+        augment.Pipeline((ops.flip,))
+    with pytest.raises(UserError, match="fuses_flip"):
+
+        class Misspelt(augment.Op):
+            fuse_flip = True
+
+
+# ---- batches
+
+
+def test_a_view_is_traced_once_for_each_shape():
+    view = jax.jit(chex.assert_max_traces(augment.classifier_view(8, MEAN, STD).__call__, n=2))
+    for count, seed in ((4, 0), (4, 1), (8, 0), (4, 2)):
+        images, params = view(keys(count, seed), batch(count, seed=seed))
+        chex.assert_shape(images, (count, 8, 8, 3))
+        chex.assert_tree_shape_prefix(params, (count,))
+
+
+def test_floats_of_bytes_are_refused():
+    images = batch(4).astype(np.float32)
+    with pytest.raises(UserError, match="255"):
+        augment.standard_view(SIZE, MEAN, STD)(keys(4), images)
 
 
 def test_bad_batches_are_refused(view):

@@ -1,4 +1,4 @@
-"""Turns by quarters and by degrees: against NumPy, how often they are drawn, and what is refused."""
+"""Turns by quarters and by degrees, against NumPy; how often they are drawn, and what is refused."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def test_quarter_turns():
     got = ops.quarter_turns(images, turns)
     for image, k, out in zip(images, turns, np.asarray(got), strict=True):
         np.testing.assert_array_equal(out, np.rot90(image, k))
-    with pytest.raises(UserError, match="rotation needs square images, got 4x5"):
+    with pytest.raises(UserError, match="4x5"):
         ops.quarter_turns(images[:, :4], turns)
 
 
@@ -26,7 +26,7 @@ def test_how_often():
 
 
 def test_tilts():
-    """A quarter is a quarter turn; none is the image itself; outside of it is black."""
+    """90 degrees is a quarter turn, 0 is the identity, and pixels from outside the image are black."""
     images = np.random.default_rng(1).random((3, 5, 5, 1)).astype(np.float32) + 0.1
     got = np.asarray(jax.jit(ops.tilt)(images, np.array([0, np.pi / 2, np.pi / 4], np.float32)))
     np.testing.assert_allclose(got[0], images[0], atol=1e-6)
@@ -37,11 +37,11 @@ def test_tilts():
     assert got[2, 2, 2] == pytest.approx(float(images[2, 2, 2, 0]), abs=1e-5)
 
 
-def test_as_parts_of_a_view():
+def test_as_operations_of_a_view():
     view = augment.random_view(8, (0.5,) * 3, (0.25,) * 3, rotation=0.5, jitter_p=0.0, grayscale=0.0)
     names = [op.name for op in view.ops]
     assert names == ["crop", "flip", "rotation", "normalize"]
-    with pytest.raises(UserError, match="rotation probability"):
+    with pytest.raises(UserError, match=r"rotation\.p"):
         augment.RandomRotation(p=2.0)
     pipeline = augment.Pipeline((augment.RandomTilt(degrees=20.0), augment.RandomRotation(p=1.0)))
     images, params = pipeline(jax.random.split(jax.random.key(0), 64), np.ones((64, 8, 8, 3), np.float32))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _contestants, _measure, _report, losses
-from jaxcl.losses import engine
+from jaxcl.losses import limits
 
 ONLY = "matmuls,plain,supcon_tiled,supcon_auto,nt_xent_tiled,optax_ntxent"
 
@@ -31,9 +31,9 @@ def test_whole_command(tmp_path, capsys, monkeypatch, no_processes):
     monkeypatch.setattr(losses, "release", lambda: None)  # the tests after this one keep their compiled programs
     saved, figure, page = tmp_path / "losses.json", tmp_path / "losses.svg", tmp_path / "losses.md"
     # So small a batch is not tiled by "auto" otherwise, but has a program of its own.
-    monkeypatch.setattr(engine, "_limits", engine.Limits(dense_logits=0))
     arguments = ["--sizes=64,128", "--dim=16", "--rounds=2", "--peers=optax", f"--only={ONLY}"]
-    losses.main([*arguments, f"--save={saved}", f"--out={figure}"])
+    with limits(dense_logits=0):
+        losses.main([*arguments, f"--save={saved}", f"--out={figure}"])
     out = capsys.readouterr().out
 
     state = json.loads(saved.read_text())

@@ -1,7 +1,7 @@
 """The start-up benchmark: its table, and one real process whose parts add up to the whole."""
 
 import pytest
-from test_train import ROOT
+from processes import ROOT
 
 from benchmarks import startup
 

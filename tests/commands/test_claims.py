@@ -19,7 +19,7 @@ from jaxcl.commands.claims.methods import AUTHORS, CLAIMS, COARSE, FINE, MEASURE
 from jaxcl.commands.claims.table import Result
 from jaxcl.commands.sweep import main as sweep
 from jaxcl.errors import UserError
-from jaxcl.evaluate.evaluators import EVALUATORS
+from jaxcl.evaluate.registry import EVALUATORS
 
 
 @pytest.fixture

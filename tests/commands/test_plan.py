@@ -104,9 +104,9 @@ def test_costs_of_small_programs():
 @pytest.mark.slow
 def test_work_is_three_forward_passes():
     """Forward, and backward to the kernels and to the images; but the first layer's images want no gradient."""
-    from jaxcl.models import ModelOptions, make_model
+    from jaxcl.models import ResNetOptions, make_model
 
-    model = make_model(ModelOptions(depth=50, stem="imagenet"))
+    model = make_model(ResNetOptions(depth=50, stem="imagenet"))
     params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0), (224, 224, 3)))
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
 

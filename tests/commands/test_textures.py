@@ -9,7 +9,7 @@ from processes import cli, one_line
 
 from jaxcl import config as base
 from jaxcl.commands import textures
-from jaxcl.data import Loader, make_source
+from jaxcl.data import Loader, Source, make_source
 from jaxcl.data.from_config import source_of
 from jaxcl.data.texture_set import Textured, TextureSet, image_keys, is_done
 from jaxcl.errors import UserError
@@ -61,7 +61,7 @@ def test_goes_on_where_it_stopped(npz, built, tmp_path):
     whole = [p.read_bytes() for p in parts]
     parts[1].unlink()  # as after a kill: its keys are there, its textures are not
     times = [p.stat().st_mtime_ns for p in (parts[0], parts[2])]
-    with pytest.raises(UserError, match="holds 2 of 3 parts; the command that began it goes on"):
+    with pytest.raises(UserError, match="holds 2 of 3 parts; run the command that began it again to continue"):
         TextureSet(tmp_path)
     build(npz, tmp_path)
     assert [p.read_bytes() for p in parts] == whole
@@ -77,7 +77,7 @@ def test_processes_share_the_parts_and_batches_do_not_matter(npz, built, tmp_pat
 
 
 def test_made_otherwise(npz, built):
-    with pytest.raises(UserError, match=r"holds textures made otherwise, seed 1 and not 2; use another --out"):
+    with pytest.raises(UserError, match=r"holds textures made with seed 1, not 2; use another --out"):
         build(npz, built, seed=2)
     with pytest.raises(UserError, match="process_index is 2; expected 0 to 1, of 2"):
         build(npz, built, process_index=2, process_count=2)
@@ -119,9 +119,12 @@ def test_batches_bring_the_textures_of_their_images(npz, built):
 def test_a_set_on_disk_finds_them_batch_by_batch(npz, built):
     plain = make_source(npz)
 
-    class OnDisk:
+    class OnDisk(Source):
         in_memory, name, split, image_shape = False, "disk", "train", plain.image_shape
         batch = staticmethod(plain.batch)
+
+        def __len__(self):
+            return len(plain)
 
     source = Textured(OnDisk(), TextureSet(built))
     batch = source.batch(np.array([9, 2, 7]))

@@ -15,6 +15,7 @@ from jaxcl.method import sharding
 from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
 from jaxcl.method.update import compile_update
+from jaxcl.train import config_diff
 from jaxcl.train import loop as train
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -123,7 +124,7 @@ def test_how_far_pixels_may_move(preset, epsilon, clip):
 @pytest.mark.parametrize("method", KINDS)
 def test_clae_is_the_method_and_a_third_view(method, scale):
     plain, clae = (base.to_dict(c) for c in (config(method, scale), config("clae", f"{method},{scale}")))
-    changed = {line.split(":")[0].split(".")[0].split("[")[0] for line in base.differences(plain, clae)}
+    changed = {line.split(":")[0].split(".")[0].split("[")[0] for line in config_diff.differences(plain, clae)}
     assert changed <= {"name", "stages", "passes", "terms", "model"}
     assert plain["model"] | {"norm_sets": clae["model"]["norm_sets"]} == clae["model"]
 

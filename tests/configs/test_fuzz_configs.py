@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from test_train import ROOT
+from processes import ROOT
 
 from jaxcl.commands import config_file
 from jaxcl.errors import UserError

@@ -14,6 +14,7 @@ from jaxcl.method import sharding
 from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
 from jaxcl.method.update import compile_update
+from jaxcl.train import config_diff
 
 METHODS = ("simsiam", "byol", "barlow_twins")
 IMAGENET = dict(num_examples=1_281_167, num_classes=1000, image_shape=(256, 256, 3))
@@ -108,7 +109,7 @@ def test_the_ladder_on_each_method(method, dataset):
 
 def test_controls_and_options():
     two, plain = config("hierarchical", "two_view,imagenet"), config("simsiam", "imagenet")
-    changed = {line.split(":")[0] for line in base.differences(*map(base.to_dict, (plain, two)))}
+    changed = {line.split(":")[0] for line in config_diff.differences(*map(base.to_dict, (plain, two)))}
     assert changed == {"name", "duration", "model.head_out_norm"}  # 200 epochs, a last batch norm with scale and bias
 
     everywhere = tiny.recipe(config("hierarchical", "uniform,told=color_crop"), **GARMENTS)

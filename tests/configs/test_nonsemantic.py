@@ -25,8 +25,8 @@ from jaxcl.method.terms.momentum import BYOL
 from jaxcl.method.terms.similarity import similarity_metrics
 from jaxcl.method.update import compile_update
 from jaxcl.report import read_metrics
+from jaxcl.train import config_diff, runs
 from jaxcl.train import loop as train
-from jaxcl.train import runs
 
 FACTS = {
     "garments": dict(num_examples=10_000, image_shape=(32, 32, 3)),
@@ -69,7 +69,8 @@ def test_the_authors_presets(setting, values):
 def test_it_is_the_method_and_negatives(method, words):
     c, plain = config("nonsemantic", f"{method},{words}"), config("nonsemantic", f"{method},none")
     changed = {
-        line.split(":")[0].split(".")[0].split("[")[0] for line in base.differences(*map(base.to_dict, (plain, c)))
+        line.split(":")[0].split(".")[0].split("[")[0]
+        for line in config_diff.differences(*map(base.to_dict, (plain, c)))
     }
     assert changed == {"name", "stages", "passes", "terms"}
     recipe = tiny.recipe(c, **FACTS["garments"])

@@ -8,6 +8,7 @@ from test_configs import FACTS, config, size
 
 from jaxcl import config as base
 from jaxcl.method.recipe import Phase
+from jaxcl.train import config_diff
 
 CIFAR = FACTS["cifar10"] | dict(num_classes=2)
 TERMS = {
@@ -70,7 +71,8 @@ def test_thanos_is_the_run_and_an_autoencoder(method):
     for name, term in alone.terms.items():
         assert both.terms[name].to_dict() == term.to_dict()
     changed = {
-        line.split(":")[0].split(".")[0].split("[")[0] for line in base.differences(*map(base.to_dict, (alone, both)))
+        line.split(":")[0].split(".")[0].split("[")[0]
+        for line in config_diff.differences(*map(base.to_dict, (alone, both)))
     }
     assert changed <= {"name", "encoders", "heads", "passes", "representation", "terms"}
     auto = config("l_spread", "autoencoder")

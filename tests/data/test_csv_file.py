@@ -44,7 +44,7 @@ def test_columns_in_any_order_and_paths_of_any_kind(images):
     text = "\r\n".join(["\ufeffLabel, Path ,note", *rows, ""])
     listing = csv_file.listing_of(write(images, text)[4:])
     assert listing.columns[0].tolist() == [0, -1, -1, 1] and listing.class_names == ("7", "8")
-    assert listing.notes == ("columns left alone: note",)
+    assert listing.notes == ("ignored columns: note",)
     source = make_source(write(images, text), split="train")
     assert not source.labelled and len(source) == 3
 
@@ -74,10 +74,10 @@ def test_coarse_labels_of_a_table_on_disk(images, monkeypatch):
         ("path,path\na,b", "names path twice"),
         ("path,label", "holds no images"),
         ("path,label\nin/0.png", "line 2 of .*list.csv has 1 columns, the header 2"),
-        ("path,label\n\nin/0.png,a,b", "line 3 of .* has 3 columns.*around what holds a comma"),
+        ("path,label\n\nin/0.png,a,b", "line 3 of .* has 3 columns.*comma"),
         ("path,label\n ,a", "image 1 has no path"),
         ("path,split\nin/0.png,tset", "image 1 is of split 'tset'; expected train, test or val"),
-        ("path,split\nin/0.png,test", "has no training images; it has 1 of other parts"),
+        ("path,split\nin/0.png,test", "has no training images; it has 1 of other splits"),
         ("path\nnowhere.png\nin/0.png", r"1 of 2 images cannot be read: nowhere.png \(no such file or directory\)"),
         ("path\nin\nin/0.png", r"cannot be read: in \(no regular file\)"),
         ("path\nin/0.png\x00", "list.csv|cannot be read"),

@@ -1,4 +1,4 @@
-"""Image files as a set: parts, sizes, what cannot be read, memory and disk, paths in buckets."""
+"""Image files as a set: splits, sizes, what cannot be read, memory and disk, paths in buckets."""
 
 import io
 import logging
@@ -9,17 +9,12 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from source_checks import fails
 
 from jaxcl import config as configs
-from jaxcl.data import Loader, files, make_source, source_of
+from jaxcl.data import Loader, files, listing, make_source, paths, source_of
 from jaxcl.data.folder import listing_of
 from jaxcl.errors import UserError
-
-
-def fails(match, spec, **options):
-    with pytest.raises(UserError, match=match) as caught:
-        make_source(spec, **options)
-    assert "\n" not in str(caught.value)
 
 
 def save(path, level=0, size=(12, 12)):
@@ -47,7 +42,7 @@ def nothing_looked_at():
     files._latest = None
 
 
-def test_a_fixed_tenth_is_the_test_part(classes):
+def test_a_fixed_tenth_is_the_test_split(classes):
     train = make_source(f"folder:{classes}", image_size=8, seed=1)
     test = make_source(f"folder:{classes}", image_size=8, seed=2, split="test")
     assert train.class_names == ("cat", "dog", "emu") and train.labelled and train.in_memory
@@ -64,7 +59,7 @@ def test_sets_too_large_for_memory_are_the_same_from_disk(classes, monkeypatch):
     spec, options = f"folder:{classes}", dict(image_size=8, validation=0.25)
     memory = {split: make_source(spec, split=split, **options) for split in ("train", "validation", "test")}
     files._latest = None
-    monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", 8 * 8 * 3 * 6)  # the six images of the test part fit
+    monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", 8 * 8 * 3 * 6)  # the six images of the test split fit
     for split, held in memory.items():
         disk = make_source(spec, split=split, **options)
         assert disk.in_memory == (split == "test") and len(disk) == len(held)
@@ -102,7 +97,7 @@ def test_sizes(tmp_path, classes, caplog):
         save(tmp_path / f"{i}.jpg", i, (300, 300))
     assert make_source(f"folder:{tmp_path}").image_shape == (64, 64, 3)  # the files are new ones
     assert make_source(f"folder:{tmp_path}", image_size=300).image_shape == (300, 300, 3)
-    fails("image_size=0 must be at least 1", f"folder:{tmp_path}", image_size=0)
+    fails("image_size is -1", f"folder:{tmp_path}", image_size=-1)
 
 
 def test_few_images(tmp_path):
@@ -130,15 +125,15 @@ def test_two_hundred_thousand_files(tmp_path):
         for i in range(1, 20_000):
             os.link(tmp_path / f"class{c}" / "0.png", tmp_path / f"class{c}" / f"{i}.png")
     begun = time.perf_counter()
-    listing = listing_of(str(tmp_path))
-    assert len(listing.paths) == 200_000 and time.perf_counter() - begun < 60
+    found = listing_of(str(tmp_path))
+    assert len(found.paths) == 200_000 and time.perf_counter() - begun < 60
     source = make_source(f"folder:{tmp_path}")
     assert len(source) == 180_000 and np.bincount(source.labels).tolist() == [18_000] * 10
     assert (source.images[:, 5, 5, 0] == source.labels).all()
     assert len(set(source.extras["name"])) == 180_000 and time.perf_counter() - begun < 600
 
 
-def test_parts_and_the_published_validation_part(tmp_path):
+def test_splits_and_the_published_validation_split(tmp_path):
     for part, many in (("train", 6), ("val", 4), ("test", 2)):
         for i in range(many):
             save(tmp_path / part / "ab"[i % 2] / f"{i}.png", {"train": 0, "val": 50, "test": 90}[part] + i)
@@ -149,19 +144,19 @@ def test_parts_and_the_published_validation_part(tmp_path):
         "validation": [50, 51, 52, 53],
         "test": [90, 91],
     }
-    # A hold-out comes out of the training part; the published part is then left alone.
+    # A hold-out is part of the training images; the published validation split is then not used.
     held = make_source(spec, split="validation", validation=0.34)
     assert max(levels(held)) < 50 and len(held) == 2 and held.split == "validation"
     assert sorted(levels(make_source(spec, split="test", validation=0.34))) == [90, 91]
-    # A test part without labels is no test.
+    # A test split without labels measures nothing.
     for i in range(2):
         shutil.move(tmp_path / "test" / "ab"[i] / f"{i}.png", tmp_path / "test" / f"{i}.png")
     assert sorted(levels(make_source(spec, split="test"))) == [50, 51, 52, 53]
-    fails("has no validation part besides its test part; set validation", spec, split="validation")
+    fails("has no validation split", spec, split="validation")
     shutil.rmtree(tmp_path / "test")
     assert sorted(levels(make_source(spec, split="test"))) == [50, 51, 52, 53]
     shutil.rmtree(tmp_path / "train")
-    fails("has no training images; it has 4 of other parts", spec)
+    fails("has no training images; it has 4 of other splits", spec)
 
 
 # ---- files that cannot be read
@@ -227,7 +222,7 @@ def test_bad_images_are_left_out_named_and_counted(damaged, caplog, monkeypatch,
     assert "pipe.png left out: no regular file" in said and "text.jpg left out: no image of a known format" in said
     many = len(bad) if memory else r"\d\d"  # of a set on disk the headers are read
     fails(f"{many} of {len(bad) + 20} images cannot be read: a/.*set data.on_bad_image", f"folder:{folder}")
-    fails("on_bad_image='drop' must be 'raise' or 'skip'", f"folder:{folder}", on_bad_image="drop")
+    fails("on_bad_image is 'drop'.*raise, skip", f"folder:{folder}", on_bad_image="drop")
 
 
 def test_damage_behind_the_header_of_a_set_on_disk(damaged, monkeypatch):
@@ -287,14 +282,14 @@ def test_permission_is_named(tmp_path, monkeypatch):
     ],
 )
 def test_numbered(words, codes, names):
-    got = files.numbered(words.split(" "))
+    got = listing.numbered(words.split(" "))
     assert (got[0].tolist(), got[1]) == (codes, names) and got[0].dtype == np.int32
 
 
 def test_names_are_shown_in_one_line():
-    assert files.shown("ünï 猫.png") == "ünï 猫.png"
-    assert files.shown("a\nb\x1b[31m") == r"a\nb\x1b[31m"
-    assert files.shown(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
+    assert paths.shown("ünï 猫.png") == "ünï 猫.png"
+    assert paths.shown("a\nb\x1b[31m") == r"a\nb\x1b[31m"
+    assert paths.shown(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
 
 
 def test_options_come_from_the_config(classes):
@@ -305,7 +300,7 @@ def test_options_come_from_the_config(classes):
     config.data.on_bad_image = "skip"
     assert source_of(config, "test").image_shape == (10, 10, 3)
     config.data.on_bad_image = "ask"
-    with pytest.raises(UserError, match="on_bad_image='ask'"):
+    with pytest.raises(UserError, match="^data.on_bad_image is 'ask'"):
         source_of(config, "train")
     with config.unlocked():
         config.data.files.size = 3

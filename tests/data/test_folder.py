@@ -1,4 +1,4 @@
-"""folder:PATH: which images there are, their classes and parts, whatever the folder looks like."""
+"""folder:PATH: which images there are, their classes and splits, whatever the folder looks like."""
 
 import logging
 import os
@@ -24,10 +24,10 @@ def fill(root, *names):
 
 
 def listed(root):
-    """-> ({name: (part, class or "")}, notes)"""
+    """-> ({name: (split, class or "")}, notes)"""
     listing = folder.listing_of(str(root))
     names = [*listing.class_names, ""]
-    found = zip(listing.names, listing.parts, listing.columns[0], strict=True)
+    found = zip(listing.names, listing.splits, listing.columns[0], strict=True)
     return {name: (str(part), names[label]) for name, part, label in found}, listing.notes
 
 
@@ -50,7 +50,7 @@ def test_all_in_one_folder_has_no_labels(tmp_path):
     source = make_source(f"folder:{fill(tmp_path, *(f'{i}.png' for i in range(10)))}")
     assert not source.labelled and source.num_classes == 0 and (source.labels == -1).all() and len(source) == 9
     other = fill(tmp_path / "other", *(f"photos/{i}.png" for i in range(3)))
-    assert listed(other)[1] == ("one folder of images, photos, says nothing about them: no labels",)
+    assert listed(other)[1] == ("one folder of images, photos, gives no labels",)
     assert set(listed(other)[0].values()) == {("train", "")}
 
 
@@ -60,7 +60,7 @@ def test_images_beside_class_folders_have_no_label(tmp_path):
 
 
 @pytest.mark.parametrize("test", ["test", "val", "Valid", "validation", "testing"])
-def test_parts(tmp_path, test):
+def test_splits(tmp_path, test):
     fill(tmp_path, "train/a/1.png", "train/b/2.png", f"{test}/a/3.png", "preview.png", "devkit/readme.txt")
     found, notes = listed(tmp_path)
     part = "validation" if test.lower().startswith("val") else "test"
@@ -69,10 +69,10 @@ def test_parts(tmp_path, test):
         "train/b/2.png": ("train", "b"),
         f"{test}/a/3.png": (part, "a"),
     }
-    assert f"1 images beside {', '.join(sorted(('train', test)))} are left alone" in notes
+    assert f"1 images beside {', '.join(sorted(('train', test)))} are ignored" in notes
 
 
-def test_parts_without_classes(tmp_path):
+def test_splits_without_classes(tmp_path):
     found, _ = listed(fill(tmp_path, "train/1.png", "train/2.png", "test/3.png"))
     assert set(found.values()) == {("train", ""), ("test", "")}
 
@@ -81,19 +81,19 @@ def test_train_may_be_a_class(tmp_path):
     fill(tmp_path, "car/1.png", "plane/2.png", "train/3.png")
     assert folder.listing_of(str(tmp_path)).class_names == ("car", "plane", "train")
     fill(tmp_path, "test/4.png")
-    with pytest.raises(UserError, match="holds test and train beside car, which is no part of a set"):
+    with pytest.raises(UserError, match="holds test and train beside car, which is no split of a set"):
         folder.listing_of(str(tmp_path))
 
 
-def test_what_is_left_alone(tmp_path):
+def test_what_is_ignored(tmp_path):
     fill(tmp_path, "a/1.png", "b/2.png", "b/notes.txt", "a/raw.heic", "a/none", "a/.hidden.png", "a/._1.png")
     fill(tmp_path, ".git/3.png", "__MACOSX/a/4.png", "b/@eaDir/5.png", "a/.ipynb_checkpoints/6.png", "c/only.txt")
     (tmp_path / "d").mkdir()
     found, notes = listed(tmp_path)
     assert list(found) == ["a/1.png", "b/2.png"]
-    assert notes[0].startswith("4 other files are left alone (.txt, ") and ".heic" in notes[0]
+    assert notes[0].startswith("4 other files are ignored (.txt, ") and ".heic" in notes[0]
     assert notes[1] == "no image in c, d, which is left out as a class"
-    with pytest.raises(UserError, match="holds no images; 1 other files are left alone .*txt"):
+    with pytest.raises(UserError, match="holds no images; 1 other files are ignored .*txt"):
         make_source(f"folder:{tmp_path / 'c'}")
 
 
@@ -102,7 +102,7 @@ def test_notes_are_said_once(tmp_path, caplog):
     fill(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(5)), "a/x.txt")
     for split in ("train", "test"):
         make_source(f"folder:{tmp_path}", split=split)
-    line = f"folder:{tmp_path}: 10 images, 2 classes, each 8x8; 1 other files are left alone (.txt)"
+    line = f"folder:{tmp_path}: 10 images, 2 classes, each 8x8; 1 other files are ignored (.txt)"
     assert caplog.messages == [line]
 
 

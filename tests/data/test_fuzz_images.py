@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcl.data import files, images, make_source
+from jaxcl.data import files, images, make_source, paths
 from jaxcl.errors import UserError
 
 COUNT, SIDE = 500, 24
@@ -146,7 +146,7 @@ def folder(tmp_path_factory):
             pass
         else:
             assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
-            decoded.add(files.shown(name))
+            decoded.add(paths.shown(name))
         assert time.perf_counter() - begun < 20, name
     for i in range(10):
         Image.new("RGB", (30, 30), (i, i, i)).save(root / f"good{i}.png")
@@ -202,9 +202,9 @@ def test_each_by_itself(folder, tmp_path):
         try:
             height, width = images.shape(stream)
         except Exception:  # noqa: BLE001
-            assert files.shown(name) not in decoded, name
+            assert paths.shown(name) not in decoded, name
             continue
-        if files.shown(name) in decoded and height * width < 10**6:
+        if paths.shown(name) in decoded and height * width < 10**6:
             try:
                 shape = images.decode(io.BytesIO(data)).shape
             except OSError:  # damage among the details of a JPEG, which decoding at an eighth does not read

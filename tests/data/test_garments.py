@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxcl.data import base, garments, make_source, patterns
+from jaxcl.data import garments, make_source, moments, patterns
 from jaxcl.data.fashion_mnist import photos
 
 
@@ -36,7 +36,7 @@ def test_shape_labels_and_extras(train, test):
 
 
 def test_published_moments_are_those_of_the_training_images(train):
-    mean, std = base.moments(train.images)
+    mean, std = moments.moments(train.images)
     np.testing.assert_allclose(train.mean, mean, atol=1e-4)
     np.testing.assert_allclose(train.std, std, atol=1e-4)
 

@@ -9,41 +9,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from numbered_sources import OnDisk, mesh_sharding, numbered
 
-from jaxcl.data import Loader, Source, batches, shuffle
+from jaxcl.data import Loader, batches, shuffle
 from jaxcl.data.shuffle import Shuffled
 from jaxcl.errors import UserError
 
 ORDERS = [[8, 7, 0, 1, 9], [1, 7, 11, 3, 10], [11, 5, 7, 3, 9]]
-
-
-def numbered(n, *, labelled=True):
-    """Image i holds i in every pixel (modulo 256), and label i % 7."""
-    images = np.broadcast_to(np.arange(n)[:, None, None, None] % 256, (n, 2, 2, 3)).astype(np.uint8)
-    labels = np.arange(n) % 7 if labelled else np.full(n, -1)
-    names = tuple("abcdefg")
-    half = (0.5, 0.5, 0.5)
-    return Source(images=images, labels=labels.astype(np.int32), class_names=names, mean=half, std=half)
-
-
-class OnDisk:
-    """The same examples as `numbered`, read one at a time."""
-
-    in_memory = False
-
-    def __init__(self, n, fail_at=None, delay=0.0):
-        self._memory, self._fail_at, self._delay = numbered(n), fail_at, delay
-        self.threads = set()
-
-    def __len__(self):
-        return len(self._memory)
-
-    def batch(self, indices):
-        self.threads.add(threading.get_ident())
-        time.sleep(self._delay)
-        if self._fail_at in indices:
-            raise OSError("disk on fire")
-        return self._memory.batch(indices)
 
 
 def take(source, count, **options):
@@ -95,7 +67,7 @@ def test_any_seed_will_do_and_is_taken_modulo_2_to_the_64():
     assert ids(take(numbered(64), 3, seed=2**64 + 7)) == ids(take(numbered(64), 3, seed=7))
 
 
-def test_any_place_of_the_order_is_at_hand():
+def test_any_step_of_the_order_is_found_directly():
     order = Shuffled(35, batch_size=8, seed=3)
     walked = ids(take(numbered(35), 9, batch_size=8, seed=3))
     assert [order(k).tolist() for k in reversed(range(9))] == walked[::-1]
@@ -148,13 +120,6 @@ def test_memory_and_disk_give_the_same_order_and_disk_reads_in_parallel():
     for a, b in zip(take(numbered(40), 12), take(disk, 12), strict=True):
         assert all((a[k] == b[k]).all() for k in a)
     assert len(disk.threads) > 1
-
-
-def mesh_sharding(devices):
-    mesh = jax.make_mesh(
-        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
 
 def test_batches_arrive_sharded_and_pass_the_transfer_guard():
@@ -248,9 +213,10 @@ def test_close_ends_the_thread():
 
 def test_interpreter_exits_with_open_loaders():
     code = (
-        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); import test_loader as t\n"
+        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+        "import numbered_sources as t; from jaxcl.data import Loader\n"
         "options = dict(batch_size=64, seed=0, sharding=t.mesh_sharding(1))\n"
-        "loaders = [t.Loader(make(512), **options) for make in (t.numbered, t.OnDisk)]\n"
+        "loaders = [Loader(make(512), **options) for make in (t.numbered, t.OnDisk)]\n"
         "print(*[next(loader)['image'].shape for loader in loaders])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxcl import config as base
-from jaxcl.data import Loader, Source, order_of
+from jaxcl.data import ArraySource, Loader, order_of
 from jaxcl.data.per_class import PerClass
 from jaxcl.errors import UserError
+from jaxcl.train import config_diff
 
 SIZES = (5, 7, 9, 20, 30, 3, 44, 100, 4, 6)
 
@@ -109,7 +110,9 @@ def test_classes_meet_at_random():
 def source(labels):
     images = np.zeros((len(labels), 2, 2, 3), np.uint8)
     names = tuple(map(str, range(labels.max() + 1)))
-    return Source(images=images, labels=labels.astype(np.int32), class_names=names, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return ArraySource(
+        images=images, labels=labels.astype(np.int32), class_names=names, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
 
 
 def test_any_number_of_processes_and_a_later_start():
@@ -137,9 +140,9 @@ def test_by_the_config(caplog):
     c.batch_size, c.data.per_class = 16, 4
     with caplog.at_level("INFO", "jaxcl"):
         order = order_of(c, source(labels))
-    assert "data.per_class=4: 1 classes have fewer images, and are left out" in caplog.text
+    assert "data.per_class=4: 1 classes have fewer images" in caplog.text
     assert all(5 not in labels[order(step)] for step in range(40))
-    assert base.differences(base.to_dict(base.default()), base.to_dict(c))[1] == "data.per_class: 0 -> 4"
+    assert config_diff.differences(base.to_dict(base.default()), base.to_dict(c))[1] == "data.per_class: 0 -> 4"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_by_the_config(caplog):
         (dict(labels=np.array([0, 1, -1] * 10)), "10 of 30 have none"),
         (
             dict(labels=labels_of((20, 20, 20, 2))),
-            "makes batches of 4 classes (batch_size 12), and 3 have so many images",
+            "batches of 4 classes (batch_size 12), but only 3",
         ),
     ],
 )

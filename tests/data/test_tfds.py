@@ -1,18 +1,17 @@
 """tfds:NAME on small sets prepared here in ArrayRecord form, and what is said when something is missing."""
 
-import io
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from source_checks import fails
+from tfds_sets import write
 
 from jaxcl.commands import prepare
 from jaxcl.data import Loader, make_source
 from jaxcl.data import tfds as reader
-from jaxcl.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
@@ -22,35 +21,6 @@ IMAGES = RNG.integers(0, 256, (32, 32, 32, 3)).astype(np.uint8)
 LABELS = np.arange(32) % 10
 
 
-def png(image):
-    """TFDS stores encoded bytes as they are; an array it would encode with TensorFlow."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write(data_dir, name, **splits):
-    """Prepares the official set `name` from {split: [{feature: value}]} without TensorFlow or a download."""
-    from tensorflow_datasets.core import registered
-
-    official = tfds.builder_cls(name)  # imported before registration is skipped, or it stays unknown
-    with registered.skip_registration():
-
-        class Local(official):
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(rows) for split, rows in splits.items()}
-
-            def _generate_examples(self, rows):
-                for i, row in enumerate(rows):
-                    rest = {k: f"{k}{i}" for k in self.info.features if k not in row}
-                    yield i, {**rest, **row, "image": png(row["image"])}
-
-    Local.name = name
-    builder = Local(data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
-    return builder.data_path
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("tfds")
@@ -58,10 +28,10 @@ def prepared(tmp_path_factory):
     write(data_dir, "cifar10", train=rows[:24], test=rows[24:])
     coarse = [row | {"label": i + 50, "coarse_label": i % 20} for i, row in enumerate(rows)]
     write(data_dir, "cifar100", train=coarse[:24], test=coarse[24:])
-    # Images of many sizes, and a training part only.
+    # Images of many sizes, and a training split only.
     flowers = [{"image": np.full((20 + i, 60 - i, 3), 5 * i, np.uint8), "label": i % 5} for i in range(40)]
     write(data_dir, "tf_flowers", train=flowers)
-    # A test part without labels: the validation part stands for it.
+    # A test split without labels: the validation split replaces it.
     birds = [{"image": x, "label": int(y)} for x, y in zip(IMAGES, LABELS, strict=True)]
     hidden = [row | {"label": -1} for row in birds]
     write(data_dir, "imagenet2012", train=birds[:20], validation=birds[20:26], test=hidden[26:])
@@ -72,12 +42,6 @@ def prepared(tmp_path_factory):
 def sort_rows(images, labels):
     order = np.argsort([x.tobytes() for x in images])
     return images[order], labels[order]
-
-
-def fails(match, spec, **options):
-    with pytest.raises(UserError, match=match) as caught:
-        make_source(spec, **options)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("split, part", [("train", slice(0, 24)), ("test", slice(24, 32))])
@@ -127,7 +91,7 @@ def test_cifar10_is_the_same_from_tfds_and_as_published(tmp_path):
 def test_a_set_to_be_tested_on(prepared):
     source = make_source("tfds:imagenet_r", split="test", data_dir=prepared, image_size=32)
     assert len(source) == 20 and source.class_names[0] == "n01440764"
-    fails("imagenet_r has no train part; it has test", "tfds:imagenet_r", data_dir=prepared, image_size=32)
+    fails("imagenet_r has no train split; it has test", "tfds:imagenet_r", data_dir=prepared, image_size=32)
 
 
 def test_data_dir_from_the_environment(prepared, monkeypatch):
@@ -165,10 +129,10 @@ def test_a_set_too_large_for_memory_is_read_as_it_is_asked_for(prepared, monkeyp
 
 
 @pytest.mark.parametrize("memory", [2**30, 0])
-def test_images_of_many_sizes_are_resized_and_a_lone_training_part_is_divided(prepared, monkeypatch, memory):
+def test_images_of_many_sizes_are_resized_and_a_lone_training_split_is_divided(prepared, monkeypatch, memory):
     monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", memory)
     fails("differ in size; set image_size", "tfds:tf_flowers", data_dir=prepared)
-    fails("image_size=0", "tfds:tf_flowers", data_dir=prepared, image_size=0)
+    fails("image_size is -1", "tfds:tf_flowers", data_dir=prepared, image_size=-1)
     train = make_source("tfds:tf_flowers", data_dir=prepared, image_size=16)
     test = make_source("tfds:tf_flowers", data_dir=prepared, image_size=16, split="test", seed=9)
     assert train.image_shape == (16, 16, 3) and len(train) + len(test) == 40 and len(test) in (4, 5)
@@ -177,7 +141,7 @@ def test_images_of_many_sizes_are_resized_and_a_lone_training_part_is_divided(pr
     np.testing.assert_allclose(train.mean, np.arange(40).mean() * 5 / 255, rtol=1e-6)
 
 
-def test_validation_stands_for_an_unlabelled_test_part(prepared):
+def test_validation_replaces_an_unlabelled_test_split(prepared):
     source = make_source("tfds:imagenet2012", data_dir=prepared, split="test", image_size=32)
     images, labels = sort_rows(source.images, source.labels)
     expected_images, expected_labels = sort_rows(IMAGES[20:26], LABELS[20:26])
@@ -212,10 +176,10 @@ def test_attributes_label_and_group(tmp_path, monkeypatch, memory):
     fails("has no classes to divide into groups; set label", "tfds:celeb_a", group="Male", **options)
 
 
-def test_a_validation_part_of_its_own(prepared):
-    fails("has no validation part besides its test part", "tfds:cifar10", data_dir=prepared, split="validation")
+def test_the_sets_own_validation_split(prepared):
+    fails("has no validation split", "tfds:cifar10", data_dir=prepared, split="validation")
     options = dict(data_dir=prepared, split="validation", image_size=32)
-    fails("has no validation part besides its test part", "tfds:imagenet2012", **options)  # it stands for the test
+    fails("has no validation split", "tfds:imagenet2012", **options)  # it is the test split
 
 
 def test_an_unprepared_set_fails_at_once_with_the_command(tmp_path):
@@ -231,7 +195,7 @@ def test_an_unprepared_set_fails_at_once_with_the_command(tmp_path):
 def test_unknown_names_and_options(prepared):
     fails("tfds:cifarr10 cannot be opened", "tfds:cifarr10", data_dir=prepared)
     fails("must be written tfds:NAME", "tfds:")
-    fails("known: data_dir, image_size", "tfds:cifar10", datadir=prepared)
+    fails("'datadir'; did you mean 'data_dir'", "tfds:cifar10", datadir=prepared)
 
 
 def test_damaged_example_is_named(prepared, monkeypatch):
@@ -266,7 +230,7 @@ def test_without_tfds_the_extra_is_named(monkeypatch):
 
 
 def test_a_half_installed_tfds_is_named(monkeypatch):
-    monkeypatch.delattr(tfds, "builder")  # what is left of it when a module it needs is missing
+    monkeypatch.delattr(tfds, "builder")  # as when one of its modules is missing
     fails(r"pip install 'jaxcl\[tfds\]'", "tfds:cifar10")
 
 

@@ -40,7 +40,7 @@ def test_images_and_classes_lie_on_each_other(folder):
 
 def test_mistakes(folder):
     for change, text in (
-        (lambda: None, "image_size=-1 must be at least 1"),
+        (lambda: None, "image_size is -1"),
         (lambda: (folder / "SegmentationClass" / "a.png").write_bytes(b"no"), "image 'a' cannot be read"),
         (lambda: (folder / "ImageSets/Segmentation/train.txt").write_text(""), "names no image"),
         (lambda: (folder / "ImageSets/Segmentation/train.txt").unlink(), "has no list"),

@@ -28,7 +28,7 @@ def birds(tmp_path):
     return tmp_path, rows
 
 
-def test_groups_and_published_parts(birds):
+def test_groups_and_published_splits(birds):
     spec = write(*birds)
     assert has_own_validation(spec)
     for split, part in (("train", 0), ("validation", 1), ("test", 2)):
@@ -41,7 +41,7 @@ def test_groups_and_published_parts(birds):
         "landbird on land", "landbird on water", "waterbird on land", "waterbird on water",
     )  # fmt: skip
     held = make_source(spec, split="validation", validation=0.5, image_size=16)
-    assert len(held) == 4 and held.images.max() <= 75  # of the training part
+    assert len(held) == 4 and held.images.max() <= 75  # of the training split
 
 
 @pytest.mark.parametrize(

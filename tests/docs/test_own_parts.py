@@ -103,7 +103,7 @@ def test_all_commands_run_on_them(tmp_path):
 
     backbone = load_backbone(tmp_path / "backbone")
     with np.load(tmp_path / "features.npz") as arrays:
-        assert arrays["h"].shape[1] == backbone.features == 32
+        assert arrays["features"].shape[1] == backbone.features == 32
 
 
 @pytest.mark.parametrize(

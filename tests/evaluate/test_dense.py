@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxcl.data import Source
+from jaxcl.data import ArraySource
 from jaxcl.evaluate.base import NotApplicable
-from jaxcl.evaluate.dense import cell_labels, dense
+from jaxcl.evaluate.dense import Dense, cell_labels
 
 SIDE = 8
 
@@ -21,7 +21,7 @@ def source(n, seed, extra="mask", classes=2):
     images = np.repeat((labels * 60 + rng.integers(0, 9, labels.shape))[..., None], 3, -1).astype(np.uint8)
     if extra == "segmentation":
         labels[:, -1] = -1  # does not count
-    return Source(
+    return ArraySource(
         images=images,
         labels=np.zeros(n, np.int32),
         class_names=("a",),
@@ -66,7 +66,7 @@ MAPS = (lambda x: pooled(x, 4), blurred, lambda x: np.zeros((len(x), 4, 4, 3), n
 
 
 def test_maps_that_know():
-    figures, panels = dense(frozen(source(60, 0), source(23, 1), MAPS))
+    figures, panels = Dense()(frozen(source(60, 0), source(23, 1), MAPS))
     assert panels == {} and list(figures) == ["iou", "stage1", "stage2", "stage3"]
     fine, coarse, blind = (figures[f"stage{i}"] for i in (1, 2, 3))
     assert fine["pixel_accuracy"] > 0.9 and fine["iou"] > 0.75
@@ -75,7 +75,7 @@ def test_maps_that_know():
 
 
 def test_classes_of_pixels():
-    figures, _ = dense(frozen(source(60, 0, "segmentation", 4), source(23, 1, "segmentation", 4), MAPS))
+    figures, _ = Dense()(frozen(source(60, 0, "segmentation", 4), source(23, 1, "segmentation", 4), MAPS))
     blind = figures["stage3"]
     assert blind["iou"] == pytest.approx(blind["pixel_accuracy"] / 4)  # of four classes one is found
     assert figures["stage1"]["iou"] > 0.6
@@ -83,9 +83,9 @@ def test_classes_of_pixels():
 
 def test_left_out():
     with pytest.raises(NotApplicable, match="the data has no labels of pixels"):
-        dense(frozen(source(9, 0, ""), source(9, 1, ""), MAPS))
+        Dense()(frozen(source(9, 0, ""), source(9, 1, ""), MAPS))
     with pytest.raises(NotApplicable, match="the network has no stages"):
-        dense(frozen(source(9, 0), source(9, 1), ()))
+        Dense()(frozen(source(9, 0), source(9, 1), ()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 16])

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_suite import evaluation
+from evaluations import evaluation
 
 from jaxcl.evaluate import linear_sgd as module
+from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.linear_sgd import Protocol, protocol_of, schedule
 
 
@@ -20,7 +21,7 @@ from jaxcl.evaluate.linear_sgd import Protocol, protocol_of, schedule
     ],
 )
 def test_schedules(name, epochs, stairs):
-    """papers/hierarchical_augmentation.md 8.1"""
+    """Zhang and Ma 2022, arXiv 2206.00227."""
     protocol = protocol_of(name)
     assert (protocol.epochs, protocol.kind, protocol.lr, protocol.degrees) == (epochs, "sgd", 30.0, 0.0)
     rate = schedule(protocol, batch_size=128, steps_per_epoch=7)
@@ -37,12 +38,11 @@ def test_flowers_are_turned_and_cars_are_adams():
 
 
 def test_it_learns_and_moves_nothing(monkeypatch):
-    def represent(recipe, params, stats, images, main=None):
+    def encode(self, state, images):
         h = images.mean((1, 2))  # each class has a colour
         return h, h
 
-    monkeypatch.setattr(module, "represent", represent)
-    monkeypatch.setattr("jaxcl.evaluate.suite.represent", represent)
+    monkeypatch.setattr(EvalContext, "encode", encode)
     monkeypatch.setattr(module, "protocol_of", lambda name: Protocol(degrees=10.0))
     e, state, mesh = evaluation(final=("linear_sgd",), sgd_epochs=20)
     before = jax.tree.map(np.array, jax.device_get((state.params, state.batch_stats)))

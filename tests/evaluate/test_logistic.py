@@ -101,7 +101,7 @@ def test_mistakes():
     features, labels = data()
     for arguments, options, words in (
         ((features, labels[:5]), {}, "labels of shape \\(5,\\)"),
-        ((features, labels), dict(test=(features[:, :2], labels)), "as many features to test as to train"),
+        ((features, labels), dict(test=(features[:, :2], labels)), "features of shape \\(40, 2\\)"),
         ((features, np.full(40, -1)), {}, "no row has a label"),
         ((features, labels), dict(epochs=0), "epochs=0"),
         ((features, labels), dict(batch_size=0), "batch_size=0"),

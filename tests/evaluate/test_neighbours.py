@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from test_suite import encoded, evaluation, source
+from evaluations import encoded, evaluation, source
 
 from jaxcl.errors import UserError
+from jaxcl.evaluate import duplicates as module
 from jaxcl.evaluate import near_duplicates, nearest_neighbours
-from jaxcl.evaluate import neighbours as module
-from jaxcl.evaluate.neighbours import thumbnail
+from jaxcl.evaluate.duplicates import thumbnail
 from jaxcl.report.neighbours import neighbour_grid, thumbnail_map
 
 
@@ -98,7 +98,7 @@ def test_a_thousand_copies_of_one_image_and_a_limit(monkeypatch):
     features = np.ones((1000, 4))
     found = near_duplicates(features, small(images), lambda rows: images[rows], cosine=0.98, pixels=0.05)
     assert found.complete and len(found.pairs) == 999
-    ((group),) = module._groups(found.pairs)
+    ((group),) = module.connected_groups(found.pairs)
     assert group == list(range(1000))
     monkeypatch.setattr(module, "COMPARED", 100)
     found = near_duplicates(features, small(images), lambda rows: images[rows], cosine=0.98, pixels=0.05)

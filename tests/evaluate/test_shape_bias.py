@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcl.data import Source, make_source
+from jaxcl.data import ArraySource, make_source
 from jaxcl.errors import UserError
 from jaxcl.evaluate import shape_bias
 from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.categories import CATEGORIES, category_of
-from jaxcl.evaluate.evaluators import CHECKS, EVALUATORS
-from jaxcl.evaluate.linear_probe import LinearProbe
-from jaxcl.evaluate.shape_bias import check_stimuli, coarse_probabilities, cue_conflict, read_stimuli
+from jaxcl.evaluate.linear_probe import LinearFit
+from jaxcl.evaluate.shape_bias import ShapeBias, coarse_probabilities, read_stimuli
 
 
 def test_golden(golden):
@@ -117,7 +116,7 @@ def source(labels, names, **extras):
     n = len(labels)
     images = np.zeros((n, 4, 4, 3), np.uint8)
     options = dict(mean=(0.5,) * 3, std=(0.5,) * 3, extras=extras)
-    return Source(images=images, labels=np.asarray(labels, np.int32), class_names=names, **options)
+    return ArraySource(images=images, labels=np.asarray(labels, np.int32), class_names=names, **options)
 
 
 def test_on_the_data_itself():
@@ -126,13 +125,13 @@ def test_on_the_data_itself():
     answer = np.array([0, 1, 0, 1, 1])
     own = source(shape, tuple("abc"), shape=shape, texture=texture)
     sources = {"train": source([0, 1], tuple("abc")), "test": own, "cue_conflict": own}
-    probe = LinearProbe(np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
+    probe = LinearFit(np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
     f = frozen(sources, probe, lambda s: np.eye(3, dtype=np.float32)[answer])
-    figures, panels = cue_conflict(f)
+    figures, panels = ShapeBias()(f)
     assert figures["shape_bias"] == pytest.approx(2 / 3) and figures["conflicts"] == 4
     assert figures["texture_taught"] is False and list(panels["ood"]) == ["Shape bias (textures not taught)"]
     sources["train"] = source([0, 1], tuple("abc"), cue=np.array([0, -1]))
-    figures, panels = cue_conflict(f)
+    figures, panels = ShapeBias()(f)
     assert figures["texture_taught"] is True
     assert panels["ood"] == {"Shape bias": {"value": figures["shape_bias"], "chance": 0.5}}
 
@@ -145,9 +144,9 @@ def test_on_coarse_labels():
     table = dict(zip(of_fine.extras["fine"].tolist(), of_fine.labels.tolist(), strict=True))
     shape, texture = (np.array([table[c] for c in own.extras[k].tolist()]) for k in ("shape", "texture"))
     np.testing.assert_array_equal(shape, own.labels)
-    probe = LinearProbe(np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
+    probe = LinearFit(np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
     f = frozen({"train": train, "test": of_fine, "cue_conflict": own}, probe, lambda s: np.eye(4)[texture])
-    figures, _ = cue_conflict(f)
+    figures, _ = ShapeBias()(f)
     assert figures["conflicts"] == (shape != texture).sum() < 60
     assert figures["shape_bias"] == 0 and figures["texture_accuracy"] == 1 and figures["texture_taught"]
 
@@ -176,36 +175,34 @@ def test_stimuli_from_a_folder(stimuli):
     assert read.image_shape == (4, 4, 3) and (read.images[1] == (255, 0, 0)).all()
 
     names = ("ship", "cat", "frog")  # no dog: the second cat does not count
-    probe = LinearProbe(np.array([[0, 9, 0], [9, 0, 0], [0, 0, 9.0]], np.float32), np.zeros(3, np.float32))
+    probe = LinearFit(np.array([[0, 9, 0], [9, 0, 0], [0, 0, 9.0]], np.float32), np.zeros(3, np.float32))
     sources = {"train": source([0, 1, 2], names), "test": source([0], names)}
     f = frozen(sources, probe, lambda s: s.images.mean((1, 2)) / 255, stimuli=str(stimuli))
-    figures, panels = cue_conflict(f)
+    figures, panels = ShapeBias()(f)
     found = figures["stimuli"]
     assert (found["conflicts"], found["shape"], found["texture"]) == (2, 1, 1) and found["categories"] == "boat, cat"
     assert panels["ood"]["Shape bias, stimuli"]["value"] == 0.5
-    f.evaluation = SimpleNamespace(options=f.options, source=sources.get)
-    check_stimuli(f.evaluation)
+    ShapeBias().check(SimpleNamespace(options=f.options, source=sources.get))
 
 
 def test_what_is_missing(stimuli, tmp_path):
     names = tuple("ab")
     f = frozen({"train": source([0], names), "test": source([0], names)}, None, None)
     with pytest.raises(NotApplicable, match="no cue-conflict images"):
-        cue_conflict(f)
+        ShapeBias()(f)
     unlabelled = source([-1], names)
     with pytest.raises(NotApplicable, match="no training image has a label"):
-        cue_conflict(frozen({"train": unlabelled, "test": unlabelled}, None, None))
+        ShapeBias().check_needs(frozen({"train": unlabelled, "test": unlabelled}, None, None))
     for folder, words in (
-        (tmp_path / "none", "which is no folder"),
-        (stimuli / "cat", "holds no images named like"),
-        (stimuli, "no image of .* has two categories that the data has classes of; its classes are in none of"),
+        (tmp_path / "none", "eval.cue_conflict is '.*none'"),
+        (stimuli / "cat", "eval.cue_conflict: .*cat holds no images"),
+        (stimuli, "eval.cue_conflict: no image of .* has two categories"),
     ):
         options = SimpleNamespace(cue_conflict=str(folder))
         with pytest.raises(UserError, match=words) as error:
-            check_stimuli(SimpleNamespace(options=options, source=lambda split: source([0], names)))
+            ShapeBias().check(SimpleNamespace(options=options, source=lambda split: source([0], names)))
         assert "\n" not in str(error.value)
-    check_stimuli(SimpleNamespace(options=SimpleNamespace(cue_conflict=""), source=None))
+    ShapeBias().check(SimpleNamespace(options=SimpleNamespace(cue_conflict=""), source=None))
     (stimuli / "cat" / "cat3-boat1.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match="cat3-boat1.png cannot be read as an image"):
         read_stimuli(str(stimuli), 4)
-    assert EVALUATORS["shape_bias"] is cue_conflict and CHECKS["shape_bias"] is check_stimuli

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from evaluations import EVERYTHING, encoded, evaluation, source
 
 from jaxcl import config as base
 from jaxcl.adversarial import pgd
-from jaxcl.data import Source
 from jaxcl.errors import UserError
 from jaxcl.evaluate import (
     collapse_metrics,
@@ -22,78 +22,13 @@ from jaxcl.evaluate import (
     knn_predict,
     probe_logits,
 )
-from jaxcl.evaluate.evaluators import EVALUATORS
+from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.ood import shuffle_patches
-from jaxcl.evaluate.suite import EvalContext, Evaluation, check_split
+from jaxcl.evaluate.registry import EVALUATORS, make_evaluator
+from jaxcl.evaluate.suite import Evaluation, check_split
 from jaxcl.losses import cross_entropy
 from jaxcl.method import sharding
-from jaxcl.method.update import init_state
-
-EVERYTHING = tuple(n for n in EVALUATORS if n not in ("invariance", "color"))  # which need nothing but images
-OF_LABELS = ("knn", "linear", "logistic", "linear_sgd", "raw_pixels", "linear_fgsm", "linear_pgd")
-OF_GROUPS = ("worst_group",)  # and of labels
-OUT_OF_DOMAIN = ("ood", "shape_bias")  # the same
-OF_TWO_LEVELS = ("transfer", "transfer_augmented")
-OF_THE_CLASSIFIER = ("classifier", "explanation", "fgsm", "pgd", "calibration")
-
-
-def source(split, labelled=True, side=tiny.SIDE):
-    part = tiny.batch({"train": 48, "test": 20, "validation": 20}[split], seed=len(split), side=side)
-    return Source(
-        images=part["image"],
-        labels=part["label"] if labelled else np.full_like(part["label"], -1),
-        class_names=tuple("abcd"),
-        mean=tiny.MEAN,
-        std=tiny.STD,
-        split=split,
-    )
-
-
-def evaluation(
-    *,
-    probe=True,
-    train_labels=True,
-    test_labels=True,
-    final=EVERYTHING,
-    report=False,
-    sources=source,
-    validation=0.0,
-    **options,
-):
-    """-> (evaluation, state on two devices, mesh)."""
-    c = tiny.config(stage=False)
-    c.eval.final, c.eval.batch_size, c.eval.knn_k, c.eval.tap, c.report = final, 16, 5, "stage1", report
-    c.eval.quick, c.eval.fgsm, c.eval.pgd, c.eval.logistic_epochs = (), (8,), (8,), 12
-    c.eval.update(options)
-    c.data.validation = validation
-    if not probe:
-        del c.memory.probe
-        c.terms.supcon.labels = False
-    recipe = tiny.recipe(c, num_devices=2, labelled=train_labels)
-    mesh = sharding.make_mesh(2)
-    state = sharding.device_put(tiny.fill(jax.eval_shape(lambda: init_state(recipe))), sharding.replicated(mesh))
-
-    def make_source(split):
-        if split not in ("test", "validation"):
-            raise UserError(f"no split {split}")
-        return sources(split, test_labels)
-
-    return Evaluation(c, recipe, train=sources("train", train_labels), make_source=make_source), state, mesh
-
-
-def encoded(e, state, split, change=np.asarray):
-    """-> (h, z) of a split by the model itself, in one batch, on one device."""
-    state = jax.device_get(state)
-
-    @jax.jit
-    def encode(state, pixels):
-        image = (pixels - jnp.asarray(tiny.MEAN)) / jnp.asarray(tiny.STD)
-        h, _ = e.recipe.model.encode(state.params, state.batch_stats, image, train=False)
-        return h, e.recipe.model.project(state.params, state.batch_stats, h)
-
-    h, z = encode(state, change(source(split).images) / np.float32(255))
-    return np.asarray(h), np.asarray(z)
-
+from jaxcl.method.init_state import init_state
 
 # ---- features
 
@@ -181,7 +116,7 @@ def test_robust_accuracy_is_that_of_the_attack():
     assert results["linear_fgsm"]["0"]["accuracy"] == results["linear"]["accuracy"]
 
 
-def test_pgd_is_there_for_the_asking():
+def test_pgd_is_not_in_the_default_suite():
     assert "pgd" in EVALUATORS and "pgd" not in base.default().eval.final
     assert base.default().eval.pgd_steps == 20
 
@@ -189,8 +124,11 @@ def test_pgd_is_there_for_the_asking():
 # ---- without labels, without a classifier
 
 
-def said(caplog):
-    return [r.message for r in caplog.records if r.name == "jaxcl" and r.message.startswith("evaluation: ")]
+def left_out(caplog):
+    """[(reason, names of the evaluators that are left out), ...] of the log."""
+    lines = [r.message for r in caplog.records if r.name == "jaxcl" and r.message.startswith("evaluation: ")]
+    split = [line.removeprefix("evaluation: ").split(", so there is no ") for line in lines]
+    return [(reason, names.split(", ")) for reason, names in split]
 
 
 def test_nothing_is_labelled_and_nothing_classifies(caplog):
@@ -203,17 +141,24 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
     assert set(panels) == {"views", "neighbours", "map"}  # the map of images stands for the one of points
     kinds = {"effective_rank", "uniformity"}  # what needs no label
     assert set(results["collapse"]) == {f"{k}_{name}" for k in "hz" for name in kinds}
-    assert said(caplog) == [
-        "evaluation: no training image has a label, so there is no knn",  # said once
-        "evaluation: no training image has a label, so there is no "
-        + ", ".join((*OF_LABELS, *OF_GROUPS, *OUT_OF_DOMAIN)),
-        "evaluation: the config trains no classifier (no linear_probe in memory), so there is no "
-        + ", ".join(OF_THE_CLASSIFIER),
-        "evaluation: the config has no adversary stage, so there is no adversary",
-        f"evaluation: the data has one level of labels, so there is no {', '.join(OF_TWO_LEVELS)}",
-        "evaluation: the data does not know the tints of its objects (garments does), so there is no tint",
-        "evaluation: the data has no labels of pixels (garments and voc:PATH have), so there is no dense",
+    made = {name: make_evaluator(name) for name in EVERYTHING}
+    classifier = [name for name, evaluator in made.items() if evaluator.needs_classifier]
+    labels = [name for name, evaluator in made.items() if evaluator.needs_labels and name not in classifier]
+    assert {"knn", "ood", "worst_group", "linear_pgd"} < set(labels) and {"fgsm", "explanation"} < set(classifier)
+    reasons, names = zip(*left_out(caplog), strict=True)
+    assert list(names) == [
+        ["knn"],  # of the quick suite, logged once
+        labels,
+        classifier,
+        ["adversary"],
+        ["transfer", "transfer_augmented"],
+        ["tint"],
+        ["dense"],
     ]
+    for reason, word in zip(
+        reasons, ("label", "label", "classifier", "adversary", "level", "tint", "pixel"), strict=True
+    ):
+        assert word in reason
 
 
 def test_labels_on_one_side_only(caplog):
@@ -222,10 +167,10 @@ def test_labels_on_one_side_only(caplog):
         assert e.final(state, mesh)[0] == {}
         e, state, mesh = evaluation(test_labels=False, final=("knn", "linear", "classifier", "fgsm", "calibration"))
         assert e.final(state, mesh)[0] == {}
-    assert [line.partition(":")[2].partition(",")[0] for line in said(caplog)] == [
-        " no training image has a label",
-        " the config trains no classifier (no linear_probe in memory)",
-        " no test image has a label",
+    assert [reason.partition(" (")[0] for reason, _ in left_out(caplog)] == [
+        "no training image has a label",
+        "the config trains no classifier",
+        "no test image has a label",
     ]
 
 
@@ -266,10 +211,7 @@ def test_transfer_worst_group_and_collapse_are_of_the_frozen_features(caplog):
     e, state, mesh = evaluation(final=names, report=True)
     with caplog.at_level("INFO", logger="jaxcl"):
         assert set(e.final(state, mesh)[0]) == {"collapse"}
-    assert [line.partition(", so")[0] for line in said(caplog)] == [
-        "evaluation: the data has one level of labels",
-        "evaluation: the data has no groups (those with some: spurious garments, waterbirds, celeb_a, npz, csv)",
-    ]
+    assert [names for _, names in left_out(caplog)] == [["transfer"], ["worst_group"]]
 
     def levels(split, labelled):
         s = source(split, labelled)
@@ -306,7 +248,9 @@ def test_images_made_anew_go_through_the_same_network(caplog):
     e.check_options()
     with caplog.at_level("INFO", logger="jaxcl"):
         results, panels = e.final(state, mesh)
-    assert [line.partition(" (")[0] for line in said(caplog)] == ["evaluation: the data has no cue-conflict images"]
+    assert [(reason.partition(" (")[0], names) for reason, names in left_out(caplog)] == [
+        ("the data has no cue-conflict images", ["shape_bias"])
+    ]
     fitted = fit_linear_probe(encoded(e, state, "train")[0], source("train").labels, num_classes=4)
     shuffled = functools.partial(shuffle_patches, index=np.arange(20), grid=2)
     for figures, change in ((results["ood"], np.asarray), (results["ood"]["shuffled"]["2"], shuffled)):
@@ -320,7 +264,7 @@ def test_images_made_anew_go_through_the_same_network(caplog):
 def test_options_are_checked_of_the_evaluators_that_run():
     e, state, mesh = evaluation(final=("linear",), corruptions=("rain",))
     e.check_options()
-    with pytest.raises(UserError, match="corruption 'rain'"):
+    with pytest.raises(UserError, match="eval.corruptions has 'rain'"):
         e.evaluate(("ood",), EvalContext(e, state, mesh, "test"))
 
 
@@ -393,5 +337,5 @@ def test_a_validation_part_that_the_data_brings_along():
     def make_source(split):
         raise UserError(f"no {split} part")
 
-    with pytest.raises(UserError, match="no validation part"):  # before anything is compiled
+    with pytest.raises(UserError, match="no validation split"):  # before anything is compiled
         Evaluation(c, tiny.recipe(c), train=source("train"), make_source=make_source)

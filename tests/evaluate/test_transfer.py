@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl.data import Source
+from jaxcl.data import ArraySource
 from jaxcl.evaluate import transfer as module
 from jaxcl.evaluate.base import NotApplicable
-from jaxcl.evaluate.evaluators import EVALUATORS
-from jaxcl.evaluate.linear_probe import LinearProbe
-from jaxcl.evaluate.transfer import balanced_accuracy, transfer, transfer_augmented
+from jaxcl.evaluate.linear_probe import LinearFit
+from jaxcl.evaluate.transfer import Transfer, TransferAugmented, balanced_accuracy
 
 FINE, COARSE = tuple("abcd"), ("A", "B")
 OF_CLASS = np.array([0, 1, 0, 1])
@@ -22,7 +21,7 @@ def source(fine, *, labels="coarse", levels=True):
     coarse = np.where(fine >= 0, OF_CLASS[fine], -1)
     by = {"coarse": (coarse, COARSE), "fine": (fine, FINE)}[labels]
     extras = {"coarse": coarse} if levels else {}
-    return Source(
+    return ArraySource(
         images=np.zeros((n, 2, 2, 3), np.uint8),
         labels=by[0],
         class_names=by[1],
@@ -54,9 +53,9 @@ def data(collapsed, seed=0):
 
 @pytest.mark.parametrize("labels", ["coarse", "fine"])
 def test_what_is_kept_and_what_is_lost(labels):
-    figures, panels = transfer(frozen(*data(collapsed=False), labels=labels))
+    figures, panels = Transfer()(frozen(*data(collapsed=False), labels=labels))
     assert figures == {"accuracy": 1, "coarse_accuracy": 1, "balanced_accuracy": 1, "knn_accuracy": 1}
-    figures, panels = transfer(frozen(*data(collapsed=True), labels=labels))
+    figures, panels = Transfer()(frozen(*data(collapsed=True), labels=labels))
     assert figures["coarse_accuracy"] == 1  # within a coarse class the fine one is a guess
     assert 0.3 < figures["accuracy"] < 0.7 and figures["balanced_accuracy"] == pytest.approx(figures["accuracy"])
     assert 0.3 < figures["knn_accuracy"] < 0.7
@@ -72,10 +71,10 @@ def test_a_mistake_within_the_coarse_class_is_none_at_the_coarse_level():
     train[fine == 2] = -train[fine == 2]  # elsewhere when training
     centre = train[fine == 0].mean(0)
     test[test_fine == 2] = centre
-    figures, _ = transfer(frozen(train, fine, test, test_fine))
+    figures, _ = Transfer()(frozen(train, fine, test, test_fine))
     assert figures["accuracy"] == pytest.approx(0.75) and figures["coarse_accuracy"] == 1
     rare = np.concatenate([np.flatnonzero(test_fine != 2), np.flatnonzero(test_fine == 2)[:1]])
-    figures, _ = transfer(frozen(train, fine, test[rare], test_fine[rare]))
+    figures, _ = Transfer()(frozen(train, fine, test[rare], test_fine[rare]))
     assert figures["accuracy"] == pytest.approx(150 / 151) and figures["balanced_accuracy"] == pytest.approx(0.75)
 
 
@@ -84,24 +83,23 @@ def test_unlabelled_rows_do_not_count():
     fine, test_fine = fine.copy(), test_fine.copy()
     train[:5], test[:50] = 100, 100
     fine[:5] = test_fine[:50] = -1
-    assert transfer(frozen(train, fine, test, test_fine))[0]["accuracy"] == 1
+    assert Transfer()(frozen(train, fine, test, test_fine))[0]["accuracy"] == 1
 
 
 def test_the_panel_shows_so_many():
     train, fine, test, test_fine = data(collapsed=False)
-    panel = transfer(frozen(train, fine, np.tile(test, (10, 1)), np.tile(test_fine, 10)))[1]["transfer"]
+    panel = Transfer()(frozen(train, fine, np.tile(test, (10, 1)), np.tile(test_fine, 10)))[1]["transfer"]
     assert {len(panel[k]) for k in ("features", "labels", "coarse")} == {1500}
 
 
 def test_left_out():
     with pytest.raises(NotApplicable, match="the data has one level of labels"):
-        transfer(frozen(*data(False), levels=False))
+        Transfer()(frozen(*data(False), levels=False))
     train, fine, test, test_fine = data(False)
     with pytest.raises(NotApplicable, match="no test image has a fine label"):
-        transfer(frozen(train, fine, test, np.full_like(test_fine, -1)))
+        Transfer()(frozen(train, fine, test, np.full_like(test_fine, -1)))
     with pytest.raises(NotApplicable, match="no training image has a fine label"):
-        transfer(frozen(train, np.full_like(fine, -1), test, test_fine))
-    assert EVALUATORS["transfer"] is transfer
+        Transfer()(frozen(train, np.full_like(fine, -1), test, test_fine))
 
 
 def test_balanced_accuracy():
@@ -132,7 +130,7 @@ def test_augmented_probe_learns_what_was_kept():
         train, fine, test, test_fine = data(collapsed)
         # Often enough for the protocol's small steps: each moves a weight by a thousandth at most.
         f = augmented(frozen(np.tile(train, (43, 1)), np.tile(fine, 43), test, test_fine), epochs=80, noise=0.01)
-        return transfer_augmented(f), f.drawn
+        return TransferAugmented()(f), f.drawn
 
     (figures, panels), drawn = measured(collapsed=False)
     assert figures == {"accuracy": 1, "last_accuracy": 1} and panels == {}
@@ -148,10 +146,10 @@ def test_the_epoch_is_chosen_on_the_validation_split(monkeypatch):
     f.source, features = {"train": f.source("train"), "validation": held}.get, f.features
     f.features = lambda split: train[:20] if split == "validation" else features(split)
     good = module.fit_linear_probe(train, fine, num_classes=4)
-    bad = LinearProbe(-good.weights, -good.bias)
+    bad = LinearFit(-good.weights, -good.bias)
     made = iter([(good, None), (bad, None), (bad, None)])
     monkeypatch.setattr(module, "_epoch", lambda *_: next(made))
-    assert transfer_augmented(f)[0] == {"accuracy": 1, "last_accuracy": pytest.approx(0, abs=0.5), "best_epoch": 1}
+    assert TransferAugmented()(f)[0] == {"accuracy": 1, "last_accuracy": pytest.approx(0, abs=0.5), "best_epoch": 1}
 
 
 def test_an_epoch_is_adamw_written_out():

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.data import Source
-from jaxcl.data.base import hold_out
+from jaxcl.data import ArraySource
+from jaxcl.data.selection import hold_out
 from jaxcl.errors import UserError
 from jaxcl.evaluate import (
     cluster_quality,
@@ -19,7 +19,7 @@ from jaxcl.evaluate import (
     robust_probe,
 )
 from jaxcl.evaluate.base import NotApplicable
-from jaxcl.evaluate.worst_group import FITTED_ROWS, worst_group
+from jaxcl.evaluate.worst_group import FITTED_ROWS, WorstGroup
 
 
 def blobs(sizes, seed=0, noise=0.3):
@@ -212,7 +212,7 @@ def test_cluster_quality_by_hand():
 
 def frozen(train, test, *, groups=True):
     def source(labels, group):
-        return Source(
+        return ArraySource(
             images=np.zeros((len(labels), 2, 2, 3), np.uint8),
             labels=labels,
             class_names=("a", "b"),
@@ -234,7 +234,7 @@ def frozen(train, test, *, groups=True):
 
 def test_worst_group_without_knowing_the_groups():
     train, test = shortcut(1200, 0.95, seed=0), shortcut(2000, 0.5, seed=1)
-    figures, panels = worst_group(frozen(train, test))
+    figures, panels = WorstGroup()(frozen(train, test))
     assert panels == {} and figures["dro_worst"] > figures["erm_worst"] + 0.15
     assert set(figures["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
     assert figures["oracle_worst"] > figures["erm_worst"] + 0.15
@@ -250,11 +250,11 @@ def test_worst_group_without_knowing_the_groups():
 def test_left_out():
     train, test = shortcut(50, 0.9, seed=0), shortcut(50, 0.5, seed=1)
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        worst_group(frozen(train, test, groups=False))
+        WorstGroup()(frozen(train, test, groups=False))
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        worst_group(frozen(train, (*test[:2], np.full(50, -1))))
+        WorstGroup()(frozen(train, (*test[:2], np.full(50, -1))))
     with pytest.raises(NotApplicable, match="no test image has a label"):
-        worst_group(frozen(train, (test[0], np.full(50, -1), test[2])))
+        WorstGroup().check_needs(frozen(train, (test[0], np.full(50, -1), test[2])))
 
 
 # ---- mistakes

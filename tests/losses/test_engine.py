@@ -1,4 +1,4 @@
-"""The engine: what it keeps in memory, rings of any size, and what the losses that share it must have in common."""
+"""The engine: its memory, rings of any size, and the properties that all losses on it share."""
 
 import functools
 
@@ -6,39 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from loss_checks import mesh_of
 
-from jaxcl.errors import UserError
-from jaxcl.losses import engine, instance_spread, limits, nt_xent, one_way_infonce, spread, supcon
-from jaxcl.losses.engine import How, row_sums
-from jaxcl.losses.tiles import Side, Sums
+from jaxcl.losses import instance_spread, limits, nt_xent, one_way_infonce, spread, supcon
+from jaxcl.losses.engine import reduce_rows
+from jaxcl.losses.plan import Plan
+from jaxcl.losses.reduction import Operand, Reduction
 
 MIB = 2**20
-
-
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
-def mesh_of(devices):
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 # ---- the engine itself
 
 
-def entries(s, own, other, itself):
-    """Two log-sum-exps and a sum, with labels, a value of the row and a value of the column in them."""
+def entries(s, own, other, is_self):
+    """Two log-sum-exps and a sum, which use labels, a value of the row and a value of the column."""
     (label, bias), (other_label, other_bias) = own, other
     same = label == other_label
     a = jnp.where(same, s + bias * other_bias, -jnp.inf)
     b = jnp.where(same, -jnp.inf, s)
     c = jnp.sin(s) * bias + other_bias
-    if itself is not None:
-        a, b, c = jnp.where(itself, -jnp.inf, a), b, jnp.where(itself, 0, c)
+    if is_self is not None:
+        a, b, c = jnp.where(is_self, -jnp.inf, a), b, jnp.where(is_self, 0, c)
     return a, b, c
 
 
@@ -61,7 +52,7 @@ def written_out(z, y, label, bias, other_label, other_bias, valid, symmetric):
 
 
 def weighted(sums, label):
-    """A scalar in which every statistic of every row has a weight of its own; empty ones are left out."""
+    """A scalar with a different weight for every statistic of every row. Empty statistics are left out."""
     return sum(
         jnp.sum(jnp.where(x == -jnp.inf, 0, jnp.where(x == -jnp.inf, 0, x) * jnp.cos(k + jnp.arange(len(x)) + label)))
         for k, x in enumerate(sums)
@@ -84,14 +75,14 @@ def test_rings_of_any_size(wide, symmetric, bounded, devices):
     if symmetric:
         p |= dict(y=p["z"], other_label=p["label"], other_bias=p["bias"])
     args = {k: jnp.asarray(v) for k, v in p.items()}
-    sums = Sums(entries, KINDS, bounded)
+    reduction = Reduction(entries, KINDS, bounded)
 
     def local(z, y, label, bias, other_label, other_bias, valid):
-        ring = dict(how=How("ring" if devices > 1 else "tiled", 3), axis_name="data")
+        ring = dict(plan=Plan("ring" if devices > 1 else "tiled", 3), axis_name="data")
         if symmetric:
-            out = row_sums(sums, Side(z, label, bias, valid), **ring)
+            out = reduce_rows(reduction, Operand(z, label, bias, valid), **ring)
         else:
-            out = row_sums(sums, Side(z, label, bias), Side(y, other_label, other_bias, valid), **ring)
+            out = reduce_rows(reduction, Operand(z, label, bias), Operand(y, other_label, other_bias, valid), **ring)
         return out
 
     sharded = jax.shard_map(local, mesh=mesh_of(devices), in_specs=P("data"), out_specs=P("data"))
@@ -119,12 +110,13 @@ def test_rings_of_any_size(wide, symmetric, bounded, devices):
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("how", [How("dense", 3, asked=False), How("dense", 3), How("tiled", 3)], ids=str)
-def test_rows_against_themselves_however_asked_for(wide, how, bounded):
+@pytest.mark.parametrize("plan", [Plan("dense", 3, explicit=False), Plan("dense", 3), Plan("tiled", 3)], ids=str)
+def test_rows_against_themselves_with_every_plan(wide, plan, bounded):
     p = {k: jnp.asarray(v) for k, v in problem(11, 11).items()}
 
     def ours(z, bias):
-        return weighted(row_sums(Sums(entries, KINDS, bounded), Side(z, p["label"], bias, p["valid"]), how=how), 0)
+        rows = Operand(z, p["label"], bias, p["valid"])
+        return weighted(reduce_rows(Reduction(entries, KINDS, bounded), rows, plan=plan), 0)
 
     def theirs(z, bias):
         same = p["label"], bias
@@ -153,16 +145,6 @@ def test_nan_is_not_taken_for_an_empty_row(wide):
     for how in ("dense", "tiled", "auto"):
         assert np.isnan(supcon(z, np.arange(12) % 3, implementation=how))
         assert np.isnan(supcon(z, implementation=how))
-
-
-def test_one_compiled_program_serves_every_call():
-    z = np.random.default_rng(0).normal(size=(12, 2, 5)).astype(np.float32)
-    from jaxcl.losses.supcon import _supcon  # the module, not the function of the same name
-
-    supcon(z, np.arange(12), implementation="tiled")
-    compiled = _supcon._cache_size()
-    supcon(z + 1, np.arange(12) % 4, temperature=0.2, implementation="tiled")
-    assert _supcon._cache_size() == compiled
 
 
 # ---- dense, tiled and ring in float32
@@ -225,13 +207,13 @@ def batch_of(rows, views=2, dim=128):
 
 
 def test_memory_of_supcon_is_linear_and_small():
-    """What it must hold: at most 64 MiB at 32,768 rows here, and at 131,072 rows on each of 8 devices."""
+    """The bound: 64 MiB for 32,768 rows on one device, and for 131,072 rows on each of 8 devices."""
     with limits(tile=512):
         one = [temp_bytes(supcon, *batch_of(n)) for n in (8192, 32768)]
         ring = [temp_bytes(supcon, *batch_of(n), devices=8) for n in (32768, 131072)]
         alone = temp_bytes(lambda f, **how: supcon(f, **how), batch_of(131072)[0], devices=8)
     assert one[1] <= 64 * MIB and ring[1] <= 64 * MIB and alone <= 64 * MIB
-    # Four times the rows: four times what grows with them, the few tiles staying as they are.
+    # Four times the rows need at most four times the memory; the few tiles keep their size.
     assert one[1] <= 4.1 * one[0] and ring[1] <= 4.1 * ring[0]
 
 
@@ -250,34 +232,3 @@ def test_memory_of_supcon_is_linear_and_small():
 def test_memory_of_the_others(loss, limit):
     with limits(tile=512):  # 32,768 rows: one matrix of logits would be 4 GiB, or 1 GiB between the views
         assert temp_bytes(loss, *batch_of(32768)) <= limit * MIB
-
-
-# ---- choosing
-
-
-def test_auto_goes_by_the_logits_of_a_device():
-    def choice(rows, columns, axis_name=None):
-        return engine.choose("loss", "auto", rows, columns, axis_name).form
-
-    edge = engine.Limits().dense_logits
-    assert choice(edge // 64, 64) == "dense"
-    assert choice(edge // 64 + 1, 64) == "tiled"
-    assert choice(edge // 64 + 1, 64, "data") == "ring"
-    with limits(dense_logits=0, tile=99) as now:
-        assert now.tile == 99
-        assert choice(1, 1) == "tiled"
-        assert engine.choose("loss", "tiled", 1, 1, None) == How("tiled", 99)
-    assert choice(1, 1) == "dense"
-
-
-@pytest.mark.parametrize("options", [dict(tiles=3), dict(tile=0), dict(dense_logits=-1), dict(tile=1.5)], ids=str)
-def test_limits_are_checked(options):
-    with pytest.raises(UserError, match="expected"), limits(**options):
-        pass
-
-
-def test_a_mask_has_no_ring():
-    z = np.ones((4, 2, 5), np.float32)
-    local = lambda f, m: supcon(f, mask=m, axis_name="data", implementation="ring")  # noqa: E731
-    with pytest.raises(UserError, match="cannot carry a mask"):
-        jax.shard_map(local, mesh=mesh_of(2), in_specs=P("data"), out_specs=P())(z, np.ones((4, 4)))

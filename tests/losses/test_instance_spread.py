@@ -6,16 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_nt_xent import ENGINES, assert_close, on_devices, value_and_grads
+from loss_checks import ENGINES, assert_close, assert_user_error, on_devices, value_and_grads
 
-from jaxcl.errors import UserError
 from jaxcl.losses.instance_spread import instance_spread
-
-
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
@@ -223,7 +216,6 @@ def test_gradient_inside_shard_map_is_that_of_the_global_loss(wide):
 )
 def test_mistakes_are_one_line(options):
     options = dict(options)
-    with pytest.raises(UserError) as error:
-        instance_spread(options.pop("features", np.ones((6, 5), np.float32)), **options)
-    message = str(error.value)
-    assert message.startswith("instance_spread: ") and "\n" not in message and "expected" in message
+    key = next(iter(options))
+    features = options.pop("features", np.ones((6, 5), np.float32))
+    assert_user_error(lambda: instance_spread(features, **options), "instance_spread: ", key)

@@ -8,50 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from loss_checks import ENGINES, SHARDED_ENGINES, assert_close, assert_user_error, on_devices, value_and_grads
 
-from jaxcl.errors import UserError
 from jaxcl.losses.nt_xent import nt_xent, one_way_infonce
-
-# Each must give the same number, with and without a mesh axis; "ring" needs one.
-ENGINES = ("dense", "tiled")
-SHARDED_ENGINES = (("dense", (2,)), ("tiled", (2, 8)), ("ring", (1, 2, 8)))
-
-
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
-@functools.partial(jax.jit, static_argnames=("loss", "static"))
-def compiled_value_and_grads(loss, arrays, options, static):
-    return jax.value_and_grad(lambda a: loss(*a, **options, **dict(static)))(arrays)
-
-
-def value_and_grads(loss, *arrays, **options):
-    """Value and gradients by every array; compiled once for the same shapes and the same words."""
-    static = {k: options.pop(k) for k in list(options) if isinstance(options[k], str)}
-    return compiled_value_and_grads(loss, tuple(map(jnp.asarray, arrays)), options, tuple(sorted(static.items())))
-
-
-def on_devices(devices, loss, arrays, *, inside=False, in_specs=None):
-    """Value and gradients of loss(*arrays) with the rows split over fake devices."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    argnums = tuple(range(len(arrays)))
-    in_specs = in_specs or (P("data"),) * len(arrays)
-    sharded = jax.shard_map(
-        jax.value_and_grad(loss, argnums) if inside else loss,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=(P(), in_specs) if inside else P(),
-    )
-    call = sharded if inside else jax.value_and_grad(sharded, argnums)
-    return jax.jit(call)(*map(jnp.asarray, arrays))
-
-
-def assert_close(got, want, rtol):
-    """Relative to the largest entry; the types are those of the computation."""
-    np.testing.assert_allclose(got, want, rtol=0, atol=rtol * np.abs(want).max())
 
 
 def with_negatives(z1, z2, n1, n2, **options):
@@ -329,29 +288,26 @@ def test_jit_of_a_sharded_batch_without_axis_name(wide, implementation):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options,key",
     [
-        dict(a=np.ones((6, 5), np.int32)),
-        dict(b=np.ones((6, 4), np.float32)),
-        dict(b=np.ones((5, 5), np.float32)),
-        dict(a=np.ones(5, np.float32), b=np.ones(5, np.float32)),
-        dict(a=np.ones((0, 5), np.float32), b=np.ones((0, 5), np.float32)),
-        dict(a=np.ones((1, 5), np.float32), b=np.ones((1, 5), np.float32)),
-        dict(temperature=0.0),
-        dict(temperature=float("nan")),
-        dict(implementation="fast"),
-        dict(implementation="ring"),
+        (dict(a=np.ones((6, 5), np.int32)), "a"),
+        (dict(b=np.ones((6, 4), np.float32)), "b"),
+        (dict(b=np.ones((5, 5), np.float32)), "b"),
+        (dict(a=np.ones(5, np.float32), b=np.ones(5, np.float32)), "a"),
+        (dict(a=np.ones((0, 5), np.float32), b=np.ones((0, 5), np.float32)), "a"),
+        (dict(a=np.ones((1, 5), np.float32), b=np.ones((1, 5), np.float32)), "a"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(implementation="fast"), "implementation"),
+        (dict(implementation="ring"), "implementation"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("loss", [nt_xent, one_way_infonce])
-def test_mistakes_are_one_line(loss, options):
+@pytest.mark.parametrize("loss,a,b", [(nt_xent, "z1", "z2"), (one_way_infonce, "anchors", "keys")])
+def test_mistakes_are_one_line(loss, a, b, options, key):
     options = dict(options)
-    a, b = (options.pop(k, np.ones((6, 5), np.float32)) for k in "ab")
-    with pytest.raises(UserError) as error:
-        loss(a, b, **options)
-    message = str(error.value)
-    assert message.startswith(f"{loss.__name__}: ") and "\n" not in message and "expected" in message
+    arrays = [options.pop(k, np.ones((6, 5), np.float32)) for k in "ab"]
+    assert_user_error(lambda: loss(*arrays, **options), f"{loss.__name__}: ", {"a": a, "b": b}.get(key, key))
 
 
 @pytest.mark.parametrize(
@@ -367,5 +323,5 @@ def test_mistakes_are_one_line(loss, options):
     ids=lambda n: str(np.shape(n) if not isinstance(n, tuple) else [x.shape for x in n]),
 )
 def test_mistaken_negatives(negatives):
-    with pytest.raises(UserError, match="^nt_xent: .*negatives.*expected"):
-        nt_xent(np.ones((6, 5), np.float32), np.ones((6, 5), np.float32), negatives=negatives)
+    rows = np.ones((6, 5), np.float32)
+    assert_user_error(lambda: nt_xent(rows, rows, negatives=negatives), "nt_xent: ", "negatives")

@@ -4,44 +4,18 @@ import functools
 import itertools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_checks import assert_user_error
+from spread_checks import VARIANTS, make, stacked, values_and_grads
 
-from jaxcl.errors import UserError
 from jaxcl.losses.spread import attract, class_conditional_infonce, spread
 
 # On several devices "ring" joins them: test_spread_sharded.py.
 engines = pytest.mark.parametrize("implementation", ["dense", "tiled"])
-
-
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
-def stacked(views, **options):
-    """Total, attract and repel as one vector."""
-    value, parts = spread(views, **options)
-    return jnp.stack([value, parts["attract"], parts["repel"]])
-
-
-@functools.partial(jax.jit, static_argnames="static")
-def compiled_values_and_grads(views, arrays, static):
-    values, pullback = jax.vjp(lambda v: stacked(v, **arrays, **dict(static)), views)
-    return values, jax.vmap(pullback)(jnp.eye(3, dtype=values.dtype))[0]
-
-
-def values_and_grads(views, labels=None, **options):
-    """(total, A, R) [3] and their gradients [3, V, B, D]; compiled once for the same shapes and kinds of options."""
-    static = {k: options.pop(k) for k in list(options) if isinstance(options[k], (bool, str))}
-    # Numbers are always arguments, so that tests share programs.
-    arrays = {"labels": labels, "where": np.ones(views.shape[1], bool)}
-    arrays |= {"temperature": 0.5, "a_lc": 1.0, "a_spread": 1.0} | options
-    arrays = {k: float(v) if isinstance(v, int) else v for k, v in arrays.items()}
-    return compiled_values_and_grads(jnp.asarray(views), arrays, tuple(sorted(static.items())))
 
 
 # ---- against the authors' code
@@ -132,25 +106,6 @@ def slow_terms(
             attracts.append(np.mean(terms))
             repels.append(np.log(together) - s[i])
     return (np.mean(attracts), np.mean(repels)) if attracts else (0.0, 0.0)
-
-
-def make(seed=0, v=2, b=8, d=4):
-    """Two classes of several, a lone class, three unlabelled, padding."""
-    rng = np.random.default_rng(seed)
-    return dict(
-        views=rng.normal(size=(v, b, d)),
-        labels=np.array([0, 1, 0, -1, 1, 7, -1, 0, 1, 1, 0, 2, 2, 0, -1, 1])[:b],
-        where=np.arange(b) % 6 != 2,
-    )
-
-
-VARIANTS = [
-    dict(),
-    dict(clip_positive=0.4, norm="none"),
-    dict(positives_in_denominator=True, positive_weight=2.0, norm="released"),
-    dict(positives_in_denominator=True, clip_positive=0.4, temperature=0.2),
-    dict(norm="released", clip_positive=-0.3, temperature=1.3),
-]
 
 
 @engines
@@ -426,14 +381,24 @@ def test_float32_out_at_least(dtype, implementation):
     ids=str,
 )
 def test_mistakes_are_one_line(options):
+    options = dict(options)
+    key = next(iter(options))
     views = options.pop("views", np.ones((2, 6, 5), np.float32))
-    losses = {"spread": spread}
+    losses = [spread]
     if not options.keys() & {"a_lc", "a_spread"}:
-        losses["attract"] = attract
+        losses.append(attract)
         if not options.keys() & {"positive_weight", "clip_positive"}:
-            losses["class_conditional_infonce"] = class_conditional_infonce
-    for name, loss in losses.items():
-        with pytest.raises(UserError) as error:
-            loss(views, **options)
-        message = str(error.value)
-        assert message.startswith(f"{name}: ") and "\n" not in message and "expected" in message
+            losses.append(class_conditional_infonce)
+    for loss in losses:
+        assert_user_error(lambda: loss(views, **options), f"{loss.__name__}: ", key)  # noqa: B023
+
+
+@pytest.mark.parametrize("loss", [attract, class_conditional_infonce, spread])
+def test_samples_first_is_refused_with_a_hint(loss):
+    """[N, V, D], the layout of SupCon, would otherwise give another number, after a time quadratic in N."""
+    features = np.ones((64, 2, 5), np.float32)
+    assert_user_error(lambda: loss(features), loss.__name__, "views", "moveaxis")
+    few = features[:6]  # six views are possible, but not with six labels for two samples
+    assert_user_error(lambda: loss(few, np.zeros(6, int)), loss.__name__, "labels", "moveaxis")
+    assert_user_error(lambda: loss(few, where=np.ones(6, bool)), loss.__name__, "where", "moveaxis")
+    chex.assert_trees_all_equal(loss(np.moveaxis(features, 1, 0)), loss(jnp.moveaxis(jnp.asarray(features), 1, 0)))

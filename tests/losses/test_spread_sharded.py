@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_spread import VARIANTS, make, stacked, values_and_grads
-
-
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
+from spread_checks import VARIANTS, make, stacked, values_and_grads
 
 # One gradient of a mixture of total, A and R instead of three: any error in one of them shows.
 MIXTURE = np.array([0.3, 1.0, -0.7])

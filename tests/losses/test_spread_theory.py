@@ -10,12 +10,6 @@ import pytest
 from jaxcl.losses.spread import spread
 
 
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
 @functools.partial(jax.jit, static_argnames=("norm",))
 def terms(views, labels, temperature, norm="unit"):
     _, parts = spread(views, labels, temperature=temperature, norm=norm)

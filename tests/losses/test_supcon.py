@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+from loss_checks import assert_user_error, mesh_of
+from supcon_checks import make, slow_supcon, value_and_grad
 
-from jaxcl.errors import UserError
 from jaxcl.losses import supcon
 
 GOLDEN_FILES = (
@@ -24,23 +26,6 @@ GOLDEN_FILES = (
     "exconb_background_negative",
     "exconb_zero_backgrounds",
 )
-
-
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
-
-
-@functools.partial(jax.jit, static_argnames="static")
-def compiled_value_and_grad(features, arrays, static):
-    return jax.value_and_grad(lambda f: supcon(f, **arrays, **dict(static)))(features)
-
-
-def value_and_grad(features, labels=None, **options):
-    """Compiled once for all calls with the same shapes and the same options."""
-    static = {k: options.pop(k) for k in list(options) if isinstance(options[k], (bool, str))}
-    return compiled_value_and_grad(jnp.asarray(features), {"labels": labels, **options}, tuple(sorted(static.items())))
 
 
 # ---- against the authors' code
@@ -73,71 +58,6 @@ def test_golden(golden, name, wide):
 
 
 # ---- against the definition, element by element
-
-
-def slow_supcon(
-    features,
-    labels=None,
-    *,
-    mask=None,
-    background=None,
-    where=None,
-    negatives=None,
-    negatives_where=None,
-    negatives_count=1,
-    temperature=0.1,
-    base_temperature=None,
-    anchors="all",
-    anchor_mean="all",
-    normalize=True,
-):
-    n, v = features.shape[:2]
-    z = np.asarray(features, np.float64).reshape(n, v, -1)
-    extra = np.zeros((0, z.shape[2])) if negatives is None else np.asarray(negatives, np.float64)
-    if normalize:
-        z = z / np.linalg.norm(z, axis=-1, keepdims=True)
-        extra = extra / np.linalg.norm(extra, axis=-1, keepdims=True)
-    elements = [(a, b) for a in range(n) for b in range(v) if where is None or where[a]]
-
-    def is_real(a):
-        return background is None or not background[a]
-
-    def is_positive(a, b):
-        if mask is not None:
-            return bool(mask[a, b])
-        return a == b if labels is None else labels[a] == labels[b]
-
-    losses, found = [], []
-    for i in elements:
-        if not is_real(i[0]) or (anchors == "first" and i[1] != 0):
-            continue
-        others = [j for j in elements if j != i]
-        positives = [j for j in others if is_real(j[0]) and is_positive(i[0], j[0])]
-        denominator = sum(np.exp(z[i] @ z[j] / temperature) for j in others)
-        for m, row in enumerate(extra):
-            if negatives_where is None or negatives_where[m]:
-                denominator += negatives_count * np.exp(z[i] @ row / temperature)
-        terms = [z[i] @ z[j] / temperature - np.log(denominator) for j in positives]
-        scale = 1 if base_temperature is None else temperature / base_temperature
-        losses.append(-scale * np.mean(terms) if terms else 0.0)
-        found.append(bool(terms))
-    if anchor_mean == "positive":
-        losses = [x for x, ok in zip(losses, found, strict=True) if ok]
-    return float(np.mean(losses)) if losses else 0.0
-
-
-def make(seed=0, n=6, v=2, d=5, m=3):
-    """Features and every optional argument: two classes, a lone class, backgrounds, padding, negatives."""
-    rng = np.random.default_rng(seed)
-    return dict(
-        features=rng.normal(size=(n, v, d)),
-        labels=np.array([0, 1, 0, 1, 7, 0, 1, 1, 2, 0, 2, 3, 3, 0, 1, 9])[:n],
-        mask=(rng.random((n, n)) < 0.4).astype(np.float32),
-        background=np.arange(n) % 5 == 2,
-        where=np.arange(n) % 6 != 1,
-        negatives=rng.normal(size=(m, d)),
-        negatives_where=np.arange(m) != 1,
-    )
 
 
 @pytest.mark.parametrize("extras", [0, 1, 2, 3])
@@ -411,8 +331,20 @@ def test_tiled_memory_does_not_grow_with_the_square():
     ids=str,
 )
 def test_mistakes_are_one_line(options):
+    options = dict(options)
+    key = list(options)[-1]
     features = options.pop("features", np.ones((6, 2, 5), np.float32))
-    with pytest.raises(UserError) as error:
-        supcon(features, **options)
-    message = str(error.value)
-    assert message.startswith("supcon: ") and "\n" not in message and "expected" in message
+    assert_user_error(lambda: supcon(features, **options), "supcon: ", key)
+
+
+def test_views_first_is_refused_with_a_hint():
+    """[V, N, D] is the layout of L_spread."""
+    views = np.ones((2, 6, 5), np.float32)
+    assert_user_error(lambda: supcon(views, np.zeros(6, int)), "supcon: ", "labels", "moveaxis")
+
+
+def test_a_mask_has_no_ring():
+    features, mask = np.ones((4, 2, 5), np.float32), np.ones((4, 4))
+    local = lambda f, m: supcon(f, mask=m, axis_name="data", implementation="ring")  # noqa: E731
+    sharded = jax.shard_map(local, mesh=mesh_of(2), in_specs=P("data"), out_specs=P())
+    assert_user_error(lambda: sharded(features, mask), "supcon: ", "mask", "implementation")

@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_supcon import make, slow_supcon, value_and_grad
+from supcon_checks import make, slow_supcon, value_and_grad
 
 from jaxcl.losses import supcon
-
-
-@pytest.fixture
-def wide():
-    with jax.enable_x64(True):
-        yield
 
 
 def sharded_value_and_grad(devices, arrays, *, inside=False, **options):

@@ -18,7 +18,7 @@ from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
 from jaxcl.method.terms import PairTerm
 from jaxcl.method.update import compile_update
-from jaxcl.models import ModelOptions, make_model
+from jaxcl.models import ResNetOptions, make_model
 from jaxcl.report import read_metrics
 from jaxcl.train import loop as train
 from jaxcl.train.checkpoint import Preemption
@@ -208,7 +208,7 @@ def test_first_pass_on_eight_devices_is_that_on_one():
 
 @pytest.fixture(scope="module")
 def net():
-    model = make_model(ModelOptions(stage_sizes=(1, 1), stage_widths=(8, 16), head_features=12))
+    model = make_model(ResNetOptions(stage_sizes=(1, 1), stage_widths=(8, 16), head_features=12))
     images = tiny.normal(32, 8, 8, 3) + np.repeat(tiny.normal(16, 1, 1, 3, seed=5), 2, axis=0)
     return model, *tiny.model_variables(model, side=8), images
 

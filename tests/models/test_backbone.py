@@ -129,7 +129,7 @@ def test_encoders_by_name(saved, tmp_path):
     assert patches.tap(np.zeros((1, 12, 12, 3), np.uint8), "block1").shape[0] == 1
     says("has no stages", patches.maps, np.zeros((1, 12, 12, 3), np.uint8))
     says("--encoder is 'other'; expected one of '', 'patches', 'target'", export, saved, tmp_path, encoder="other")
-    says("that of ResNets", export, saved, tmp_path, encoder="patches", layout="torch")
+    says("vit has no torch layout", export, saved, tmp_path, encoder="patches", layout="torch")
     says("--format is 'onnx'; expected jaxcl or torch", export, saved, tmp_path, layout="onnx")
 
 
@@ -159,7 +159,10 @@ def test_files_that_are_no_backbone(tmp_path, exported):
         (whole[: len(whole) // 2], "is no safetensors file, or damaged"),
         (b"PK\x03\x04 and so on", "a pickle of torch, which may run code"),
         (safetensors.numpy.save({"w": np.zeros(2)}), "holds w, ...; expected an export of jaxcl"),
-        (safetensors.numpy.save({"conv1.weight": np.zeros((3, 3, 7, 7), np.int32)}), "conv1.weight is I32; expected"),
+        (
+            safetensors.numpy.save({"conv1.weight": np.zeros(3, np.int32), "bn1.weight": np.zeros(3, np.float32)}),
+            "conv1.weight is I32; expected",
+        ),
     ):
         bad.write_bytes(content)
         says(words, jaxcl.load_backbone, bad)

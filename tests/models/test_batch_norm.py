@@ -9,9 +9,9 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcl.models.adapter import Adapter
 from jaxcl.models.batch_norm import BatchNorm, normalize, zero_rows
 from jaxcl.models.heads import ProjectionHead
-from jaxcl.models.stages import Adapter
 
 EPSILON = 1e-5
 

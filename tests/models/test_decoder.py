@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 from jaxcl.errors import UserError
-from jaxcl.models.convolution import loop_conv
 from jaxcl.models.decoder import Decoder, DecoderBlock
 
 NARROW = dict(widths=(8, 4, 4), blocks=1)  # doubles once
@@ -223,23 +222,20 @@ def test_padded_rows_change_nothing():
     assert np.abs(a - c)[where].max() > 0.1  # without the mask they would
 
 
-def test_other_convolutions_and_dtypes():
+def test_half_precision_hands_out_float32():
     latent, outs = tiny.normal(4, 6), {}
-    options = {"plain": {}, "loop": dict(convolution=loop_conv), "bfloat16": dict(dtype=jnp.bfloat16)}
     variables = variables_of(Decoder(size=8, **NARROW))
-    for name, option in options.items():
-        decoder = Decoder(size=8, **NARROW, **option)
+    for dtype in ("float32", "bfloat16"):
+        decoder = Decoder(size=8, **NARROW, dtype=jnp.dtype(dtype))
 
         def error(variables, decoder=decoder):
             out, _ = decoder.apply(variables, latent, train=True, mutable=["batch_stats"])
             return (out**2).mean(), out
 
         (_, out), grads = jax.jit(jax.value_and_grad(error, has_aux=True))(variables)
-        outs[name] = jax.device_get((out, grads["params"]))
+        outs[dtype] = jax.device_get((out, grads["params"]))
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(outs))
-    for a, b in zip(*map(jax.tree.leaves, (outs["plain"], outs["loop"])), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    assert 0 < np.abs(outs["plain"][0] - outs["bfloat16"][0]).max() < 0.3
+    assert 0 < np.abs(outs["float32"][0] - outs["bfloat16"][0]).max() < 0.3
 
 
 def test_patches_are_laid_out_as_a_patch_stem_reads_them():
@@ -261,7 +257,7 @@ def test_patches_are_laid_out_as_a_patch_stem_reads_them():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(size=7), "4 stages make images of at least 8 pixels, and these have 7; give fewer widths"),
+        (dict(size=7), "4 stages make images of at least 8 pixels, but these have 7; give fewer widths"),
         (dict(size=0, widths=(4, 4)), "at least 1 pixels"),
         (dict(size=7, widths=(4, 4), patch=8), "1 stages of patches of 8 make images of at least 8 pixels"),
         (dict(size=32, patch=0), "decoder: patch is 0; expected at least 1"),

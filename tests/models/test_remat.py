@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxcl.models import ModelOptions, ViTOptions, make_model
+from jaxcl.models import ResNetOptions, ViTOptions, make_model
 
 RESNET = dict(stem="patch4", stage_sizes=(2, 2), stage_widths=(8, 16), strides=(1, 2), head_features=12)
 VIT = dict(patch=4, width=16, depth=3, heads=2, mlp_width=32, head_features=12)
 
 
 def make(kind, **options):
-    return make_model(ModelOptions(**RESNET, **options) if kind == "resnet" else ViTOptions(**VIT, **options))
+    return make_model(ResNetOptions(**RESNET, **options) if kind == "resnet" else ViTOptions(**VIT, **options))
 
 
 def gradient(model, params, stats, where=None, key=None):

@@ -11,10 +11,11 @@ import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from model_options import refused
 
 from jaxcl import losses
 from jaxcl.errors import UserError
-from jaxcl.models import ModelOptions, ViTOptions, make_model
+from jaxcl.models import ResNetOptions, ViTOptions, make_model
 from jaxcl.models.vit import Block, Embedding
 
 STILL = dict(dropout=0.0, block_dropout=0.0, attention_dropout=0.0, query_dropout=0.0, drop_path=0.0)
@@ -399,45 +400,43 @@ def test_dropout_is_the_same_when_recomputed_in_a_scan(short):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "key, options",
     [
-        (dict(heads=3), "model.width is 16; expected a multiple of model.heads, 3"),
-        (dict(depth=0), "model.depth is 0; expected a whole number of at least 1"),
-        (dict(patch=0), "model.patch is 0"),
-        (dict(query_dropout=1.0), "model.query_dropout is 1.0; expected a probability of at least 0 and less than 1"),
-        (dict(drop_path=-0.1), "model.drop_path is -0.1"),
-        (dict(dtype="float16"), "model.dtype is 'float16'; expected one of float32, bfloat16"),
-        (dict(head_hidden_layers=-1), "head_hidden_layers"),
+        ("width", dict(width=16, heads=3)),
+        ("depth", dict(depth=0)),
+        ("patch", dict(patch=0)),
+        ("query_dropout", dict(query_dropout=1.0)),
+        ("drop_path", dict(drop_path=-0.1)),
+        ("dtype", dict(dtype="float16")),
+        ("head_hidden_layers", dict(head_hidden_layers=-1)),
     ],
 )
-def test_mistakes_are_one_line(options, words):
-    with pytest.raises(UserError) as error:
-        make_model(dataclasses.replace(TINY, **options))
-    assert words in str(error.value) and "\n" not in str(error.value)
+def test_impossible_options_are_refused_by_key(key, options):
+    refused(key, "vit", **options)
 
 
 def test_images_that_do_not_fit(net):
     model, params, stats, _ = net
-    with pytest.raises(UserError, match="model.patch is 4, on images of 8x10 pixels; expected a divisor of both sides"):
+    with pytest.raises(UserError, match="model.patch is 4, but images have 8x10 pixels"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), (8, 10, 3)))
-    with pytest.raises(UserError, match="positions for 4 patches, and images of 12x12 pixels have 9"):
+    with pytest.raises(UserError, match="positions for 4 patches, but images of 12x12 pixels have 9"):
         jax.eval_shape(lambda x: model.encode(params, stats, x, train=False), np.zeros((1, 12, 12, 3)))
 
 
 def test_what_a_vit_has_not(net):
     model = net[0]
-    with pytest.raises(UserError, match="norm_set is 'adv'; expected '': a vit has no batch norms"):
+    with pytest.raises(UserError, match="norm_set is 'adv'; expected ''"):
         model.check_norm_set("norm_set", "adv")
     for tap in ("block3", "block0", "stage1", ""):
         with pytest.raises(UserError, match="expected one of block1, block2$"):
             model.check_tap(tap)
     model.check_tap("block2")
-    with pytest.raises(UserError, match="expected none, since the last block has no tap"):
+    with pytest.raises(UserError, match="expected none"):
         make_model(dataclasses.replace(TINY, depth=1)).check_tap("block1")
 
 
 def test_taps_of_a_resnet_are_checked_alike():
-    model = make_model(ModelOptions(stage_sizes=(1, 1), stage_widths=(4, 8)))
+    model = make_model(ResNetOptions(stage_sizes=(1, 1), stage_widths=(4, 8)))
     model.check_tap("stage2")
     with pytest.raises(UserError, match="tap 'block1' is not in this encoder; expected one of stage1, stage2$"):
         model.check_tap("block1")

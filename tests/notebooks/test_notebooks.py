@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what is stored in them came from such a run and names no machine."""
+"""The notebooks run from top to bottom; their stored outputs come from such a run and contain no machine paths."""
 
 import copy
 import os
@@ -11,15 +11,15 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 CELL_SECONDS = 120
 LARGEST_BYTES = 700_000
-# What follows a word, as in https://host/home/, is none.
+# A path must not follow a word: /home/ in https://host/home/ is no machine path.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|tmp|var|opt|usr|mnt|work|private)/|[A-Z]:\\\\|site-packages")
 
 
 def execute(notebook, folder, monkeypatch):
-    """The notebook after a quick run in `folder`; CellExecutionError at the first cell that fails."""
+    """Run the notebook quickly in `folder` and return it. Raises CellExecutionError at the first cell that fails."""
     monkeypatch.setenv("JAXCL_NOTEBOOK_QUICK", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     # The kernel's history and connection file stay out of the user's home.
@@ -31,7 +31,7 @@ def execute(notebook, folder, monkeypatch):
 
 
 def kinds(cell):
-    """What a cell puts out, as a reader sees it: text, values, pictures."""
+    """The kinds of output of a cell: stream names, output types and "picture"."""
     found = set()
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -42,7 +42,7 @@ def kinds(cell):
 
 
 def complaints(notebook, text):
-    """What is wrong with a notebook as it is stored; `text` is its file."""
+    """Problems of a stored notebook, as messages; `text` is the content of its file."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     found = []
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):

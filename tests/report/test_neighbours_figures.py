@@ -74,8 +74,8 @@ def test_groups_of_near_duplicates():
 
 def test_what_a_tile_calls_its_file():
     """Copies of one photo under names that differ at either end are told apart."""
-    assert neighbours._fitted("folder/IMG_1.jpg", 130) == "IMG_1.jpg"
-    assert neighbours._fitted("folder/photo00001.jpg", 130) == "photo00001"
-    assert neighbours._fitted("folder/very-long-photo-00001.jpg", 130) == "ver…-00001"
-    assert neighbours._fitted("folder/very-long-again-00001.jpeg", 130) == "ver…-00001"
-    assert neighbours._fitted("folder/again-very-long-00001.jpg", 130) == "aga…-00001"
+    assert neighbours.shortened("folder/IMG_1.jpg", 130) == "IMG_1.jpg"
+    assert neighbours.shortened("folder/photo00001.jpg", 130) == "photo00001"
+    assert neighbours.shortened("folder/very-long-photo-00001.jpg", 130) == "ver…-00001"
+    assert neighbours.shortened("folder/very-long-again-00001.jpeg", 130) == "ver…-00001"
+    assert neighbours.shortened("folder/again-very-long-00001.jpg", 130) == "aga…-00001"

@@ -83,7 +83,7 @@ _RESULTS = {
     "raw_pixels": {"accuracy": 0.5},
     "knn": {"accuracy": 0.7},
     "explanation": {"average_drop": 0.25, "iou": 0.5},
-    "calibration": {"clean": 0.03, "test_shifted": {"ece": 0.2}},
+    "calibration": {"clean": {"ece": 0.03}, "test_shifted": {"ece": 0.2}},
     "fgsm": {"1": {"accuracy": 0.6}, "4": {"accuracy": 0.21}},
     "linear_pgd": {"2": {"accuracy": 0.5}, "5": {"accuracy": 0.03}},
     "seconds": {"train": 60, "evaluate": 30},
@@ -125,11 +125,12 @@ def full(tmp_path_factory):
             writer.write(step, {"loss": 5 / step, "lr": 0.1, "probe/accuracy": 0.5, f"{EVIL}/x": 1.0})
     return write_report(
         workdir,
-        config={"name": EVIL, "data": {"source": "garments"}, "lr": 0.5, "passes": (("view1", "view2"),)},
+        config={"name": EVIL, "data": {"source": "folder:a/b"}, "lr": 0.5, "passes": (("view1", "view2"),)},
         environment={"packages": {"jax": "0.10"}, "devices": [EVIL]},
         results=_RESULTS,
         metrics=read_metrics(workdir),
         panels=_panels(),
+        images={"training": 1500, "test": 80},
     )
 
 
@@ -161,7 +162,8 @@ def test_page_escapes_everything_it_is_given(full):
 
 def test_page_says_the_results(full):
     text = _Page(full.read_text(encoding="utf-8")).text
-    assert "Trained on garments with seed 3 in 1 min 30 s: a linear probe reaches 75.0%" in text
+    assert "Trained on folder:a/b (1,500 training and 80 test images) with seed 3 in 1 min 30 s" in text
+    assert "a linear probe reaches 75.0%" in text
     assert "25.0 points above raw pixels" in text
     assert "strange.list1, 2.5" in text and "strange.long(99 values, in results.json)" in text
     assert '"passes": [' in text and "packages.jax0.10" in text
@@ -178,8 +180,10 @@ def test_verdict_rows():
     assert not {"Classifier under PGD", "Linear probe under FGSM"} & rows.keys()
     assert rows["Time"].value == "1 min 30 s" and "train 1 min 0 s" in rows["Time"].meaning
     assert "Pointing hit" not in rows
-    below = verdict.rows({"linear": {"accuracy": 0.4}, "raw_pixels": 0.45})
+    below = verdict.rows({"linear": {"accuracy": 0.4}, "raw_pixels": {"accuracy": 0.45}})
     assert "5.0 points below raw pixels" in below[0].meaning
+    (tenths,) = verdict.rows({"fgsm": {"0.5": {"accuracy": 0.3}}})
+    assert tenths.value == "30.0%" and "0.5/255" in tenths.meaning
     odd = {
         "knn": "lost",
         "linear": None,
@@ -188,6 +192,21 @@ def test_verdict_rows():
         "explanation": 3,
     }
     assert verdict.rows(odd) == []
+
+
+@pytest.mark.parametrize(
+    "name, source, title",
+    [
+        ("exconb garments", "garments", "exconb on garments"),
+        ("simclr garments unlabelled", "folder:my_photos", "simclr unlabelled on folder:my_photos"),
+        ("supcon cifar10", "tfds:cifar10", "supcon on tfds:cifar10"),
+        ("garments", "garments", "garments on garments"),
+        ("mine", "", "mine"),
+        ("", "garments", ""),
+    ],
+)
+def test_the_title_names_the_data_that_was_used(name, source, title):
+    assert verdict.title({"name": name, "data": {"source": source}}) == title
 
 
 def test_missing_panels_and_results_leave_their_sections_out(tmp_path):
@@ -231,18 +250,18 @@ def test_expected_calibration_error_by_hand():
 def test_curves_group_what_is_there():
     rows = [{"step": s, "time": 0.0, "loss": 1.0, "loss/a": 1.0, "lr": 0.1, "extra/x": 2.0} for s in range(1, 9)]
     rows += [{"step": 4, "eval/knn_accuracy": 0.5, "note": "text", "flag": True}]
-    panels = {title: set(lines) for title, lines, _ in curves_module._panels(curves_module._series(rows))}
+    panels = {title: set(lines) for title, lines, _ in curves_module.grouped(curves_module.read_series(rows))}
     # A single term of weight 1 is the loss itself and is not drawn twice.
     assert panels == {"Loss": {"loss"}, "Learning rate": {"lr"}, "Accuracy": {"knn"}, "Extra": {"x"}}
     rows[0]["loss/b"] = 0.5
-    panels = {title: set(lines) for title, lines, _ in curves_module._panels(curves_module._series(rows))}
+    panels = {title: set(lines) for title, lines, _ in curves_module.grouped(curves_module.read_series(rows))}
     assert panels["Loss"] == {"total", "a", "b"}
 
 
 def test_running_mean_by_loop():
     values = np.random.default_rng(0).normal(size=30)
     values[[4, 29]] = np.nan
-    got = curves_module._running_mean(values, 7)
+    got = curves_module.running_mean(values, 7)
     for i in range(30):
         window = values[max(0, i - 3) : i + 4]
         want = np.nanmean(window) if np.isfinite(values[i]) else np.nan
@@ -263,6 +282,7 @@ def test_saliency_grid_has_every_example_in_its_block(accepted):
     for word, count in (("Accepted", accepted.sum()), ("Rejected", (~accepted).sum())):
         line = next(t for t in texts if t.startswith(word))
         assert ("none of these" in line) == (count == 0)
+    assert sum(t.startswith("keeps ") for t in texts) == 3
     frames = [p.get_edgecolor() for p in figure.axes[0].patches]
     assert len(frames) == 3 and len(set(frames)) == len(set(accepted.tolist()))
 
@@ -343,7 +363,7 @@ def test_similarities_over_training(tmp_path):
     assert -0.6 < low < -0.2 and 0.7 < high <= 1
     page = write_report(tmp_path, config={}, environment={}, results={}, metrics=metrics, panels={}).read_text()
     assert 'id="similarities"' in page and (tmp_path / "report" / "similarities.png").exists()
-    lines = curves_module._series(metrics)  # a row of numbers is no curve
+    lines = curves_module.read_series(metrics)  # a row of numbers is no curve
     assert set(lines) == {"loss", "similarity/queue", "eval/knn_accuracy"}
     plain = [{"step": 1, "loss": 1.0}]
     page = write_report(tmp_path / "b", config={}, environment={}, results={}, metrics=plain, panels={}).read_text()
@@ -351,14 +371,14 @@ def test_similarities_over_training(tmp_path):
 
 
 def test_where_the_time_goes(tmp_path):
-    parts = {f"encode {EVIL}": 0.06, "term a, backward": 0.03, "optimizer": 0.0001, "figures": 0.0002}
+    parts = {f"encode {EVIL}": 0.06, "term a, backward": 0.03, "optimizer": 0.0001, "metrics": 0.0002}
     measured = {"seconds": 0.1, "parts": parts, "data": 0.004, "rest": 0.0057, "updates": [4, 11], "device": "TPU v5"}
     page = write_report(
         tmp_path, config={}, environment={}, results={}, metrics=[], panels={"step_time": measured}
     ).read_text()
     assert EVIL not in page and "updates 4 to 11 of this run on TPU v5" in page
-    assert "add up to 90.3% of the update" in page
-    for row in ("60.0 ms", "60.0%", "2 smaller parts: optimizer; figures", "0.30 ms", "4.0 ms", "5.7 ms", "100 ms"):
+    assert "90.3% of the update" in page
+    for row in ("60.0 ms", "60.0%", "2 smaller scopes: optimizer; metrics", "0.30 ms", "4.0 ms", "5.7 ms", "100 ms"):
         assert row in page, row
     assert (
         "Where the time"

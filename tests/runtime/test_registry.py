@@ -1,11 +1,11 @@
 """The registry: parts by name, ours and anybody's, and what is refused."""
 
 import pytest
-from jaxcl.data.registry import SOURCES
-from jaxcl.evaluate.registry import EVALUATORS
 
 from jaxcl.augment import Pipeline
+from jaxcl.data.registry import SOURCES
 from jaxcl.errors import UserError
+from jaxcl.evaluate.registry import EVALUATORS
 from jaxcl.method import registry
 from jaxcl.method.terms.base import Term
 from jaxcl.models.registry import MODELS

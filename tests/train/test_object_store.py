@@ -9,13 +9,13 @@ import pytest
 import tiny
 from etils import epath
 from fake_gcs import serve
-from test_train import config, final_state, record, writer_that
+from train_checks import config, final_state, record, writer_that
 
 from jaxcl.errors import UserError
 from jaxcl.report import MetricsWriter, read_metrics
 from jaxcl.runtime import lock, storage
+from jaxcl.train import log, profile
 from jaxcl.train import loop as train
-from jaxcl.train import profile
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -94,7 +94,7 @@ def test_a_run(store, tmp_path, monkeypatch):
         raise Pulled
 
     with monkeypatch.context() as m:
-        m.setattr(train, "MetricsWriter", writer_that(pull, 7))
+        m.setattr(log, "MetricsWriter", writer_that(pull, 7))
         with pytest.raises(Pulled):
             train.run(away, "gs://bucket/run")
     assert "bucket/run/checkpoints/4/manifest.json" in store and "bucket/run/results.json" not in store

@@ -7,9 +7,11 @@ import time
 
 import photos
 import pytest
-from test_main import cli
-from test_train import ROOT, subprocess_run
+from processes import ROOT, subprocess_run
+from train_checks import config_module
 
+from jaxcl import train
+from jaxcl.errors import UserError
 from jaxcl.report import read_metrics
 
 COMMAND = [f"--config={ROOT}/configs/simclr.py:unlabelled", "--config.data.source=folder:my_photos", "--workdir=run"]
@@ -86,27 +88,25 @@ def test_a_small_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "images, arguments, words",
+    "images, method, batch_size, words",
     [
-        ({}, [], "my_photos is not there; expected a folder of images"),
-        ({"empty/": 0}, [], "folder:my_photos holds no images"),
-        ({"": 3}, [], "batch_size 128 is larger than the training set (2 images); use a smaller one"),
-        ({"": 1}, ["--config.batch_size=1"], "has one image, which leaves nothing to test on"),
-        ({"a/": 9, "none/": 0}, ["supcon"], "needs a label on every training image, which the data lacks"),
-        ({"a/": 9, "b/": 9, "": 1}, ["supcon"], "needs a label on every training image, which the data lacks"),
+        ({}, "simclr", 128, "my_photos"),
+        ({"empty/": 0}, "simclr", 128, "folder:my_photos"),
+        ({"": 3}, "simclr", 128, "batch_size 128 "),
+        ({"": 1}, "simclr", 1, "one image"),
+        ({"a/": 9, "none/": 0}, "supcon", 4, "terms.supcon .*label"),
+        ({"a/": 9, "b/": 9, "": 1}, "supcon", 4, "terms.supcon .*label"),
     ],
 )
-def test_folders_that_cannot_be_trained_on(images, arguments, words, tmp_path, monkeypatch, capsys):
+def test_folders_that_cannot_be_trained_on(images, method, batch_size, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place, count in images.items():
         photos.write(tmp_path / "my_photos" / place, count)
-    command = [*COMMAND, "--config.devices=1"]
-    if "supcon" in arguments:
-        command[0], arguments = f"--config={ROOT}/configs/supcon.py", ["--config.batch_size=4"]
-    code, text = cli([*command, *arguments], monkeypatch, capsys)
-    lines = [line for line in text.splitlines() if line.startswith("jaxcl: ")]
-    assert code == 2 and len(lines) == 1 and words in lines[0]
-    assert not (tmp_path / "run").exists()
+    c = config_module(method).get_config({"simclr": "unlabelled", "supcon": ""}[method])
+    c.data.source, c.batch_size, c.devices = "folder:my_photos", batch_size, 1
+    with pytest.raises(UserError, match=words) as error:
+        train.run(c, "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def processor_seconds():

@@ -14,9 +14,9 @@ from jaxcl.train.profile import OTHER, UNNAMED, _Op, _overlap, _shares
 
 def test_what_is_too_long_for_the_run():
     profile.check(7, 10)
-    with pytest.raises(UserError, match="--profile is 8, but the run has 10 updates, .* expected at most 7"):
+    with pytest.raises(UserError, match="--profile is 8, .* 10 updates, .* at most 7$"):
         profile.check(8, 10)
-    with pytest.raises(UserError, match="expected a longer run"):
+    with pytest.raises(UserError, match="--profile is 1, .* 3 updates"):
         profile.check(1, 3)
 
 
@@ -33,8 +33,8 @@ def test_the_updates_that_are_traced():
     assert window(0, 12, 5, pauses=range(0, 12, 4)) == 3  # nothing is better
 
 
-def test_names_of_parts_are_this_configs_own(tmp_path):
-    """The cache of compiled programs would give the same program under the names of whoever compiled it first."""
+def test_scope_names_are_those_of_this_config(tmp_path):
+    """The compilation cache would return the program with the scope names of the first config that compiled it."""
     before = jax.config.jax_compilation_cache_include_metadata_in_key
     for begin, during in ((3, True), (None, before)):
         trace = profile.Profile(tmp_path, 2, begin)
@@ -67,11 +67,11 @@ def test_moments_are_shared_and_counted_once():
         ("jit(update)/add", ""),
     ],
 )
-def test_parts_in_the_metadata(op_name, want):
+def test_scopes_in_the_metadata(op_name, want):
     assert scope_of(op_name) == want
 
 
-def test_a_trace_of_a_program_with_known_parts(tmp_path):
+def test_a_trace_of_a_program_with_known_scopes(tmp_path):
     def update(w, x):
         with scope("made/of (x)"):
             x = jax.lax.fori_loop(0, 30, lambda i, y: jnp.tanh(y @ y), x)
@@ -89,9 +89,9 @@ def test_a_trace_of_a_program_with_known_parts(tmp_path):
     update, other = jax.jit(update), jax.jit(lambda x: jnp.sin(x) @ x)
     w = x = jnp.eye(256)
     program = update.lower(w, x).compile()
-    parts = scopes_of(program.as_text())
-    assert parts.module == "jit_update" and parts.around
-    assert {"made.of .x.", "encode", "encode, backward", "optimizer"} <= set(parts.of.values())
+    scopes = scopes_of(program.as_text())
+    assert scopes.module == "jit_update" and scopes.around
+    assert {"made.of .x.", "encode", "encode, backward", "optimizer"} <= set(scopes.of.values())
 
     w, y = update(w, x), other(x)
     jax.block_until_ready((w, y))
@@ -104,7 +104,7 @@ def test_a_trace_of_a_program_with_known_parts(tmp_path):
     jax.block_until_ready(other(x))
     seconds = (time.perf_counter() - begun) / 4
     jax.profiler.stop_trace()
-    found = profile.step_time(profile._newest(tmp_path), parts, 4, seconds)
+    found = profile.step_time(profile._newest(tmp_path), scopes, 4, seconds)
     assert sum(found["parts"].values()) + found["data"] + found["rest"] == pytest.approx(seconds)
     assert next(n for n in found["parts"] if n not in (OTHER, UNNAMED)) == "made.of .x."  # the loop: thirty products
     assert {"encode", "encode, backward", "optimizer", OTHER} <= found["parts"].keys()

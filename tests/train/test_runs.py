@@ -60,6 +60,24 @@ def test_a_run_and_several_joined(opened):
     assert joined["linear"]["accuracy"] == pytest.approx(right.mean())
 
 
+def test_an_evaluator_of_a_package_on_joined_runs(opened, tmp_path, monkeypatch):
+    (tmp_path / "joined_measures.py").write_text(
+        "from jaxcl.evaluate import Evaluator\n"
+        "class Width(Evaluator):\n"
+        "    features_only = True\n"
+        "    def __call__(self, context):\n"
+        "        return {'features': context.features('test').shape[1]}, {}\n"
+        "class Depth(Width):\n"
+        "    features_only = False\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    alone = evaluate_runs(opened[:1], ("joined_measures:Width", "joined_measures:Depth"))
+    joined = evaluate_runs(opened, ("joined_measures:Width",))
+    assert joined["Width"]["features"] == 2 * alone["Width"]["features"] == 2 * alone["Depth"]["features"]
+    with pytest.raises(UserError, match="suite has 'joined_measures:Depth'"):
+        evaluate_runs(opened, ("joined_measures:Depth",))
+
+
 def test_augmented_features_are_another_view_for_each_draw(opened):
     """Those of joined runs lie side by side; without a draw of its own, a run gives the same ones again."""
     parts = [run.frozen().augmented_features("train", 0) for run in opened]
@@ -87,9 +105,12 @@ def test_options_of_an_evaluation(runs):
     assert options.knn_k == 3 and options.severities == (2, 4) and options.corrupted == "some/folder"
     assert isinstance(options.knn_temperature, float)
     for text, words in (
-        ("knn_kk=3", "with a key of config.eval; did you mean 'knn_k'"),
+        ("knn_kk=3", "did you mean 'knn_k'"),
         ("knn_k", "expected KEY=VALUE"),
-        ("knn_k=many", "'many' is no int; expected one like 5"),
+        ("knn_k=many", "eval.knn_k is 'many'"),
+        ("knn_k=0", "eval.knn_k is 0"),
+        ("features='y'", "eval.features is 'y'"),
+        ("severities=2", "eval.severities is 2"),
     ):
         with pytest.raises(UserError) as error:
             load_run(runs[0], options=(text,))
@@ -99,7 +120,7 @@ def test_options_of_an_evaluation(runs):
 def test_the_split(opened, runs):
     with pytest.raises(UserError, match="nothing is held out; set data.validation"):
         evaluate_runs(opened, split="validation")
-    with pytest.raises(UserError, match="the split is 'train'; expected 'test' or 'validation'"):
+    with pytest.raises(UserError, match="split is 'train'"):
         evaluate_runs(opened, split="train")
     assert opened[0].frozen().held_out is None
 
@@ -131,8 +152,9 @@ def test_mistakes(runs, data, tmp_path, opened):
         empty, json.loads((runs[0] / "config.json").read_text()), data_facts(opened[0].frozen().test), True
     )
     says("has no checkpoint yet", load_run, empty)
-    says("the suite names 'knnn'", evaluate_runs, opened[:1], ("knnn",))
-    says("classifier cannot take several runs", evaluate_runs, opened, ("classifier",))
+    says("suite is 'knnn'; did you mean 'knn'?", evaluate_runs, opened[:1], ("knnn",))
+    says("suite is 'knnn'; did you mean 'knn'?", evaluate_runs, opened, ("knnn",))
+    says("suite has 'classifier'", evaluate_runs, opened, ("classifier",))
     other = load_run(runs[1], source=f"npz:{data[1]}")
     says("were trained on different data", evaluate_runs, [opened[0], other])
     says("no --workdir", command.run, ["evaluate"])

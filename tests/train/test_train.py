@@ -3,14 +3,9 @@
 import collections
 import contextlib
 import errno
-import functools
-import importlib.util
 import json
 import os
-import pathlib
 import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,78 +14,24 @@ import pytest
 import tiny
 from etils import epath
 from jax import monitoring
+from processes import ROOT, subprocess_run
+from train_checks import STEPS, config, config_module, final_state, record, writer_that
 
 from jaxcl.data.shuffle import Shuffled
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.method import sharding
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
 from jaxcl.report import read_metrics
 from jaxcl.runtime.lock import RunLock
+from jaxcl.train import log, run_folder
 from jaxcl.train import loop as train
-from jaxcl.train import run_folder
 from jaxcl.train.checkpoint import Checkpoints
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS = 12
+from jaxcl.train.runs import evaluate_runs, load_run
 
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     return tiny.colours(tmp_path_factory.mktemp("data") / "colours.npz")
-
-
-def shrink(c, npz=None):
-    """A real config on the tiny network and a handful of images."""
-    tiny.tiny_model(c)
-    c.model.depth, c.model.strides = 18, (1, 2)
-    c.batch_size, c.duration, c.devices = 16, f"{STEPS} steps", 2
-    c.data.limit = 64
-    if npz:
-        with c.ignore_type():
-            c.data.source = f"npz:{npz}"
-    c.optimizer.kind, c.optimizer.lr = "sgd", 0.05
-    c.log_every, c.eval.every, c.checkpoint.every = "1 step", "6 steps", "4 steps"
-    c.eval.quick, c.eval.final, c.eval.batch_size, c.eval.knn_k = ("classifier",), ("classifier",), 64, 5
-    c.report = False
-    return c
-
-
-@functools.cache
-def _config_module(name):
-    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def config(name="excon", preset="", npz=None):
-    c = shrink(_config_module(name).get_config(preset), npz)
-    for view in ("view1", "view2") if npz else ():
-        c.views[view].jitter_p = c.views[view].grayscale = 0.0  # colour compiles slowly
-    if c.stages:
-        c.stages[0].start, c.stages[0].tap = "50%", "stage1"
-    return c
-
-
-def final_state(workdir, c):
-    """What the run left in its newest checkpoint."""
-    recipe = tiny.recipe(c, num_classes=tiny.CLASSES)
-    where = sharding.replicated(sharding.make_mesh(1))
-    shapes = jax.eval_shape(lambda: init_state(recipe))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        state = checkpoints.restore(abstract)
-    return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
-
-
-def record(workdir):
-    """{step: what was measured and does not depend on the clock}."""
-    clock = {"time", "images_per_second", "data_wait", "step"}
-    rows = read_metrics(workdir)
-    out = {}
-    for row in rows:
-        out.setdefault(row["step"], []).append({k: v for k, v in row.items() if k not in clock})
-    return out
 
 
 # ---- a whole run
@@ -161,7 +102,7 @@ def test_each_program_is_compiled_once(undisturbed):
     assert {n: k for n, k in counts.items() if k > 1 and n in ours} == {"jit(update)": 2}
 
 
-def test_a_traced_run_learns_the_same_and_tells_where_its_time_went(undisturbed, npz, tmp_path, caplog):
+def test_a_traced_run_learns_the_same_and_measures_every_scope(undisturbed, npz, tmp_path, caplog):
     c = config(npz=npz)
     c.checkpoint.every = "0"
     with compiled() as counts, caplog.at_level("INFO", logger="jaxcl"):
@@ -169,7 +110,7 @@ def test_a_traced_run_learns_the_same_and_tells_where_its_time_went(undisturbed,
     assert record(tmp_path) == record(undisturbed[0])
     assert counts["jit(update)"] == 2
     # Update 7 is the first of another program, an evaluation follows on update 6.
-    assert f"profile of updates 4 to 6: {tmp_path / 'profile'}; open it with `xprof --logdir=" in caplog.text
+    assert f"updates 4 to 6: {tmp_path / 'profile'}" in caplog.text
     found = json.loads((tmp_path / "profile" / "step_time.json").read_text())
     whole = "encode view1 + view2"
     assert {"augment", whole, f"{whole}, backward", "term supcon", "optimizer", "memory probe"} <= found["parts"].keys()
@@ -200,17 +141,19 @@ def test_another_config_in_the_same_folder(undisturbed, npz):
     with pytest.raises(UserError) as error:
         train.run(c, workdir)
     text = str(error.value)
-    assert "holds a run of another config, seed: 0 -> 1 (and 1 more); use another --workdir" in text
-    assert "\n" not in text
+    assert str(workdir) in text and "seed: 0 -> 1 (and 1 more)" in text and "--workdir" in text and "\n" not in text
 
 
 def test_a_run_under_another_order_of_the_rows_is_not_continued(tmp_path, npz):
-    """Runs of before data.json named the order had grain's: going on would repeat images."""
+    """Older versions, whose data.json names no order, drew the rows in another one: going on would repeat images."""
     c = config(npz=npz)
     tiny.saved_run(tmp_path, c)
-    with pytest.raises(UserError, match="order of the training rows") as error:
+    with pytest.raises(UserError, match="order of the training rows .*hash-1.* --workdir") as error:
         train.run(c, tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert not (tmp_path / "lock.json").exists()
+    found = evaluate_runs([load_run(tmp_path)])  # it can still be evaluated
+    assert 0 <= found["classifier"]["accuracy"] <= 1
 
 
 # ---- stopped and resumed
@@ -218,16 +161,6 @@ def test_a_run_under_another_order_of_the_rows_is_not_continued(tmp_path, npz):
 
 class _Pulled(Exception):
     """The plug."""
-
-
-def writer_that(action, at):
-    class Writer(train.MetricsWriter):
-        def write(self, step, metrics, **extra):
-            super().write(step, metrics, **extra)
-            if step == at:
-                action()
-
-    return Writer
 
 
 def same_run(workdir, reference, c):
@@ -245,7 +178,7 @@ def test_a_crash_and_the_same_command(undisturbed, npz, tmp_path, monkeypatch):
 
     c = config(npz=npz)
     with monkeypatch.context() as m:
-        m.setattr(train, "MetricsWriter", writer_that(pull, 7))
+        m.setattr(log, "MetricsWriter", writer_that(pull, 7))
         with pytest.raises(_Pulled):
             train.run(c, tmp_path)
     assert not (tmp_path / "results.json").exists()
@@ -260,8 +193,8 @@ def test_sigterm_in_this_process(undisturbed, npz, tmp_path, monkeypatch):
     c = config(npz=npz)
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as m:
-        m.setattr(train, "MetricsWriter", writer_that(lambda: os.kill(os.getpid(), signal.SIGTERM), 5))
-        with pytest.raises(Preempted, match=f"stopped at step 6 of {STEPS} on request; the same command goes on"):
+        m.setattr(log, "MetricsWriter", writer_that(lambda: os.kill(os.getpid(), signal.SIGTERM), 5))
+        with pytest.raises(Preempted, match=f"stopped at step 6 of {STEPS} "):
             train.run(c, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (tmp_path / "checkpoints" / "6").exists()
@@ -274,34 +207,25 @@ def test_sigterm_in_this_process(undisturbed, npz, tmp_path, monkeypatch):
 
 DRIVER = """
 import os, signal, sys
-from jaxcl import main, train
-class Writer(train.MetricsWriter):
+from jaxcl import main
+from jaxcl.train import log
+class Writer(log.MetricsWriter):
     def write(self, step, metrics, **extra):
         super().write(step, metrics, **extra)
         if step == 5 and not os.path.exists("killed"):
             open("killed", "w").close()
             os.kill(os.getpid(), signal.SIGTERM)
-train.MetricsWriter = Writer
+log.MetricsWriter = Writer
 main.cli()
 """
 
 
-def subprocess_run(arguments, cwd, program=("-m", "jaxcl.main"), timeout=300):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return subprocess.run(
-        [sys.executable, *program, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-CONFIG_FILE = """
-import test_train
+CONFIG_FILE = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests" / "train")!r})
+import train_checks
 def get_config(preset=""):
-    return test_train.config(npz={npz!r})
+    return train_checks.config(npz={{npz!r}})
 """
 
 
@@ -313,7 +237,7 @@ def test_a_killed_process_goes_on(undisturbed, npz, tmp_path):
     arguments = ["--config=shrunk.py", "--workdir=run"]
     first = subprocess_run(arguments, tmp_path, ("-c", DRIVER))
     assert first.returncode == 75, first.stderr
-    assert first.stderr.strip().splitlines()[-1].startswith(f"jaxcl: stopped at step 6 of {STEPS} on request")
+    assert first.stderr.strip().splitlines()[-1].startswith(f"jaxcl: stopped at step 6 of {STEPS} ")
     assert "Traceback" not in first.stderr
     second = subprocess_run(arguments, tmp_path, ("-c", DRIVER))
     assert second.returncode == 0, second.stderr
@@ -345,8 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(npz, tmp_path):
     with pytest.raises(Diverged) as error:
         train.run(c, tmp_path)
     text = str(error.value)
-    assert text.startswith("loss is nan at step 2; no checkpoint was saved yet; try a lower optimizer.lr")
-    assert "\n" not in text
+    assert text.startswith("loss is nan at step 2; no checkpoint ") and "optimizer.lr" in text and "\n" not in text
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     assert not (tmp_path / "results.json").exists()
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
@@ -369,7 +292,7 @@ def test_divergence_just_after_an_evaluation(npz, tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(train, "compile_update", poisoned)
-    with pytest.raises(Diverged, match=r"loss is nan at step 7; the last good checkpoint is step 6 in .*checkpoints;"):
+    with pytest.raises(Diverged, match="loss is nan at step 7; .*checkpoint is step 6 "):
         train.run(c, tmp_path)
 
 
@@ -382,7 +305,7 @@ def test_every_evaluator_and_the_report(tmp_path):
     c = config("excon")
     c.size, c.duration, c.report = 16, "4 steps", True
     c.data.limit = 96
-    c.eval.quick, c.eval.final = ("knn", "classifier"), _config_module("excon").get_config().eval.final
+    c.eval.quick, c.eval.final = ("knn", "classifier"), config_module("excon").get_config().eval.final
     c.eval.fgsm, c.eval.batch_size, c.eval.every, c.eval.tap = (4,), 500, "2 steps", "stage1"
     c.data.validation = 0.1
     results = train.run(c, tmp_path)
@@ -424,10 +347,8 @@ def test_data_that_changed_since(tmp_path):
     run_folder.claim(folder, {"seed": 0}, facts | {"mean": (0.1 + 1e-9, 0.2)}, True).close()  # another machine's sum
     with pytest.raises(UserError) as error:
         run_folder.claim(folder, {"seed": 0}, facts | {"num_examples": 65}, True)
-    assert str(error.value) == (
-        f"the data is not what {tmp_path} began with, num_examples: 64 -> 65; "
-        "put it back as it was, or use another --workdir"
-    )
+    text = str(error.value)
+    assert str(tmp_path) in text and "num_examples: 64 -> 65" in text and "--workdir" in text and "\n" not in text
     assert not (tmp_path / "lock.json").exists()
 
 
@@ -440,13 +361,11 @@ def test_a_full_disk_ends_the_run_in_one_line(undisturbed, npz, tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(train, "MetricsWriter", writer_that(full, 7))
+        m.setattr(log, "MetricsWriter", writer_that(full, 7))
         with pytest.raises(UserError) as error:
             train.run(c, tmp_path)
-    assert str(error.value) == (
-        f"cannot write in {tmp_path}: no space left on the device; the last good checkpoint is step 4; "
-        "make room, then the same command goes on"
-    )
+    text = str(error.value)
+    assert f"{tmp_path}: no space left on the device" in text and "step 4" in text and "\n" not in text
     with pytest.raises(UserError, match=f"{tmp_path} is in use by process {os.getpid()}"), RunLock(tmp_path):
         train.run(c, tmp_path)
     c.log_examples = True

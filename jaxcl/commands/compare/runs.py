@@ -9,7 +9,7 @@ from typing import Any
 from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import NotApplicable
-from jaxcl.evaluate.evaluators import EVALUATORS
+from jaxcl.evaluate.transfer import Transfer
 from jaxcl.train.runs import Joined, load_run
 
 MEASURES = ("transfer.accuracy", "linear.accuracy", "knn.accuracy")
@@ -47,7 +47,7 @@ def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str,
     """
     runs = [load_run(folder, source=source) for folder in group]
     try:
-        found, panels = EVALUATORS["transfer"](Joined(runs) if len(runs) > 1 else runs[0].frozen())
+        found, panels = Transfer()(Joined(runs) if len(runs) > 1 else runs[0].frozen())
     except NotApplicable as reason:
         raise UserError(f"{group[0]}: {reason}; a comparison needs fine classes inside coarse ones") from None
     path = group[0] / "results.json"

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jaxcl.commands.plan.chips import CHIPS, Chip
 from jaxcl.commands.plan.collectives import collectives, totals
 from jaxcl.commands.plan.program_costs import cost
-from jaxcl.losses.engine import Limits
+from jaxcl.losses.plan import Limits
 from jaxcl.method import sharding
 from jaxcl.method.build import build_recipe
 from jaxcl.method.forward import run_heads

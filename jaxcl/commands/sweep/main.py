@@ -31,14 +31,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxcl import config as configs
 from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.commands.sweep.runs import Run, plan
 from jaxcl.commands.sweep.table import Entry, Row
 from jaxcl.errors import Preempted, UserError
 from jaxcl.report.progress import duration
 from jaxcl.runtime.flags import Flags
-from jaxcl.train import run_folder
+from jaxcl.train import config_diff, run_folder
 
 logger = logging.getLogger("jaxcl")
 
@@ -149,9 +148,7 @@ class Sweep:
             raise UserError(self._mistakes[0])
         if self._asked:
             done = sum(e.state in ("finished", "diverged") for e in self.entries.values())
-            raise Preempted(
-                f"stopped on request, {done} of {len(self.runs)} runs done; the same command resumes"
-            )
+            raise Preempted(f"stopped on request, {done} of {len(self.runs)} runs done; the same command resumes")
 
     # ---- before and after a process
 
@@ -159,7 +156,7 @@ class Sweep:
         """What an earlier sweep left. Raises: UserError if the folder holds a run of another config."""
         path = run.workdir / "config.json"
         old = json.loads(path.read_text()) if path.exists() else run.config
-        if changed := configs.differences(old, run.config):
+        if changed := config_diff.differences(old, run.config):
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
                 f"{run.workdir} holds a run of another config, {changed[0]}{more}; "
@@ -167,7 +164,7 @@ class Sweep:
             )
         if (run.workdir / "results.json").exists():
             if old["eval"] != run.config["eval"]:
-                a, b = configs.flatten(old["eval"], "eval"), configs.flatten(run.config["eval"], "eval")
+                a, b = config_diff.flatten(old["eval"], "eval"), config_diff.flatten(run.config["eval"], "eval")
                 key = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
                 logger.warning(
                     "%s was evaluated with %s = %s, not %s; its results are kept. Remove %s to evaluate it again",
@@ -176,7 +173,7 @@ class Sweep:
             return self._finished(run)
         if (mark := _mark(run)).exists():
             record = json.loads(mark.read_text())
-            if record["config"] == configs.fingerprint(run.config):
+            if record["config"] == config_diff.fingerprint(run.config):
                 logger.info("%s diverged before (%s); remove %s to repeat it", run.title, record["why"], mark)
                 return self._entry(run, "diverged")
         return self._entry(run, "waiting")
@@ -210,7 +207,7 @@ class Sweep:
             what = self._summary(self.entries[run])
         elif code == 3:
             self.entries[run] = self._entry(run, "diverged")
-            run_folder.write_json(_mark(run), {"why": why, "config": configs.fingerprint(run.config)})
+            run_folder.write_json(_mark(run), {"why": why, "config": config_diff.fingerprint(run.config)})
             what = f"diverged: {why}"
         elif code == 2:
             self._mistakes.append(f"{why} ({run.title}, see {run.log})")

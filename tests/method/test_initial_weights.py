@@ -9,10 +9,13 @@ import tiny
 
 from jaxcl import config as configs
 from jaxcl.errors import UserError
-from jaxcl.method.build import make_part
-from jaxcl.method.update import init_state
+from jaxcl.method.init_state import init_state
+from jaxcl.method.initial_weights import starting_weights
 from jaxcl.models import make_model, weights
 from jaxcl.models.registry import MODELS
+from jaxcl.models.resnet_torch import ResNetLayout
+from jaxcl.models.trees import encoder_stats
+from jaxcl.runtime.registry import make_part
 from jaxcl.train import loop as train
 from jaxcl.train.checkpoint import Checkpoints
 from jaxcl.train.runs import open_run
@@ -27,7 +30,7 @@ def says(text, f, *args, **options):
 def variables_of(node, seed):
     model = make_model(make_part("model", node, MODELS))
     params, stats = tiny.model_variables(model, seed=seed)
-    return weights.flat(params["encoder"], {k: v for k, v in stats.items() if k not in ("head", "branches")})
+    return weights.flat(params["encoder"], encoder_stats(stats))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,8 @@ def files(tmp_path_factory):
     folder, c = tmp_path_factory.mktemp("weights"), tiny.tiny_model(configs.default())
     about = {"provenance": {"name": "before", "step": 7}}
     ours, torch = variables_of(c.model, 5), variables_of(c.model, 6)
-    weights.write(folder / "ours", ours, about, layout="jaxcl")
-    weights.write(folder / "torch.safetensors", torch, {}, layout="torch")
+    weights.write(folder / "ours", ours, about)
+    weights.write(folder / "torch.safetensors", torch, {}, torch=ResNetLayout())
     return {"ours": (folder / "ours", ours), "torch": (folder / "torch.safetensors", torch)}
 
 
@@ -55,8 +58,8 @@ def test_what_begins_with_them(files, caplog):
     c = config(files)
     recipe = tiny.recipe(c)
     with caplog.at_level("INFO", "jaxcl"):
-        given = weights.starting_weights(c, recipe)
-    assert f"model begins with the weights in {files['ours'][0]}, of before at step 7" in caplog.text
+        given = starting_weights(c, recipe)
+    assert f"model.weights {files['ours'][0]}: " in caplog.text and "before at step 7" in caplog.text
     # On shapes alone, with what is given known: the initialisation of the rest compiles slowly.
     state = jax.eval_shape(functools.partial(init_state, recipe), 0, given)
     plain = jax.eval_shape(lambda: init_state(recipe))
@@ -86,17 +89,17 @@ def test_what_does_not_fit(files, tmp_path):
         c.model.norm_sets = ()
         for key, value in changes.items():
             c.model[key] = value
-        return weights.starting_weights(c, tiny.recipe(c))
+        return starting_weights(c, tiny.recipe(c))
 
     nowhere = str(tmp_path / "nowhere.safetensors")
-    says("cannot be read (no such file or directory); expected what jaxcl export wrote", start, weights=nowhere)
+    says("cannot be read (no such file or directory)", start, weights=nowhere)
     says("does not fit the encoder: batch_stats.stages_0_1.bn1.mean is absent there and", start, stage_sizes=(2, 1))
     says("params.stem_conv.kernel is (4, 4, 3, 8) there and (3, 3, 3, 8) here", start, stem="cifar")
     says("batch_stats.stages_0_0.bn1.mean is (8,) there and absent here (and", start, norm="group")
     assert set(start()) == {"", "second"} and set(start(weights="")) == {"second"}
     c = config(files)
     c.encoders.second.stage_widths = (8, 24)
-    says(f"encoders.second.weights {files['torch'][0]} does not fit", weights.starting_weights, c, tiny.recipe(c))
+    says(f"encoders.second.weights {files['torch'][0]} does not fit", starting_weights, c, tiny.recipe(c))
 
 
 def test_a_run_that_begins_with_them(files, tmp_path, monkeypatch):
@@ -121,7 +124,7 @@ def test_a_run_that_begins_with_them(files, tmp_path, monkeypatch):
     says("cannot be read", train.run, c, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
-    path = weights.write(tmp_path / "somewhere", files["ours"][1], {}, layout="jaxcl")
+    path = weights.write(tmp_path / "somewhere", files["ours"][1], {})
     c.model.weights = str(tmp_path / "somewhere")
     train.run(c, tmp_path / "run")
     assert [[n for n in counts if n] for counts in labels] == [[4, 4, 4]]  # batches of data.per_class

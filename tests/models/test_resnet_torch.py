@@ -6,12 +6,14 @@ import pytest
 import tiny
 
 from jaxcl.errors import UserError
-from jaxcl.models import ModelOptions, ViTOptions, make_model, weights
-from jaxcl.models import torch_layout as layout
+from jaxcl.models import ResNetOptions, make_model, weights
+from jaxcl.models.resnet_torch import ResNetLayout
+
+layout = ResNetLayout()
 
 
 def variables_of(seed=0, side=32, **options):
-    model = make_model(ModelOptions(**options, head_features=0))
+    model = make_model(ResNetOptions(**options, head_features=0))
     params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0), (side, side, 3)))
     return model, weights.flat(*tiny.fill((params["encoder"], stats), seed))
 
@@ -50,7 +52,7 @@ def test_published_names_and_shapes(depth, count, expected):
     _, ours = variables_of(depth=depth, stem="imagenet")
     state = layout.to_torch(ours)
     assert len(state) == count and {k: v.shape for k, v in state.items()} == expected
-    assert layout.architecture_of(ours) == {"kind": "resnet", "depth": depth, "stem": "imagenet"}
+    assert layout.architecture(ours) == {"depth": depth, "stem": "imagenet"}
     with_more = state | {
         "fc.weight": np.zeros((10, 512)),
         "fc.bias": np.zeros(10),
@@ -58,7 +60,7 @@ def test_published_names_and_shapes(depth, count, expected):
     }
     back = layout.from_torch(with_more)
     assert back.keys() == ours.keys() and all((back[k] == ours[k]).all() for k in ours)
-    assert not layout.is_torch(ours) and layout.is_torch(state)
+    assert not layout.recognises(ours) and layout.recognises(state)
 
 
 def test_where_numbers_go():
@@ -82,30 +84,28 @@ def test_where_numbers_go():
         dict(depth=18, stage_sizes=(3, 1, 1), stage_widths=(64, 128, 256), stem="cifar"),
     ],
 )
-def test_the_architecture_is_told_by_its_tensors(options):
+def test_the_architecture_is_found_by_its_tensors(options):
     model, ours = variables_of(**options)
-    found = layout.architecture_of(layout.from_torch(layout.to_torch(ours)))
-    found.pop("kind")
-    assert make_model(ModelOptions(**found, head_features=0)).encoder == model.encoder
+    found = layout.architecture(layout.from_torch(layout.to_torch(ours)))
+    assert make_model(ResNetOptions(**found, head_features=0)).encoder == model.encoder
 
 
 def test_what_the_layout_has_no_names_for():
     def says(text, options):
         with pytest.raises(UserError) as error:
-            layout.check_encoder(make_model(options).encoder)
+            layout.check(make_model(options).encoder)
         assert text in str(error.value) and "\n" not in str(error.value)
 
-    says("that of ResNets", ViTOptions())
-    says("norm=group", ModelOptions(norm="group"))
-    says("one set of batch norms", ModelOptions(norm_sets=("adv",)))
-    says("strides (1, 2, 2, 2), this encoder (1, 1, 2, 2)", ModelOptions(strides=(1, 1, 2, 2)))
-    layout.check_encoder(make_model(ModelOptions(depth=50, stem="imagenet")).encoder)
+    says("norm=group", ResNetOptions(norm="group"))
+    says("one set of batch norms", ResNetOptions(norm_sets=("adv",)))
+    says("strides (1, 2, 2, 2)", ResNetOptions(strides=(1, 1, 2, 2)))
+    layout.check(make_model(ResNetOptions(depth=50, stem="imagenet")).encoder)
     for name in ("conv1", "layer1.0.conv1"):
         _, ours = variables_of(stage_sizes=(1,), stage_widths=(8,))
         state = layout.to_torch(ours)
         state.pop("layer1.0.conv2.weight")
         with pytest.raises(UserError, match="no blocks of a ResNet"):
-            layout.architecture_of(layout.from_torch(state))
+            layout.architecture(layout.from_torch(state))
         assert f"{name}.odd" in layout.from_torch({f"{name}.odd": np.zeros(3)})
 
 
@@ -195,16 +195,16 @@ def test_the_same_features_in_torch(options, side, tmp_path):
         with torch.no_grad():
             return net(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
 
-    net = torch_resnet(torch, encoder.block, encoder.stage_sizes, encoder.widths, layout.stem_in_torch(encoder))
-    weights.write(tmp_path / "out.safetensors", ours, {}, layout="torch")
+    net = torch_resnet(torch, encoder.block, encoder.stage_sizes, encoder.widths, layout.changes(encoder))
+    weights.write(tmp_path / "out.safetensors", ours, {}, torch=layout)
     assert not any(net.load_state_dict(load(tmp_path / "out.safetensors"), strict=True))
     assert difference(run(weights.nested(ours)), in_torch(net)) < 1e-5
 
     torch.manual_seed(0)
-    net = torch_resnet(torch, encoder.block, encoder.stage_sizes, encoder.widths, layout.stem_in_torch(encoder))
+    net = torch_resnet(torch, encoder.block, encoder.stage_sizes, encoder.widths, layout.changes(encoder))
     net.train()
     in_torch(net)  # moves the running statistics
     save(net.eval().state_dict(), tmp_path / "in.safetensors")
-    variables, about = weights.read(tmp_path / "in.safetensors")
+    variables, about, kind = weights.read(tmp_path / "in.safetensors")
     given = weights.fit("it", variables, model, (side, side, 3))
-    assert not about and difference(run(given), in_torch(net)) < 1e-5
+    assert not about and kind == "resnet" and difference(run(given), in_torch(net)) < 1e-5

@@ -1,4 +1,4 @@
-"""Stage adapters and heads that are told: the published sizes, a slow written-out adapter, depthwise convolutions."""
+"""Stage adapters: the published sizes, and one against a slow form written out in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny
 from jax import lax
+from model_options import refused
 
 from jaxcl.errors import UserError
-from jaxcl.models import ModelOptions, make_model
-from jaxcl.models.stages import DepthwiseConv
+from jaxcl.models import ResNetOptions, make_model
 
 SMALL = dict(stem="cifar", stage_sizes=(1, 1, 1), stage_widths=(4, 6, 8), head_features=5, branches=(1, 2))
 
@@ -24,49 +24,24 @@ def count(tree):
 def test_published_parameter_counts(depth, adapters):
     head = dict(head_hidden_layers=2, head_hidden=2048, head_features=2048, head_norm="batch", head_out_norm="batch")
     model = make_model(
-        ModelOptions(
+        ResNetOptions(
             depth=depth, stem="imagenet", branches=(1, 2, 3), branch_embeds=(2, 3), head_embeds=("jitter",), **head
         )
     )
     params, stats = jax.eval_shape(lambda: model.init(jax.random.key(0), (224, 224, 3)))
     branches = params["branches"]
     assert [count(branches[f"stage{i}"]["adapter"]) for i in (1, 2, 3)] == list(adapters)
-    plain = make_model(ModelOptions(depth=depth, stem="imagenet", **head))
+    plain = make_model(ResNetOptions(depth=depth, stem="imagenet", **head))
     same, _ = jax.eval_shape(lambda: plain.init(jax.random.key(0), (224, 224, 3)))
     assert jax.tree.map(jnp.shape, same["encoder"]) == jax.tree.map(jnp.shape, params["encoder"])
     if depth == 50:
         # The authors' heads have biases before their batch norms, which do nothing: two of 2048, and 512 of f_aug.
         assert count(branches["stage1"]["head"]) == 12_599_296 - 2 * 2048
-        told = 13_647_872 + 3_584 - 2 * 2048 - 512
+        conditioned = 13_647_872 + 3_584 - 2 * 2048 - 512
         assert [count(p) for p in (branches["stage2"]["head"], branches["stage3"]["head"], params["head"])] == 3 * [
-            told
+            conditioned
         ]
     assert set(stats["branches"]["stage2"]["head"]) == {"bn0", "bn1", "out_bn", "embed_jitter_bn"}
-
-
-@pytest.mark.parametrize("stride, side", [(1, 5), (2, 5), (2, 6)])
-def test_depthwise_convolution(stride, side, monkeypatch):
-    """The sum of products on a CPU, the grouped convolution elsewhere, and a loop: values and gradients."""
-    x, kernel = tiny.normal(2, side, side, 3), tiny.normal(3, 3, 1, 3, seed=1)
-    module = DepthwiseConv(stride)
-
-    def value(x, kernel):
-        y = module.apply({"params": {"kernel": kernel}}, x)
-        return (y**2).sum(), y
-
-    grad = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-    (_, here), here_grads = jax.jit(grad)(x, kernel)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    (_, there), there_grads = jax.jit(grad)(x, kernel)
-    np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5)
-    for a, b in zip(here_grads, there_grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    padded, out = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), np.zeros(here.shape)
-    for i in range(out.shape[1]):
-        for j in range(out.shape[2]):
-            window = padded[:, stride * i : stride * i + 3, stride * j : stride * j + 3]
-            out[:, i, j] = (window * kernel[:, :, 0]).sum((1, 2))
-    np.testing.assert_allclose(here, out, rtol=1e-5, atol=1e-5)
 
 
 def norm(x, p):
@@ -90,13 +65,13 @@ def sep_conv(x, p, stride):
 
 
 def test_an_adapter_written_out():
-    model = make_model(ModelOptions(**SMALL))
+    model = make_model(ResNetOptions(**SMALL))
     params, stats = tiny.model_variables(model, side=6)
     images = tiny.normal(4, 6, 6, 3)
     h, new = model.encode(params, stats, images, train=True, depth=1)
     _, plain = model.encode(params, stats, images, train=True)
     own = params["branches"]["stage1"]["adapter"]
-    maps, _ = model._encoder(
+    maps, _ = model._apply(
         params, stats, images, train=True, where=None, norm_set="", depth=1, method="maps"
     )  # [4,6,6,4], of a tested network
     x = np.maximum(norm(np.asarray(maps[-1]) @ own["squeeze"]["kernel"][0, 0], own["squeeze_bn"]), 0)
@@ -128,50 +103,17 @@ def test_an_adapter_written_out():
     np.testing.assert_allclose(maps[-1].mean((1, 2)), whole, rtol=1e-5)
 
 
-def test_what_a_head_is_told():
-    """A head beside the same head by hand; flags and numbers of any shape; the identity where nothing was drawn."""
-    names = ("jitter", "grayscale")
-    model = make_model(ModelOptions(**SMALL, head_embeds=names, head_embed_features=3, branch_embeds=(2,)))
-    params, stats = tiny.model_variables(model, side=6)
-    h = tiny.normal(8, 8)
-    drawn = {"jitter": tiny.normal(8, 4, seed=1), "grayscale": np.arange(8) % 2 == 0, "flip": np.ones(8, bool)}
-
-    def by_hand(p, h, drawn):
-        told = [h]
-        for name in names:
-            a = np.asarray(drawn[name], np.float32).reshape(8, -1) @ p[f"embed_{name}"]["dense"]["kernel"]
-            bn = p[f"embed_{name}_bn"]
-            told.append(np.maximum((a - a.mean(0)) / np.sqrt(a.var(0) + 1e-5) * bn["scale"] + bn["bias"], 0))
-        x = np.concatenate(told, 1)
-        hidden, out = p["hidden0"]["dense"], p["out"]["dense"]
-        assert hidden["kernel"].shape == (8 + 2 * 3, 8)  # as wide as the features, told or not
-        return np.maximum(x @ hidden["kernel"] + hidden["bias"], 0) @ out["kernel"] + out["bias"]
-
-    for depth, p in ((0, params["head"]), (2, params["branches"]["stage2"]["head"])):
-        z, _ = model.embed(params, stats, h, train=True, aug_params=drawn, depth=depth)
-        np.testing.assert_allclose(z, by_hand(p, h, drawn), rtol=1e-4, atol=1e-5)
-    nothing = {"jitter": np.tile([1.0, 1, 1, 0], (8, 1)), "grayscale": np.zeros(8)}
-    np.testing.assert_allclose(
-        model.project(params, stats, h), model.embed(params, stats, h, train=False, drawn=nothing)[0]
-    )
-    first = [model.embed(params, stats, h, train=True, drawn=d, depth=1)[0] for d in (drawn, None)]
-    np.testing.assert_array_equal(*first)  # this one is not told
-
-
 @pytest.mark.parametrize(
-    "options, text",
+    "key, options",
     [
-        (dict(branches=(3,)), "model.branches is (3,); expected some of 1, 2"),
-        (dict(branch_embeds=(3,)), "model.branch_embeds is (3,); expected some of 1, 2"),
-        (dict(head_embeds=("hue",)), "model.head_embeds holds 'hue'; expected some of jitter, crop"),
-        (dict(head_embeds=("jitter", "jitter")), "expected each name once"),
-        (dict(head_embeds=("jitter",), head_features=0), "there is no head to be told"),
+        ("branches", dict(branches=(3,))),
+        ("branch_embeds", dict(branch_embeds=(3,))),
     ],
 )
-def test_mistakes(options, text):
-    with pytest.raises(UserError) as error:
-        make_model(ModelOptions(**SMALL | options))
-    assert text in str(error.value) and "\n" not in str(error.value)
-    model = make_model(ModelOptions(**SMALL))
-    with pytest.raises(UserError, match="is 3; expected one of 0, 1, 2; model.branches adds"):
-        model.check_depth("passes[0].depth", 3)
+def test_impossible_branches_are_refused_by_key(key, options):
+    refused(key, "resnet", "1, 2", **SMALL | options)
+
+
+def test_a_depth_without_a_branch():
+    with pytest.raises(UserError, match=r"^passes\[0\].depth is 3; expected one of 0, 1, 2;"):
+        make_model(ResNetOptions(**SMALL)).check_depth("passes[0].depth", 3)

@@ -9,8 +9,11 @@ from jaxcl import config as base
 from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.forward import represent
+from jaxcl.method.init_state import init_state
+from jaxcl.method.inputs import make_views
 from jaxcl.method.recipe import Phase
-from jaxcl.method.update import compile_update, init_state, make_views, represent
+from jaxcl.method.update import compile_update
 
 VIEWS = ("view1", "view2")
 AUTO = ("auto/view1", "auto/view2")
@@ -153,7 +156,7 @@ def test_reconstruction_is_of_the_view_itself():
         stats = {k: v for k, v in state.batch_stats.items() if k != "heads"}
         h, _ = recipe.model.encode(state.params, stats, image, train=True)
         head, name = recipe.heads["decoder"], "decoder"
-        facts = recipe.head_facts(name)
+        facts = recipe.head_input(name)
         y, _ = head.apply(facts, state.params["heads"][name], state.batch_stats["heads"][name], h, train=True)
         return losses.reconstruction(y, image)
 
@@ -180,7 +183,7 @@ def test_one_classifier_on_both_encoders():
     del c.terms.auto_ce
     c.heads.classifier.encoders = ("", "auto")
     recipe = tiny.recipe(c)
-    assert recipe.head_facts("classifier").features == 2 * recipe.model.features
+    assert recipe.head_input("classifier").features == 2 * recipe.model.features
     metrics, state = update_once(c)
     assert metrics["loss/ce"] > 0.1
     assert state.params["heads"]["classifier"]["dense"]["kernel"].shape == (2 * recipe.model.features, tiny.CLASSES)
@@ -195,7 +198,7 @@ def test_one_classifier_on_both_encoders():
         (lambda c: c.heads.update(spare=base.head("classifier")), "heads.spare is read by no term"),
         (lambda c: c.update(representation=("", "other")), "names encoder 'other'"),
         (lambda c: c.heads.decoder.update(widths=(8,) * 9), "heads.decoder: decoder: 8 stages make images of at least"),
-        (lambda c: c.update(passes=(base.encode(*VIEWS),)), "which nothing makes"),
+        (lambda c: c.update(passes=(base.encode(*VIEWS),)), "names view 'auto/view1'"),
     ],
 )
 def test_mistakes(change, text):

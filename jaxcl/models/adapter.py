@@ -1,9 +1,9 @@
-"""Stage adapters: what a ResNet's earlier stage gives, brought to the size and width of its last one.
+"""Stage adapters: bring the map of an earlier stage of a network to the size and width of its last one.
 
 N batch, h w height and width of a map, M channels of a stage's output, c its planes, D features of the network.
 
-Source: Zhang and Ma 2022, arXiv 2206.00227 (papers/hierarchical_augmentation.md 3), by description: an attention gate
-and separable convolutions that go down as the network itself would.
+Source: Zhang and Ma 2022, arXiv 2206.00227, from its description: an attention gate, and separable convolutions that
+reduce the map as the network itself would.
 """
 
 from collections.abc import Sequence
@@ -13,38 +13,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxcl.models.activations import relu
 from jaxcl.models.batch_norm import zero_rows
+from jaxcl.models.layers import DepthwiseConv, MatmulConv, relu
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, add_norms, apply_norm
-from jaxcl.models.resnet import MatmulConv, conv_init
 
 Array = jax.Array
-
-
-class DepthwiseConv(nn.Module):
-    """A 3x3 convolution of each channel by itself, padding 1, without bias.
-
-    As a sum of nine shifted products on a CPU, where XLA's grouped convolution is slow (its gradients most of all);
-    the same function and kernel [3,3,1,C] as `nn.Conv` with feature_group_count=C.
-    """
-
-    stride: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        (_, H, W, C), s = x.shape, self.stride
-        kernel = self.param("kernel", conv_init, (3, 3, 1, C), jnp.float32).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if jax.default_backend() != "cpu":
-            return lax.conv_general_dilated(
-                x, kernel, (s, s), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=C
-            )
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        # Positions 0, s, 2s ... of the padded map, one less than its side over s, rounded down.
-        return sum(x[:, i : i + H : s, j : j + W : s] * kernel[i, j, 0] for i in range(3) for j in range(3))
 
 
 class SepConv(nn.Module):
@@ -73,10 +47,10 @@ class SepConv(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A stage's map [N,h,w,M] -> features [N,D]: squeeze, gate, down to the last stage's planes, up to D, pool."""
+    """A stage's map [N,h,w,M] -> features [N,D]: squeeze, gate, reduce to the last stage's planes, expand, pool."""
 
-    planes: Sequence[int]  # c of this stage and of those after it
-    strides: Sequence[int]  # of those after it
+    planes: Sequence[int]  # c of this stage and of the later ones
+    strides: Sequence[int]  # of the later stages
     features: int  # D
     norm: str = "batch"
     dtype: Any = jnp.float32
@@ -99,13 +73,13 @@ class Adapter(nn.Module):
         add_norms(self, "expand_bn", self.features)
 
     def __call__(self, x: Array, train: bool = False, where: Array | None = None, norm_set: str = "") -> Array:
-        """`where` [N] bool: rows that count in the batch statistics; norm_set: the batch norms to use."""
+        """where: [N] bool, rows that count in the batch statistics; norm_set: the set of batch norms to use."""
         mode = {}
         if self.norm == "batch":
             mode = dict(use_running_average=not train, where=where if train else None, norm_set=norm_set)
         x = zero_rows(x, mode.get("where"))
         x = relu(apply_norm(self, "squeeze_bn", self.squeeze(x), mode))
-        # To the map's own size, where the authors double: a side may be odd.
+        # To the size of the map. The authors double the mask, which does not fit a map with an odd side.
         mask = self.gate(x, mode)
         mask = jax.image.resize(mask, x.shape, "bilinear")
         x = nn.sigmoid(apply_norm(self, "gate_bn", mask, mode)) * x

@@ -1,0 +1,253 @@
+"""What an evaluator receives: one state of the encoder, in inference mode, with its features and logits.
+
+Images pass through the standard view: no augmentation. N images, S side, H W of an image as stored, C channels, B rows
+of a batch, D features, K classes, P values of a thumbnail.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxcl.augment import standard_view
+from jaxcl.data import Source, batches
+from jaxcl.errors import UserError
+from jaxcl.evaluate.duplicates import thumbnail
+from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logits
+from jaxcl.losses.common import unit
+from jaxcl.method import sharding
+from jaxcl.method.forward import represent
+from jaxcl.method.inputs import to_pixels
+from jaxcl.method.recipe import Phase, Recipe
+from jaxcl.method.state import TrainState
+from jaxcl.method.views import view_keys
+
+Array = jax.Array
+FEATURES = {"h": "pooled features", "z": "the embedding, scaled to unit length"}
+THUMBNAIL = "thumbnail"  # the mean colours of an image's parts, for evaluators that compare pixels
+KINDS = (*FEATURES, THUMBNAIL)
+
+
+class EvalSetup:
+    """What all contexts of a run share: its config, data sources and compiled programs.
+
+    Attributes:
+      config, options: the whole config, and its `eval` node.
+      recipe: the method; its mean, std, image shape and number of classes are those of training.
+      training: the source whose batches the update sees. With texture negatives from files, batches hold these too.
+      selects_on: the split that checkpoints and settings are chosen on: "validation", or "test" without one.
+      view: the standard view, [B,H,W,C] in [0,1] -> normalised [B,S,S,C].
+      classifier: name of the memory part that classifies; None where the config has none.
+      kinds: kinds of features that evaluators of the config ask for, beside the config's own choice.
+    """
+
+    def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
+        self.config, self.options, self.recipe = config, config.eval, recipe
+        self.training, self._make_source = train, make_source
+        self.selects_on = "validation" if config.data.validation else "test"
+        self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
+        self.classifier = next((name for name, part in recipe.memory.items() if part.classifies), None)
+        self.kinds: frozenset[str] = frozenset()
+        self._sources: dict[str, Source | None] = {"train": train.plain}
+        self._compiled: dict[Any, Callable] = {}
+
+    def source(self, split: str) -> Source | None:
+        """A split of the data, read once; None where the source has no such split.
+
+        Raises:
+          UserError: the split is "test" or "validation" and cannot be read.
+        """
+        if split not in self._sources:
+            try:
+                self._sources[split] = self._make_source(split)
+            except UserError:
+                if split in ("test", "validation"):
+                    raise
+                self._sources[split] = None
+        return self._sources[split]
+
+    def compiled(self, name: str, make: Callable[[], Callable]) -> Callable:
+        """The function of that name; `make` is called once."""
+        if name not in self._compiled:
+            self._compiled[name] = make()
+        return self._compiled[name]
+
+
+class EvalContext:
+    """One state to evaluate: features and logits of whole sources, batch by batch, over the mesh.
+
+    Attributes:
+      setup: what the contexts of a run share.
+      recipe, options: as in `setup`.
+      state, mesh: the state, replicated over the mesh.
+      test: the source that results are measured on.
+      batch_size: rows of a batch; a multiple of the number of devices.
+    """
+
+    def __init__(self, setup: EvalSetup, state: TrainState, mesh: Mesh, split: str):
+        self.setup, self.recipe, self.options = setup, setup.recipe, setup.options
+        self.state, self.mesh = state, mesh
+        self.test = setup.source(split)
+        self._split = split
+        # All batches have one shape, and it divides over the mesh, whatever number the config gives.
+        self.batch_size = -(-self.options.batch_size // mesh.size) * mesh.size
+        self._features: dict[tuple[str, str], np.ndarray] = {}
+        self._probe: LinearFit | None = None
+
+    # ---- data
+
+    @property
+    def held_out(self) -> str | None:
+        """The split to choose settings on: "validation"; None without one, or where results are measured on it."""
+        split = self.setup.selects_on
+        return split if split == "validation" and self._split != split else None
+
+    def source(self, split: str) -> Source | None:
+        """A split of the data; "test" is the split that results are measured on."""
+        return self.test if split == "test" else self.setup.source(split)
+
+    def normalize(self, pixels: Array) -> Array:
+        """Pixels [B,H,W,C] in [0,1] -> images [B,S,S,C] as the encoder reads them."""
+        # The standard view draws nothing; its keys only carry the batch size.
+        return self.setup.view(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
+
+    # ---- the encoder, inside jit
+
+    def encode(self, state: TrainState, image: Array) -> tuple[Array, Array]:
+        """Normalised images [B,S,S,C] -> (pooled features h [B,D], embeddings z, not scaled)."""
+        return represent(self.recipe, state.params, state.batch_stats, image)
+
+    def logits_fn(self, state: TrainState) -> Callable[[Array], Array]:
+        """Normalised images -> logits [B,K] of the online classifier."""
+        name = self.setup.classifier
+
+        def logits(image: Array) -> Array:
+            h, _ = self.encode(state, image)
+            return self.recipe.memory[name].logits(state.memory[name], h)
+
+        return logits
+
+    def probe_fn(self, state: TrainState, probe: LinearFit) -> Callable[[Array], Array]:
+        """Normalised images -> logits [B,K] of a fitted linear probe."""
+
+        def logits(image: Array) -> Array:
+            return probe_logits(probe, self._kinds_of(state, image)[self.options.features]())
+
+        return logits
+
+    def _kinds_of(self, state: TrainState, image: Array) -> dict[str, Callable[[], Array]]:
+        """The features of normalised images by kind; a function each, called for the kinds that are wanted."""
+        h, z = self.encode(state, image)
+        return {"h": lambda: h, "z": lambda: unit(z)}
+
+    # ---- passes over a source
+
+    def run(
+        self, source: Source, name: str, fn: Callable, *args: Any, **extra: Any
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """Yields (fn(state, batch, *args) on the host, bool [B] of the rows that exist) for every batch.
+
+        Args:
+          source: its batches hold "image", "label", "index" and "where".
+          name: of the program; it is compiled once for each name, so what differs between states must be an argument.
+          fn: a pure function; it is jitted over the mesh.
+          args: replicated arrays.
+          extra: numbers that join the batch, one copy a row, so that all their values share one program.
+        """
+        replicated, rows = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
+        shardings = (replicated, rows, *(replicated for _ in args))
+        jitted = self.setup.compiled(name, lambda: jax.jit(fn, in_shardings=shardings, out_shardings=replicated))
+        for batch in batches(source, self.batch_size):
+            batch |= {k: np.full(self.batch_size, v) for k, v in extra.items()}
+            yield jax.device_get(jitted(self.state, sharding.device_put(batch, rows), *args)), batch["where"]
+
+    def collect(self, source: Source, name: str, fn: Callable, *args: Any, **extra: Any) -> Any:
+        """The results of `run` without padded rows, all batches joined."""
+        outs = self.run(source, name, fn, *args, **extra)
+        return _joined([jax.tree.map(lambda x, w=where: x[w], out) for out, where in outs])
+
+    def first(self, source: Source, count: int, name: str, fn: Callable) -> Any:
+        """As `collect`, for the first `count` images only."""
+        outs, have = [], 0
+        for out, where in self.run(source, name, fn):
+            outs.append(jax.tree.map(lambda x, w=where: x[w], out))
+            have += int(where.sum())
+            if have >= count:
+                break
+        return jax.tree.map(lambda x: x[:count], _joined(outs))
+
+    # ---- features
+
+    def features(self, split: str, kind: str = "") -> np.ndarray:
+        """Features of a split, computed once.
+
+        Args:
+          split: "train", "test", "validation" or another one of the source.
+          kind: "h", pooled features; "z", embeddings at unit length; "thumbnail" [N,P]; "": as in `eval.features`.
+
+        Returns:
+          float32 [N,D].
+        """
+        kind = kind or self.options.features
+        if (split, kind) not in self._features:
+            # One pass over the images gives all kinds that will be asked for; the classifier reads h.
+            wanted = {"h", kind, self.options.features, self.options.knn_features}
+            wanted |= self.setup.kinds if split in ("train", "test") else set()
+            out = self._encoded(self.source(split), tuple(k for k in KINDS if k in wanted))
+            self._features |= {(split, k): v for k, v in out.items()}
+        return self._features[split, kind]
+
+    def features_of(self, source: Source) -> np.ndarray:
+        """float32 [N,D]: features of any other source, such as changed images, of the kind in `eval.features`."""
+        kind = self.options.features
+        return self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
+
+    def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
+        """Yields features of kind "h" or "z", float32 [n,D], batch by batch: for more images than memory holds."""
+        return (out[kind] for out in self._stream(source, (kind,)))
+
+    def _encoded(self, source: Source, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
+        outs = list(self._stream(source, kinds))
+        return {k: np.concatenate([out[k] for out in outs]) for k in kinds}
+
+    def _stream(self, source: Source, kinds: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
+        def encode(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
+            pixels = to_pixels(batch["image"])
+            made = self._kinds_of(state, self.normalize(pixels)) | {THUMBNAIL: lambda: thumbnail(pixels)}
+            return {k: made[k]() for k in kinds}
+
+        for out, where in self.run(source, f"features {kinds}", encode):
+            yield {k: v[where] for k, v in out.items()}
+
+    def augmented_features(self, split: str, draw: int) -> np.ndarray:
+        """float32 [N,D]: features of one training view of each image (the recipe's first); each `draw` is another."""
+        name, kind = self.recipe.whole_view_names(Phase("encoder"))[0], self.options.features
+
+        def encode(state: TrainState, batch: dict[str, Array], draw: Array) -> Array:
+            keys = view_keys(state.key, draw, batch["index"], f"{name} to evaluate")
+            image, _ = self.recipe.views[name](keys, to_pixels(batch["image"]))
+            return self._kinds_of(state, image)[kind]()
+
+        return self.collect(self.source(split), f"augmented {kind}", encode, np.int32(draw))
+
+    # ---- classifiers
+
+    def probabilities(self, split: str) -> np.ndarray:
+        """float32 [N,K]: class probabilities by the online classifier."""
+        name = self.setup.classifier
+        logits = self.recipe.memory[name].logits(jax.device_get(self.state.memory[name]), self.features(split, "h"))
+        return np.asarray(jax.nn.softmax(logits))
+
+    def fitted_probe(self) -> LinearFit:
+        """The linear probe on the training features, fitted once."""
+        if self._probe is None:
+            labels = self.source("train").labels
+            self._probe = fit_linear_probe(self.features("train"), labels, num_classes=self.recipe.num_classes)
+        return self._probe
+
+
+def _joined(outs: list[Any]) -> Any:
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *outs)

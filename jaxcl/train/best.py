@@ -1,0 +1,63 @@
+"""The best state of a run by its accuracy on the validation split, in `best/` beside the checkpoints."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from jaxcl.evaluate.suite import Evaluation
+from jaxcl.method.state import TrainState
+from jaxcl.train import run_folder
+from jaxcl.train.checkpoint import Checkpoints
+
+
+class Best:
+    """Keeps the state with the highest validation accuracy.
+
+    Does nothing unless `checkpoint.keep_best` is set and `data.validation` holds images out: a state must not be
+    selected on the test split.
+    """
+
+    def __init__(self, workdir: epath.Path, config: ConfigDict):
+        self._on = bool(config.checkpoint.keep_best and config.data.validation)
+        self._path, self._file = workdir / "best", workdir / "best.json"
+        self._record = json.loads(self._file.read_text()) if self._on and self._file.exists() else None
+
+    def offer(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        """Save the state if its accuracy in `metrics` (from `Evaluation.quick`) is higher than that of all before."""
+        score = metrics.get("eval/classifier_accuracy", metrics.get("eval/knn_accuracy"))
+        if not self._on or score is None or (self._record and score <= self._record["validation_accuracy"]):
+            return
+        with Checkpoints(self._path, keep=1) as checkpoints:
+            checkpoints.save(step, state)
+        self._record = {"step": step, "validation_accuracy": score}
+        if jax.process_index() == 0:
+            run_folder.write_json(self._file, self._record)
+
+    def result(
+        self,
+        evaluation: Evaluation,
+        state: TrainState,
+        gather: Callable[[TrainState], TrainState],
+        mesh: jax.sharding.Mesh,
+    ) -> dict[str, Any]:
+        """Offer the last state too, and measure the best one, once, on the test split.
+
+        Args:
+          gather: replicates a state over the mesh, as evaluation needs it.
+
+        Returns:
+          {"best": {"step", "validation_accuracy", test metrics by name}}; {} if no state could be scored.
+        """
+        if not self._on:
+            return {}
+        self.offer(int(state.step), state, evaluation.quick(gather(state), mesh))
+        if self._record is None:  # no metric to select by, for example without labels
+            return {}
+        with Checkpoints(self._path, keep=1) as checkpoints:
+            best = checkpoints.restore(state)
+        metrics = evaluation.quick(gather(best), mesh, split="test")
+        return {"best": self._record | {k.removeprefix("eval/"): v for k, v in metrics.items()}}
