@@ -1,0 +1,37 @@
+"""Checks of features and labels that a caller gives, row by row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.errors import UserError
+from jaxcl.losses.common import concrete
+
+
+def check_finite(what: str, features: jax.Array | np.ndarray, counted: jax.Array | np.ndarray | None = None) -> None:
+    """Raises UserError for a row of features [N,D] that holds NaN or infinity. Traced values are not looked at.
+
+    Args:
+      what: the function and its argument, for the message.
+      counted: bool [N], False for rows that may hold anything.
+    """
+    if isinstance(features, jax.core.Tracer) or isinstance(counted, jax.core.Tracer):
+        return
+    if isinstance(features, jax.Array):
+        with jax.ensure_compile_time_eval():  # it may be a constant of a function that is being traced
+            finite = concrete(_finite_rows(features))
+    else:
+        finite = np.isfinite(features).all(1)
+    counted = True if counted is None else concrete(counted)
+    if finite is None or counted is None or (bad := ~finite & counted).sum() == 0:
+        return
+    rows = np.flatnonzero(bad)
+    raise UserError(
+        f"{what}: row {rows[0]} holds NaN or infinity ({len(rows)} of {len(bad)} rows do), expected finite features; "
+        "leave out such rows, or look for what made them"
+    )
+
+
+@jax.jit
+def _finite_rows(features):
+    return jnp.all(jnp.isfinite(features), axis=1)
