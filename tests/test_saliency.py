@@ -237,3 +237,22 @@ class Transformations(chex.TestCase):
         chex.assert_axis_dimension(together, 0, 3)
         alone = [self.variant(function)(*(a[i : i + 1] for a in arguments)) for i in range(3)]
         chex.assert_trees_all_close(together, jnp.concatenate(alone), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [3, 2**32])
+def test_a_target_that_is_no_class(bad):
+    """cases A.2: its map would be all zeros without a word."""
+    rng = np.random.default_rng(0)
+    activations, weights = rng.normal(size=(3, 4, 4, 5)).astype(np.float32), rng.normal(size=(5, 3)).astype(np.float32)
+    tail = lambda a: a.mean((1, 2)) @ weights  # noqa: E731
+    explanations = (
+        lambda t: grad_cam(tail, activations, t),
+        lambda t: input_gradient(tail, activations, t),
+        lambda t: integrated_gradients(tail, activations, t, num_steps=2),
+    )
+    for explain in explanations:
+        with pytest.raises(UserError, match="targets"):
+            explain(np.array([0, bad, -1]))
+        if bad < 2**31:
+            maps = np.asarray(jax.jit(explain)(np.array([0, bad, -1])))
+            assert np.isnan(maps[1]).all() and np.isfinite(maps[0]).all() and not maps[2].any()

@@ -117,7 +117,8 @@ def _knn(bank, labels_N, queries, temperature, *, k, num_classes):
         votes_qxC = jnp.zeros((len(s_qxN), num_classes), dtype)
         votes_qxC = votes_qxC.at[row_qx1, jnp.maximum(labels_N[index_qxk], 0)].add(weight_qxk)
         total_qx1 = jnp.sum(votes_qxC, axis=1, keepdims=True)
-        return votes_qxC / jnp.where(total_qx1 > 0, total_qx1, 1)
+        bad_qx1 = jnp.isnan(jnp.sum(weight_qxk, axis=1, keepdims=True))  # votes for no class are dropped
+        return jnp.where(bad_qx1, jnp.nan, votes_qxC / jnp.where(total_qx1 > 0, total_qx1, 1))
 
     bank = jnp.where((labels_N >= 0)[:, None], bank, 0)  # unlabelled rows may hold anything
     return _search(bank, queries, vote)

@@ -17,7 +17,7 @@ from jaxcl.evaluate.rows import check_finite
 from jaxcl.losses import cross_entropy
 from jaxcl.losses.labels import as_array, class_numbers
 
-# Standard deviation, in roundings of the largest value, below which a feature is constant and not scaled.
+# Standard deviation, in roundings of the largest value, below which a feature is constant, with weight 0.
 MIN_ROUNDINGS = 10
 
 
@@ -122,19 +122,20 @@ def _fit(features, labels, l2, tolerance, *, num_classes, max_steps, standardize
 
 
 def rescaled_columns(x_NxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-> (x with features divided by powers of 2 to at most 1, these powers [D]); features of zeros keep 1."""
+    """-> (x with features divided by powers of 2 to at most 2, these powers [D]); features of zeros keep 1."""
     exponent_D = jnp.frexp(jnp.max(jnp.abs(x_NxD), axis=0, initial=0))[1]
-    exponent_D = jnp.clip(exponent_D, *jnp.finfo(x_NxD.dtype).minexp + jnp.array([2, -4]) * jnp.array([1, 0]))
+    limits = jnp.finfo(x_NxD.dtype)
+    exponent_D = jnp.clip(exponent_D, limits.minexp + 1, limits.maxexp - 1)  # 2**128 is no float32
     scale_D = jnp.ldexp(jnp.ones((), x_NxD.dtype), exponent_D)
     return x_NxD / scale_D, scale_D
 
 
 def moments(x_NxD: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation [D] of the valid rows of features of at most 1; 1 for a constant feature."""
+    """Mean and deviation [D] of the valid rows of `rescaled_columns`; inf for a constant feature, which becomes 0."""
     count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
     mean_D = jnp.sum(x_NxD, axis=0) / count
     apart_NxD = jnp.where(valid[:, None], x_NxD - mean_D, 0)
     # The rounding of the mean is taken off: for a constant feature it would be all that is left.
     variance_D = jnp.sum(apart_NxD**2, axis=0) / count - (jnp.sum(apart_NxD, axis=0) / count) ** 2
     constant_D = variance_D <= (MIN_ROUNDINGS * jnp.finfo(x_NxD.dtype).eps) ** 2
-    return mean_D, jnp.where(constant_D, 1, jnp.sqrt(jnp.where(constant_D, 1, variance_D)))
+    return mean_D, jnp.where(constant_D, jnp.inf, jnp.sqrt(jnp.where(constant_D, 1, variance_D)))
