@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxcl.errors import UserError
 from jaxcl.losses.labels import class_numbers, flags
 
-NORMALIZE_EPS = 1e-8
+NORMALIZE_EPS, SMALL_MAP = 1e-8, 1e-5
 
 
 @functools.partial(jax.jit, static_argnames="relu")
@@ -85,6 +85,8 @@ def grad_cam(
 def normalize_map(maps: ArrayLike, size: int | tuple[int, int] | None = None) -> jax.Array:
     """Resizes maps, then scales each to [0, 1]: e = e - min e, e / (max e + 1e-8).
 
+    Where max e is below 1e-5, which 1e-8 would change by more than a thousandth, it is e / max e.
+
     Args:
       maps: [N, h, w].
       size: side S or (H, W) of the result, resized bilinearly with half-pixel centres and clamped edges. None keeps the
@@ -109,7 +111,8 @@ def normalize_map(maps: ArrayLike, size: int | tuple[int, int] | None = None) ->
             precision=lax.Precision.HIGHEST,
         )
     maps = maps - jnp.min(maps, axis=(1, 2), keepdims=True)
-    return maps / (jnp.max(maps, axis=(1, 2), keepdims=True) + NORMALIZE_EPS)
+    largest = jnp.max(maps, axis=(1, 2), keepdims=True)
+    return maps / jnp.where((largest > 0) & (largest < SMALL_MAP), largest, largest + NORMALIZE_EPS)
 
 
 def keep_mask(maps: ArrayLike, threshold: float = 0.5) -> jax.Array:
