@@ -191,3 +191,17 @@ def test_zero_rows():
     x = np.array([[1.0, np.nan], [2.0, 3.0]])
     np.testing.assert_array_equal(zero_rows(x, np.array([False, True])), [[0, 0], [2, 3]])
     assert zero_rows(x, None) is x
+
+
+@pytest.mark.parametrize("where", [None, np.array([True, False, True, True, False, True])], ids=["all", "some"])
+@pytest.mark.parametrize("far", [0, 1, 30, 1000, 10_000])
+def test_the_variance_keeps_its_digits(far, where):
+    """cases A.13: mean squares minus the squared mean loses all of them at 10,000 deviations."""
+    x, scale, bias, _ = inputs()
+    x = (x - x.mean((0, 1, 2))) / x.std((0, 1, 2)) + far * np.array([1, 0, -1, 1, 0.01], np.float32)
+    x = x.astype(np.float32) if where is None else np.float32(x * where[:, None, None, None])
+    rows = x.astype(np.float64) if where is None else x[where].astype(np.float64)
+    want = (rows - rows.mean((0, 1, 2))) / np.sqrt(rows.var((0, 1, 2)) + EPSILON) * scale + bias
+    y, _, var = jax.jit(normalize, static_argnums=4)(x, scale, bias, where, EPSILON)
+    np.testing.assert_allclose(y if where is None else y[where], want, atol=max(1e-5, far * 5e-7))
+    np.testing.assert_allclose(var, rows.var((0, 1, 2)), rtol=max(1e-4, far * 1e-6))
