@@ -10,9 +10,10 @@ from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.transfer import Transfer
+from jaxcl.report.names import KNN, LINEAR, TRANSFER
 from jaxcl.train.runs import Joined, load_run
 
-MEASURES = ("transfer.accuracy", "linear.accuracy", "knn.accuracy")
+MEASURES = (TRANSFER, LINEAR, KNN)
 
 
 def folders(text: str) -> list[pathlib.Path]:
