@@ -210,7 +210,7 @@ def test_cluster_quality_by_hand():
 # ---- the evaluator
 
 
-def frozen(train, test, *, groups=True):
+def context(train, test, *, groups=True):
     def source(labels, group):
         return ArraySource(
             images=np.zeros((len(labels), 2, 2, 3), np.uint8),
@@ -234,7 +234,7 @@ def frozen(train, test, *, groups=True):
 
 def test_worst_group_without_knowing_the_groups():
     train, test = shortcut(1200, 0.95, seed=0), shortcut(2000, 0.5, seed=1)
-    metrics, panels = WorstGroup()(frozen(train, test))
+    metrics, panels = WorstGroup()(context(train, test))
     assert panels == {} and metrics["dro_worst"] > metrics["erm_worst"] + 0.15
     assert set(metrics["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
     assert metrics["oracle_worst"] > metrics["erm_worst"] + 0.15
@@ -250,11 +250,11 @@ def test_worst_group_without_knowing_the_groups():
 def test_left_out():
     train, test = shortcut(50, 0.9, seed=0), shortcut(50, 0.5, seed=1)
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        WorstGroup()(frozen(train, test, groups=False))
+        WorstGroup()(context(train, test, groups=False))
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        WorstGroup()(frozen(train, (*test[:2], np.full(50, -1))))
+        WorstGroup()(context(train, (*test[:2], np.full(50, -1))))
     with pytest.raises(NotApplicable, match="no test image has a label"):
-        WorstGroup().check_needs(frozen(train, (test[0], np.full(50, -1), test[2])))
+        WorstGroup().check_needs(context(train, (test[0], np.full(50, -1), test[2])))
 
 
 # ---- mistakes

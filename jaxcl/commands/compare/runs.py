@@ -48,7 +48,7 @@ def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str,
     """
     runs = [load_run(folder, source=source) for folder in group]
     try:
-        found, panels = Transfer()(Joined(runs) if len(runs) > 1 else runs[0].frozen())
+        found, panels = Transfer()(Joined(runs) if len(runs) > 1 else runs[0].context())
     except NotApplicable as reason:
         raise UserError(f"{group[0]}: {reason}; a comparison needs fine classes inside coarse ones") from None
     path = group[0] / "results.json"
