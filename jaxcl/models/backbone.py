@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl.augment import Pipeline, standard_view
+from jaxcl.augment import Pipeline, standard_view, to_float
 from jaxcl.errors import UserError
 from jaxcl.models import weights
 from jaxcl.models.model import Model, make_model
@@ -96,16 +96,7 @@ class Backbone:
         C = len(self.mean)
         if images.ndim != 4 or images.shape[-1] not in (1, C):
             raise UserError(f"images are of shape {images.shape}; expected [N,H,W,{C}] (one image: image[None])")
-        if images.dtype == np.uint8:
-            pixels = jnp.asarray(images).astype(jnp.float32) / 255
-        elif jnp.issubdtype(images.dtype, jnp.floating):
-            known = not isinstance(images, jax.core.Tracer) and images.size
-            if known and (float(images.min()) < -0.01 or float(images.max()) > 1.01):
-                low, high = float(images.min()), float(images.max())
-                raise UserError(f"float images go from {low:g} to {high:g}; expected 0 to 1, or uint8")
-            pixels = jnp.asarray(images).astype(jnp.float32)
-        else:
-            raise UserError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
+        pixels = to_float(images)
         return self._resized(jnp.broadcast_to(pixels, (*pixels.shape[:-1], C)))
 
     @functools.cached_property

@@ -108,7 +108,7 @@ def drop(path):
         (set_("memory.probe.optimizer.schedule", "x"), "memory.probe.optimizer.schedule is 'x'; expected one of"),
         (set_("memory.probe.optimizer.kind", "x"), "memory.probe.optimizer.kind is 'x'; expected one of sgd"),
         (set_("views.view1.crop_area", (0.5, 0.2)), "low above high"),
-        (set_("views.view1.flip", 2.0), "probability 2.0 must be in [0, 1]"),
+        (set_("views.view1.flip", 2.0), "views.view1.flip is 2.0"),
         (set_("size", -1), "-1"),
         # Durations.
         (set_("duration", "4 epoches"), "duration is '4 epoches'; expected a duration"),
