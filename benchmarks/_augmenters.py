@@ -1,7 +1,7 @@
-"""The same chain of random transforms in six libraries: from a batch of uint8 images in memory to a float32 batch.
+"""One chain of random transforms in six libraries, from a batch of uint8 images in memory to a float32 batch.
 
-Random resized crop (area 0.2 to 1), flip (one half), colour jitter (0.4, 0.4, 0.4, 0.1; four fifths), grey (one fifth),
-normalise. Every image has its own random numbers. Letters: N images, S side in pixels.
+The chain is a random resized crop (area 0.2 to 1), flip (p = 0.5), colour jitter (0.4, 0.4, 0.4, 0.1; p = 0.8), grey
+(p = 0.2) and normalisation. Every image has its own random numbers. Letters: N images, S side in pixels.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._floor import Needs
-from benchmarks._paired import Contestant, Ready, torch_threads
+from benchmarks._paired import torch_threads
+from benchmarks._task import Contestant, Needs, Ready
 from jaxcl import augment
 from jaxcl.augment import ops
 
@@ -21,19 +21,19 @@ AREA, FLIP, JITTER, JITTER_P, GREY = (0.2, 1.0), 0.5, (0.4, 0.4, 0.4, 0.1), 0.8,
 
 CONTESTANTS = (
     Contestant("jaxcl", "jaxcl", ours=True),
-    Contestant("torchvision", "torchvision v2, tensors", package="torchvision", differs="an image at a time, in uint8"),
-    Contestant("pillow", "torchvision v2, Pillow", package="torchvision", differs="an image at a time, in uint8"),
+    Contestant("torchvision", "torchvision v2, tensors", package="torchvision", differs="single images, in uint8"),
+    Contestant("pillow", "torchvision v2, Pillow", package="torchvision", differs="single images, in uint8"),
     Contestant(
         "kornia",
         "kornia",
         package="kornia",
-        differs="batches, float32; one order of the jitter's parts a batch; not antialiased",
+        differs="batches, float32; one order of the jitter per batch; not antialiased",
     ),
     Contestant(
         "albumentations",
         "albumentations",
         package="albumentations",
-        differs="an image at a time, in uint8, by OpenCV; not antialiased",
+        differs="single images, in uint8, by OpenCV; not antialiased",
     ),
     Contestant(
         "augmax",
@@ -45,15 +45,15 @@ CONTESTANTS = (
         "dm_pix",
         "dm-pix",
         package="dm-pix",
-        differs="batches, float32; crop by its affine_transform in boxes of jaxcl's, not antialiased; one order of the "
-        "jitter's parts, brightness added",
+        differs="batches, float32; crop by its affine_transform in boxes drawn by jaxcl, not antialiased; one order of "
+        "the jitter, brightness is added",
     ),
 )
 
 
 def prepare(contestant: str, *, size: int, batch: int) -> Ready:
     raw_NxSxSx3 = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-    # A byte of a channel in, four out: nothing of it is a product that must be.
+    # Reads one byte per value and writes four. No matmul is necessary.
     return Ready(MAKE[contestant](raw_NxSxSx3, size), batch, needs=Needs(0, 5 * raw_NxSxSx3.size))
 
 
@@ -61,7 +61,7 @@ def prepare(contestant: str, *, size: int, batch: int) -> Ready:
 
 
 def _compiled(raw: np.ndarray, view: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[], Any]:
-    """Batch after batch with new random numbers; view: (keys [N], uint8 images) -> float32 images."""
+    """Augments the batch again and again with new random numbers. view: (keys [N], uint8 images) -> float32 images."""
     function = jax.jit(lambda key, step, x: view(jax.random.split(jax.random.fold_in(key, step), len(x)), x))
     key, step = jax.random.key(0), 0
 
@@ -135,7 +135,7 @@ def of_torchvision(raw: np.ndarray, size: int, *, pillow: bool = False) -> Calla
             v2.Normalize(MEAN, STD),
         ]
     )
-    # As a loader decodes them: images of Pillow's, or tensors whose channels lie innermost.
+    # The forms in which a loader decodes: images of Pillow, or tensors with channels innermost in memory.
     images = [Image.fromarray(x) if pillow else torch.from_numpy(x).permute(2, 0, 1) for x in raw]
     return lambda: torch.stack([transform(image) for image in images])
 
@@ -163,7 +163,7 @@ def of_albumentations(raw: np.ndarray, size: int) -> Callable[[], Any]:
     import albumentations as A
     import cv2
 
-    cv2.setNumThreads(0)  # single-threaded: an image of this size is no work for two
+    cv2.setNumThreads(0)  # single-threaded: the images are too small for two threads
     transform = A.Compose(
         [
             A.RandomResizedCrop((size, size), scale=AREA),

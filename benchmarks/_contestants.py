@@ -1,4 +1,4 @@
-"""The losses that benchmarks/losses.py compares: one interface over JAX programs and torch modules.
+"""The losses in benchmarks/losses.py: one interface to JAX programs and torch modules.
 
 Letters: N rows (images x 2 views), B = N/2 images, D features. Rows 2i and 2i + 1 are the two views of image i.
 """
@@ -18,7 +18,7 @@ from jaxcl import losses
 
 TEMPERATURE = 0.1
 CLASSES = 100
-RATE_SIZE = 2048  # rows and columns of the matmul whose rate stands for the machine's
+RATE_SIZE = 2048  # rows and columns of the matmul that measures the rate of the machine
 
 
 class Data(NamedTuple):
@@ -36,10 +36,10 @@ def make_data(rows: int, dim: int) -> Data:
 
 @dataclasses.dataclass
 class Ready:
-    """A contestant at one size: `run` computes (value, gradient) and waits for it."""
+    """A contestant at one size: `run` computes (value, gradient) and waits for the result."""
 
     run: Callable[[], tuple[Any, Any]] | None
-    need: int  # bytes beside input and gradient: XLA's temporaries, or a count for torch
+    need: int  # bytes in addition to input and gradient: XLA's temporaries, or a count for torch
     identity: object = None  # equal for contestants that are the same program
 
 
@@ -47,10 +47,10 @@ class Ready:
 class Contestant:
     key: str
     name: str
-    group: str  # contestants of one group compute the same number; "floor": no loss
-    prepare: Callable[[Data, int], Ready]  # (data, budget) -> Ready, with run None if need is above the budget
+    group: str  # contestants of one group compute the same loss; "floor": no loss
+    prepare: Callable[[Data, int], Ready]  # (data, budget) -> Ready; run is None if need exceeds the budget
     package: str = "jaxcl"
-    peer: str = ""  # what --peers calls it
+    peer: str = ""  # its name in --peers
 
 
 # ---- JAX
@@ -78,7 +78,7 @@ def nt_xent(implementation: str):
 
 
 def plain_supcon(z_NxD, classes_B):
-    """L_out as textbooks write it, N x N: the form every dense SupCon has."""
+    """L_out in its usual N x N form, that of every dense SupCon."""
     labels_N = jnp.repeat(classes_B, 2)
     z_NxD = z_NxD / jnp.linalg.norm(z_NxD, axis=1, keepdims=True)
     s_NxN = z_NxD @ z_NxD.T / TEMPERATURE
@@ -113,7 +113,7 @@ def jax_loss(loss, ids: str):
 
 
 def three_matmuls(data: Data, budget: int) -> Ready:
-    """What any form must multiply: the logits, and the gradient through both of their factors."""
+    """The matmuls of every dense form: the logits, and the gradient through both of their factors."""
 
     def function(z_NxD):
         s_NxN = z_NxD @ z_NxD.T
@@ -123,7 +123,7 @@ def three_matmuls(data: Data, budget: int) -> Ready:
 
 
 def rate_matmul() -> Callable[[], float]:
-    """A function that multiplies two large matrices and returns flop/s."""
+    """A function that multiplies two large matrices and returns FLOP/s."""
     x = jax.random.normal(jax.random.key(0), (RATE_SIZE, RATE_SIZE))
     compiled = jax.jit(jnp.matmul).lower(x, x).compile()
 
@@ -142,7 +142,7 @@ def flops_of_three_matmuls(rows: int, dim: int) -> int:
 
 
 def torch_loss(name: str, ids: str, count: Callable[[int], float]):
-    """pytorch-metric-learning's loss `name`, forward and backward; `count`: rows -> bytes it will need."""
+    """The loss `name` of pytorch-metric-learning, forward and backward; `count`: rows -> bytes that it needs."""
 
     def prepare(data: Data, budget: int) -> Ready:
         rows = len(data.z_NxD)
@@ -174,7 +174,7 @@ def torch_loss(name: str, ids: str, count: Callable[[int], float]):
 
 
 def _best_threads(run: Callable[[], Any]) -> int:
-    """All cores, or one if that is faster: on small arrays, or a busy machine, torch's threads wait for each other."""
+    """All cores, or one if that is faster: for small arrays, or on a busy machine, torch's threads block each other."""
     import torch
 
     best = {}
@@ -186,14 +186,14 @@ def _best_threads(run: Callable[[], Any]) -> int:
     return min(best, key=best.get)
 
 
-# Bytes at the peak. Counted where it peaks, and a little above what was measured.
+# Bytes at the peak, counted by hand; a little more than measured.
 def pml_supcon_bytes(rows: int) -> float:
-    """Some twelve matrices of all pairs, among them the negative pairs as two lists of 64-bit indices."""
+    """About twelve matrices of all pairs, among them the negative pairs as two lists of 64-bit indices."""
     return 4 * 12 * rows**2
 
 
 def pml_ntxent_bytes(rows: int) -> float:
-    """Every positive pair meets every negative pair of the whole batch, before all but its own anchor's are masked."""
+    """Every positive pair with every negative pair of the batch, before those of other anchors are masked."""
     return 4 * 4.4 * rows * rows * (rows - 2)
 
 
@@ -225,13 +225,13 @@ CONTESTANTS = (
 
 
 def numbers(result: tuple[Any, Any]) -> tuple[float, np.ndarray]:
-    """(value, gradient [N, D]) as numpy, whichever library made them."""
+    """(value, gradient [N, D]) as NumPy arrays, from either library."""
     value, gradient = result
     return float(value), np.array(gradient, np.float32)
 
 
 def distance(result: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> float:
-    """The larger of the relative differences of the values and, in the 2-norm, of the gradients."""
+    """The larger relative difference: of the values, or of the gradients in the 2-norm."""
     values = abs(result[0] - other[0]) / abs(other[0])
     gradients = float(np.linalg.norm(result[1] - other[1]) / np.linalg.norm(other[1]))
     worst = max(values, gradients)
@@ -239,6 +239,6 @@ def distance(result: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) 
 
 
 def release() -> None:
-    """Frees what the last size left behind."""
+    """Frees the memory and the programs of the last size."""
     gc.collect()
     jax.clear_caches()

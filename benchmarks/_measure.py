@@ -1,4 +1,4 @@
-"""What a benchmark needs besides its contestants: the machine in words, repeated timing, and peak memory."""
+"""Helpers of all benchmarks: a description of the machine, repeated timing, and peak memory."""
 
 import gc
 import importlib.metadata
@@ -27,7 +27,7 @@ def cores() -> int:
 
 
 def machine(packages: tuple[str, ...]) -> dict[str, str]:
-    """Processor, memory, Python and the versions of those packages that are installed."""
+    """Processor, memory, Python, and the versions of the installed ones of these packages."""
     model, flags, total = platform.processor() or platform.machine(), "", 0
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
@@ -40,7 +40,7 @@ def machine(packages: tuple[str, ...]) -> dict[str, str]:
         "processor": f"{cores()} cores of {model}" + (f" ({widest})" if widest else ""),
         "memory": size(total),
         "Python": platform.python_version(),
-        # Our own may run from its folder, without being installed.
+        # jaxcl may run from its folder, without being installed.
         **{n: v for n in packages if (v := jaxcl.__version__ if n == "jaxcl" else installed(n))},
     }
 
@@ -65,7 +65,7 @@ def parse_bytes(text: str) -> int:
 
 
 def figures(x: float) -> str:
-    """Three figures, without an exponent."""
+    """Three digits, without an exponent."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
@@ -82,7 +82,7 @@ def duration(seconds: float) -> str:
 
 
 def seconds_per_call(run: Callable[[], object], calls: int) -> float:
-    """Seconds a call, over `calls` in a row."""
+    """Seconds per call, over `calls` in a row."""
     begun = time.perf_counter()
     for _ in range(calls):
         run()
@@ -100,13 +100,13 @@ def _status(field: str) -> int | None:
 
 
 def peak_increase(run: Callable[[], object]) -> int:
-    """By how many bytes the process's resident memory rises above its present size during `run`, at the peak.
+    """The largest rise of the resident memory of this process during `run`, in bytes.
 
-    Linux forgets the peak so far when asked to (clear_refs). Elsewhere the rise of getrusage's ru_maxrss is taken,
-    which misses what stays below an earlier peak.
+    Linux can reset the peak (clear_refs). Elsewhere this is the rise of ru_maxrss of getrusage, which does not see
+    memory below an earlier peak.
     """
     gc.collect()
-    time.sleep(0.2)  # buffers of the run before may be freed by another thread
+    time.sleep(0.2)  # another thread may still free buffers of the run before
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before, peak = _status("VmRSS"), lambda: _status("VmHWM")
@@ -117,18 +117,18 @@ def peak_increase(run: Callable[[], object]) -> int:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
         before = peak()
-    result = run()  # held: what it returns counts
+    result = run()  # kept, because the returned arrays count
     after = peak()
     del result
     return max(0, after - before)
 
 
-# glibc gives blocks above this back when they are freed: what is counted is memory in use, not memory kept for later.
+# With these, glibc returns freed blocks to the system, so that only memory in use is counted.
 LIVE = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
 
 
 def fresh_process(module: str, *arguments: str, environment: dict[str, str]) -> tuple[list[str], str]:
-    """Runs `python -m module arguments`: (its lines, "" or the last line of its errors if it failed)."""
+    """Runs `python -m module arguments` -> (lines of stdout, error): error is "" or the last line of stderr."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         capture_output=True,

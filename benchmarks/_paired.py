@@ -1,19 +1,18 @@
-"""Contestants measured in turn, each in a process of its own that is asleep while the others run.
+"""Contestants measured in turn, each in its own process, which sleeps while the others run.
 
-A module whose contestants are measured so has
+A module with such contestants has a function
 
     def prepare(contestant: str, **task) -> Ready
 
-called in a fresh process, whose arguments are JSON. All processes of a task are started, prepare and warm up; then
-every round asks each of them once, in turn, to repeat its work for some time. So nobody's threads, caches or memory are
-the others', a machine that slows down slows all of them, and imports and compilation are not in the times. The process
-may use so many cores and no more: XLA and OpenCV take their number from that, BLAS and torch are told it, and torch is
-measured with one thread too where a call is short; its faster time counts.
+It is called in a fresh process, with arguments from JSON. All processes of a task start, prepare and warm up. Then
+every round asks each of them once, in turn, to repeat its work for some time. So contestants share no threads, caches
+or memory, a machine that slows down slows all of them, and times do not include imports and compilation. A process is
+bound to a number of cores: XLA and OpenCV read that number, BLAS and torch get it as an option. If a call is short,
+torch is also measured with one thread, and the faster time counts.
 """
 
 import atexit
 import contextlib
-import dataclasses
 import functools
 import importlib
 import json
@@ -21,44 +20,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks import _floor
-from benchmarks._floor import Needs
 from benchmarks._measure import ROOT, installed, seconds_per_call
 from benchmarks._measure import cores as _cores
 from benchmarks._table import Row, Settings
+from benchmarks._task import Contestant, NotApplicable, Ready
 from jaxcl.runtime import huge_pages
 
-TORCH_SHORT = 3.0  # seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """`key` is what `prepare` is called with."""
-
-    key: str
-    name: str
-    ours: bool = False
-    package: str = ""  # that it needs beside jaxcl's own
-    differs: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ready:
-    """What a contestant's process repeats."""
-
-    run: Callable[[], object]  # one call; returns when all is computed
-    work: float = 1  # units of work in a call: the row's value is work a second, or, for a unit of time, time a call
-    answer: Any = None  # numbers that must be the same for all contestants of the task; None: nothing to compare
-    needs: Needs | None = None  # of a call of the task, given by our own contestant; None: not counted
-
-
-class NotApplicable(Exception):
-    """Raised by `prepare`: why this contestant cannot do this task."""
+TORCH_SHORT = 3.0  # seconds; torch is measured with one thread, too, if a call is shorter
 
 
 def rows(
@@ -72,14 +46,17 @@ def rows(
     cores: int,
     tolerance: float = 1e-4,
 ) -> list[Row]:
-    """A row a contestant.
+    """Measures one row per contestant.
 
     Args:
-      module: where `prepare` is.
-      arguments: of `prepare`, JSON.
-      unit: ending in "/s": work a second; "ms" or "s": time a call.
-      cores: that each process may use.
-      tolerance: relative difference of answers to the first one's, above which the program ends.
+      module: the module with `prepare`.
+      arguments: of `prepare`, as JSON.
+      unit: ends in "/s" for work per second; "ms" or "s" for time per call.
+      cores: number of cores that each process may use.
+      tolerance: the largest relative difference between the answers of two contestants.
+
+    Raises:
+      SystemExit: answers that differ, or a contestant of ours that fails.
     """
     settings.note(f"{task}: processes start")
     with contextlib.ExitStack() as stack:
@@ -93,14 +70,14 @@ def rows(
             if c.key not in started:
                 continue
             worker = started[c.key]
-            said = _answer(worker)  # when it is prepared
-            if "left_out" in said and not c.ours:
-                left_out[c.key] = said["left_out"]
-            elif "left_out" in said:
-                raise SystemExit(f"{task}: {c.name}: {said['left_out']}")
+            answer = _answer(worker)  # sent when it is prepared
+            if "left_out" in answer and not c.ours:
+                left_out[c.key] = answer["left_out"]
+            elif "left_out" in answer:
+                raise SystemExit(f"{task}: {c.name}: {answer['left_out']}")
             else:
-                workers[c.key] = worker, said
-        _check_answers(task, {key: said["answer"] for key, (_, said) in workers.items()}, tolerance)
+                workers[c.key] = worker, answer
+        _check_answers(task, {key: prepared["answer"] for key, (_, prepared) in workers.items()}, tolerance)
         values, peaks = {key: [] for key in workers}, []
         needs = {c.key: workers[c.key][1]["needs"] for c in contestants if c.ours and workers[c.key][1]["needs"]}
         keys = list(workers)
@@ -108,13 +85,13 @@ def rows(
             settings.note(f"{task}: round {r + 1} of {settings.rounds}")
             if needs:
                 peaks.append(tuple(_peak(kind, cores, settings.seconds) for kind in (_floor.PRODUCTS, _floor.MEMORY)))
-            for key in keys[r % len(keys) :] + keys[: r % len(keys)]:  # nobody is always the first
-                time.sleep(0.05)  # threads of the one before go to sleep
-                said = _ask(workers[key][0], f"{settings.seconds}")
-                if "left_out" in said:
-                    raise SystemExit(f"{task}: {key}, in round {r + 1}: {said['left_out']}")
+            for key in keys[r % len(keys) :] + keys[: r % len(keys)]:  # another one is first in each round
+                time.sleep(0.05)  # lets the threads of the one before go to sleep
+                answer = _ask(workers[key][0], f"{settings.seconds}")
+                if "left_out" in answer:
+                    raise SystemExit(f"{task}: {key}, in round {r + 1}: {answer['left_out']}")
                 scale = {"ms": 1e3, "s": 1.0}.get(unit)
-                values[key].append(said["seconds"] * scale if scale else said["work"] / said["seconds"])
+                values[key].append(answer["seconds"] * scale if scale else answer["work"] / answer["seconds"])
         settings.note(f"{task}: rounds end")
     return [
         Row(
@@ -134,7 +111,7 @@ def rows(
 
 @functools.cache
 def _peak_worker(kind: str, cores: int) -> subprocess.Popen:
-    """One that measures the machine; it sleeps between, to the end of the program."""
+    """A process that measures the machine. It sleeps between measurements and lives until the program ends."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     worker = stack.enter_context(_started("benchmarks._floor", kind, {}, cores))
@@ -143,12 +120,12 @@ def _peak_worker(kind: str, cores: int) -> subprocess.Popen:
 
 
 def _peak(kind: str, cores: int, seconds: float) -> float:
-    said = _ask(_peak_worker(kind, cores), f"{min(seconds, 0.3)}")
-    return said["work"] / said["seconds"]
+    answer = _ask(_peak_worker(kind, cores), f"{min(seconds, 0.3)}")
+    return answer["work"] / answer["seconds"]
 
 
 def _check_answers(task: str, answers: Mapping[str, Any], tolerance: float) -> None:
-    """Ends the program if contestants that claim to compute the same do not."""
+    """Errors: SystemExit unless all contestants compute the same numbers."""
     given = {key: np.asarray(answer) for key, answer in answers.items() if answer is not None}
     first = next(iter(given), "")
     for key, answer in given.items():
@@ -171,17 +148,17 @@ def _started(module: str, key: str, arguments: Mapping[str, Any], cores: int) ->
         text=True,
         cwd=ROOT,
         env={
-            "JAX_PLATFORMS": "cpu",  # as the peers'; unless the user says otherwise
+            "JAX_PLATFORMS": "cpu",  # like the peers, unless the user sets another
             **os.environ,
-            **huge_pages.environ(),  # for all of them, as jaxcl's commands ask for themselves
+            **huge_pages.environ(),  # for all contestants; jaxcl's commands set it for themselves
             **threads,
-            "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask its registry for a newer version
+            "NO_ALBUMENTATIONS_UPDATE": "1",  # else it asks its registry for a newer version
         },
     )
     try:
         yield worker
     finally:
-        worker.stdin.close()  # it leaves when it reads the end
+        worker.stdin.close()  # the process ends when it reads the end of its input
         try:
             worker.wait(10)
         except subprocess.TimeoutExpired:
@@ -202,40 +179,40 @@ def _answer(worker: subprocess.Popen) -> dict[str, Any]:
 
 
 def work(module: str, key: str, arguments: str, cores: str) -> None:
-    """The process of one contestant: a line in, a measurement out."""
+    """The process of one contestant. It answers every line of its input with a measurement."""
     if hasattr(os, "sched_setaffinity"):
-        # The last ones: the first cores have the interrupts.
+        # The last cores, because the first ones handle interrupts.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(cores) :])
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries may print; only answers go to stdout
 
-    def say(**what: Any) -> None:
-        out.write(json.dumps(what) + "\n")
+    def send(**answer: Any) -> None:
+        out.write(json.dumps(answer) + "\n")
         out.flush()
 
     try:
         ready = importlib.import_module(module).prepare(key, **json.loads(arguments))
         ready.run()
         answer = None if ready.answer is None else np.asarray(ready.answer, np.float64).ravel().tolist()
-        say(answer=answer, needs=ready.needs, work=ready.work)
+        send(answer=answer, needs=ready.needs, work=ready.work)
     except NotApplicable as reason:
-        return say(left_out=str(reason))
-    except Exception as error:  # whatever a library does: the row says so
-        return say(left_out=f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
+        return send(left_out=str(reason))
+    except Exception as error:  # any error of a library is reported in its row
+        return send(left_out=f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
     calls: dict[int, int] = {}
     for line in sys.stdin:
-        say(seconds=min(_seconds(ready, float(line), calls, threads) for threads in _threads(ready)), work=ready.work)
+        send(seconds=min(_seconds(ready, float(line), calls, threads) for threads in _threads(ready)), work=ready.work)
 
 
 def _threads(ready: Ready) -> Iterator[int]:
-    """torch: all cores, and where a call is short one thread too, since its threads may only wait for each other."""
+    """Numbers of threads to try. Short calls of torch also get one, because its threads may wait for each other."""
     yield (every := _cores())
     if "torch" in sys.modules and every > 1 and seconds_per_call(ready.run, 1) < TORCH_SHORT:
         yield 1
 
 
 def _seconds(ready: Ready, shortest: float, calls: dict[int, int], threads: int) -> float:
-    """Seconds a call, over so many in a row that it lasts; how many these are is kept for the next round."""
+    """Seconds per call, over enough calls to last `shortest`. `calls` keeps their number for the next round."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
     while True:
@@ -247,7 +224,7 @@ def _seconds(ready: Ready, shortest: float, calls: dict[int, int], threads: int)
 
 
 def torch_threads() -> Any:
-    """torch. With one thread until it is measured: on a busy machine two would wait for each other for minutes."""
+    """Imports torch with one thread, until it is measured: on a busy machine, two may block each other."""
     import torch
 
     torch.set_num_threads(1)
@@ -255,9 +232,5 @@ def torch_threads() -> Any:
 
 
 if __name__ == "__main__":
-    from benchmarks import _paired
-
-    _paired.work(
-        *sys.argv[1:]
-    )  # not this module's own, whose NotApplicable is another class than the one that is raised
-    os._exit(0)  # what libraries do on leaving takes seconds, and the next task waits for it
+    work(*sys.argv[1:])
+    os._exit(0)  # libraries take seconds to clean up, and the next task would wait for that

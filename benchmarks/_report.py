@@ -1,4 +1,4 @@
-"""Tables in markdown and the figure of what benchmarks/losses.py measured, for the terminal and for docs/losses.md."""
+"""Tables in markdown and the figure of benchmarks/losses.py, for the terminal and for docs/losses.md."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
 
 
 def seconds_of(entries: dict, key: str) -> dict[str, float]:
-    """{round: seconds} of a contestant; those of the same program where it is not timed apart."""
+    """{round: seconds} of a contestant, or of the contestant with the same program."""
     entry = entries.get(key)
     if entry is None:
         return {}
@@ -23,7 +23,7 @@ def seconds_of(entries: dict, key: str) -> dict[str, float]:
 
 
 def ratio(entries: dict, key: str, reference: dict[str, float]) -> float | None:
-    """Median over rounds of this contestant's time over the reference's of the same round."""
+    """Median over rounds of the time of this contestant over that of the reference in the same round."""
     pairs = [(s, reference[r]) for r, s in seconds_of(entries, key).items() if r in reference]
     return statistics.median(a / b for a, b in pairs) if pairs else None
 
@@ -34,7 +34,7 @@ def resident_of(state: dict, rows: str, key: str) -> int | None:
 
 
 def floor_of(measured: dict, rows: str, dim: int) -> dict[str, float]:
-    """{round: seconds of three matmuls at the rate of the large one in that round}."""
+    """{round: seconds of three matmuls at the rate of the large matmul in that round}."""
     flops = flops_of_three_matmuls(int(rows), dim)
     return {str(r): flops / rate for r, rate in enumerate(measured["rate"])}
 
@@ -49,7 +49,7 @@ def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def text(state: dict, names: dict[str, str]) -> str:
-    """Everything that was measured, as markdown."""
+    """All measurements as markdown."""
     settings, sizes = state["settings"], state["sizes"]
     losses = [key for key in names if key != "matmuls"]
     words = ", ".join(f"{v}" if k == "processor" else f"{k} {v}" for k, v in settings["machine"].items())
@@ -76,18 +76,18 @@ def text(state: dict, names: dict[str, str]) -> str:
         + ", ".join(f"{x:.1f}" for x in state["load"])
         + f". D = {settings['dim']}, temperature 0.1, float32, value and gradient. A matmul of 2,048 x 2,048 x 2,048 "
         f"ran at {figures(min(rates) / 1e9)} to {figures(max(rates) / 1e9)} GFLOP/s.",
-        "What computes the same loss agreed at every size, in value and gradient, to a relative difference of at most "
+        "Implementations of one loss agreed at every size, in value and gradient, to a relative difference of at most "
         + (max(apart, key=float) if apart else "0")
         + ".",
         "**Time**, median of the rounds; in brackets the median ratio to the plain dense SupCon of the same round:",
         markdown(["rows", *names.values()], [[f"{int(n):,}", *(time_cell(n, key) for key in names)] for n in sizes]),
-        "**Memory**: what the process's resident memory rose by at the peak (gradient included; one run, in a "
-        "process of its own) / XLA's temporaries, known before running (gradient not included; torch has no such "
-        "number). The two are different measures; compare across libraries by the first:",
+        "**Memory**: the largest rise of the resident memory of the process (including the gradient; one run, in its "
+        "own process) / XLA's temporaries, known before running (without the gradient; torch has no such number). "
+        "These are different measures; compare libraries by the first:",
         markdown(["rows", *names.values()], [[f"{int(n):,}", *(memory_cell(n, key) for key in names)] for n in sizes]),
         "<details><summary>Rounds, and ratios to matrix multiplication</summary>",
-        "Three matmuls are z z', s z and s' z, what the dense form must multiply: as timed in the same round where "
-        "N x N fits, and as computed from the rate of the large matmul in that round.",
+        "Three matmuls are z z', s z and s' z, those of the dense form: timed in the same round if N x N fits, and "
+        "computed from the rate of the large matmul in that round.",
         markdown(
             ["rows", "loss", "time", "rounds", "/ plain", "/ three matmuls", "/ computed"],
             [long_line(state, n, key, names) for n in sizes for key in losses],
@@ -122,7 +122,7 @@ def long_line(state: dict, rows: str, key: str, names: dict[str, str]) -> list[s
 
 
 def write_docs(state: dict, names: dict[str, str], path: pathlib.Path, figure: pathlib.Path | None = None) -> None:
-    """Puts the figure and the tables between the two markers of the page."""
+    """Writes the figure and the tables between the two markers of the page. Errors: SystemExit without markers."""
     page = path.read_text()
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise SystemExit(f"{path}: expected one {BEGIN} and one {END} after it")
@@ -138,7 +138,7 @@ def write_docs(state: dict, names: dict[str, str], path: pathlib.Path, figure: p
 
 
 def draw(state: dict, names: dict[str, str], path: pathlib.Path) -> None:
-    """Time and memory against the number of rows, log-log, each line named at its end; .svg or .png by the name."""
+    """Draws time and memory against the number of rows, log-log, with a name at the end of each line; .svg or .png."""
     import matplotlib
     from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -181,7 +181,7 @@ def draw(state: dict, names: dict[str, str], path: pathlib.Path) -> None:
                 axes.plot(*zip(*points, strict=True), line, color=color, linewidth=wide, marker="o", markersize=2.5)
                 ends.append((*points[-1], names[key], color))
             ticks = [int(n) for n in sizes]
-            # Room on the right for the names of lines that reach the largest size.
+            # Space on the right for the names of lines that reach the largest size.
             axes.set_xlim(ticks[0] / 1.15, ticks[-1] * max(4.0, (ticks[-1] / ticks[0]) ** 0.45))
             shown_ticks = ticks[:: max(1, -(-len(ticks) // 5))]
             axes.set_xticks(shown_ticks, [f"{n:,}" for n in shown_ticks])
@@ -210,7 +210,7 @@ def draw(state: dict, names: dict[str, str], path: pathlib.Path) -> None:
 
 
 def name_ends(figure, axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """The name of each line at its last point: beside it, or above it where other lines go on; no two overlap."""
+    """Writes the name of each line beside its last point, or above it if other lines continue; names do not overlap."""
     placed = []
     last = max(x for x, *_ in ends)
     figure.draw_without_rendering()

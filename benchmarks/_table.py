@@ -1,16 +1,14 @@
-"""The table of `python -m benchmarks.run`: its rows, their ratios, the file of a release, the comparison with one.
+"""The table of `python -m benchmarks.run`: its rows and ratios, the file of a release, and the comparison with it.
 
-A part of the table is a module with
+A section of the table is a module, named in `run.SECTIONS`, with
 
-    TITLE: str                                        # what is measured, one line
-    NOTE: str                                         # how, and what contestants do otherwise; "" for nothing to say
-    def rows(settings: Settings) -> list[Row]: ...    # measured when called; may take minutes
+    TITLE: str                                        # of the section, one line
+    NOTE: str                                         # the method, and differences between contestants; may be ""
+    def rows(settings: Settings) -> list[Row]: ...    # measures when called; may take minutes
 
-named in `run.PARTS`. Rows of one `task` are compared with each other: its first row with `ours` is the reference.
-Round r of every row of a task must have been measured in the same sweep over the contestants, because ratios are taken
-round by round. A contestant that is not there, or cannot do the task, is a row with `left_out` and no values, never an
-error. `benchmarks._paired` measures contestants in processes of their own; a module that needs it differently may do
-without.
+Rows of one `task` are compared; its first row with `ours` is the reference. Ratios are taken round by round, so round r
+of all rows of a task must come from the same sweep over the contestants. A contestant that is not installed, or cannot
+do the task, is not an error but a row with `left_out` and no values. Most modules measure with `benchmarks._paired`.
 """
 
 import dataclasses
@@ -28,11 +26,11 @@ RELEASES = ROOT / "benchmarks" / "releases"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a part is asked for."""
+    """Options of a measurement."""
 
     rounds: int = 5
-    seconds: float = 0.5  # a measurement lasts at least so long: short calls are repeated
-    quick: bool = False  # toy sizes, to see that it works: seconds in all
+    seconds: float = 0.5  # least duration of a measurement; short calls are repeated
+    quick: bool = False  # toy sizes, to check that it works within seconds
     note: Callable[[str], None] = lambda text: None  # progress, in words
 
 
@@ -40,18 +38,18 @@ class Settings:
 class Row:
     """One contestant at one task."""
 
-    task: str  # "32 px, batch 512": what is done, the same for all that are compared
+    task: str  # such as "32 px, batch 512"; rows of one task are compared
     contestant: str
-    unit: str  # of the values; more is better where it ends in "/s", less where it does not
-    values: tuple[float, ...] = ()  # one a round
+    unit: str  # of the values; more is better if it ends in "/s", else less is better
+    values: tuple[float, ...] = ()  # one per round
     ours: bool = False
-    differs: str = ""  # what it does otherwise than the reference, in a few words
-    left_out: str = ""  # why there are no values
-    needs: tuple[float, ...] = ()  # of our row: (FLOPs, bytes) of a unit of the task's work at least, see `_floor`
-    peaks: tuple[tuple[float, float], ...] = ()  # of our row: the machine's (FLOPs, bytes) a second, one a round
+    differs: str = ""  # differences from the reference, in a few words
+    left_out: str = ""  # the reason if there are no values
+    needs: tuple[float, ...] = ()  # of our row: least (FLOPs, bytes) per unit of work, see `_floor`
+    peaks: tuple[tuple[float, float], ...] = ()  # of our row: (FLOPs, bytes) per second of the machine, one per round
 
     def speeds(self) -> tuple[float, ...]:
-        """More is better."""
+        """Values for which more is better."""
         return self.values if self.unit.endswith("/s") else tuple(1 / v for v in self.values)
 
 
@@ -67,7 +65,7 @@ def tasks_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def reference(rows: Iterable[Row]) -> Row | None:
-    """The row that the others of its task are compared with; None if it was not measured."""
+    """The row with which the others of its task are compared; None if it was not measured."""
     return next((row for row in rows if row.ours and row.values), None)
 
 
@@ -77,7 +75,7 @@ def times_as_fast(of: Row, than: Row) -> list[float]:
 
 
 def ahead(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times as fast as this row the reference of its task is: median over rounds; above 1, we are ahead."""
+    """Speed of the reference over the speed of this row, median over rounds; above 1, jaxcl is faster."""
     ours = reference(rows)
     if ours is None or not row.values or row is ours:
         return None
@@ -88,14 +86,14 @@ def ahead(row: Row, rows: Iterable[Row]) -> float | None:
 
 
 def floors(row: Row) -> tuple[float, ...]:
-    """The row's values if the task took what it needs at the machine's rates, one a round; () if it is not counted."""
+    """The values of the row if the task ran at the rates of the machine, one per round; () if needs are not counted."""
     scale = {"ms": 1e3, "s": 1.0}.get(row.unit)
     seconds = [max(n / p for n, p in zip(row.needs, peaks, strict=True)) for peaks in row.peaks]
     return tuple(s * scale if scale else 1 / s for s in seconds)
 
 
 def over_floor(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times as long as its task's floor a row takes: median over rounds."""
+    """Time of a row over the floor of its task, median over rounds."""
     ours = reference(rows)
     if ours is None or not row.values or not (at := floors(ours)):
         return None
@@ -107,15 +105,15 @@ def over_floor(row: Row, rows: Iterable[Row]) -> float | None:
 
 
 def value(row: Row) -> str:
-    """The median, with its unit; or why there is none."""
+    """The median with its unit, or the reason why there is none."""
     return row.left_out or f"{figures(statistics.median(row.values))} {row.unit}"
 
 
 def text(parts: Mapping[str, Any], then: Mapping[str, Any] | None, same_machine: bool) -> str:
-    """The tables of all parts. parts: {name: part}, as `part_of` makes them; then: the same of the release before."""
+    """The tables of all sections. parts: {name: section}, from `section_of`; then: the sections of the last release."""
     out = []
-    for name, part in parts.items():
-        rows = rows_of(part)
+    for name, section in parts.items():
+        rows = rows_of(section)
         old = {(row.task, row.contestant): row for row in rows_of((then or {}).get(name, {}))}
         counted = [row for row in rows if row.needs]
         head = ["task", "contestant", "median", "jaxcl is times as fast", "rounds"]
@@ -134,12 +132,17 @@ def text(parts: Mapping[str, Any], then: Mapping[str, Any] | None, same_machine:
                     change = to_last(row, entries, old, same_machine)
                     cells.append("" if change is None else figures(change))
                 lines.append(cells)
-        out += [f"### {part['title']}", _when(part), *([part["note"]] if part["note"] else []), markdown(head, lines)]
+        out += [
+            f"### {section['title']}",
+            _when(section),
+            *([section["note"]] if section["note"] else []),
+            markdown(head, lines),
+        ]
         out += [_floors_table(counted)] if counted else []
     return "\n\n".join(out)
 
 
-_ONE = {"images/s": "an image", "images x steps/s": "an image's step", "queries/s": "a query"}
+_ONE = {"images/s": "an image", "images x steps/s": "a step of an image", "queries/s": "a query"}
 
 
 def _floors_table(rows: list[Row]) -> str:
@@ -158,7 +161,7 @@ def _floors_table(rows: list[Row]) -> str:
                 f"{figures(statistics.median(floors(row)))} {row.unit}",
             ]
         )
-    return markdown(["task", "needs at least", "the machine gives", "bound by", "its floor"], lines)
+    return markdown(["task", "needs at least", "rates of the machine", "bound by", "floor"], lines)
 
 
 def scaled(x: float) -> str:
@@ -174,21 +177,22 @@ def _named(row: Row) -> str:
     return f"{name}: {row.differs}" if row.differs else name
 
 
-def _when(part: Mapping[str, Any]) -> str:
-    low, high = part["load"]
-    return f"{part['rounds']} rounds on {part['date']}, load average {low:.1f} to {high:.1f}, commit {part['commit']}."
+def _when(section: Mapping[str, Any]) -> str:
+    low, high = section["load"]
+    load = f"load average {low:.1f} to {high:.1f}"
+    return f"{section['rounds']} rounds on {section['date']}, {load}, commit {section['commit']}."
 
 
 # ---- releases
 
 
-def part_of(rows: Iterable[Row], **about: Any) -> dict[str, Any]:
-    """A part as it is stored."""
+def section_of(rows: Iterable[Row], **about: Any) -> dict[str, Any]:
+    """A section in the form that is stored."""
     return about | {"rows": [dataclasses.asdict(row) for row in rows]}
 
 
-def rows_of(part: Mapping[str, Any]) -> list[Row]:
-    return [Row(**{k: _tuple(v) for k, v in row.items()}) for row in part.get("rows", ())]
+def rows_of(section: Mapping[str, Any]) -> list[Row]:
+    return [Row(**{k: _tuple(v) for k, v in row.items()}) for row in section.get("rows", ())]
 
 
 def _tuple(x: Any) -> Any:
@@ -206,13 +210,13 @@ def _version(name: str) -> tuple[int, ...]:
 
 
 def store(path: pathlib.Path, machine: Mapping[str, str], parts: Mapping[str, Any]) -> None:
-    """Writes the parts into a release's file; what was stored for it on the same machine stays where nothing is new."""
+    """Writes sections into the file of a release, which keeps its others. Errors: SystemExit on another machine."""
     kept = json.loads(path.read_text()) if path.exists() else {"machine": dict(machine), "parts": {}}
     words = machine.keys() | kept["machine"].keys()
     if other := sorted(key for key in words if machine.get(key) != kept["machine"].get(key)):
         raise SystemExit(
             f"{path.name} was measured on another machine or with other packages ({', '.join(other)}); "
-            "remove it to begin it again here"
+            "remove it to start again here"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     release = {"version": path.stem, "machine": dict(machine), "parts": {**kept["parts"], **parts}}
@@ -220,10 +224,10 @@ def store(path: pathlib.Path, machine: Mapping[str, str], parts: Mapping[str, An
 
 
 def to_last(row: Row, entries: list[Row], old: Mapping[tuple[str, str], Row], same_machine: bool) -> float | None:
-    """How this row stands to the last release: above 1 is better now.
+    """The change since the last release; above 1 is better.
 
-    On the same machine: its speed then and now. On another, a row of ours says nothing by itself; of a peer's row it is
-    how far we are ahead of it now, over how far then.
+    On the same machine: speed now over speed then. On another machine, for the row of a peer: how many times as fast as
+    the peer jaxcl is now, over the same number then; None for our rows.
     """
     before = old.get((row.task, row.contestant))
     if before is None or not before.values or not row.values:

@@ -1,4 +1,4 @@
-"""The figure of the benchmark's table: how many times as fast as each peer, of every task."""
+"""The figure of the table: the speed of jaxcl relative to each peer, for every task."""
 
 import pathlib
 import statistics
@@ -8,24 +8,24 @@ from typing import Any
 from benchmarks._measure import figures
 from benchmarks._table import ahead, reference, rows_of, tasks_of, times_as_fast
 
-ROW, SPACE = 0.185, 1.0  # inches of a line; lines left free above a part
+ROW, SPACE = 0.185, 1.0  # height of a line in inches; empty lines above a section
 
 
 def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
-    """A dot a peer at the median ratio, a line from the lowest to the highest of the rounds; log; .png or .svg."""
+    """Draws a dot at the median ratio to each peer and a line over the range of the rounds; log scale; .png or .svg."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     from jaxcl.report import style
 
     lines, y = [], 0.0  # (y, kind, text, ratios)
-    for part in parts.values():
-        tasks = tasks_of(rows_of(part)).items()
+    for section in parts.values():
+        tasks = tasks_of(rows_of(section)).items()
         compared = [
             (t, e, peers) for t, e in tasks if (peers := [r for r in e if not r.ours and ahead(r, e) is not None])
         ]
         if not compared:
             continue
-        lines.append((y, "part", part["title"], ()))
+        lines.append((y, "section", section["title"], ()))
         y += 1
         for task, entries, peers in compared:
             lines.append((y, "task", task, ()))
@@ -42,9 +42,9 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.set(xscale="log", xlim=(left, right), ylim=(y - SPACE + 0.5, -1))
         for at, kind, text, ratios in lines:
             bold, color = (
-                ("bold", style.INK) if kind == "part" else ("normal", style.MUTED if kind == "task" else style.INK)
+                ("bold", style.INK) if kind == "section" else ("normal", style.MUTED if kind == "task" else style.INK)
             )
-            indent = {"part": 1.0, "task": 0.98, "peer": 0.96}[kind]
+            indent = {"section": 1.0, "task": 0.98, "peer": 0.96}[kind]
             axes.annotate(
                 text,
                 (indent - 1.0, at),
@@ -65,7 +65,7 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
             axes.plot(middle, at, "o", color=color, markersize=4.5)
             axes.annotate(
                 figures(middle),
-                (max(ratios) if middle >= 1 else min(ratios), at),  # away from the line at 1
+                (max(ratios) if middle >= 1 else min(ratios), at),  # on the side away from 1
                 (5 if middle >= 1 else -5, 0),
                 textcoords="offset points",
                 ha="left" if middle >= 1 else "right",
@@ -79,6 +79,6 @@ def draw(parts: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title("How many times as fast as its peer jaxcl is: right of 1, ahead", loc="right")
+        axes.set_title("Speed of jaxcl over the speed of its peer; right of 1, jaxcl is faster", loc="right")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})

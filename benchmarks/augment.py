@@ -1,10 +1,10 @@
-"""Images a second of the random view, part by part; and, as `rows`, beside the same chain in other libraries.
+"""Speed of the random view and of each of its operations; and, as `rows`, of the same chain in other libraries.
 
     python -m benchmarks.augment                        # 32 px, batch 512 and 224 px, batch 32
     python -m benchmarks.augment --sizes 96 --batch 256 --seconds 5
 
-Every line is the best and the median of repeated calls of one compiled program on the default device, inputs on the
-device already. The other libraries are in `python -m benchmarks.run --only=augment`.
+Every line gives the best and the median of repeated calls of one compiled program on the default device, with inputs on
+the device. `python -m benchmarks.run --only=augment` measures the other libraries.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from jaxcl.augment import color, ops
 TITLE = "Augmentation"
 NOTE = (
     "Random resized crop, flip, colour jitter, grey, normalise: from a uint8 batch in memory to a float32 batch. Each "
-    "contestant has one core, as a worker of a loader has; jaxcl's program is shown on all cores too."
+    "contestant has one core, like a worker of a loader; jaxcl is also measured on all cores."
 )
 BATCHES = {32: 512, 64: 256, 96: 128, 224: 32}
 
 
 def measure(function, *arguments, seconds: float) -> tuple[float, float, float]:
-    """(best, median) seconds a call after compiling, and the seconds compiling took."""
+    """(best, median, compilation) seconds: the first two per call, after compiling."""
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     compile_seconds = time.perf_counter() - start
@@ -49,7 +49,7 @@ def programs(size: int, batch: int):
     """(name, function, arguments) of every line of the table."""
     rng = np.random.default_rng(0)
     raw = jnp.asarray(rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8))
-    images = jax.jit(ops.to_unit)(raw)
+    images = jax.jit(augment.to_float)(raw)
     keys = jax.random.split(jax.random.key(0), batch)
     boxes = jax.jit(lambda k: ops.draw_resized_crop(k, size, size))(keys)
     factors, order, applied = jax.jit(lambda k: color.draw_color_jitter(k, strength=STRENGTH))(keys)
@@ -75,11 +75,11 @@ def programs(size: int, batch: int):
     yield "grayscale", color.grayscale, (images, applied)
     yield "gaussian_blur", ops.gaussian_blur, (images, sigma)
     yield "solarize", ops.solarize, (images, applied)
-    yield "normalize", lambda x: ops.normalize(x, MEAN, STD), (images,)
+    yield "normalize", lambda x: augment.normalize(x, MEAN, STD), (images,)
 
 
 def rows(settings: Settings) -> list[Row]:
-    """The whole chain at 32 and 224 pixels, a core for each contestant; and jaxcl's on all cores, of each core."""
+    """The whole chain at 32 and 224 pixels, on one core per contestant; and jaxcl on all cores."""
     out = []
     for size, batch in ((16, 8),) if settings.quick else ((32, BATCHES[32]), (224, BATCHES[224])):
         task = f"{size} px, batches of {batch}, one core"
@@ -96,13 +96,13 @@ def rows(settings: Settings) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="sides in pixels")
-    parser.add_argument("--batch", type=int, help="images a batch (default: 512 at 32 px down to 32 at 224 px)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long each line is repeated")
+    parser.add_argument("--batch", type=int, help="images per batch (default: 512 at 32 px, 32 at 224 px)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long each program is repeated")
     options = parser.parse_args()
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
     for size in options.sizes:
         batch = options.batch or BATCHES.get(size, 64)
-        print(f"\n{size} px, batch {batch}: best ms, median ms a batch; best images/s; compile s")
+        print(f"\n{size} px, batch {batch}: best and median ms per batch; best images/s; seconds to compile")
         for name, function, arguments in programs(size, batch):
             best, median, compiling = measure(function, *arguments, seconds=options.seconds)
             print(

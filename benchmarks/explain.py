@@ -1,8 +1,8 @@
-"""GradCAM beside captum, and PGD beside foolbox and torchattacks: the same network with the same weights.
+"""GradCAM compared with captum, and PGD with foolbox and torchattacks, on one network with the same weights.
 
     python -m benchmarks.run --only=explain
 
-Letters: N images, S side in pixels, D features, K classes. The map of each contestant must be the same.
+Letters: N images, S side in pixels, D features, K classes. All contestants must compute the same maps.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _floor, _paired
-from benchmarks._floor import Needs
 from benchmarks._measure import cores
-from benchmarks._paired import Contestant, Ready, torch_threads
+from benchmarks._paired import torch_threads
 from benchmarks._table import Row, Settings
+from benchmarks._task import Contestant, Needs, Ready
 from jaxcl import models
 from jaxcl.adversarial import pgd
 from jaxcl.models import weights
@@ -26,8 +26,8 @@ TITLE = "GradCAM and PGD"
 NOTE = (
     "Two networks, the same weights in JAX and in torch, 32 px, 10 classes, batch norms in inference mode: ResNet-18 "
     "of a quarter of the usual width with CIFAR's stem, whose work is 3x3 convolutions, and the one of the default CPU "
-    "presets, most of whose work is matrix products. GradCAM is that of the last convolution, and the maps agree to "
-    "1e-4. PGD goes 10 steps from a random start; counted are images x steps, each one forward and one backward pass."
+    "presets, which mostly does matmuls. GradCAM explains the last convolution, and the maps agree to 1e-4. PGD takes "
+    "10 steps from a random start; its unit is images x steps, each one forward and one backward pass."
 )
 NETWORKS = {
     "ResNet-18, width 1/4": {"depth": 18, "stem": "cifar", "stage_widths": (16, 32, 64, 128)},
@@ -47,12 +47,12 @@ PGD = (
     Contestant("jaxcl", "jaxcl", ours=True),
     Contestant("foolbox", "foolbox", package="foolbox"),
     Contestant("torchattacks", "torchattacks", package="torchattacks"),
-    Contestant("torch", "torch, written out", package="torch", differs="a loop of autograd and sign, nothing else"),
+    Contestant("torch", "torch, written out", package="torch", differs="only a loop of autograd and sign"),
 )
 
 
 def rows(settings: Settings) -> list[Row]:
-    """Images a second of GradCAM, images x steps a second of PGD."""
+    """Images per second of GradCAM, images x steps per second of PGD."""
     out = []
     networks, batch = ({"tiny": TINY}, 4) if settings.quick else (NETWORKS, 64)
     for what, contestants in (("GradCAM", CAM), ("PGD", PGD)):
@@ -100,12 +100,12 @@ def _flat(images: np.ndarray, contestant: str) -> np.ndarray:
 
 
 def make_network(options: Mapping[str, Any]) -> tuple[models.Model, dict[str, np.ndarray], np.ndarray]:
-    """A model, its encoder's variables by name, the kernel [D,K] of a linear classifier; the same in each process."""
+    """A model, the variables of its encoder by name, and the kernel [D,K] of a classifier; equal in all processes."""
     model = models.make_model(models.ResNetOptions(**options, head_features=0))
     params, stats = model.init(jax.random.key(0), (SIZE, SIZE, 3))
     variables = {k: np.asarray(v) for k, v in weights.flat(params["encoder"], model.statistics_of(stats)).items()}
     rng = np.random.default_rng(0)
-    # Norms that have seen something: fresh ones would leave half of their arithmetic out of the comparison of maps.
+    # Random statistics: with fresh ones, half of the arithmetic of norms would not show in the maps.
     for name, value in variables.items():
         if name.endswith((".mean", ".bias")):
             variables[name] = rng.normal(0, 0.1, value.shape).astype(value.dtype)
@@ -116,7 +116,7 @@ def make_network(options: Mapping[str, Any]) -> tuple[models.Model, dict[str, np
 
 
 def passes_of(what: str, model, params, stats, kernel_DxK, images, targets) -> Needs:
-    """GradCAM: a pass forward, since the way back to the last stage has no products. PGD: forward and to the images."""
+    """GradCAM: a forward pass, because the backward pass to the last stage has no matmul. PGD: forward and backward."""
 
     def score(x_NxSxSx3):
         h_NxD = model.encode(params, stats, x_NxSxSx3, train=False)[0]
@@ -143,7 +143,7 @@ def jaxcl_cam(model, params, stats, kernel_DxK, images, targets) -> Callable[[],
 
 
 def jaxcl_pgd(model, params, stats, kernel_DxK, images, targets) -> Callable[[], Any]:
-    model = model.for_loops()  # as the adversary of the views does
+    model = model.for_loops()  # as the adversary stage does
 
     @jax.jit
     def attack(images, targets, key):
@@ -161,7 +161,7 @@ def jaxcl_pgd(model, params, stats, kernel_DxK, images, targets) -> Callable[[],
 
 
 def torch_network(encoder: models.ResNet, state: Mapping[str, np.ndarray], kernel_DxK: np.ndarray) -> Any:
-    """The encoder and the classifier of torchvision's blocks, with these weights, in evaluation mode."""
+    """The encoder and the classifier in torchvision's blocks, with these weights, in evaluation mode."""
     import torch
     from torch import nn
     from torchvision.models import resnet
@@ -199,7 +199,7 @@ def captum_cam(net, x, targets) -> Callable[[], Any]:
     from captum.attr import LayerGradCam
 
     last = [module for module in net.modules() if type(module).__name__ in ("BasicBlock", "Bottleneck")][-1]
-    net.requires_grad_(True)  # the layer's output has no gradient otherwise
+    net.requires_grad_(True)  # else the output of the layer has no gradient
     cam = LayerGradCam(net, last.conv3 if hasattr(last, "conv3") else last.conv2)
     return lambda: cam.attribute(x, targets, attr_dim_summation=True).detach()
 

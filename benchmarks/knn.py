@@ -1,8 +1,8 @@
-"""Classification by 200 neighbours, 10,000 queries in a bank of 50,000: beside torch, numpy and scikit-learn.
+"""Classification of 10,000 queries by 200 neighbours among 50,000, compared with torch, numpy and scikit-learn.
 
     python -m benchmarks.run --only=knn
 
-Letters: N bank rows, Q queries, D features, C classes, k neighbours. All give the same probabilities of classes.
+Letters: N bank rows, Q queries, D features, C classes, k neighbours. All compute the same class probabilities.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,16 @@ import jax
 import numpy as np
 
 from benchmarks import _paired
-from benchmarks._floor import Needs
 from benchmarks._measure import cores
-from benchmarks._paired import Contestant, Ready, torch_threads
+from benchmarks._paired import torch_threads
 from benchmarks._table import Row, Settings
+from benchmarks._task import Contestant, Needs, Ready
 from jaxcl.evaluate.knn import knn_predict
 
 TITLE = "Nearest neighbours"
 NOTE = (
-    "Cosine, the k = 200 nearest vote with weight exp(cosine / 0.1). torch and numpy are what one writes: a chunk of "
-    "queries against the bank, the largest k, a sum for each class. All agree to 1e-3."
+    "The k = 200 nearest by cosine vote with weight exp(cosine / 0.1). torch and numpy are the usual few lines: a "
+    "chunk of queries against the bank, the largest k, a sum per class. All agree to 1e-3."
 )
 CLASSES, TEMPERATURE, CHUNK = 10, 0.1, 1000
 
@@ -34,7 +34,7 @@ CONTESTANTS = (
 
 
 def rows(settings: Settings) -> list[Row]:
-    """Queries a second."""
+    """Queries per second."""
     arguments = dict(zip("NQDk", (500, 64, 8, 20) if settings.quick else (50_000, 10_000, 128, 200), strict=True))
     task = f"{arguments['Q']:,} queries in {arguments['N']:,} rows of {arguments['D']}"
     options = dict(arguments=arguments, unit="queries/s", cores=cores(), tolerance=1e-3)
@@ -48,7 +48,7 @@ def prepare(contestant: str, *, N: int, Q: int, D: int, k: int) -> Ready:  # noq
     bank_NxD = (centres_CxD[labels_N] + 2 * rng.normal(size=(N, D))).astype(np.float32)
     queries_QxD = (centres_CxD[classes_Q] + 2 * rng.normal(size=(Q, D))).astype(np.float32)
     run = MAKE[contestant](bank_NxD, labels_N, queries_QxD, k)
-    # Every cosine; bank, labels and queries read once, probabilities written.
+    # All cosines; bank, labels and queries are read once, probabilities are written.
     needs = Needs(2 * N * Q * D, 4 * (N * (D + 1) + Q * (D + CLASSES)))
     return Ready(run, Q, np.asarray(run())[:100], needs)
 
@@ -99,7 +99,7 @@ def of_sklearn(bank, labels, queries, k) -> Callable[[], Any]:
     def weigh(squared_qxk):  # of unit vectors: |a - b|^2 = 2 - 2 cos
         return np.exp((1 - squared_qxk / 2) / TEMPERATURE)
 
-    # Squared distances of unit vectors order as cosines do, and have scikit-learn's fast search, which cosine has not.
+    # Squared distances of unit vectors have the order of cosines, and scikit-learn has a fast search for them only.
     def run():
         classifier = KNeighborsClassifier(k, weights=weigh, algorithm="brute", metric="sqeuclidean")
         return classifier.fit(_unit(bank), labels).predict_proba(_unit(queries))

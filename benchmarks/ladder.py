@@ -1,11 +1,11 @@
-"""What the stage ladder costs over the plain method, measured, beside what its multiply-adds predict.
+"""Cost of the stage ladder relative to the plain method, as measured and as predicted from multiply-adds.
 
     python -m benchmarks.ladder [--method=simsiam] [--preset=garments] [--rounds=15] [--batch_size=0]
 
 Each round times one update of the plain method and one of the ladder (views, forward, backward, optimiser; data on the
-device) in turn; the ratio is taken round by round. Multiply-adds are those of convolutions and matrix products in one
-forward pass of everything that is encoded, heads included, counted from the traced program. What they leave out is
-cheap to count and not to run: batch norms, depthwise convolutions where they run as sums (on a CPU), augmentation.
+device). Ratios are taken round by round. Multiply-adds of convolutions and matmuls are counted in the traced program of
+one forward pass of all views, heads included. They do not include batch norms, depthwise convolutions that run as sums
+(on a CPU) and augmentation, which have few multiply-adds but take time.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jaxcl.runtime import huge_pages
 
 
 def macs(jaxpr) -> int:
-    """Multiply-adds of all convolutions and matrix products of a jaxpr, those of inner programs included."""
+    """Multiply-adds of all convolutions and matmuls of a jaxpr, inner programs included."""
     total = 0
     for equation in jaxpr.eqns:
         out = equation.outvars[0].aval.shape if equation.outvars else ()
@@ -34,7 +34,7 @@ def macs(jaxpr) -> int:
             total += math.prod(out) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         elif equation.primitive.name == "conv_general_dilated":
             kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-            total += math.prod(out) * math.prod(kernel[i] for i in spec[1:])  # all but the output's features
+            total += math.prod(out) * math.prod(kernel[i] for i in spec[1:])  # all axes but the output features
         else:
             inner = [v for p in equation.params.values() for v in (p if isinstance(p, (list, tuple)) else (p,))]
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
@@ -45,7 +45,7 @@ def macs(jaxpr) -> int:
 
 
 def forward_macs(recipe: Recipe, *, heads: bool = True) -> int:
-    """Multiply-adds of the passes of one update and of the heads on them, forward only, for the whole batch."""
+    """Multiply-adds of the forward passes of one update and of the heads on them, for the whole batch."""
     state = jax.eval_shape(lambda: init_state(recipe))
     image = jax.ShapeDtypeStruct((recipe.batch_size, *recipe.image_shape), np.float32)
     views = {n: View(image, {}) for n in recipe.views}
@@ -63,12 +63,12 @@ def forward_macs(recipe: Recipe, *, heads: bool = True) -> int:
 
 
 def main() -> None:
-    huge_pages.ask("benchmarks")  # as the trainer does
+    huge_pages.ask("benchmarks")  # the trainer does so too
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="simsiam")
     parser.add_argument("--preset", default="garments")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's own")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: as in the config")
     arguments = parser.parse_args()
     words = f"{arguments.method},{arguments.preset}"
     configs = {mode: load_config("hierarchical", f"{words},{mode}") for mode in ("two_view", "addone")}

@@ -1,18 +1,18 @@
-"""Images a second from a folder of JPEG files: jaxcl's loader beside torchvision's ImageFolder with torch's DataLoader.
+"""Images per second from a folder of JPEG files: jaxcl's loader, and torchvision's ImageFolder with torch's DataLoader.
 
     python -m benchmarks.loader [--images=1920] [--sizes=224,64] [--rounds=5] [--workers=2]
 
-needs `pip install 'jaxcl[bench]'`. Photos of about 500 x 375 pixels are made for it, ten folders of them, decoded,
-resized (shorter side, antialiased, then the centre) and put together to uint8 batches of 128. Every round runs every
-contestant in turn, each in a process of its own, so a machine that slows down slows all of them; ratios are taken round
-by round and their median is printed. Timed is the first epoch, from listing the files to the last batch, imports apart
-(of whole batches: images that fill none are decoded into memory for nothing):
+It needs `pip install 'jaxcl[bench]'`. The benchmark makes ten folders of photos of about 500 x 375 pixels. They are
+decoded, resized (the shorter side, antialiased, then the centre is cut out) and batched as uint8 batches of 128. Every
+round runs every contestant in its own process, in turn, so a machine that slows down slows all of them. Ratios are
+taken round by round, and their median is printed. Times are of the first epoch of whole batches, from listing the files
+to the last batch, without imports:
 
-* jaxcl, in memory: what a set of up to 1 GiB of pixels does; it is decoded once, and later epochs only copy;
-* jaxcl, from disk: what a larger set does in every epoch, after its files have been looked at once;
-* torchvision: its loader, with so many workers.
+* jaxcl, in memory: a set of up to 1 GiB of pixels is decoded once, and later epochs only copy;
+* jaxcl, from disk: a larger set is decoded in every epoch, after its files have been checked once;
+* torchvision: its loader, with this number of workers.
 
-The files come from the operating system's cache for all three. Processor time is counted over all processes.
+All three read the files from the operating system's cache. Processor time is counted over all processes.
 """
 
 import argparse
@@ -30,17 +30,18 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import _paired
-from benchmarks._floor import Needs
 from benchmarks._measure import cores, figures, fresh_process, installed, machine
 from benchmarks._report import markdown
 from benchmarks._table import Row, Settings
+from benchmarks._task import Contestant, Needs, Ready
 
 TITLE = "Input pipeline"
 NOTE = (
-    "Images a second as uint8 batches of 128, shuffled, no augmentation. Array: an epoch from memory. Folder: an epoch "
-    "of JPEG files of about 500 x 375 pixels, from listing them to the last batch, decoded and resized; a set of up to "
-    "1 GiB of pixels is kept in memory and only its first epoch decodes, a larger one is decoded in every epoch. TFDS: "
-    "an epoch of PNG images of 32 px in ArrayRecord form. torch's loader has a worker a core, and decodes always."
+    "Images per second as uint8 batches of 128, shuffled, no augmentation. Array: an epoch from memory. Folder: an "
+    "epoch of JPEG files of about 500 x 375 pixels, from listing them to the last batch, decoded and resized. A set of "
+    "up to 1 GiB of pixels is kept in memory, and only its first epoch decodes; a larger set is decoded in every "
+    "epoch. TFDS: an epoch of PNG images of 32 px in ArrayRecord form. torch's loader has one worker per core and "
+    "always decodes."
 )
 BATCH = 128
 SIDES = ((500, 375), (375, 500), (512, 384), (480, 360), (640, 427), (400, 300))
@@ -48,7 +49,7 @@ CONTESTANTS = {"memory": "jaxcl, in memory", "disk": "jaxcl, from disk", "torch"
 
 
 def write_photos(folder: pathlib.Path, count: int) -> int:
-    """Files with the spectrum of photographs (1/f), some 60 kB each, in ten folders -> bytes in all."""
+    """Writes files with the spectrum of photographs (1/f), about 60 kB each, in ten folders -> total bytes."""
     rng, total = np.random.default_rng(0), 0
     for i in range(count):
         width, height = SIDES[i % len(SIDES)]
@@ -98,7 +99,7 @@ def measure(contestant: str, folder: str, size: int, workers: int) -> dict[str, 
         disk.IN_MEMORY_BYTES = 0
         from jaxcl.data import make_source
 
-        source = make_source(f"folder:{folder}", image_size=size)  # looked at, once
+        source = make_source(f"folder:{folder}", image_size=size)  # checks the files once
         assert not source.in_memory
     cpu, begun = _processor_seconds(), time.perf_counter()
     batches = epoch(folder, size, workers)
@@ -116,14 +117,14 @@ def _processor_seconds() -> float:
 # ---- for benchmarks.run
 
 ARRAYS = (
-    _paired.Contestant("memory", "jaxcl", ours=True),
-    _paired.Contestant("torch", "torch's DataLoader", package="torch", differs="TensorDataset, no workers"),
-    _paired.Contestant("numpy", "numpy", differs="rows taken by a permutation, nothing in the background"),
+    Contestant("memory", "jaxcl", ours=True),
+    Contestant("torch", "torch's DataLoader", package="torch", differs="TensorDataset, no workers"),
+    Contestant("numpy", "numpy", differs="indexed by a permutation, nothing in the background"),
 )
-KEPT, READ = (_paired.Contestant(key, "jaxcl", ours=True) for key in ("memory", "disk"))
-FOLDER = _paired.Contestant("torch", "torchvision's ImageFolder", package="torchvision")
-TFDS = _paired.Contestant("torch", "tfds.data_source, torch's DataLoader", package="torch")
-# A folder's pixels are found again by the process that decoded them; TFDS's are decoded once more by each source.
+KEPT, READ = (Contestant(key, "jaxcl", ours=True) for key in ("memory", "disk"))
+FOLDER = Contestant("torch", "torchvision's ImageFolder", package="torchvision")
+TFDS = Contestant("torch", "tfds.data_source, torch's DataLoader", package="torch")
+# A process keeps the pixels of a folder that it decoded; a TFDS source decodes again when it is made.
 WAYS = {
     "folder": {"kept in memory, later epochs": KEPT, "from disk, every epoch": READ},
     "tfds": {"kept in memory, first epoch": KEPT, "from disk, every epoch": READ},
@@ -131,20 +132,20 @@ WAYS = {
 
 
 def rows(settings: Settings) -> list[Row]:
-    """Images a second from memory, from folders and from TFDS."""
+    """Images per second from memory, from folders and from TFDS."""
     images, out = (BATCH, []) if settings.quick else (5 * BATCH, [])
     options = dict(unit="images/s", cores=cores())
     with tempfile.TemporaryDirectory() as folder:
 
-        def compare(task: str, contestants: tuple[_paired.Contestant, ...], **arguments) -> None:
+        def compare(task: str, contestants: tuple[Contestant, ...], **arguments) -> None:
             arguments = {"folder": folder, **arguments}
             out.extend(_paired.rows("benchmarks.loader", task, contestants, settings, arguments=arguments, **options))
 
         compare("array, 32 px", ARRAYS, kind="arrays", size=32, images=16 * images)
-        settings.note("photos are made")
-        for part, count in (("train", images), ("test", 10)):
-            (pathlib.Path(folder) / part).mkdir()
-            write_photos(pathlib.Path(folder) / part, count)
+        settings.note("making photos")
+        for split, count in (("train", images), ("test", 10)):
+            (pathlib.Path(folder) / split).mkdir()
+            write_photos(pathlib.Path(folder) / split, count)
         for size in (224, 64)[: 1 if settings.quick else 2]:
             for way, ours in WAYS["folder"].items():
                 compare(f"folder, {size} px, {way}", (ours, FOLDER), kind="folder", size=size, images=images)
@@ -158,7 +159,7 @@ def rows(settings: Settings) -> list[Row]:
 
 
 def write_tfds(folder: str, count: int) -> None:
-    """CIFAR-10 as TFDS prepares it, with images of noise: nothing is downloaded."""
+    """CIFAR-10 in the form of TFDS, with images of noise; nothing is downloaded."""
     import io
 
     import tensorflow_datasets as tfds
@@ -184,7 +185,7 @@ def write_tfds(folder: str, count: int) -> None:
     Local(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
-def prepare(contestant: str, *, kind: str, folder: str, size: int, images: int) -> _paired.Ready:
+def prepare(contestant: str, *, kind: str, folder: str, size: int, images: int) -> Ready:
     if contestant == "disk":
         from jaxcl.data import disk
 
@@ -193,11 +194,11 @@ def prepare(contestant: str, *, kind: str, folder: str, size: int, images: int) 
     expected = images // BATCH * BATCH
 
     def run():
-        count = sum(len(batch) for batch in epoch() if batch[:, 0].sum() >= 0)  # every batch is looked at
+        count = sum(len(batch) for batch in epoch() if batch[:, 0].sum() >= 0)  # reads every batch
         assert count >= expected, f"{count} images of {expected}"
 
-    # An image's pixels: what is decoded or taken is read once and written once into a batch. Files are not counted.
-    return _paired.Ready(run, expected, needs=Needs(0, 2 * 3 * size**2 * expected))
+    # Every pixel is read once and written once into a batch. Files are not counted.
+    return Ready(run, expected, needs=Needs(0, 2 * 3 * size**2 * expected))
 
 
 def of_arrays(contestant: str, folder: str, size: int, images: int) -> Callable[[], Iterator[np.ndarray]]:
@@ -230,7 +231,7 @@ def of_tfds(contestant: str, folder: str, size: int, images: int) -> Callable[[]
 
         data = tfds.data_source("cifar10", split="train", data_dir=folder)
         options = dict(shuffle=True, drop_last=True, num_workers=cores())
-        # Their feature "id" is a string of bytes, which torch cannot put together.
+        # torch cannot batch the feature "id", a string of bytes.
         loader = torch.utils.data.DataLoader(data, BATCH, collate_fn=_stacked, **options)
         return lambda: iter(loader)
     return _of_source(contestant, "tfds:cifar10", data_dir=folder)
@@ -244,7 +245,7 @@ def _of_source(contestant: str, spec: str, **options) -> Callable[[], Iterator[n
     from jaxcl.data import make_source
 
     if contestant == "disk":
-        source = make_source(spec, **options)  # looked at, once
+        source = make_source(spec, **options)  # checks the files once
         assert not source.in_memory
         return lambda: _batches(source)
     return lambda: _batches(make_source(spec, **options))
@@ -263,11 +264,11 @@ def _batches(source) -> Iterator[np.ndarray]:
 
 
 def compare(folder: str, sizes: list[int], rounds: int, workers: int) -> str:
-    """Everything measured, in words."""
+    """All measurements as a table."""
     found = {(size, c): [] for size in sizes for c in CONTESTANTS}
     for r in range(rounds):
         for size in sizes:
-            order = list(CONTESTANTS)[r % 3 :] + list(CONTESTANTS)[: r % 3]  # nobody is always the first
+            order = list(CONTESTANTS)[r % 3 :] + list(CONTESTANTS)[: r % 3]  # another one is first in each round
             for contestant in order:
                 one = [f"--one={contestant}", f"--folder={folder}", f"--sizes={size}", f"--workers={workers}"]
                 lines, error = fresh_process("benchmarks.loader", *one, environment={"JAX_PLATFORMS": "cpu"})
@@ -292,7 +293,7 @@ def compare(folder: str, sizes: list[int], rounds: int, workers: int) -> str:
         "loader",
         "images/s",
         "times torchvision's",
-        "processor ms an image",
+        "processor ms per image",
         "times cheaper",
         "ratios of the rounds",
     ]
@@ -305,7 +306,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="224,64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="of torch's DataLoader")
-    parser.add_argument("--folder", default="", help="where the photos are kept; default: a temporary folder")
+    parser.add_argument("--folder", default="", help="folder that keeps the photos; default: a temporary one")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes.split(",")]
@@ -315,9 +316,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(arguments.folder or temporary)
         if not (folder / "train").exists():
-            for part, count in (("train", arguments.images), ("test", 10)):
-                (folder / part).mkdir(parents=True)
-                write_photos(folder / part, count)
+            for split, count in (("train", arguments.images), ("test", 10)):
+                (folder / split).mkdir(parents=True)
+                write_photos(folder / split, count)
         load = os.getloadavg()[0]
         table = compare(str(folder), sizes, arguments.rounds, arguments.workers)
         words = machine(("jaxcl", "grain", "pillow", "torch", "torchvision"))

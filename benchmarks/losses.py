@@ -1,10 +1,10 @@
-"""Value and gradient of the contrastive losses, beside optax, pytorch-metric-learning and plain matmuls, at any size.
+"""Value and gradient of the contrastive losses, compared with optax, pytorch-metric-learning and plain matmuls.
 
     python -m benchmarks.losses [--sizes=256..65536] [--rounds=5] [--out=docs/figures/losses.svg] [--write_docs]
 
-First the memory of each contestant, in a process of its own; then the times. A round runs every contestant once, in
-turn, so a machine that slows down slows all of them; ratios are taken round by round and their median is reported.
-What claims to be the same loss must agree to 1e-4 in value and gradient before it is timed. What would not fit the
+First the memory of each contestant is measured, in its own process; then the times. A round runs every contestant once,
+in turn, so a machine that slows down slows all of them. Ratios are taken round by round, and their median is reported.
+Before timing, implementations of one loss must agree to 1e-4 in value and gradient. A contestant that would exceed the
 memory budget, or took too long at a smaller size, is not run, and the table says so. Tables go to stdout.
 """
 
@@ -19,7 +19,7 @@ import time
 
 import jax
 
-from benchmarks import _floor, _measure, _paired, _report
+from benchmarks import _measure, _paired, _report, _task
 from benchmarks._contestants import (
     CONTESTANTS,
     Contestant,
@@ -35,8 +35,8 @@ from benchmarks._table import Row, Settings
 
 TITLE = "Losses"
 NOTE = (
-    "Value and gradient for N rows (two views of N/2 images) of 128 features, temperature 0.1, float32; those that "
-    "compute the same agree to 1e-4. More sizes and their memory: [losses.md](losses.md)."
+    "Value and gradient for N rows (two views of N/2 images) of 128 features, temperature 0.1, float32; "
+    "implementations of one loss agree to 1e-4. More sizes, and memory: [losses.md](losses.md)."
 )
 TOLERANCE = 1e-4
 MEMORY_BUDGET = "8GiB"
@@ -44,19 +44,19 @@ PACKAGES = ("jaxcl", "jax", "optax", "numpy", "torch", "pytorch-metric-learning"
 PEERS = ("optax", "pml")
 # A measurement lasts at least this long: short calls are repeated.
 SHORTEST = 0.02
-# After a call longer than this, the cold first one is as good as any.
+# For calls longer than this, the first one, which is cold, counts like any other.
 COLD = 2.0
 
 
 def parse_sizes(text: str) -> list[int]:
-    """'256,1024' as it stands; '256..65536' the powers of two between."""
+    """'256,1024': these sizes. '256..65536': the powers of two in this range. Errors: ValueError."""
     if ".." in text:
         first, last = (int(x) for x in text.split(".."))
         sizes = [2**i for i in range(1, 40) if first <= 2**i <= last]
     else:
         sizes = sorted({int(x) for x in text.split(",")})
     if not sizes or any(n < 4 or n % 2 for n in sizes):
-        raise ValueError(f"sizes {text!r}: expected even numbers of rows from 4, as 256,1024 or 256..65536")
+        raise ValueError(f"sizes {text!r}: expected even numbers of rows, at least 4, such as 256,1024 or 256..65536")
     return sizes
 
 
@@ -65,15 +65,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=parse_sizes, default="256..65536", help="rows (images x 2 views)")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=30, help="a contestant's time at a size ends its rounds there")
-    parser.add_argument("--slowest", type=float, default=60, help="above these seconds a call, no larger size is run")
+    parser.add_argument("--seconds", type=float, default=30, help="most seconds of a contestant at one size")
+    parser.add_argument("--slowest", type=float, default=60, help="above these seconds per call, no larger size is run")
     parser.add_argument("--memory_budget", type=_measure.parse_bytes, default=MEMORY_BUDGET)
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}; none: leave them all out")
-    parser.add_argument("--only", help=f"of {', '.join(c.key for c in CONTESTANTS)}")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)}; none: no peer")
+    parser.add_argument("--only", help=f"some of {', '.join(c.key for c in CONTESTANTS)}")
     parser.add_argument("--out", type=pathlib.Path, help="figure, .svg or .png")
     parser.add_argument("--write_docs", action="store_true", help="put tables and figure into docs/losses.md")
-    parser.add_argument("--save", type=pathlib.Path, help="JSON of everything measured; what it has is not run again")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # the process that measures one contestant's memory
+    parser.add_argument("--save", type=pathlib.Path, help="JSON of all measurements; those in it are not repeated")
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # for the process that measures memory
     options = parser.parse_args(argv)
     peers = [] if options.peers == "none" else options.peers.split(",")
     if unknown := set(peers) - set(PEERS):
@@ -90,8 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure_memory(contestant: Contestant, options: argparse.Namespace) -> None:
-    """In a process of its own: a line of JSON for each size that fits, smallest first."""
-    # Libraries are loaded and threads started by a first run of the smallest size; it is not counted.
+    """Runs in its own process and prints a line of JSON for each size that fits, smallest first."""
+    # A first run of the smallest size loads libraries and starts threads; it is not counted.
     contestant.prepare(make_data(min(64, options.sizes[0]), options.dim), options.memory_budget).run()
     for rows in options.sizes:
         ready = contestant.prepare(make_data(rows, options.dim), options.memory_budget)
@@ -129,7 +129,7 @@ def memory_of(contestant: Contestant, options: argparse.Namespace, cache: str) -
 
 
 def measure_times(rows: int, contestants: list[Contestant], options: argparse.Namespace, skip: dict[str, str]) -> dict:
-    """All contestants at one size: {"entries": {key: ...}, "rate": flop/s a round, "agreement": {group: ...}}."""
+    """All contestants at one size: {"entries": {key: ...}, "rate": FLOP/s per round, "agreement": {group: ...}}."""
     data = make_data(rows, options.dim)
     entries, runs, identities = {}, {}, {}
     for c in contestants:
@@ -174,7 +174,7 @@ def measure_times(rows: int, contestants: list[Contestant], options: argparse.Na
             last = entries[key]["seconds"][max(entries[key]["seconds"], key=int)]
             if spent[key] + last > options.seconds:
                 continue
-            time.sleep(0.01)  # threads of the one before go to sleep
+            time.sleep(0.01)  # lets the threads of the one before go to sleep
             seconds = _measure.seconds_per_call(runs[key], calls[key])
             entries[key]["seconds"][str(r)] = seconds
             spent[key] += seconds * calls[key]
@@ -182,7 +182,7 @@ def measure_times(rows: int, contestants: list[Contestant], options: argparse.Na
 
 
 def check_agreement(rows: int, results: dict, groups: dict[str, str]) -> dict[str, float]:
-    """{group: largest relative difference}; ends the program if contestants of a group do not compute the same."""
+    """{group: largest relative difference}. Errors: SystemExit if contestants of a group do not agree."""
     worst = {}
     for key, result in results.items():
         first = next(k for k in results if groups[k] == groups[key])
@@ -195,7 +195,7 @@ def check_agreement(rows: int, results: dict, groups: dict[str, str]) -> dict[st
 
 
 def too_slow(sizes: dict, options: argparse.Namespace) -> dict[str, str]:
-    """Contestants that took too long at a size already measured: {key: why not run}."""
+    """Contestants that took too long at a smaller size: {key: reason}."""
     return {
         key: f"over {options.slowest:.0f} s at {int(rows):,} rows"
         for rows, measured in sizes.items()
@@ -208,13 +208,13 @@ def too_slow(sizes: dict, options: argparse.Namespace) -> dict[str, str]:
 
 
 def rows(settings: Settings) -> list[Row]:
-    """Milliseconds of each loss at a small and a large size; what computes the same loss is one task."""
+    """Milliseconds of each loss at a small and a large size; a loss is a task."""
     out = []
     for rows in (64,) if settings.quick else (512, 4096):
         for group, name in (("supcon", "SupCon"), ("nt_xent", "NT-Xent")):
-            ours = _paired.Contestant(f"{group}_auto", "jaxcl", ours=True)
+            ours = _task.Contestant(f"{group}_auto", "jaxcl", ours=True)
             others = [
-                _paired.Contestant(c.key, c.name, package=c.package if c.peer else "")
+                _task.Contestant(c.key, c.name, package=c.package if c.peer else "")
                 for c in CONTESTANTS
                 if c.group == group and (c.peer or c.key == "plain")
             ]
@@ -231,29 +231,29 @@ def rows(settings: Settings) -> list[Row]:
     return out
 
 
-def prepare(contestant: str, *, rows: int, dim: int) -> _paired.Ready:
+def prepare(contestant: str, *, rows: int, dim: int) -> _task.Ready:
     makers = {c.key: c.prepare for c in CONTESTANTS} | {"nt_xent_auto": jax_loss(nt_xent("auto"), "pairs_B")}
     ready = makers[contestant](make_data(rows, dim), _measure.parse_bytes(MEMORY_BUDGET))
     if ready.run is None:
-        raise _paired.NotApplicable(f"would need {_measure.size(ready.need)}")
+        raise _task.NotApplicable(f"would need {_measure.size(ready.need)}")
     value, gradient = numbers(ready.run())
-    some = gradient[:32].ravel() * rows  # a gradient's size goes with 1/N
-    # z z^T, and one product of a matrix of N x N with z for its gradient; z read, the gradient written.
-    needs = _floor.Needs(2 * 2 * rows * rows * dim, 2 * 4 * rows * dim)
-    return _paired.Ready(ready.run, 1, [value, *some.tolist()], needs)
+    some = gradient[:32].ravel() * rows  # gradients are proportional to 1/N
+    # z z^T, and one matmul of an N x N matrix with z for the gradient; z is read, the gradient is written.
+    needs = _task.Needs(2 * 2 * rows * rows * dim, 2 * 4 * rows * dim)
+    return _task.Ready(ready.run, 1, [value, *some.tolist()], needs)
 
 
 # ---- all of it
 
 
 def load(path: pathlib.Path | None, settings: dict) -> dict:
-    """What an earlier run with the same settings on the same machine saved, or nothing yet."""
+    """The measurements of an earlier run with the same settings on the same machine, or an empty state."""
     fresh = {"settings": settings, "memory": {}, "sizes": {}}
     if path is None or not path.exists():
         return fresh
     saved = json.loads(path.read_text())
     if saved["settings"] != settings:
-        sys.exit(f"{path} was measured with other settings or on another machine; give another --save")
+        sys.exit(f"{path} was measured with other settings or on another machine; choose another --save")
     return saved
 
 
@@ -283,16 +283,16 @@ def main(argv: list[str] | None = None) -> None:
         "contestants": [c.key for c in contestants],
     }
     for package in absent:
-        note(f"{package} is not installed, its rows are left out; pip install -e '.[bench]'")
+        note(f"{package} is not installed, so its rows are missing; pip install -e '.[bench]'")
     state = load(options.save, settings)
     state.setdefault("load", []).append(os.getloadavg()[0])
 
-    # One cache for all processes: a program is compiled once.
+    # One cache for all processes, so that each program is compiled once.
     with tempfile.TemporaryDirectory() as folder:
         cache = jax.config.jax_compilation_cache_dir or folder
         jax.config.update("jax_compilation_cache_dir", cache)
         for c in contestants:
-            if c.key in state["memory"] or c.key == "supcon_auto":  # one of the other two, or as large as the dense one
+            if c.key in state["memory"] or c.key == "supcon_auto":  # it is the tiled or the dense program
                 continue
             note(f"memory of {c.name}")
             state["memory"][c.key] = memory_of(c, options, cache)

@@ -1,16 +1,17 @@
-"""What negatives without meaning cost, as shares of a SimCLR step with ResNet-18: patches at most 2 %, texture at most
-25 %, besides the forward pass on them.
+"""Cost of non-semantic negatives as shares of an update of SimCLR with ResNet-18.
+
+The bounds, without the forward pass on the negatives, are 2 % for patches and 25 % for textures.
 
     python -m benchmarks.negatives [--sizes 32 224] [--batch 0] [--rounds 9]
 
-Each round times one update of SimCLR (two views, forward, backward, optimiser; data on the device) and then each part
-by itself, one program each, so a machine that slows down slows all of them; the shares are taken round by round and
-their median is printed. A part is for one view: SimCLR with negatives of both views pays twice, MoCo once.
+Each round times one update of SimCLR (two views, forward, backward, optimiser; data on the device) and then one program
+for each of the pieces below. So a machine that slows down slows all of them. Shares are taken round by round, and their
+median is printed. A piece is for one view: SimCLR with negatives for both views pays twice, MoCo once.
 
 - patches: `patch_negatives` with the published range scaled to the side.
 - texture: `quilt_texture` with its defaults.
-- texture's augmentation: the query's pipeline on the texture, as on every view.
-- forward: the encoder and its head on the negatives, which the bounds leave out.
+- texture's augmentation: the pipeline of the query on the texture.
+- forward: the encoder and its head on the negatives; the bounds do not include it.
 """
 
 import argparse
@@ -25,18 +26,17 @@ import numpy as np
 
 from benchmarks import _measure
 from benchmarks.steps import Step, load_config
-from jaxcl.augment import patch_negatives, quilt_texture
+from jaxcl.augment import patch_negatives, quilt_texture, to_float
 from jaxcl.augment.patches import scaled_range
-from jaxcl.method.inputs import to_pixels
 from jaxcl.runtime import huge_pages
 
 BATCHES = {32: 128, 64: 64, 96: 32, 224: 8}
-BOUNDS = {"patches": 0.02, "texture": 0.25}  # of a step
+BOUNDS = {"patches": 0.02, "texture": 0.25}  # shares of an update
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """A data source of noise: what is measured does not depend on what the pictures show."""
+    """A data source of noise: times do not depend on the content of images."""
 
     side: int
     count: int
@@ -63,22 +63,22 @@ class Noise:
 
 
 def simclr(side: int, batch: int):
-    """The published SimCLR of configs/simclr.py, ResNet-18, at this size."""
+    """SimCLR as published (configs/simclr.py), with ResNet-18, at this size."""
     c = load_config("simclr", "cifar10,paper,unlabelled")
     c.batch_size, c.size, c.duration = batch, side, "2 epochs"
     c.model.stem = "cifar" if side < 96 else "imagenet"
     return c
 
 
-def parts(step: Step) -> dict[str, Callable[[], object]]:
-    """Name -> a call of the compiled part on the step's own batch."""
+def pieces(step: Step) -> dict[str, Callable[[], object]]:
+    """Name -> a call of the compiled piece on the batch of the step."""
     recipe, batch = step.recipe, step.batch
     side, name = recipe.image_shape[0], "view1"
     low, high = scaled_range(side)
     keys = jax.random.split(jax.random.key(0), recipe.batch_size)
-    pixels = jax.jit(to_pixels)(batch["image"])
+    pixels = jax.jit(to_float)(batch["image"])
     view = jax.jit(recipe.views[name])(keys, pixels)[0]
-    # Copies: the state's own are donated to the next step.
+    # Copies, because the state is donated to the next update.
     params, stats = jax.tree.map(jnp.copy, (step.state.params, step.state.batch_stats))
 
     def forward(image):
@@ -100,9 +100,9 @@ def parts(step: Step) -> dict[str, Callable[[], object]]:
 
 
 def measure(config, side: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the step and of every part, round by round."""
+    """Seconds of the update and of every piece, round by round."""
     step = Step(config, Noise(side, 4 * config.batch_size))
-    calls = parts(step)
+    calls = pieces(step)
     for _ in range(2):
         step.seconds()
         for call in calls.values():
@@ -118,10 +118,10 @@ def measure(config, side: int, rounds: int) -> dict[str, list[float]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    huge_pages.ask("benchmarks")  # as the trainer does
+    huge_pages.ask("benchmarks")  # the trainer does so too
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="sides in pixels")
-    parser.add_argument("--batch", type=int, default=0, help="images a batch; 0: 128 at 32 pixels, 8 at 224")
+    parser.add_argument("--batch", type=int, default=0, help="images per batch; 0: 128 at 32 pixels, 8 at 224")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(arguments)
 

@@ -1,21 +1,22 @@
-"""What a whole update costs over the bare encoder passes that it cannot do without.
+"""Cost of a whole update relative to the encoder passes that it needs.
 
     python -m benchmarks.passes [--methods=simclr,supcon,excon,clae] [--rounds=9] [--steps=4] [--batch_size=0]
 
-The update is the trainer's: the loader's batch, augmentation, stages, passes, losses, optimiser. The passes are counted
-from the recipe and timed alone, each a program of its own on ready images of the same shapes in the same network:
+The update is that of the trainer: a batch of the loader, augmentation, stages, passes, losses, optimiser. The passes
+are counted from the recipe. Each is timed as a separate program, on ready images of the same shapes and network:
 
-* train: a forward and a full backward pass, for every pass of the recipe, on as many rows;
-* forward: of a moving average's encoder, and of what tests a mask;
-* explain: a forward pass and the backward one to the tap (GradCAM);
-* attack: a forward and a backward pass to the images, once a step of an attack.
+* train: a forward and a full backward pass, for every pass of the recipe, on the same number of rows;
+* forward: the pass of an EMA encoder, and the pass that tests a mask;
+* explain: a forward pass and a backward pass to the tap (GradCAM);
+* attack: a forward pass and a backward pass to the images, once per step of an attack.
 
-Each round times some updates of every method and as many of every pass in turn, so a machine that slows down slows all
-of them; ratios are taken round by round and their medians printed with quartiles. Besides:
+Each round times some updates of every method and the same number of every pass, in turn. So a machine that slows down
+slows all of them. Ratios are taken round by round; medians and quartiles are printed. The table also has
 
-* views a second of each method beside the images a second of a supervised step (one view, cross-entropy), in the same
+* views per second of each method over images per second of a supervised update (one view, cross-entropy), in the same
   rounds;
-* the losses alone, with their gradients, at batches of 512, beside a whole update of that size, in rounds of their own.
+* the losses alone, with their gradients, at batches of 512, as a share of a whole update of that size, in separate
+  rounds.
 """
 
 import argparse
@@ -43,12 +44,12 @@ from jaxcl.method.terms import Embedding
 from jaxcl.runtime import huge_pages
 
 METHODS = ("simclr", "supcon", "excon", "clae")
-LARGE = 512  # the batch at which the share of the loss is asked for
+LARGE = 512  # the batch size at which the share of the losses is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """Some passes of one kind through one encoder."""
+    """Passes of one kind through one encoder."""
 
     kind: str  # train, forward, explain, attack
     images: int
@@ -58,7 +59,7 @@ class Passes:
 
 
 def needed(recipe: Recipe) -> list[Passes]:
-    """The passes of one update, by its recipe. Errors: ValueError for a stage that is not counted here."""
+    """The passes of one update of a recipe. Errors: ValueError for a stage that is not counted here."""
     B, found = recipe.batch_size, []
     room = {}
     for stage in recipe.stages:
@@ -66,7 +67,7 @@ def needed(recipe: Recipe) -> list[Passes]:
             found += [Passes("explain", B, tap=stage.tap), Passes("forward", B)]
             room |= {stage.rejected: stage.capacity(B)}
         elif isinstance(stage, Adversary):
-            # One step from the anchor's own images: the anchor's forward pass is the attack's.
+            # One step from the images of the anchor: the attack reuses the forward pass of the anchor.
             shared = stage.num_steps == 1 and stage.attack_view == "same" and not stage.random_start
             found += [] if shared else [Passes("forward", B, norm_set=stage.norm_set)]
             found += [Passes("attack", B, norm_set=stage.norm_set)] * stage.num_steps
@@ -79,16 +80,16 @@ def needed(recipe: Recipe) -> list[Passes]:
 
 
 def program(step: Step, of: Passes, times: int = 1) -> Callable[[], object]:
-    """These passes by themselves, so many times one after the other and waited for once, as updates are."""
+    """These passes alone, `times` in a row; like updates, they are waited for at the end only."""
     run, given = function_of(step, of)
     run = jax.jit(run)
     return lambda: jax.block_until_ready([run(*given) for _ in range(times)])
 
 
 def function_of(step: Step, of: Passes) -> tuple[Callable[..., object], tuple]:
-    """(the passes, what they are given)."""
-    model = step.recipe.for_one_device().encoder(of.encoder)  # as the update has it
-    # Copies: the update gives its state away.
+    """(the passes, their arguments)."""
+    model = step.recipe.for_one_device().encoder(of.encoder)  # in the form that the update uses
+    # Copies, because the update donates its state.
     params, stats = jax.tree.map(
         jnp.copy, tuple(of_encoder(t, of.encoder) for t in (step.state.params, step.state.batch_stats))
     )
@@ -113,7 +114,7 @@ def function_of(step: Step, of: Passes) -> tuple[Callable[..., object], tuple]:
 
 
 class Whole(Step):
-    """A method's update, fed by the loader as the trainer does."""
+    """The update of a method, fed by the loader as in the trainer."""
 
     def __init__(self, config, source):
         super().__init__(config, source)
@@ -129,7 +130,7 @@ class Whole(Step):
 
 
 def losses(step: Step, batch: int) -> Callable[[], object]:
-    """All terms on embeddings of so many images a view, with their gradients."""
+    """All terms with their gradients, on embeddings of `batch` images per view."""
     recipe, key = step.recipe, jax.random.key(1)
     names = sorted({view for p in recipe.passes for view in p.embeddings})
     shapes = (recipe.model.features, recipe.model.embedding_features)
@@ -150,7 +151,7 @@ def losses(step: Step, batch: int) -> Callable[[], object]:
 
 
 def supervised(config, source) -> Whole:
-    """The same network, optimiser and batch on one view, by cross-entropy."""
+    """Cross-entropy on one view, with the same network, optimiser and batch size."""
     of = load_config("l_spread", "ce")
     of.model, of.optimizer, of.batch_size = config.model, config.optimizer, config.batch_size
     of.views.view1 = config.views.view1
@@ -167,18 +168,18 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    huge_pages.ask("benchmarks")  # as the trainer does
+    huge_pages.ask("benchmarks")  # the trainer does so too
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default=",".join(METHODS), help="FILE or FILE:PRESET of configs/, by commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="FILE or FILE:PRESET in configs/, with commas")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="updates of a method a round")
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's own")
+    parser.add_argument("--steps", type=int, default=4, help="updates of a method per round")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: as in the config")
     arguments = parser.parse_args()
     print(report(arguments.methods.split(","), arguments.rounds, arguments.steps, arguments.batch_size))
 
 
 def report(names: list[str], rounds: int, steps: int, batch_size: int = 0) -> str:
-    """Everything measured, in words."""
+    """All measurements as a table."""
     configs = {n: load_config(*(n.split(":") if ":" in n else (n, ""))) for n in names}
     for config in configs.values():
         config.batch_size = batch_size or config.batch_size
@@ -198,7 +199,7 @@ def report(names: list[str], rounds: int, steps: int, batch_size: int = 0) -> st
     for run in timed.values():  # compiles
         run(), run()
     times: dict[object, list[float]] = {key: [] for key in timed}
-    # By themselves: what a large update leaves of the memory, small programs find in another state.
+    # In separate rounds, because a large update changes the state of the memory for small programs.
     of_losses = [key for key in timed if isinstance(key, tuple) and key[0] in ("large", "loss")]
     for keys in ([key for key in timed if key not in of_losses], of_losses):
         for _ in range(rounds):

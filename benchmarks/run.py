@@ -1,15 +1,15 @@
-"""jaxcl beside its peers, in one table and one figure.
+"""jaxcl and its peers in one table and one figure.
 
     python -m benchmarks.run                         # everything; needs pip install -e '.[bench]'
-    python -m benchmarks.run --only=losses,augment   # some parts
-    python -m benchmarks.run --store --write_docs    # kept as this version's, and put into docs/benchmarks.md
-    python -m benchmarks.run --quick                 # toy sizes, to see that it works
+    python -m benchmarks.run --only=losses,augment   # some sections
+    python -m benchmarks.run --store --write_docs    # stores the numbers of this version and writes docs/benchmarks.md
+    python -m benchmarks.run --quick                 # toy sizes, to check that it works
 
-Every contestant is a process of its own with the same number of cores, asleep while the others run; a round asks each
-of them in turn, so a machine that slows down slows all. Ratios are taken round by round, and their median is printed. A
-peer that is not installed is left out, and named. What the last release measured (benchmarks/releases) is compared:
-speeds on the same machine, and only how far ahead of each peer we were on another. It runs on the CPU unless
-JAX_PLATFORMS says otherwise. Tables go to stdout.
+Every contestant is a separate process with the same number of cores, which sleeps while the others run. A round asks
+each of them in turn, so a machine that slows down slows all of them. Ratios are taken round by round, and their median
+is printed. The table names peers that are not installed. It compares with the last release (benchmarks/releases):
+speeds on the same machine, and ratios to peers on another machine. It runs on the CPU unless JAX_PLATFORMS names
+another platform. Tables go to stdout.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from typing import Any
 import jaxcl
 from benchmarks import _measure, _table, _table_figure
 
-# In the order of the table. A module that does not exist, or has no rows, is no part of it.
-PARTS = {
+# In the order of the table. A module that does not exist, or has no rows, is left out.
+SECTIONS = {
     "losses": "benchmarks.losses",
     "augment": "benchmarks.augment",
     "explain": "benchmarks.explain",
@@ -53,20 +53,20 @@ def note(text: str) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help=f"of {','.join(PARTS)}; none: only what is stored")
+    parser.add_argument("--only", help=f"some of {','.join(SECTIONS)}; none: measure nothing")
     parser.add_argument("--rounds", type=int, help="default: 5, 2 with --quick")
-    parser.add_argument("--seconds", type=float, help="a measurement lasts at least so long; default: 0.5")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: the numbers mean nothing")
+    parser.add_argument("--seconds", type=float, help="least duration of a measurement; default: 0.5")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, for a check; the numbers have no meaning")
     parser.add_argument("--out", type=pathlib.Path, help="figure, .png or .svg")
-    parser.add_argument("--store", action="store_true", help="keep what is measured as this version's")
-    parser.add_argument("--write_docs", action="store_true", help="put what is stored into docs/benchmarks.md")
+    parser.add_argument("--store", action="store_true", help="store the numbers for this version")
+    parser.add_argument("--write_docs", action="store_true", help="write the stored numbers into docs/benchmarks.md")
     options = parser.parse_args(argv)
-    there = [name for name, module in PARTS.items() if _has_rows(module)]
+    there = [name for name, module in SECTIONS.items() if _has_rows(module)]
     asked = there if options.only is None else [] if options.only == "none" else options.only.split(",")
     if unknown := set(asked) - set(there):
         parser.error(f"--only: {', '.join(sorted(unknown))}, expected some of {', '.join(there)}, or none")
     if options.quick and (options.store or options.write_docs):
-        parser.error("--quick measures nothing that is worth keeping, expected it without --store and --write_docs")
+        parser.error("--quick measures toy sizes; expected it without --store and --write_docs")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds={options.rounds}, expected at least 1")
     options.only = [name for name in there if name in asked]
@@ -74,17 +74,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _has_rows(module: str) -> bool:
-    # Read, not imported: --help should not start JAX and torch.
+    # Reads the file instead of importing it, so that --help does not start JAX and torch.
     spec = importlib.util.find_spec(module)
     return spec is not None and "\ndef rows(" in pathlib.Path(spec.origin).read_text()
 
 
 def measure(name: str, settings: _table.Settings) -> dict[str, Any]:
-    """One part, with when and how it was measured."""
-    module = importlib.import_module(PARTS[name])
+    """One section, with the date, commit and load of the measurement."""
+    module = importlib.import_module(SECTIONS[name])
     load, date, at = os.getloadavg()[0], time.strftime("%Y-%m-%d"), commit()
     rows = module.rows(settings)
-    return _table.part_of(
+    return _table.section_of(
         rows,
         title=module.TITLE,
         note=module.NOTE,
@@ -96,7 +96,7 @@ def measure(name: str, settings: _table.Settings) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit this is, with a plus if files were changed since."""
+    """The present commit, with a plus if files have changed."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=_measure.ROOT
     )
@@ -124,12 +124,12 @@ def main(argv: list[str] | None = None) -> None:
     then = json.loads(last.read_text()) if last else None
     same = bool(then) and all(then["machine"].get(k) == here[k] for k in ("processor", "memory"))
     if options.store:
-        _table.store(release, here, {})  # another machine's is refused now, and not when all is measured
+        _table.store(release, here, {})  # refuses another machine before anything is measured
     measured = {}
     for name in options.only:
-        note(f"part {name}")
+        note(f"section {name}")
         measured[name] = measure(name, settings)
-        if options.store:  # part by part: what is measured is not lost
+        if options.store:  # after each section, so that nothing is lost
             _table.store(release, here, {name: measured[name]})
     if measured:
         print(described(here) + "\n\n" + _table.text(measured, then and then["parts"], same))
@@ -141,25 +141,25 @@ def main(argv: list[str] | None = None) -> None:
         write_docs(release, PAGE, FIGURE)
 
 
-_SAME = "measured on a machine like this one, so the last column is each row's speed now over its speed then."
+_SAME = "measured on a machine like this one. The last column is the speed of each row now over its speed then."
 _OTHER = (
-    "measured on another machine, so speeds are not compared; the last column is, of a peer's row, how far ahead of it "
-    "we are now over how far then."
+    "measured on another machine, so speeds are not compared. The last column, in the rows of peers, is the ratio of "
+    "jaxcl's speed to the peer's now over that ratio then."
 )
 
 
 def write_docs(release: pathlib.Path, page: pathlib.Path, figure: pathlib.Path) -> None:
-    """Puts the table and the figure of a release between the two markers of the page."""
+    """Writes the table and the figure of a release between the two markers of the page. Errors: SystemExit."""
     if not release.exists():
         raise SystemExit(f"{release.name} is not stored; measure it with --store first")
     text = page.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise SystemExit(f"{page}: expected one {BEGIN} and one {END} after it")
     stored = json.loads(release.read_text())
-    parts = {name: stored["parts"][name] for name in PARTS if name in stored["parts"]}
+    parts = {name: stored["parts"][name] for name in SECTIONS if name in stored["parts"]}
     _table_figure.draw(parts, figure)
     link = pathlib.Path(os.path.relpath(figure, page.parent)).as_posix()
-    body = f"![How many times as fast as each peer jaxcl is]({link})\n\nVersion {stored['version']}. "
+    body = f"![Speed of jaxcl relative to each peer]({link})\n\nVersion {stored['version']}. "
     body += described(stored["machine"]) + "\n\n" + _table.text(parts, None, True)
     page.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n\n{body}\n\n{END}{text.split(END)[1]}")
 

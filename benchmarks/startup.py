@@ -1,9 +1,9 @@
-"""From the command to the first finished update: cold, with an empty cache of compiled programs, and warm.
+"""Seconds from the command to the first finished update: with an empty cache of compiled programs, and a full one.
 
     python -m benchmarks.startup [--config=configs/excon.py] [--rounds=3] [--config.KEY=VALUE ...]
 
-Each round is two fresh processes of `jaxcl.main` that share a cache made for the round: the first finds it empty, the
-second full. Both end with their first update. Medians are printed, and what the time went into.
+Each round runs two fresh processes of `jaxcl.main` with a new cache: the first finds it empty (cold), the second full
+(warm). Both end with their first update. The table gives medians of the total and of its pieces.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from benchmarks._table import Row, Settings
 TITLE = "Start-up"
 NOTE = (
     "Seconds from the command `python -m jaxcl.main --config=configs/excon.py` to its first finished update: with an "
-    "empty cache of compiled programs, and with a full one. There is no peer; what the time goes into: `python -m "
-    "benchmarks.startup`."
+    "empty cache of compiled programs, and with a full one. There is no peer. `python -m benchmarks.startup` shows the "
+    "pieces of this time."
 )
 _CHILD, _BEGUN = "--of-a-round", "JAXCL_STARTUP_BEGUN"
 PARTS = (
@@ -37,11 +37,11 @@ PARTS = (
 )
 
 
-# ---- one process, which is jaxcl.main with clocks
+# ---- one process: jaxcl.main with clocks
 
 
 def child(argv: list[str]) -> None:
-    """Run the command up to its first update; the last line printed is JSON."""
+    """Runs the command up to its first update; the last line that it prints is JSON."""
     from jaxcl import main
 
     begun = float(os.environ[_BEGUN])
@@ -85,7 +85,7 @@ def child(argv: list[str]) -> None:
 
         train.run, TrainLog._read = run_clocked, read_and_end
 
-    # The clocks need what main imports late; so they are set where it does.
+    # The clocks need modules that main imports late, so they are set when main turns the cache on.
     from jaxcl.runtime import compile_cache
 
     turn_on = compile_cache.turn_on
@@ -114,7 +114,7 @@ def _timed(function, seconds: dict[str, float], part: str):
 
 
 def one(arguments: list[str], folder: str, name: str) -> dict:
-    """A fresh process with its caches in `folder`."""
+    """Runs a fresh process with its caches in `folder`."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
     command = [sys.executable, "-m", "benchmarks.startup", _CHILD, *arguments, f"--workdir={folder}/{name}"]
     environ |= {"XDG_CACHE_HOME": folder, _BEGUN: repr(time.time())}
@@ -125,7 +125,7 @@ def one(arguments: list[str], folder: str, name: str) -> dict:
 
 
 def rows(settings: Settings) -> list[Row]:
-    """For benchmarks.run: a row each, cold and warm."""
+    """For benchmarks.run: one row for a cold start and one for a warm start."""
     arguments, found = [f"--config={ROOT / 'configs' / 'excon.py'}"], {"cold": [], "warm": []}
     for r in range(settings.rounds):
         settings.note(f"start-up: round {r + 1} of {settings.rounds}")

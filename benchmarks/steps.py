@@ -1,11 +1,10 @@
-"""Whole steps side by side: what ExCon and ExConB cost over SupCon, and CLAE over the method it extends,
-and GradCache in micro-batches over the whole batch at once.
+"""Whole updates compared: ExCon and ExConB with SupCon, CLAE with the methods it extends, GradCache with whole batches.
 
     python -m benchmarks.steps [--preset=garments] [--rounds=15] [--batch_size=128]
 
-Each round times one update of every method in turn (views, stages, forward, backward, optimiser; data on the device),
-so a machine that slows down slows all of them; the ratios are taken round by round and their median is printed, beside
-the floors counted from encoder passes (jaxcl/views/saliency.py and adversary.py).
+Each round times one update of every method in turn (views, stages, forward, backward, optimiser; data on the device).
+So a machine that slows down slows all of them. Ratios are taken round by round, and their median and quartiles are
+printed. jaxcl/method/stages/saliency.py and adversary.py give the ratios expected from counts of encoder passes.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def load_config(name: str, preset: str):
 
 
 class Step:
-    """One method's compiled update, on a batch that stays on the device."""
+    """The compiled update of one method, on a batch that stays on the device."""
 
     def __init__(self, config, source):
         self.recipe = build_recipe(config, **data_facts(source))
@@ -55,16 +54,16 @@ class Step:
 
 
 def main() -> None:
-    huge_pages.ask("benchmarks")  # as the trainer does
+    huge_pages.ask("benchmarks")  # the trainer does so too
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="garments")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--only",
         default="",
-        help="of supcon,simclr,plain,uel,group_norm,batch_norm (the last two: GradCache): these and what extends them",
+        help="some of supcon,simclr,plain,uel,group_norm,batch_norm (the last two: GradCache), with their extensions",
     )
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's own")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: as in the config")
     arguments = parser.parse_args()
 
     preset = arguments.preset

@@ -1,12 +1,13 @@
-"""A run that is killed again and again equals one that is left alone.
+"""Checks that a run that is killed many times equals an undisturbed run.
 
     python -m benchmarks.survival [--kills=50] [--devices=1,2,4] [--seed=0] [--out=FOLDER]
 
-Real processes of the real command on a tiny network, with fake CPU devices. TERM or KILL, drawn at random, comes while
-a process starts, between two steps, or in the middle of a save; then the same command goes on. One leg for each number
-of devices, and a last one whose every restart draws one of them. Whatever reaches its end is compared with a run that
-was left alone: the examples of each update, the loss curve, and the whole final state. On one number of devices they
-must be equal to the bit; across numbers, where sums are taken in another order, within the tolerances below.
+It runs processes of the real command on a tiny network, with fake CPU devices. They get TERM or KILL, drawn at random,
+while they start, between two steps, or during a save; then the same command continues the run. There is one leg for
+each number of devices, and a last leg in which every restart draws one of the numbers. Every run that reaches its end
+is compared with an undisturbed run: the examples of each update, the loss curve, and the whole final state. With one
+number of devices they must be equal to the bit. With several, sums are taken in another order, and the tolerances below
+apply.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from collections.abc import Iterator, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOSS_TOLERANCE = 1e-5  # relative, at every step
-# Of a tensor's largest entry. Of the optimiser only this much: its average of gradients follows every ReLU that a last
-# bit has switched.
+# Relative to the largest entry of a tensor. The optimiser has a larger one, because its average of gradients depends on
+# every ReLU that a last bit switches.
 STATE_TOLERANCE = {"params": 1e-4, "batch_stats": 1e-4, "opt_state": 1e-2, "memory": 1e-2}
 CLOCK = ("time", "images_per_second", "data_wait")
 SMALL = [
@@ -38,8 +39,8 @@ SMALL = [
     "--config.model.strides=(1,)",
     *(f"--config.views.{v}.{p}=0.0" for v in ("view1", "view2") for p in ("jitter_p", "grayscale")),
     "--config.optimizer.kind=sgd",
-    # Low, because training amplifies the last bits of sums: at 0.02 two runs that nobody disturbs, on 1 and on 2
-    # devices, are 2% apart after 96 steps, which would hide a mistake; at this rate they are 7e-7 apart.
+    # Low, because training amplifies the last bits of sums: at 0.02, undisturbed runs on 1 and on 2 devices differ so
+    # much after 96 steps that a mistake would stay hidden.
     "--config.optimizer.lr=0.0005",
     "--config.eval.final=('classifier',)",
     "--config.eval.every=0",
@@ -52,15 +53,15 @@ MOMENTS = ("start", "step", "step", "save", "save")
 
 
 class Unequal(AssertionError):
-    """A killed run ended as something else than the undisturbed one."""
+    """A killed run differs from the undisturbed run."""
 
 
 @dataclasses.dataclass
 class Leg:
-    """One run folder, killed until its kills are used up; a run that ends before is compared and begun anew."""
+    """One run folder, with a number of kills. A run that ends before the last kill is compared and started again."""
 
     name: str
-    devices: Sequence[int]  # each start draws one
+    devices: Sequence[int]  # each start draws one of them
     kills: int
     folder: pathlib.Path
     steps: int
@@ -71,7 +72,7 @@ class Leg:
     finished: int = 0
 
     def run(self) -> Iterator[pathlib.Path]:
-        """Yields the folder of every run that came to its end."""
+        """Yields the folder of every run that reached its end."""
         left, under_way = self.kills, False
         while left or under_way:
             moment = self.rng.choice(self.moments) if left else ""
@@ -83,7 +84,7 @@ class Leg:
                 shutil.rmtree(self.folder)
 
     def _once(self, moment: str) -> bool:
-        """One process, killed at the moment or left to its end; -> whether it was killed."""
+        """Runs one process, which is killed at the moment or reaches its end -> whether it was killed."""
         number = self.rng.choice([signal.SIGTERM, signal.SIGKILL])
         process, log = start(self.folder, self.rng.choice(self.devices), self.steps)
         try:
@@ -93,9 +94,9 @@ class Leg:
             code = process.wait(timeout=600)
         finally:
             process.kill()
-        if code == 0:  # faster than the kill
+        if code == 0:  # it ended before the kill
             return False
-        # Before Python runs, or while it imports, nothing catches a TERM.
+        # Nothing catches a TERM before Python has started and imported its modules.
         expected = (75, -signal.SIGTERM) if number == signal.SIGTERM else (-signal.SIGKILL,)
         if not moment or code not in expected:
             raise Unequal(f"{self.name}: exit code {code} after {moment or 'no kill'}\n{log.read_text()[-3000:]}")
@@ -106,7 +107,7 @@ class Leg:
     def _wait(self, moment: str, process: subprocess.Popen) -> None:
         if moment == "start":
             return _sleep(self.rng.uniform(0, self.ready), process)
-        # What earlier processes left counts for nothing: half of a save, lines after the checkpoint.
+        # Ignores what earlier processes left: incomplete checkpoints, and lines after the last checkpoint.
         before, remains = last_step(self.folder), _half_saved(self.folder)
         target = min(self.steps - 1, _newest(self.folder) + self.rng.randint(1, 8))
         while process.poll() is None:
@@ -119,7 +120,7 @@ class Leg:
 
 
 def start(workdir: pathlib.Path, devices: int, steps: int) -> tuple[subprocess.Popen, pathlib.Path]:
-    """The command, as anyone would give it; -> (process, its log)."""
+    """Starts the command of a user -> (process, its log)."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.with_name(workdir.name + ".log")
     own = [f"--workdir={workdir}", f"--config.devices={devices}", f"--config.duration={steps}"]
@@ -131,7 +132,7 @@ def start(workdir: pathlib.Path, devices: int, steps: int) -> tuple[subprocess.P
 
 
 def environment() -> dict[str, str]:
-    """Fake CPU devices, and a compilation cache, so that a restart need not compile."""
+    """Fake CPU devices, and a compilation cache, so that a restart does not compile."""
     there = dict(os.environ)
     flags = there.get("XLA_FLAGS", "")
     if "device_count" not in flags:
@@ -142,7 +143,7 @@ def environment() -> dict[str, str]:
 
 
 def undisturbed(folder: pathlib.Path, devices: int, steps: int) -> float:
-    """A run that is left alone, which also fills the compilation cache; -> seconds to its first step."""
+    """An undisturbed run, which also fills the compilation cache -> seconds to its first step."""
     begun, ready = time.monotonic(), 0.0
     process, log = start(folder, devices, steps)
     while process.poll() is None:
@@ -160,29 +161,29 @@ def compare(killed: pathlib.Path, alone: pathlib.Path, exact: bool) -> dict[str,
 
     a, b = (rows(f / "examples.jsonl") for f in (killed, alone))
     if a != b:
-        raise Unequal(f"{killed}: other examples than {alone}")
+        raise Unequal(f"{killed}: its examples differ from those of {alone}")
     a, b = (rows(f / "metrics.jsonl") for f in (killed, alone))
     if [r["step"] for r in a] != [r["step"] for r in b]:
-        raise Unequal(f"{killed}: the metrics are of other steps than those of {alone}")
+        raise Unequal(f"{killed}: the steps of its metrics differ from those of {alone}")
     loss = max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a, b, strict=True))
     if (exact and a != b) or loss > LOSS_TOLERANCE:
         raise Unequal(f"{killed}: losses differ by {loss:.2g} from {alone}")
     far, wanted = {"loss": loss}, final_state(alone)
-    for part, leaves in final_state(killed).items():
-        for x, y in zip(leaves, wanted[part], strict=True):
-            if (exact or part not in STATE_TOLERANCE) and not np.array_equal(x, y):
-                raise Unequal(f"{killed}: the final {part} is not that of {alone}")
-            if part in STATE_TOLERANCE:
+    for field, leaves in final_state(killed).items():
+        for x, y in zip(leaves, wanted[field], strict=True):
+            if (exact or field not in STATE_TOLERANCE) and not np.array_equal(x, y):
+                raise Unequal(f"{killed}: the final {field} differs from that of {alone}")
+            if field in STATE_TOLERANCE:
                 x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
                 apart = np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-6)
-                far[part] = max(far.get(part, 0.0), apart)
-        if far.get(part, 0) > STATE_TOLERANCE.get(part, 0):
-            raise Unequal(f"{killed}: the final {part} differs by {far[part]:.2g} from {alone}")
+                far[field] = max(far.get(field, 0.0), apart)
+        if far.get(field, 0) > STATE_TOLERANCE.get(field, 0):
+            raise Unequal(f"{killed}: the final {field} differs by {far[field]:.2g} from {alone}")
     return far
 
 
 def rows(path: pathlib.Path) -> list[dict]:
-    """What was recorded and does not depend on the clock."""
+    """The recorded lines, without values that depend on the clock."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
@@ -214,13 +215,13 @@ def _newest(folder: pathlib.Path) -> int:
 
 
 def _half_saved(folder: pathlib.Path) -> set[tuple[str, int]]:
-    """Checkpoints that are being written, or were when a process was killed."""
+    """Incomplete checkpoints: being written now, or when a process was killed."""
     found = set()
     for path in _listed(folder / "checkpoints"):
         if not path.name.isdigit():
             try:
                 found.add((path.name, path.stat().st_ino))
-            except OSError:  # complete, and so renamed
+            except OSError:  # it is complete and was renamed
                 continue
     return found
 
@@ -232,7 +233,7 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
         return []
 
 
-def _told(far: dict[str, float]) -> str:
+def _deviations(far: dict[str, float]) -> str:
     return ", ".join(f"{k} within {v:.1e}" for k, v in far.items())
 
 
@@ -261,7 +262,7 @@ def survive(
         plans.append((f"{', '.join(map(str, devices))} devices in turn", list(devices)))
     for n in devices[1:] if mixed else ():
         apart = compare(out / f"alone-{n}", out / f"alone-{devices[0]}", exact=False)
-        say(f"left alone, {n} devices and {devices[0]}: {_told(apart)}")
+        say(f"undisturbed, {n} devices and {devices[0]}: {_deviations(apart)}")
     legs = []
     for i, (name, numbers) in enumerate(plans):
         share = kills * (i + 1) // len(plans) - kills * i // len(plans)
@@ -273,7 +274,7 @@ def survive(
             found = compare(done, out / f"alone-{numbers[0]}", exact=len(numbers) == 1)
             far = {k: max(far.get(k, 0.0), v) for k, v in found.items()}
         legs.append(leg)
-        how = "equal to the bit" if len(numbers) == 1 else _told(far)
+        how = "equal to the bit" if len(numbers) == 1 else _deviations(far)
         what = ", ".join(f"{n} {k}" for k, n in sorted(leg.counts.items()))
         say(f"{name}: {sum(leg.counts.values())} kills ({what}), {leg.finished} runs to the end: same examples, {how}")
     return legs
@@ -283,9 +284,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--devices", default="1,2,4", help="fake CPU devices, at most 8")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; how far a process has come is its own")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn moments; the progress of processes varies")
     parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--out", default="", help="keep run folders and logs here")
+    parser.add_argument("--out", default="", help="folder that keeps run folders and logs")
     arguments = parser.parse_args()
     os.environ.update({k: v for k, v in environment().items() if k.startswith(("JAX", "XLA"))})
     devices = [int(n) for n in arguments.devices.split(",")]
@@ -298,7 +299,7 @@ def main() -> int:
             print(f"NOT EQUAL: {error}")
             return 1
     total = sum(sum(leg.counts.values()) for leg in legs)
-    print(f"{total} kills in {time.monotonic() - begun:.0f} s: nothing lost, nothing repeated, nothing changed")
+    print(f"{total} kills in {time.monotonic() - begun:.0f} s: all runs equal undisturbed ones")
     return 0
 
 

@@ -1,10 +1,11 @@
-"""Whole updates of SimCLR, SupCon, ExConB and CLAE beside the same in torch, data and augmentation included.
+"""Whole updates of SimCLR, SupCon, ExConB and CLAE, and the same in torch, including data and augmentation.
 
     python -m benchmarks.run --only=steps
 
-The torch side is written as one would: torchvision v2 transforms on single images in two DataLoader workers, the same
-network (torchvision's blocks, weights copied over), the same losses, AdamW. Letters: B batch, V views, N = V B rows,
-E embedding, K classes.
+The torch side is the usual code: torchvision v2 transforms on single images in two DataLoader workers, the same network
+(torchvision's blocks with copied weights), the same losses, AdamW.
+
+Letters: B batch, V views, N = V B rows, E embedding, K classes.
 """
 
 import os
@@ -17,8 +18,9 @@ import numpy as np
 
 from benchmarks import _floor, _paired
 from benchmarks._measure import cores
-from benchmarks._paired import Contestant, Ready, torch_threads
+from benchmarks._paired import torch_threads
 from benchmarks._table import Row, Settings
+from benchmarks._task import Contestant, Ready
 from benchmarks.explain import torch_network
 from benchmarks.passes import Passes, Whole, function_of, needed, program
 from benchmarks.steps import load_config
@@ -29,9 +31,9 @@ from jaxcl.models import ResNetOptions, weights
 TITLE = "Whole updates, with data and augmentation"
 NOTE = (
     "Garments at 32 px, batches of 128, float32. Two networks: that of the default CPU presets, and ResNet-18 of a "
-    "quarter of the usual width with CIFAR's stem, whose work is 3x3 convolutions. 'Two passes' is what an update of "
-    "SimCLR spends in the encoder at least (forward and full backward passes on as many images, alone, no data); the "
-    "rest of an update is the difference. In torch the images are augmented one by one by torchvision v2 in two worker "
+    "quarter of the usual width with CIFAR's stem, whose work is 3x3 convolutions. 'Two passes' is the least work of "
+    "an update of SimCLR in the encoder (forward and full backward passes on the same number of images, without data); "
+    "the difference is the rest of an update. In torch, torchvision v2 augments single images in two worker "
     "processes, which share the cores; jaxcl augments in the update."
 )
 NETWORKS = {
@@ -43,20 +45,20 @@ CONTESTANTS = (
     Contestant("jaxcl", "jaxcl", ours=True),
     Contestant("torch", "torch", package="torchvision"),
 )
-STEPS = {True: 1, False: 3}  # updates a call, by `quick`
+STEPS = {True: 1, False: 3}  # updates per call, by `quick`
 QUICK = dict(stage_sizes=(1, 1), stage_widths=(4, 8), strides=(1, 2))
 EPSILON = 0.015  # of [0, 1], as in configs/clae.py
 
 
 def rows(settings: Settings) -> list[Row]:
-    """Images a second of whole updates and of the encoder passes in them."""
+    """Images per second of whole updates and of the encoder passes in them."""
     found = []
     networks = {"tiny": QUICK} if settings.quick else NETWORKS
     for title, network in networks.items():
         for method in METHODS[:1] if settings.quick else METHODS:
             for part in ("update", "passes"):
                 if part == "passes" and method != "simclr":
-                    continue  # the others' are multiples of these
+                    continue  # those of the other methods are multiples of these
                 arguments = dict(method=method, network=network, part=part, quick=settings.quick)
                 found += _paired.rows(
                     "benchmarks.torch_steps",
@@ -82,7 +84,7 @@ def prepare(contestant: str, *, method: str, network: dict[str, Any], part: str,
     source = make_source(config.data.source)
     step, B, count = Whole(config, source), config.batch_size, STEPS[quick]
     if contestant == "jaxcl":
-        # An update's floor is that of its passes: all else is small beside them, or could be.
+        # The floor of an update is that of its passes; the rest could be small.
         once = _floor.total(
             [_floor.of_program(f, *given) for f, given in map(partial(function_of, step), needed(step.recipe))]
         )
@@ -101,7 +103,7 @@ def prepare(contestant: str, *, method: str, network: dict[str, Any], part: str,
 
 
 def _networks(step: Whole) -> tuple[Any, Any]:
-    """(encoder, projection head) with the weights of jaxcl's, in training mode."""
+    """(encoder, projection head) with the weights of the jaxcl model, in training mode."""
     from torch import nn
 
     recipe, model = step.recipe, step.recipe.model
@@ -129,13 +131,13 @@ def torch_passes(step: Whole, passes: list[Passes]) -> Callable[[], Any]:
 
 
 class Images:
-    """Two views of each image, by torchvision, and the image itself."""
+    """A dataset of two views of each image, by torchvision, and the image itself."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, mean, std, opened):
         import torch
         from torchvision.transforms import v2
 
-        # Workers wait while it is another contestant's turn, or they would have batches ready that cost nothing.
+        # Workers wait while other contestants run; else they would prepare batches at no cost.
         self.opened, self.owner = opened, os.getpid()
         self.images, self.labels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
         end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
@@ -158,7 +160,7 @@ class Images:
             try:
                 os.kill(self.owner, 0)
             except ProcessLookupError:
-                os._exit(0)  # nobody will ask for the rest
+                os._exit(0)  # nothing reads further batches
         image = self.images[i]
         return self.view(image), self.view(image), self.plain(image), int(self.labels[i])
 
@@ -169,7 +171,7 @@ def endless(loader):
 
 
 class Torch:
-    """A method's update."""
+    """The update of a method in torch."""
 
     def __init__(self, step: Whole, config, source, method: str):
         self.torch = torch = torch_threads()
@@ -187,7 +189,7 @@ class Torch:
             torch.tensor([(v - m) / s for m, s in zip(mean, std, strict=True)])[:, None, None] for v in (0, 1)
         )
         self.epsilon = torch.tensor([EPSILON / s for s in std])[:, None, None]
-        # Not forked, as JAX has threads; nor from a fork server, which torch would take for the parent and outlive.
+        # Not by fork, because JAX has threads; nor by a fork server, because torch's workers would outlive it.
         context = torch.multiprocessing.get_context("spawn")
         self.opened = context.Event()
         data = Images(source.images, source.labels, mean, std, self.opened)
@@ -234,7 +236,7 @@ class Torch:
         return self.torch.nn.functional.cross_entropy(logits_NxN, partner)
 
     def supervised(self, z_NxE, label_N, exists_N=None, temperature: float = 0.2):
-        """SupCon, the mean over positives outside the logarithm; rows that do not exist are negatives of nobody."""
+        """SupCon with the mean over positives outside the logarithm; padded rows are excluded."""
         torch = self.torch
         N = len(z_NxE)
         exists_N = torch.ones(N, dtype=torch.bool) if exists_N is None else exists_N
@@ -260,7 +262,7 @@ class Torch:
         torch = self.torch
         x = v1.clone().requires_grad_(True)
         _, z = self.embed(x)
-        # The anchor is the same image and is held fixed.
+        # The anchor is the same image, held fixed.
         gradient = torch.autograd.grad(self.nt_xent(z.detach(), z), x)[0]
         moved = torch.maximum(torch.minimum(v1 + self.epsilon * gradient.sign(), self.high), self.low)
         (h1, z1), (_, z2), (_, z3) = self.embed(v1), self.embed(v2), self.embed(moved)
@@ -268,7 +270,7 @@ class Torch:
         self.classify(h1, label)
 
     def excon(self, v1, v2, plain, label) -> None:
-        """ExConB: GradCAM at stage 1, masks that pass replace view 1, the others become further negatives."""
+        """ExConB: GradCAM at stage 1; accepted masks replace view 1, rejected ones become further negatives."""
         torch = self.torch
         layers = dict(self.net.named_children())
         names = list(layers)

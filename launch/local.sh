@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Several processes on this machine, each with fake CPU devices: a rehearsal of a multi-host run.
-#   launch/local.sh PROCESSES DEVICES_EACH [jaxcl.main flags]
+# Rehearse a multi-host run: several processes on this machine, each with fake CPU devices.
+#   launch/local.sh PROCESSES DEVICES_EACH [flags of jaxcl train]
 #   launch/local.sh 2 2 --config=configs/excon.py --workdir=runs/rehearsal
-# Process K writes process-K.log in a temporary folder whose name is printed; process 0
-# also speaks on the terminal. Ends with the first exit code that is not 0, and takes the others down with it.
+# Process K writes process-K.log into a temporary folder, whose name is printed. Process 0 also writes to the
+# terminal. The script ends with the first exit code that is not 0 and then stops the other processes.
 set -euo pipefail
 if [ $# -lt 3 ] || [ "$1" = "--help" ]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; fi
 processes=$1 devices=$2; shift 2
@@ -15,7 +15,7 @@ trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
 for ((i = 0; i < processes; i++)); do
   log="$logs/process-$i.log"
   run=(env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices"
-       "$python" -m jaxcl.main "--distributed=127.0.0.1:$port,$processes,$i" "$@")
+       "$python" -m jaxcl train "--distributed=127.0.0.1:$port,$processes,$i" "$@")
   if [ "$i" = 0 ]; then "${run[@]}" > >(tee "$log") 2>&1 & else "${run[@]}" > "$log" 2>&1 & fi
   pids+=($!)
 done

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU VM, from one host to a whole pod slice. Every command may be given again: it does what is left.
-#   launch/tpu_vm.sh COMMAND NAME --zone=ZONE [options] [-- jaxcl.main flags]
+# A run on a Cloud TPU VM, from one host to a whole pod slice. Every command can be repeated; it does what is left.
+#   launch/tpu_vm.sh COMMAND NAME --zone=ZONE [options] [-- flags of jaxcl train]
 #   launch/tpu_vm.sh train my-tpu --zone=us-central1-a --type=v5litepod-16 --spot -- \
 #       --config=configs/excon.py --workdir=gs://my-bucket/excon
 # Commands:
-#   create   the TPU, unless it is there; one that was preempted is deleted and made again
-#   copy     this project to all workers, and an environment on each of them
-#   start    the run on all workers, in the background, unless it is going on
-#   logs     follow worker 0; ends with the run, and with its exit code
-#   stop     SIGTERM on all workers: the run saves itself and ends
-#   delete   the TPU: billing ends
-#   train    create, copy, start, logs, delete; after a preemption or a lost host (exit code 75) all of it again
+#   create   create the TPU unless it exists; a preempted TPU is deleted and created again
+#   copy     copy this project to all workers and make a Python environment on each
+#   start    start the run on all workers, in the background, unless it is running
+#   logs     follow the log of worker 0; ends with the run and with its exit code
+#   stop     send SIGTERM on all workers: the run saves its state and ends
+#   delete   delete the TPU, which ends billing
+#   train    create, copy, start, logs, delete; repeated after a preemption or a lost host (exit code 75)
 # Options:
 #   --zone=ZONE      --project=PROJECT (default: gcloud's own)
-#   --type=TYPE      accelerator type, as v5litepod-16
-#   --version=NAME   software of the VM, as v2-alpha-tpuv5-lite (default: chosen by the type)
-#   --spot           capacity that may be taken away at any time
-#   --restarts=N     how often `train` begins again (default 20)   --keep: `train` leaves the TPU
-#   --dry_run        print the commands instead
-# Billed from `create` until `delete`, whether anything runs or not. Needs gcloud, logged in, with the TPU API on.
+#   --type=TYPE      accelerator type, such as v5litepod-16
+#   --version=NAME   software of the VM, such as v2-alpha-tpuv5-lite (default: chosen by the type)
+#   --spot           cheaper capacity that can be preempted at any time
+#   --restarts=N     most restarts of `train` (default 20)   --keep: `train` does not delete the TPU
+#   --dry_run        print the commands instead of running them
+# The TPU is billed from `create` until `delete`, even if nothing runs. The script needs gcloud, logged in, with the TPU
+# API enabled.
 set -euo pipefail
 help() { sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; }
 fail() { echo "tpu_vm.sh: $1" >&2; exit 2; }
@@ -28,7 +29,7 @@ case "${1:-}" in
   *) help >&2; exit 2 ;;
 esac
 name=${1:-}; shift || true
-[[ $name =~ ^[a-z][-a-z0-9]*$ ]] || fail "'$name' is no name for a TPU; expected lower-case letters, digits and hyphens"
+[[ $name =~ ^[a-z][-a-z0-9]*$ ]] || fail "'$name' is not a valid TPU name; expected lower-case letters, digits and hyphens"
 
 zone="" project="" type="" version="" spot="" keep="" dry="" restarts=20
 while [ $# -gt 0 ]; do
@@ -42,7 +43,7 @@ while [ $# -gt 0 ]; do
     --keep) keep=1 ;;
     --dry_run) dry=1 ;;
     --) shift; break ;;
-    *) fail "unknown option $1; jaxcl.main's own flags come after --" ;;
+    *) fail "unknown option $1; flags of jaxcl train come after --" ;;
   esac
   shift
 done
@@ -59,13 +60,13 @@ if [ -z "$version" ]; then
   esac
 fi
 
-do_() {  # run a command, or say it
+do_() {  # run a command, or print it
   if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 on() {  # on WORKERS SHELL_COMMAND
   do_ gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
-state() {  # READY, CREATING, PREEMPTED, ...; empty: there is none
+state() {  # READY, CREATING, PREEMPTED, ...; empty: no such TPU
   if [ -n "$dry" ]; then do_ gcloud compute tpus tpu-vm describe "$name" "${where[@]}" "--format=value(state)" >&2; return; fi
   gcloud compute tpus tpu-vm describe "$name" "${where[@]}" "--format=value(state)" 2>/dev/null || true
 }
@@ -77,19 +78,19 @@ create() {
   case "$(state)" in
     READY | CREATING) return ;;
     "") ;;
-    *) delete || return ;;  # preempted or stopped: such a TPU cannot be started again
+    *) delete || return ;;  # a preempted or stopped TPU cannot be started again
   esac
   do_ gcloud compute tpus tpu-vm create "$name" "${where[@]}" "--accelerator-type=$type" "--version=$version" ${spot:+--spot}
 }
 copy() {
   local archive; archive=$(mktemp -d)/jaxcl.tar.gz
-  do_ tar -C "$root" -czf "$archive" jaxcl configs launch setup.cfg pyproject.toml README.md LICENSE NOTICE &&
+  do_ tar -C "$root" -czf "$archive" jaxcl configs launch setup.cfg setup.py pyproject.toml README.md LICENSE NOTICE &&
     do_ gcloud compute tpus tpu-vm scp "$archive" "$name:jaxcl.tar.gz" "${where[@]}" --worker=all &&
     on all "mkdir -p jaxcl && tar -C jaxcl -xzf jaxcl.tar.gz && bash jaxcl/launch/tpu_worker.sh setup" || return
   rm -rf "$(dirname "$archive")"
 }
 start() {
-  [[ " $* " == *" --workdir=gs://"* ]] || fail "no --workdir=gs://...: the workers have no disk in common, and the TPU's own is lost with it"
+  [[ " $* " == *" --workdir=gs://"* ]] || fail "no --workdir=gs://...: the workers share no disk, and the disk of a TPU is lost with it"
   on all "bash jaxcl/launch/tpu_worker.sh start $(printf '%q ' --distributed=auto "$@")"
 }
 logs() { on 0 "bash jaxcl/launch/tpu_worker.sh follow"; }
@@ -99,12 +100,12 @@ train() {
   while true; do
     code=0
     create && had=1 && copy && start "$@" && logs || code=$?
-    # 75: stopped on request, or a host was lost. 255: ssh itself, as when the TPU was taken away under it; or only the
-    # connection broke, and the run goes on. Without a TPU at all the first time: no capacity now, or a wrong option.
+    # 75: stopped on request, or a host was lost. 255: an error of ssh, because the TPU was preempted or only because the
+    # connection broke while the run continues. If no TPU was ever created, there is no capacity or an option is wrong.
     if [ "$code" = 0 ] || { [ -z "$had" ] && [ -z "$spot" ]; }; then break; fi
     if [ "$(state)" = READY ]; then
       case "$code" in
-        75) stop || true ;;  # what is left of the run on other workers
+        75) stop || true ;;  # stop the processes that are left on other workers
         255) ;;
         *) break ;;
       esac

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh has each worker of a TPU do; not meant to be called by hand.
-#   tpu_worker.sh setup | start [jaxcl.main flags] | follow | stop
-# The run is in the background, so that it outlives the ssh that began it: ~/run.pid, ~/run.log, ~/run.exit.
+# The commands that launch/tpu_vm.sh runs on each worker of a TPU; do not call it by hand.
+#   tpu_worker.sh setup | start [flags of jaxcl train] | follow | stop
+# The run is in the background and outlives the ssh connection that started it: ~/run.pid, ~/run.log, ~/run.exit.
 set -euo pipefail
 cd "$HOME/jaxcl"
 alive() { [ -f ~/run.pid ] && kill -0 "$(cat ~/run.pid)" 2>/dev/null; }
 case "${1:-}" in
   setup)
-    want=$(cat setup.cfg pyproject.toml | sha256sum)
+    want=$(cat setup.cfg setup.py pyproject.toml | sha256sum)
     if [ "$(cat ~/env/.made 2>/dev/null)" = "$want" ]; then exit 0; fi
     rm -rf ~/env
     for python in python3.13 python3.12 python3.11; do
@@ -22,11 +22,11 @@ case "${1:-}" in
     ;;
   start)
     shift
-    if alive; then echo "the run is going on as process $(cat ~/run.pid)"; exit 0; fi
+    if alive; then echo "the run is active as process $(cat ~/run.pid)"; exit 0; fi
     rm -f ~/run.exit
     # shellcheck disable=SC2016  # the inner shell expands them
     setsid nohup bash -c 'trap "kill -TERM \$child" TERM
-      ~/env/bin/python -m jaxcl.main "$@" & child=$!
+      ~/env/bin/python -m jaxcl train "$@" & child=$!
       code=0; wait "$child" || code=$?
       while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
       echo "$code" > ~/run.exit' run "$@" >> ~/run.log 2>&1 < /dev/null &
@@ -34,7 +34,7 @@ case "${1:-}" in
     ;;
   follow)
     tail -n +1 -F --pid="$(cat ~/run.pid)" ~/run.log
-    exit "$(cat ~/run.exit 2>/dev/null || echo 75)"  # no exit code: it was killed
+    exit "$(cat ~/run.exit 2>/dev/null || echo 75)"  # no exit code: the run was killed
     ;;
   stop)
     if alive; then kill -TERM "$(cat ~/run.pid)"; fi

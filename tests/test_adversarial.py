@@ -185,6 +185,7 @@ def test_schedule_of_steps(sizes):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_traced_number_of_steps(norm):
     x = images()
+    chex.clear_trace_counter()
     traced_once = chex.assert_max_traces(lambda k: pgd(loss, x, epsilon=0.1, num_steps=k, norm=norm), n=1)
     compiled = jax.jit(traced_once)
     for k in (0, 1, 4):

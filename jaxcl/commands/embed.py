@@ -54,7 +54,7 @@ def embed(runs: Sequence[Run], out: str | os.PathLike, *, split: str = "", layer
     if layer not in FEATURES:
         known = " or ".join(f"{k!r} ({v})" for k, v in FEATURES.items())
         raise UserError(f"--layer is {layer!r}; expected {known}")
-    contexts = {s: Joined(runs, s) if len(runs) > 1 else first.frozen(s) for s in _splits(first, split)}
+    contexts = {s: Joined(runs, s) if len(runs) > 1 else first.context(s) for s in _splits(first, split)}
     sources = {s: context.test for s, context in contexts.items()}
     N, D = sum(map(len, sources.values())), sum(_width(run, layer) for run in runs)
     about = {

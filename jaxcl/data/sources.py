@@ -150,8 +150,14 @@ def parse(spec: str, where: str = "the data source") -> tuple[type[SourceKind], 
 
 
 def has_own_validation(spec: str) -> bool:
-    """Whether a set of this kind may have its own validation split. Only reading the set shows whether it does."""
-    return parse(spec)[0].own_validation
+    """Whether a set of this kind may have its own validation split. Only reading the set shows whether it does.
+
+    False for an unknown kind, which is refused when the set is read.
+    """
+    try:
+        return parse(spec)[0].own_validation
+    except UserError:
+        return False
 
 
 def keeps_size(spec: str) -> bool:

@@ -167,6 +167,7 @@ class Collapse(Evaluator):
     """`collapse_metrics` of the test images without augmentation: of features "h_..." and of embeddings "z_..."."""
 
     features_only = True
+    feature_kinds = ("z",)
     metrics = {
         "z_within_class_cosine": Metric(
             "Cosine within a class", "", percent=False, meaning="mean cosine of embeddings of one class; 1 is collapse"

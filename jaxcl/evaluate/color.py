@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import augment
-from jaxcl.augment.color import PARTS
+from jaxcl.augment import to_float
+from jaxcl.augment.color import PROPERTIES
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.invariance import IMAGES, JITTER
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 from jaxcl.method.views import view_keys
 
@@ -50,7 +50,7 @@ class Color(Evaluator):
             key, out = jax.random.key(seed, impl="threefry2x32"), {"h": [], "jitter": []}
             for name in ("color1", "color2"):
                 keys = view_keys(key, jnp.zeros((), jnp.int32), batch["index"], name)
-                image, drawn = pipeline(keys, to_pixels(batch["image"]))
+                image, drawn = pipeline(keys, to_float(batch["image"]))
                 out["h"].append(context.encode(state, context.normalize(image))[0])
                 out["jitter"].append(drawn["jitter"])
             return out
@@ -65,7 +65,7 @@ class Color(Evaluator):
         labels, test_labels = _distances(train_a), _distances(test_a)
         metrics: Metrics = {}
         majority = []
-        for i, name in enumerate(PARTS):
+        for i, name in enumerate(PROPERTIES):
             probe = fit_linear_probe(train_x, labels[:, i], num_classes=BINS, max_steps=100)
             predicted = np.asarray(probe_logits(probe, test_x)).argmax(-1)
             metrics[name] = accuracy(predicted, test_labels[:, i])
@@ -100,7 +100,7 @@ def _tint(context: EvalContext) -> float | None:
 
 def _distances(jitter_2xNx4: np.ndarray) -> np.ndarray:
     """The distance in bins between the factors of two copies, int [N,4] in 0..BINS - 1."""
-    strength = np.array([JITTER[name] for name in PARTS])
+    strength = np.array([JITTER[name] for name in PROPERTIES])
     low = np.array([1, 1, 1, 0]) - strength
     bins = np.clip(((jitter_2xNx4 - low) / (2 * strength) * BINS).astype(np.int64), 0, BINS - 1)
     return np.abs(bins[0] - bins[1])

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.augment import standard_view
+from jaxcl.augment import standard_view, to_float
 from jaxcl.data import Source, batches
 from jaxcl.errors import UserError
 from jaxcl.evaluate.duplicates import thumbnail
@@ -20,7 +20,6 @@ from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logit
 from jaxcl.losses.common import unit
 from jaxcl.method import sharding
 from jaxcl.method.forward import represent
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.recipe import Phase, Recipe
 from jaxcl.method.state import TrainState
 from jaxcl.method.views import view_keys
@@ -215,7 +214,7 @@ class EvalContext:
 
     def _stream(self, source: Source, kinds: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
         def encode(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-            pixels = to_pixels(batch["image"])
+            pixels = to_float(batch["image"])
             made = self._kinds_of(state, self.normalize(pixels)) | {THUMBNAIL: lambda: thumbnail(pixels)}
             return {k: made[k]() for k in kinds}
 
@@ -228,7 +227,7 @@ class EvalContext:
 
         def encode(state: TrainState, batch: dict[str, Array], draw: Array) -> Array:
             keys = view_keys(state.key, draw, batch["index"], f"{name} to evaluate")
-            image, _ = self.recipe.views[name](keys, to_pixels(batch["image"]))
+            image, _ = self.recipe.views[name](keys, to_float(batch["image"]))
             return self._kinds_of(state, image)[kind]()
 
         return self.collect(self.source(split), f"augmented {kind}", encode, np.int32(draw))

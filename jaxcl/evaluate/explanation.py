@@ -11,12 +11,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcl import saliency
-from jaxcl.augment import ops
+from jaxcl.augment import denormalize, to_float
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import EvalContext, EvalSetup
 from jaxcl.method.forward import represent
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 
 Array = jax.Array
@@ -152,7 +151,7 @@ class Explanation(Evaluator):
         S = context.recipe.image_shape[0]
 
         def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-            image, logits_fn = context.normalize(to_pixels(batch["image"])), context.logits_fn(state)
+            image, logits_fn = context.normalize(to_float(batch["image"])), context.logits_fn(state)
             probabilities = jax.nn.softmax(logits_fn(image))
             predicted = probabilities.argmax(-1)
             maps = _maps(context, state, image, predicted)
@@ -190,12 +189,12 @@ def _explained(context: EvalContext, truth: np.ndarray | None) -> dict[str, Any]
     recipe, test = context.recipe, context.test
 
     def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-        image = context.normalize(to_pixels(batch["image"]))
+        image = context.normalize(to_float(batch["image"]))
         maps = _maps(context, state, image, batch["label"])
         keep = saliency.keep_mask(maps, 0.5)
         masked = saliency.apply_mask(image, keep)
         accepted = context.logits_fn(state)(masked).argmax(-1) == batch["label"]
-        show = lambda x: ops.denormalize(x, recipe.mean, recipe.std).clip(0, 1)  # noqa: E731
+        show = lambda x: denormalize(x, recipe.mean, recipe.std).clip(0, 1)  # noqa: E731
         return {"image": show(image), "map": maps, "keep": keep, "masked": show(masked), "accepted": accepted}
 
     some = min(len(test), PICTURED)

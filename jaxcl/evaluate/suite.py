@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.augment import ops
+from jaxcl.augment import denormalize
 from jaxcl.data import Source, has_own_validation
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
@@ -155,7 +155,7 @@ def training_views(context: EvalContext) -> dict[str, Any]:
 
     def show(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
         views, _, _ = run_stages(recipe, last, state, batch, make_views(recipe, state, batch, names), mesh)
-        shown = {n: ops.denormalize(v.image, recipe.mean, recipe.std).clip(0, 1) for n, v in views.items()}
+        shown = {n: denormalize(v.image, recipe.mean, recipe.std).clip(0, 1) for n, v in views.items()}
         return shown | {f"{n}.where": v.where for n, v in views.items() if v.where is not None}
 
     count = min(len(source), recipe.batch_size) // mesh.size * mesh.size

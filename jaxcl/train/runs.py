@@ -61,7 +61,7 @@ class Run(Saved):
 
     evaluation: Evaluation
 
-    def frozen(self, split: str = "test") -> EvalContext:
+    def context(self, split: str = "test") -> EvalContext:
         """The context of its state, to measure on a split."""
         return EvalContext(self.evaluation, self.state, self.mesh, split)
 
@@ -165,7 +165,7 @@ class Joined(EvalContext):
     def __init__(self, runs: Sequence[Run], split: str = "test"):
         first = runs[0]
         super().__init__(first.evaluation, first.state, first.mesh, split)
-        self._contexts = [run.frozen(split) for run in runs]
+        self._contexts = [run.context(split) for run in runs]
         for run, context in zip(runs[1:], self._contexts[1:], strict=True):
             context.batch_size = self.batch_size  # `stream` joins batches, too
             if not _same_images(self.test, context.test):
@@ -216,7 +216,7 @@ def evaluate_runs(runs: Sequence[Run], suite: Sequence[str] = (), *, split: str 
     check_split("split", split, runs[0].config)
     kinds, where = (tuple(suite), "suite") if suite else (tuple(evaluation.options.final), "eval.final")
     if len(runs) == 1:
-        return evaluation.evaluate(kinds, runs[0].frozen(split), where=where)
+        return evaluation.evaluate(kinds, runs[0].context(split), where=where)
     joinable = [kind for kind in kinds if make_evaluator(kind, where).features_only]
     if suite and len(joinable) < len(kinds):
         odd = next(kind for kind in kinds if kind not in joinable)

@@ -45,6 +45,7 @@ def padded(table, n):
 def test_golden_tiling(golden):
     """With a traced size and more tiles than are used, as inside `patch_negatives`: one program for all sizes."""
     d = golden(PAPER, "patch_tiling")
+    chex.clear_trace_counter()
     tile = jax.jit(chex.assert_max_traces(tile_patches, n=2))  # one for each shape of image
     index = np.arange(224 * 224, dtype=np.int32).reshape(224, 224, 1)
     for i in range(4):

@@ -359,6 +359,7 @@ def test_what_is_no_operation_is_refused():
 
 
 def test_a_view_is_traced_once_for_each_shape():
+    chex.clear_trace_counter()
     view = jax.jit(chex.assert_max_traces(augment.classifier_view(8, MEAN, STD).__call__, n=2))
     for count, seed in ((4, 0), (4, 1), (8, 0), (4, 2)):
         images, params = view(keys(count, seed), batch(count, seed=seed))

@@ -1,4 +1,4 @@
-"""The start-up benchmark: its table, and one real process whose parts add up to the whole."""
+"""The start-up benchmark: its table, and a real process with pieces that add up to the total."""
 
 import pytest
 from processes import ROOT

@@ -1,4 +1,4 @@
-"""The table of benchmarks.run: ratios, releases and the comparison with them by hand, and one part in toy sizes."""
+"""The table of benchmarks.run: ratios, floors, releases and comparisons by hand, and one section in toy sizes."""
 
 import json
 import unittest.mock
@@ -7,27 +7,27 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import _floor, _paired, _table, run
-from benchmarks._paired import Contestant, Ready
 from benchmarks._table import Row, Settings
+from benchmarks._task import Contestant, NotApplicable, Ready
 
 HERE = {"processor": "2 cores of A", "memory": "8 GiB"}
 
 
-def part(*rows, title="Speed"):
-    return _table.part_of(rows, title=title, note="", date="2026-01-01", commit="abc", rounds=3, load=[0.0, 1.0])
+def section(*rows, title="Speed"):
+    return _table.section_of(rows, title=title, note="", date="2026-01-01", commit="abc", rounds=3, load=[0.0, 1.0])
 
 
 def test_ratios_are_taken_round_by_round():
     ours = Row("t", "jaxcl", "images/s", (10.0, 1.0, 10.0), ours=True)
     rate = Row("t", "peer", "images/s", (5.0, 0.1, 5.0))
-    assert _table.ahead(rate, [ours, rate]) == 2  # of medians it would be the same; of means not
+    assert _table.ahead(rate, [ours, rate]) == 2  # medians of the values would give the same, means would not
     assert _table.times_as_fast(ours, rate) == [2, 10, 2]
     time_ours, time = Row("t", "jaxcl", "ms", (1.0, 2.0, 4.0), ours=True), Row("t", "peer", "ms", (3.0, 2.0, 12.0))
     assert _table.ahead(time, [time, time_ours]) == 3
     assert _table.ahead(time_ours, [time, time_ours]) is None
     absent = Row("t", "other", "ms", left_out="other is not installed")
     assert _table.ahead(absent, [time_ours, absent]) is None
-    text = _table.text({"speed": part(time_ours, time, absent)}, None, True)
+    text = _table.text({"speed": section(time_ours, time, absent)}, None, True)
     assert "| t | **jaxcl** | 2.00 ms |  |  |" in text
     assert "|  | peer | 3.00 ms | 3.00 | 1.00 to 3.00 |" in text
     assert "|  | other | other is not installed |  |  |" in text
@@ -43,7 +43,7 @@ def test_floors():
     assert _table.floors(rate) == (4,) and _table.over_floor(rate, [rate]) == 2
     startup = Row("v", "jaxcl", "s", (1.0,), ours=True)
     assert _table.over_floor(startup, [startup]) is None
-    entries = part(ours, peer, rate, startup)
+    entries = section(ours, peer, rate, startup)
     text = _table.text({"speed": entries}, None, True)
     assert "|  | peer | 33.0 s | 1.00 | 0.50 to 1.50 | 2.00 |" in text
     assert "| t | 60 FLOP, 8 B for a call | 20 FLOP/s, 1 B/s | memory | 13.0 s |" in text
@@ -70,26 +70,28 @@ def test_the_last_release():
     assert [_table.to_last(row, now, old, False) for row in now] == [None, 1.5]  # 3 times as fast, then 2
     new = Row("another", "jaxcl", "ms", (1.0,), ours=True)
     assert _table.to_last(new, [new], old, True) is None
-    assert "| 3.00 ms | 3.00 | 3.00 to 3.00 | 1.33 |" in _table.text({"p": part(*now)}, {"p": part(*before)}, True)
+    assert "| 3.00 ms | 3.00 | 3.00 to 3.00 | 1.33 |" in _table.text(
+        {"p": section(*now)}, {"p": section(*before)}, True
+    )
 
 
-def test_releases_are_kept_part_by_part(tmp_path):
+def test_releases_are_stored_section_by_section(tmp_path):
     row = Row("t", "jaxcl", "ms", (1.0,), ours=True)
-    _table.store(tmp_path / "0.9.0.json", HERE, {"a": part(row), "b": part(row)})
-    _table.store(tmp_path / "0.10.0.json", HERE, {"a": part(row)})
-    _table.store(tmp_path / "0.10.0.json", HERE, {"b": part(row, row), "a": part(row, title="again")})
-    assert _table.last_release(tmp_path).name == "0.10.0.json"  # not the last by the alphabet
+    _table.store(tmp_path / "0.9.0.json", HERE, {"a": section(row), "b": section(row)})
+    _table.store(tmp_path / "0.10.0.json", HERE, {"a": section(row)})
+    _table.store(tmp_path / "0.10.0.json", HERE, {"b": section(row, row), "a": section(row, title="again")})
+    assert _table.last_release(tmp_path).name == "0.10.0.json"  # not the last in alphabetical order
     stored = json.loads((tmp_path / "0.10.0.json").read_text())
     assert stored["parts"]["a"]["title"] == "again" and _table.rows_of(stored["parts"]["b"]) == [row, row]
-    with pytest.raises(SystemExit, match="another machine or with other packages .memory, torch."):
-        _table.store(tmp_path / "0.10.0.json", HERE | {"memory": "9 GiB", "torch": "3"}, {"a": part(row)})
+    with pytest.raises(SystemExit, match="0.10.0.json.*memory, torch"):
+        _table.store(tmp_path / "0.10.0.json", HERE | {"memory": "9 GiB", "torch": "3"}, {"a": section(row)})
     assert _table.last_release(tmp_path / "none") is None
 
 
 def prepare(contestant, *, answers):
-    """What the processes of the next test do."""
+    """The work of the processes in the next test."""
     if contestant == "cannot":
-        raise _paired.NotApplicable("would need 18 GiB")
+        raise NotApplicable("would need 18 GiB")
     if contestant == "broken":
         raise RuntimeError("no such operator\nsecond line")
     print("a library that talks")
@@ -114,13 +116,13 @@ def test_contestants_in_processes():
         *("", "", "would need 18 GiB", "failed: RuntimeError: no such operator", "no-such-package is not installed")
     ]
     assert rows[1].differs == "slowly" and rows[0].ours and not rows[1].ours
-    with pytest.raises(SystemExit, match="t: peer and ours differ by 4.5e-06, expected at most 1e-06"):
+    with pytest.raises(SystemExit, match="t: peer and ours .*4.5e-06"):
         _paired.rows(where, "t", contestants[:2], settings, **options, tolerance=1e-6)
-    with pytest.raises(SystemExit, match="t: jaxcl: failed"):  # ours may not fail
+    with pytest.raises(SystemExit, match="t: jaxcl: failed"):  # our contestant must not fail
         _paired.rows(where, "t", [Contestant("broken", "jaxcl", ours=True)], settings, **options)
 
 
-def test_whole_command_on_one_part(tmp_path, capsys):
+def test_whole_command_on_one_section(tmp_path, capsys):
     run.main(["--quick", "--only=knn", "--rounds=1", f"--out={tmp_path}/figure.png"])
     out = capsys.readouterr().out
     assert "### Nearest neighbours" in out and "| 64 queries in 500 rows of 8 | **jaxcl** |" in out
@@ -131,10 +133,10 @@ def test_whole_command_on_one_part(tmp_path, capsys):
 def test_the_page_is_written_from_what_is_stored(tmp_path):
     release, page, figure = (tmp_path / name for name in ("0.1.0.json", "page.md", "figure.png"))
     page.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
-    with pytest.raises(SystemExit, match="0.1.0.json is not stored"):
+    with pytest.raises(SystemExit, match="0.1.0.json"):
         run.write_docs(release, page, figure)
     rows = Row("t", "jaxcl", "ms", (1.0, 1.5), ours=True), Row("t", "peer", "ms", (0.5, 0.5))
-    _table.store(release, HERE, {"knn": part(*rows), "losses": part(*rows, title="First")})
+    _table.store(release, HERE, {"knn": section(*rows), "losses": section(*rows, title="First")})
     run.write_docs(release, page, figure)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
@@ -142,7 +144,7 @@ def test_the_page_is_written_from_what_is_stored(tmp_path):
 
 
 def test_options():
-    assert run.parse([]).only == [name for name in run.PARTS if name in run.parse([]).only]
+    assert run.parse([]).only == [name for name in run.SECTIONS if name in run.parse([]).only]
     assert {"losses", "augment", "explain", "input", "knn"} <= set(run.parse([]).only)
     assert run.parse(["--only=none"]).only == []
     for bad in (["--only=sinkhorn"], ["--quick", "--store"], ["--rounds=0"]):

@@ -1,4 +1,4 @@
-"""Small sources whose images say which row they are, in memory and on disk, for tests of the loader."""
+"""Small sources whose images encode their row, in memory and on disk, for tests of the loader."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Helpers of the data tests: what must be refused."""
+"""A helper of the data tests: a source that must be refused."""
 
 import pytest
 

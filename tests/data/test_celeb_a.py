@@ -1,4 +1,4 @@
-"""celeb_a:PATH on a few synthetic faces, in every form in which its folder is passed on."""
+"""celeb_a:PATH on a few synthetic faces, in every form of its folder."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def attributes(i):
 
 
 def write(root, form, count=12):
-    """Faces 000001.jpg and so on; training, validation and test by turns; the middle 178 rows say which face it is."""
+    """Faces 000001.jpg and so on; training, validation and test in turn; the middle 178 rows identify the face."""
     images, anno, part, ending = {
         "published": ("Img/img_align_celeba", "Anno", "Eval", "txt"),
         "flat": ("img_align_celeba", ".", ".", "txt"),

@@ -1,4 +1,4 @@
-"""cifar:PATH: both sets in both versions, and pickles that try something."""
+"""cifar:PATH: both sets in both versions, and malicious pickles."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import source_checks
 from jaxcl.data import make_source
 
 RNG = np.random.default_rng(0)
-PIXELS = RNG.integers(0, 256, (60, 32, 32, 3)).astype(np.uint8)  # NHWC, as it must come back
+PIXELS = RNG.integers(0, 256, (60, 32, 32, 3)).astype(np.uint8)  # NHWC, the expected result
 FLAT = PIXELS.transpose(0, 3, 1, 2).reshape(60, -1)
 LABELS = np.arange(60) % 10
 FINE, COARSE = RNG.permutation(60) + 40, np.arange(60) % 20
@@ -126,7 +126,7 @@ class Evaluate:
 
 
 class Loads:
-    """Through NumPy's own doors."""
+    """An attack through a function of NumPy."""
 
     def __reduce__(self):
         return np.load, (Shell.target,)
@@ -193,7 +193,7 @@ def test_missing_files(tmp_path):
 
 
 def test_the_writer_is_a_python2_pickle():
-    """The file's own helper, against the standard reader."""
+    """Checks `python2` above against the standard unpickler."""
     back = pickle.loads(python2({"data": FLAT[:2], "labels": [1]}), encoding="bytes")
     assert (back[b"data"] == FLAT[:2]).all() and back[b"labels"] == [1]
     assert b"numpy.core.multiarray" in python2({"data": FLAT[:2]})

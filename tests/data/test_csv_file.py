@@ -1,4 +1,4 @@
-"""csv:PATH: what a table says of its images, and what is said of a table that is wrong."""
+"""csv:PATH: the columns of a table, and the errors for a wrong one."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Image files as a set: splits, sizes, what cannot be read, memory and disk, paths in buckets."""
+"""Image files as a set: splits, sizes, unreadable files, memory and disk, paths in buckets."""
 
 import io
 import logging
@@ -24,7 +24,7 @@ def save(path, level=0, size=(12, 12)):
 
 
 def levels(source):
-    """What identifies the images of a source, in its order."""
+    """The grey levels that identify the images of a source, in its order."""
     return source.batch(np.arange(len(source)))["image"][:, 5, 5, 0].tolist()
 
 
@@ -95,7 +95,7 @@ def test_sizes(tmp_path, classes, caplog):
     assert caplog.text.count("60 images, 3 classes") == 1  # not for every split
     for i in range(6):
         save(tmp_path / f"{i}.jpg", i, (300, 300))
-    assert make_source(f"folder:{tmp_path}").image_shape == (64, 64, 3)  # the files are new ones
+    assert make_source(f"folder:{tmp_path}").image_shape == (64, 64, 3)  # the files have changed
     assert make_source(f"folder:{tmp_path}", image_size=300).image_shape == (300, 300, 3)
     fails("image_size is -1", f"folder:{tmp_path}", image_size=-1)
 
@@ -110,7 +110,7 @@ def test_few_images(tmp_path):
     assert (len(train), len(test)) == (2, 1) and sorted(levels(train) + levels(test)) == [0, 1, 2]
     with pytest.raises(UserError, match="batch_size=256 is larger than folder:.* with 2 images; use at most 2"):
         Loader(train, batch_size=256, seed=0)
-    # Too few of each class for a tenth of it: a tenth of all.
+    # Classes too small for a tenth of each: a tenth of all images.
     for i in range(12):
         save(tmp_path / f"class{i % 6}" / f"{i}.png", i)
         (tmp_path / f"{i}.png").unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def test_few_images(tmp_path):
 
 @pytest.mark.slow
 def test_two_hundred_thousand_files(tmp_path):
-    """Listed, looked at and drawn from in minutes, whatever the memory."""
+    """Listing, checking and reading take minutes."""
     for c in range(10):
         save(tmp_path / f"class{c}" / "0.png", c, (8, 8))
         for i in range(1, 20_000):
@@ -163,7 +163,7 @@ def test_splits_and_the_published_validation_split(tmp_path):
 
 
 def broken(good_png: bytes, good_jpeg: bytes):
-    """name -> bytes of files that no decoder can make an image of."""
+    """name -> bytes of files that no decoder can read."""
     rng = np.random.default_rng(0)
     out = {"empty.png": b"", "text.jpg": b"hello world" * 50, "html.png": b"<html></html>", "zeros.bmp": bytes(500)}
     for at in (1, 8, 20, 33, 50, len(good_png) // 2, len(good_png) - 30):
@@ -220,7 +220,7 @@ def test_bad_images_are_left_out_named_and_counted(damaged, caplog, monkeypatch,
     said = "\n".join(named)
     assert "empty.png left out: empty file" in said and "nowhere.png left out: no such file" in said
     assert "pipe.png left out: no regular file" in said and "text.jpg left out: no image of a known format" in said
-    many = len(bad) if memory else r"\d\d"  # of a set on disk the headers are read
+    many = len(bad) if memory else r"\d\d"  # for a set on disk only headers are read
     fails(f"{many} of {len(bad) + 20} images cannot be read: a/.*set data.on_bad_image", f"folder:{folder}")
     fails("on_bad_image is 'drop'.*raise, skip", f"folder:{folder}", on_bad_image="drop")
 
@@ -256,7 +256,7 @@ def test_permission_is_named(tmp_path, monkeypatch):
     save(tmp_path / "b.png")
     real = files.open_file
 
-    def refused(path):  # as root one may read everything
+    def refused(path):  # root may read everything
         if path.endswith("b.png"):
             raise PermissionError(13, "Permission denied", path)
         return real(path)

@@ -1,4 +1,4 @@
-"""folder:PATH: which images there are, their classes and splits, whatever the folder looks like."""
+"""folder:PATH: images, classes and splits for every form of a folder."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from jaxcl.errors import UserError
 
 
 def fill(root, *names):
-    """Files; those with the ending of an image are one."""
+    """Writes files; those with the ending of an image are images."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

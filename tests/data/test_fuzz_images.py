@@ -29,7 +29,7 @@ def encoded(pixels, kind, **options):
 
 
 def odd_ones():
-    """name of the kind -> bytes of images that are good, if unusual."""
+    """name of the kind -> bytes of good but unusual images."""
     rgb = Image.fromarray(RNG.integers(0, 256, (31, 40, 3)).astype(np.uint8))
     grey, rgba, palette = rgb.convert("L"), rgb.convert("RGBA"), rgb.quantize(16)
     rgba.putalpha(grey)
@@ -75,19 +75,19 @@ def odd_ones():
         exif = Image.Exif()
         exif[0x0112] = orientation
         out[f"exif{orientation}.jpg"] = encoded(rgb, "JPEG", exif=exif.tobytes())
-    for kind, ending in (("AVIF", "avif"), ("JPEG2000", "jp2"), ("QOI", "qoi")):  # as far as this Pillow has them
+    for kind, ending in (("AVIF", "avif"), ("JPEG2000", "jp2"), ("QOI", "qoi")):  # if this Pillow has them
         if kind in images.FORMATS and kind in Image.SAVE:
             out[ending] = encoded(rgb, kind)
     return out
 
 
 def huge(png, width, height):
-    """The same file, which says that it is larger."""
+    """The same file with a larger size in its header."""
     return png[:16] + width.to_bytes(4, "big") + height.to_bytes(4, "big") + png[24:]
 
 
 def corpus():
-    """[(name, bytes)]: the odd ones, under right and wrong endings, and broken in every way."""
+    """[(name, bytes)]: odd images with right and wrong endings, and broken ones."""
     good, rng = odd_ones(), random.Random(0)
     out = [(f"{name}.{name.split('.')[-1]}" if "." in name else f"plain.{name}", data) for name, data in good.items()]
     png = good["png"]
@@ -135,14 +135,14 @@ def as_one_line(text):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """-> (folder of all of them and ten good images, those that an image becomes of, as they are shown)"""
+    """-> (folder of all of them and ten good images, names of the files that can be decoded, as shown)"""
     root, decoded = tmp_path_factory.mktemp("fuzz"), set()
     for name, data in corpus():
         (root / name).write_bytes(data)
         begun = time.perf_counter()
         try:
             image = images.decode(io.BytesIO(data), SIDE)
-        except Exception:  # noqa: BLE001 - any, but nothing worse
+        except Exception:  # noqa: BLE001 - any error, but no crash
             pass
         else:
             assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
@@ -157,7 +157,7 @@ def folder(tmp_path_factory):
     (root / "zero.png").symlink_to("/dev/zero")
     (root / "round").symlink_to(root)
     os.mkfifo(root / "pipe.jpg")
-    with open(root / "sparse.jpg", "wb") as sparse:  # nothing may read all of it
+    with open(root / "sparse.jpg", "wb") as sparse:  # must not be read as a whole
         sparse.truncate(2**38)
     (root / "locked.png").write_bytes(b"x")
     (root / "locked.png").chmod(0)
@@ -170,7 +170,7 @@ def nothing_looked_at():
     files._latest = None
 
 
-@pytest.mark.filterwarnings("ignore")  # of Pillow, as a user would see them
+@pytest.mark.filterwarnings("ignore")  # Pillow's warnings
 @pytest.mark.parametrize("memory", [2**30, 0])
 def test_all_of_them_in_one_folder(folder, memory, monkeypatch, caplog):
     root, decoded = folder
@@ -195,7 +195,7 @@ def test_all_of_them_in_one_folder(folder, memory, monkeypatch, caplog):
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_by_itself(folder, tmp_path):
-    """A header alone tells less: what fails later is named all the same, and sizes are right where both are read."""
+    """Headers alone: files that fail later are named too, and sizes agree where both can be read."""
     root, decoded = folder
     for name, data in corpus():
         stream = io.BytesIO(data)
@@ -207,8 +207,8 @@ def test_each_by_itself(folder, tmp_path):
         if paths.shown(name) in decoded and height * width < 10**6:
             try:
                 shape = images.decode(io.BytesIO(data)).shape
-            except OSError:  # damage among the details of a JPEG, which decoding at an eighth does not read
+            except OSError:  # damage in the details of a JPEG, which decoding at 1/8 does not read
                 assert name.endswith(".jpg"), name
                 continue
-            turned_late = name.endswith((".png", ".tif", ".webp"))  # whose orientation lies behind the pixels
+            turned_late = name.endswith((".png", ".tif", ".webp"))  # their orientation is stored behind the pixels
             assert shape == (height, width, 3) or (turned_late and shape == (width, height, 3)), name

@@ -1,4 +1,4 @@
-"""garments: its labels and masks are true, its draws independent, its options do what they say."""
+"""garments: true labels and masks, independent draws, and the effect of its options."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_published_moments_are_those_of_the_training_images(train):
 def test_an_image_follows_from_its_place_alone(train):
     few = make_source("garments", limit=40, seed=5)
     whole = {image.tobytes(): i for i, image in enumerate(train.images)}
-    rows = [whole[image.tobytes()] for image in few.images]  # made in other blocks, under another seed
+    rows = [whole[image.tobytes()] for image in few.images]  # made in other blocks, with another seed
     for key, values in few.extras.items():
         assert (values == train.extras[key][rows]).all(), key
     assert (few.labels == train.labels[rows]).all() and np.bincount(few.labels).tolist() == [4] * 10
@@ -68,7 +68,7 @@ def test_mask_is_the_object(train):
 
 
 def test_mask_agrees_with_the_photo(test):
-    """A slow placement of one photo: the mask's bounding box and area scale as the photo's do."""
+    """A slow placement of one photo: the mask's area scales like the photo's."""
     shading, cover = garments._cut_out("test")
     scale = (
         0.7 + 0.3 * garments.hashing.uniforms(garments._GENERATOR, garments._PLACE, 10_000 + np.arange(200), 4)[:, 0]
@@ -89,7 +89,7 @@ def test_small_holes_are_cloth_and_large_ones_are_not(monkeypatch):
 
 
 def test_polarity_leaves_no_class_in_the_mean_pixel(train):
-    """Class means of raw pixels are nearly flat, which is why a linear probe on them does badly."""
+    """Class means of raw pixels are nearly flat, so a linear probe on them does badly."""
     grey = train.images.mean(-1) / 255
     means = np.stack([grey[train.labels == c].mean(0) for c in range(10)])
     assert means.std(0).max() < 0.12 * grey.std(0).mean() + 0.03
@@ -116,7 +116,7 @@ def test_spurious_ties_texture_to_class_in_training_only(where, spurious, free):
     assert abs(share - (spurious + (1 - spurious) * chance)) < 0.05
     own = tied.extras[where] == garments.TEXTURE_OF_CLASS[tied.labels]
     assert (tied.extras[where][~own] == free.extras[where][~own]).all()
-    if spurious:  # whether a row is tied says nothing about what it would have had otherwise
+    if spurious:  # whether a row is tied does not depend on its free draw
         moved = own & (free.extras[where] != garments.TEXTURE_OF_CLASS[free.labels])
         assert set(range(10)) <= set(free.extras[where][moved].tolist())
     assert (tied.extras["mask"] == free.extras["mask"]).all()  # the same photos in the same places
@@ -148,7 +148,7 @@ def test_cue_conflict_pairs_a_shape_with_the_texture_of_another_class(test, wher
     assert (source.extras["fill"] == garments.TEXTURE_OF_CLASS[texture]).all()
     expected = garments.TEXTURE_OF_CLASS[texture] if where == "background" else patterns.PLAIN
     assert (source.extras["background"] == expected).all()
-    assert len(set(garments.TEXTURE_OF_CLASS.tolist())) == 10  # else a texture could stand for two classes
+    assert len(set(garments.TEXTURE_OF_CLASS.tolist())) == 10  # otherwise a texture could indicate two classes
 
 
 @pytest.mark.parametrize("number", range(len(patterns.ALL)))

@@ -37,7 +37,7 @@ def test_kinds(kind):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
-def test_stands_as_its_exif_says(kind, orientation):
+def test_exif_orientation_is_applied(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     # A viewer undoes the turn with which the camera stored the image.
@@ -87,7 +87,7 @@ def test_what_is_transparent_is_white():
     hole = palette.getpixel((0, 0))
     out = images.decode(encoded(palette, "PNG", transparency=hole))
     assert (out[:16, :24] == 255).all() and out[0, 40, 0] < 50
-    out = images.decode(encoded(QUARTERS, "PNG", transparency=(0, 0, 250)))  # one colour stands for none
+    out = images.decode(encoded(QUARTERS, "PNG", transparency=(0, 0, 250)))  # one colour is transparent
     assert (out[16:, :24] == 255).all() and (out[:16] == QUARTERS[:16]).all()
 
 
@@ -111,7 +111,11 @@ def test_resize_takes_the_shorter_side_and_the_centre():
     assert np.ptp(resized(board, 16)[2:-2, 2:-2].astype(int)) < 12
     assert (resized(board, 64) == board).all()
     assert resized(np.zeros((3, 500, 3), np.uint8), 8).shape == (8, 8, 3)
-    assert resized(np.zeros((2, 60_000, 3), np.uint8), 512).shape == (512, 512, 3)  # 512 x 15 million on its way
+    assert resized(np.zeros((2, 60_000, 3), np.uint8), 512).shape == (
+        512,
+        512,
+        3,
+    )  # 512 x 15 million as a whole
 
 
 def test_a_large_jpeg_decoded_in_part_is_the_same_picture():

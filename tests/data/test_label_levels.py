@@ -12,7 +12,7 @@ from jaxcl.data.sources import cifar100u
 
 
 def write_cifar(folder, classes, rows):
-    """The binary version: `rows` training and test images whose pixels say their fine label and number."""
+    """The binary version: `rows` training and test images whose pixels encode their fine label and number."""
     fine = np.arange(rows) % classes
     pixels = np.zeros((rows, 3072), np.uint8)
     pixels[:, 0], pixels[:, 1:3] = fine, np.arange(rows, dtype="<u2").view(np.uint8).reshape(-1, 2)
@@ -126,7 +126,7 @@ def test_npz(tmp_path):
 
 
 def test_tfds(tmp_path, monkeypatch):
-    """A set whose second level is not a feature of its own but a table, in memory and on disk."""
+    """A set whose coarse labels come from a table, not from a feature, in memory and on disk."""
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
     digits = np.arange(30) % 10
@@ -173,7 +173,7 @@ def test_groups_of_garments(where, spurious):
         assert fine.extras["group"].dtype == np.int32 and len(fine.group_names) == 20
         assert fine.group_names[12] == "Shirt, its own cue" and fine.group_names[13] == "Shirt, another cue"
 
-        # At the coarse level the cue is right when it speaks for any class of the same kind.
+        # At the coarse level the cue is right when it indicates any class of the same coarse class.
         speaks_for = [set(TEXTURE_OF_CLASS[COARSE_OF_CLASS == c].tolist()) for c in range(4)]
         own = np.array([t in speaks_for[c] for t, c in zip(texture, coarse.labels, strict=True)])
         np.testing.assert_array_equal(coarse.extras["group"], 2 * coarse.labels + ~own)
@@ -183,7 +183,7 @@ def test_groups_of_garments(where, spurious):
         assert share > 0.85 if split == "train" else share < 0.2
     assert "group" not in make_source("garments", limit=10).extras
     shifted = make_source("garments", split="test_shifted", limit=50, spurious=0.5)
-    assert (shifted.extras["group"] == 2 * shifted.labels + 1).all()  # textures that speak for no class
+    assert (shifted.extras["group"] == 2 * shifted.labels + 1).all()  # textures that indicate no class
 
 
 # ---- the released split
@@ -225,7 +225,7 @@ def test_cifar100u(tmp_path):
     spec = write_cifar(tmp_path, 100, 100 * 120)
     options = dict(imbalance="cifar100u", validation=0.1, labels="coarse")
     train, again, other = (make_source(spec, seed=s, **options) for s in (0, 0, 1))
-    expected = np.minimum(cifar100u(), 108)  # what the hold-out has left is the cap
+    expected = np.minimum(cifar100u(), 108)  # the hold-out leaves at most 108
     np.testing.assert_array_equal(np.bincount(train.extras["fine"], minlength=100), expected)
     assert sorted(set(expected.tolist())) == [50, 100, 108]
     number = [s.images[:, 0, 1:3, 0].astype(int) @ [1, 256] for s in (train, again, other)]

@@ -1,4 +1,4 @@
-"""Loader: the same batches whatever the number of processes, the starting step and the kind of source."""
+"""Loader: the same batches for any number of processes, starting step and kind of source."""
 
 import pathlib
 import subprocess
@@ -49,7 +49,7 @@ def test_rows_belong_together():
 @pytest.mark.parametrize("make", [numbered, OnDisk])
 @pytest.mark.parametrize("step", [1, 4, 5, 1_000_003])
 def test_starting_later_gives_the_batches_of_that_step(make, step):
-    if step > 100:  # too far to walk: two loaders that start there and one step earlier agree
+    if step > 100:  # compares loaders that start there and one step earlier
         assert ids(take(make(35), 3, start_step=step))[1:] == ids(take(make(35), 2, start_step=step + 1))
     else:
         assert ids(take(make(35), step + 3))[step:] == ids(take(make(35), 3, start_step=step))
@@ -76,14 +76,14 @@ def test_any_step_of_the_order_is_found_directly():
 
 
 def test_the_order_stays_what_it_is():
-    """A run resumes under the order it began with: whoever changes these numbers must change `shuffle.ORDER`."""
+    """A run resumes with the order it began with: if these numbers change, `shuffle.ORDER` must change."""
     assert shuffle.ORDER == "hash-1"
     assert Shuffled(12, batch_size=5, seed=0)(0).tolist() == ORDERS[0]
     assert Shuffled(12, batch_size=5, seed=0)(3).tolist() == ORDERS[1]
     assert Shuffled(12, batch_size=5, seed=-5)(10**9).tolist() == ORDERS[2]
 
 
-# Grain's own shuffle gives a row twice in sets of 2^2k + 1.
+# 2^2k + 1 is there because grain's shuffle repeats a row in sets of that size.
 @pytest.mark.parametrize("count", [1, 2, 17, 65, 256, 257, 1_000, 65_537])
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
 def test_an_epoch_has_every_row_once(count, seed):
@@ -110,7 +110,7 @@ def test_processes_share_every_global_batch(make, count):
         shares = [part[k] for part in parts]
         assert all(len(share) == 8 // count for share in shares)
         assert sum(shares, []) == list(batch)  # row by row
-    # A run may go on with another number of processes.
+    # A run may continue with another number of processes.
     later = [ids(take(make(35), 2, start_step=7, process_index=p, process_count=count)) for p in range(count)]
     assert [part[7:] for part in parts] == later
 
@@ -174,7 +174,7 @@ def test_batches_of_one():
 
 def test_an_error_while_reading_reaches_the_consumer():
     with Loader(OnDisk(8, fail_at=5), batch_size=8, seed=0) as loader:
-        for _ in range(2):  # and goes on being said
+        for _ in range(2):  # every later call raises it again
             with pytest.raises(OSError, match="disk on fire"):
                 next(loader)
 

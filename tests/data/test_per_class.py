@@ -1,4 +1,4 @@
-"""m images of each of a batch's classes: counts, evenness, determinism over steps, hosts and threads."""
+"""Batches of m images per class: counts, evenness, determinism over steps, hosts and threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -20,7 +20,7 @@ def labels_of(sizes, seed=0):
 
 
 def visits(order, labels, epochs):
-    """How often each image comes, after checking every batch."""
+    """How often each image occurs; checks every batch."""
     seen = np.zeros(len(labels), int)
     for step in range(epochs * order.steps_per_epoch):
         rows = order(step)
@@ -35,20 +35,20 @@ def visits(order, labels, epochs):
     "sizes, batch_size, per_class",
     [((50,) * 10, 40, 8), ((16,) * 4, 16, 4), ((13,) * 30, 24, 3), ((9, 10, 11, 12), 8, 4), ((7,) * 6, 6, 1)],
 )
-def test_every_image_comes_as_often(sizes, batch_size, per_class):
+def test_every_image_occurs_equally_often(sizes, batch_size, per_class):
     labels = labels_of(sizes)
     order = PerClass(labels, batch_size=batch_size, per_class=per_class, seed=1)
     assert order.steps_per_epoch == len(labels) // batch_size
     epochs = 40
     seen = visits(order, labels, epochs)
-    # One pass that is not over, one image left out in turn, and one draw more or less of the class.
+    # One unfinished pass, one image left out in turn, and one draw more or less of the class.
     assert seen.max() - seen.min() <= 3
     expected = epochs * order.steps_per_epoch * batch_size / len(labels)
     assert abs(seen - expected).max() <= 2.5
 
 
-def test_classes_that_are_too_large_come_in_every_batch():
-    """Draws of an epoch against the shares written out with fractions; a class of 3 images among tens is not lost."""
+def test_classes_that_are_too_large_are_in_every_batch():
+    """Draws of an epoch against exact shares as fractions; a class of 3 images among dozens is not lost."""
     labels, B, M, epochs = labels_of(SIZES), 12, 3, 60
     order = PerClass(labels, batch_size=B, per_class=M, seed=0)
     steps, P = len(labels) // B, B // M
@@ -65,12 +65,12 @@ def test_classes_that_are_too_large_come_in_every_batch():
     seen = visits(order, labels, epochs)
     for c in range(len(SIZES)):
         of_class = seen[labels == c]
-        assert abs(of_class.sum() / M - epochs * share[c]) < 2  # never far from its share, however long
+        assert abs(of_class.sum() / M - epochs * share[c]) < 2  # close to its share at any time
         assert of_class.max() - of_class.min() <= 2
 
 
 def test_long_after_the_beginning():
-    """Draws before an epoch are those of all earlier ones added up, also past the cycle in which the rests repeat."""
+    """Draws before an epoch are the sum over all earlier ones, also beyond the cycle in which the rests repeat."""
     order = PerClass(labels_of((5, 7, 8, 9)), batch_size=8, per_class=4, seed=2)
     total = np.zeros(4, int)
     for epoch in range(3 * order._size):
@@ -78,7 +78,7 @@ def test_long_after_the_beginning():
         total += order._base + order._extra(np.array([epoch]))[0]
 
 
-def test_steps_at_hand_and_seeds():
+def test_steps_in_any_order_and_seeds():
     labels = labels_of(SIZES)
     make = lambda seed=0: PerClass(labels, batch_size=12, per_class=3, seed=seed)  # noqa: E731
     once, again = make(), make()
@@ -87,13 +87,13 @@ def test_steps_at_hand_and_seeds():
     for step in reversed(expected):
         np.testing.assert_array_equal(again(step), expected[step])
     assert (expected[0] != expected[19]).any() and (make(1)(0) != expected[0]).any()
-    with ThreadPoolExecutor(4) as pool:  # as a source on disk is read
+    with ThreadPoolExecutor(4) as pool:  # as for a source on disk
         for step, rows in enumerate(pool.map(make(), range(60))):
             np.testing.assert_array_equal(rows, once(step))
 
 
 def test_classes_meet_at_random():
-    """Of 12 classes 3 in a batch: every pair meets about as often as chance says, and not always in one place."""
+    """With 3 of 12 classes in a batch, pairs meet as often as expected by chance, in varying places."""
     order = PerClass(labels_of((60,) * 12), batch_size=12, per_class=4, seed=0)
     labels, meet, first = labels_of((60,) * 12), np.zeros((12, 12), int), set()
     for step in range(10 * order.steps_per_epoch):
@@ -104,7 +104,7 @@ def test_classes_meet_at_random():
     pairs = meet[np.triu_indices(12, 1)]
     mean = 600 * 3 / 66
     assert abs(pairs.mean() - mean) < 1e-9 and pairs.min() > mean / 2 and pairs.max() < 2 * mean
-    assert len(first) == 12  # places in a batch say nothing of the class
+    assert len(first) == 12  # places in a batch do not depend on the class
 
 
 def source(labels):

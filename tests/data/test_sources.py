@@ -1,4 +1,4 @@
-"""make_source: specs, options, hold-out and cut-down, and npz files in every state of repair."""
+"""make_source: specs, options, hold-out and cut-down, and good, wrong and damaged npz files."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_fashion_mnist_is_balanced_and_padded():
     x = train.images[..., 0] / 255.0
     np.testing.assert_allclose(train.mean, [x.mean()] * 3, rtol=1e-6)
     np.testing.assert_allclose(train.std, [x.std()] * 3, rtol=1e-6)
-    assert test.mean == train.mean  # of the training images, whatever the split
+    assert test.mean == train.mean  # of the training images, for every split
 
 
 def test_batch_gives_rows_with_their_numbers():
@@ -97,7 +97,7 @@ def test_hash_is_splitmix64_and_uniform():
     assert u.min() >= 0 and u.max() < 1
     assert np.abs(np.corrcoef(np.concatenate([u[:-1].T, u[1:].T])) - np.eye(8)).max() < 0.04
     assert np.abs(np.histogram(u, 10, (0, 1))[0] / 8000 - 1).max() < 0.06
-    assert (hashing.uniforms(0, 1, np.array([17, 3]), 4) == u[[17, 3]]).all()  # of the index, not of the order
+    assert (hashing.uniforms(0, 1, np.array([17, 3]), 4) == u[[17, 3]]).all()  # depends on the index, not on the order
     assert (hashing.uniforms(0, 2, np.arange(9), 4) != u[:9]).all()
 
 
@@ -161,7 +161,7 @@ def test_npz_mistakes(tmp_path, arrays, match):
     fails(match, write(tmp_path / "a.npz", **arrays))
 
 
-def test_damaged_npz_says_so_in_one_line(tmp_path):
+def test_damaged_npz_is_refused_in_one_line(tmp_path):
     path = tmp_path / "a.npz"
     spec = write(path, images=pictures(50, 8, 8, 3))
     good = path.read_bytes()

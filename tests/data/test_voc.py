@@ -1,4 +1,4 @@
-"""Folders like PASCAL VOC's: what is read, how images and their pixels' classes are resized, and what is refused."""
+"""Folders like PASCAL VOC's: reading, resizing of images and pixel classes, and errors."""
 
 import numpy as np
 import pytest

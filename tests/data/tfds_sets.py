@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def png(image):
-    """TFDS stores encoded bytes as they are; an array it would encode with TensorFlow."""
+    """Encoded bytes, which TFDS stores unchanged; it would encode an array with TensorFlow."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")
     return stream.getvalue()
@@ -17,7 +17,7 @@ def write(data_dir, name, **splits):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
-    official = tfds.builder_cls(name)  # imported before registration is skipped, or it stays unknown
+    official = tfds.builder_cls(name)  # import it before registration is skipped
     with registered.skip_registration():
 
         class Local(official):

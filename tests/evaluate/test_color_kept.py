@@ -48,12 +48,12 @@ def test_an_encoder_that_sees_colour_and_one_that_does_not(sees, monkeypatch):
     monkeypatch.setattr(module.augment, "ColorJitter", jitter)
     e, state, mesh = evaluation(final=("color", "tint"), sources=tinted)
     results = e.final(state, mesh)[0]
-    figures = results["color"]
-    assert figures["tint"] == (1 if sees else pytest.approx(0.25)) == results["tint"]["accuracy"]
+    metrics = results["color"]
+    assert metrics["tint"] == (1 if sees else pytest.approx(0.25)) == results["tint"]["accuracy"]
     # All but brightness never differ: distance 0 is always right.
-    assert figures["contrast"] == figures["hue"] == figures["saturation"] == 1
-    assert figures["accuracy"] == pytest.approx((figures["brightness"] + 3) / 4) and figures["majority"] < 1
-    assert figures["r2"] < 0.05 if not sees else figures["r2"] > 0.15  # of four, the others' is 0
+    assert metrics["contrast"] == metrics["hue"] == metrics["saturation"] == 1
+    assert metrics["accuracy"] == pytest.approx((metrics["brightness"] + 3) / 4) and metrics["majority"] < 1
+    assert metrics["r2"] < 0.05 if not sees else metrics["r2"] > 0.15  # of four, the others' is 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def test_golden_formula(golden, wide):
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
 def test_golden_network(golden, wide):
-    """From the images to the four figures: predicted class, map, top 15 %, probabilities."""
+    """From the images to the four metrics: predicted class, map, top 15 %, probabilities."""
     d = golden("excon", "explain_metrics_tinynet")
     q = float(d["threshold"])
 
@@ -40,11 +40,11 @@ def test_golden_network(golden, wide):
         masked = golden_net.logits(d, saliency.apply_mask(images, keep))
         rows = jnp.arange(len(images))
         p_original, p_masked = (jax.nn.softmax(x)[rows, predicted] for x in (logits, masked))
-        figures = drop_increase(p_original, p_masked)
-        return predicted, keep, p_original, p_masked, figures
+        metrics = drop_increase(p_original, p_masked)
+        return predicted, keep, p_original, p_masked, metrics
 
     with jax.enable_x64(wide):
-        predicted, keep, p_original, p_masked, figures = chain(
+        predicted, keep, p_original, p_masked, metrics = chain(
             jnp.asarray(d["images"], jnp.float64 if wide else jnp.float32)
         )
     np.testing.assert_array_equal(predicted, d["predicted"])
@@ -54,7 +54,7 @@ def test_golden_network(golden, wide):
     np.testing.assert_allclose(p_original, d["p_original"], rtol=rtol)
     np.testing.assert_allclose(p_masked, d["p_masked"], rtol=rtol)
     for key in FIGURES:
-        np.testing.assert_allclose(figures[key], d[key], rtol=rtol)
+        np.testing.assert_allclose(metrics[key], d[key], rtol=rtol)
     np.testing.assert_allclose(d["per_image_drop"].mean(), d["average_drop"])
     np.testing.assert_allclose(d["per_image_increase"].mean(), d["average_increase"])
 

@@ -46,8 +46,8 @@ def test_it_learns_and_moves_nothing(monkeypatch):
     monkeypatch.setattr(module, "protocol_of", lambda name: Protocol(degrees=10.0))
     e, state, mesh = evaluation(final=("linear_sgd",), sgd_epochs=20)
     before = jax.tree.map(np.array, jax.device_get((state.params, state.batch_stats)))
-    figures = e.final(state, mesh)[0]["linear_sgd"]
-    assert figures["epochs"] == 20 and 1 <= figures["best_epoch"] <= 20
-    assert figures["best_epoch_accuracy"] >= figures["accuracy"] > 0.9
+    metrics = e.final(state, mesh)[0]["linear_sgd"]
+    assert metrics["epochs"] == 20 and 1 <= metrics["best_epoch"] <= 20
+    assert metrics["best_epoch_accuracy"] >= metrics["accuracy"] > 0.9
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.batch_stats)))
-    assert jnp.isfinite(figures["accuracy"])
+    assert jnp.isfinite(metrics["accuracy"])

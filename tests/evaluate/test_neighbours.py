@@ -126,22 +126,22 @@ def test_the_evaluator(labelled):
     e.check_options()
     e._sources["train"] = named("train", labelled)
     results, panels = e.final(state, mesh)
-    figures = results["neighbours"]
+    metrics = results["neighbours"]
     bank = unit(encoded(e, state, "train")[0])
     queries = unit(encoded(e, state, "test", lambda x: named("test", True).images)[0])
     cosines = queries @ bank.T
     order = np.argsort(-cosines, 1)[:, :3]
-    assert figures["k"] == 3
-    assert figures["cosine"] == pytest.approx(cosines.max(1).mean(), abs=1e-5)
-    assert figures["any_cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
+    assert metrics["k"] == 3
+    assert metrics["cosine"] == pytest.approx(cosines.max(1).mean(), abs=1e-5)
+    assert metrics["any_cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
     if labelled:
         agree = source("train").labels[order] == source("test").labels[:, None]
-        assert figures["agreement"] == pytest.approx(agree.mean())
+        assert metrics["agreement"] == pytest.approx(agree.mean())
     else:
-        assert "agreement" not in figures and panels["neighbours"]["agree"] is None
+        assert "agreement" not in metrics and panels["neighbours"]["agree"] is None
         assert "embedding" not in panels  # grey dots, where there is a map
-    assert figures["copies"] == 1 and figures["all_compared"]
-    (pair,) = figures["near_duplicates"]
+    assert metrics["copies"] == 1 and metrics["all_compared"]
+    (pair,) = metrics["near_duplicates"]
     assert pair["images"] == ["train/<3>.jpg", "test/<0>.jpg"] and pair["pixels"] == 0
     assert json.loads(json.dumps(results)) == results
     shown = panels["neighbours"]

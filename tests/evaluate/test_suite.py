@@ -186,15 +186,15 @@ def test_labels_without_a_classifier():
 
 
 def test_the_split_of_the_final_suite():
-    """The validation images may be what the last figures are of; which then are not those of the test images."""
-    figures = {}
+    """The validation images may be what the last metrics are of; which then are not those of the test images."""
+    metrics = {}
     for split in ("test", "validation"):
         e, state, mesh = evaluation(final=("linear", "collapse"), validation=0.2, split=split)
-        figures[split] = e.final(state, mesh)[0]
+        metrics[split] = e.final(state, mesh)[0]
         fitted = fit_linear_probe(encoded(e, state, "train")[0], source("train").labels, num_classes=4)
         right = np.argmax(probe_logits(fitted, encoded(e, state, split)[0]), 1) == source(split).labels
-        assert figures[split]["linear"]["accuracy"] == pytest.approx(right.mean())
-    assert figures["test"]["collapse"] != figures["validation"]["collapse"]
+        assert metrics[split]["linear"]["accuracy"] == pytest.approx(right.mean())
+    assert metrics["test"]["collapse"] != metrics["validation"]["collapse"]
     for options, message in (
         (dict(split="validation"), "eval.split is 'validation', but nothing is held out; set data.validation"),
         (dict(split="train"), "eval.split is 'train'; expected 'test' or 'validation'"),
@@ -253,9 +253,9 @@ def test_images_made_anew_go_through_the_same_network(caplog):
     ]
     fitted = fit_linear_probe(encoded(e, state, "train")[0], source("train").labels, num_classes=4)
     shuffled = functools.partial(shuffle_patches, index=np.arange(20), grid=2)
-    for figures, change in ((results["ood"], np.asarray), (results["ood"]["shuffled"]["2"], shuffled)):
+    for metrics, change in ((results["ood"], np.asarray), (results["ood"]["shuffled"]["2"], shuffled)):
         predicted = np.argmax(probe_logits(fitted, encoded(e, state, "test", change)[0]), 1)
-        assert figures["accuracy"] == pytest.approx(np.mean(predicted == source("test").labels))
+        assert metrics["accuracy"] == pytest.approx(np.mean(predicted == source("test").labels))
     assert set(results["ood"]) == {"accuracy", "shuffled", "texture"} and "ood" in panels
     assert e.evaluate(("ood",), EvalContext(e, state, mesh, "test")) == {"ood": results["ood"]}
     assert json.loads(json.dumps(results)) == results
@@ -271,18 +271,18 @@ def test_options_are_checked_of_the_evaluators_that_run():
 # ---- adversarial views
 
 
-def _check_adversary(figures, panel):
-    """The picture of the attack: within epsilon, most confusable first, similarities in line with the figures."""
+def _check_adversary(metrics, panel):
+    """The picture of the attack: within epsilon, most confusable first, similarities in line with the metrics."""
     assert {len(v) for v in panel.values()} == {8} and set(panel["names"]) <= set("abcd")
     np.testing.assert_allclose(panel["clean"] + panel["perturbation"], panel["adversarial"], atol=1e-6)
     assert 0.029 < np.abs(panel["perturbation"]).max() < 0.0301
     gain = panel["after"] - panel["before"]
     assert (gain[:-1] >= gain[1:]).all() and gain[0] > 0
     # It starts where an image equals its anchor; then the anchor goes away more than the others do.
-    assert figures["positive_before"] == pytest.approx(1, abs=1e-4) and figures["positive_after"] < 0.9999
-    before, after = (figures[f"hardest_negative_{k}"] - figures[f"positive_{k}"] for k in ("before", "after"))
+    assert metrics["positive_before"] == pytest.approx(1, abs=1e-4) and metrics["positive_after"] < 0.9999
+    before, after = (metrics[f"hardest_negative_{k}"] - metrics[f"positive_{k}"] for k in ("before", "after"))
     assert after > before + 0.01
-    assert 0 <= figures["hardest_negative_changed"] <= 1
+    assert 0 <= metrics["hardest_negative_changed"] <= 1
 
 
 def test_evaluation_of_adversarial_training_is_clean():
@@ -337,5 +337,5 @@ def test_a_validation_part_that_the_data_brings_along():
     def make_source(split):
         raise UserError(f"no {split} part")
 
-    with pytest.raises(UserError, match="no validation split"):  # before anything is compiled
+    with pytest.raises(UserError, match="no validation part"):  # before anything is compiled
         Evaluation(c, tiny.recipe(c), train=source("train"), make_source=make_source)

@@ -1,4 +1,4 @@
-"""Hidden groups: found where they are separate, robust training against a shortcut, and the figures by hand."""
+"""Hidden groups: found where they are separate, robust training against a shortcut, and the metrics by hand."""
 
 from types import SimpleNamespace
 
@@ -175,7 +175,7 @@ def test_dro_of_constant_features_and_half_precision():
     assert group_accuracies(np.argmax(probe_logits(probe, test[0]), 1), *test[1:])["worst"] > 0.75
 
 
-# ---- figures
+# ---- metrics
 
 
 def test_group_accuracies_by_hand():
@@ -210,7 +210,7 @@ def test_cluster_quality_by_hand():
 # ---- the evaluator
 
 
-def frozen(train, test, *, groups=True):
+def context(train, test, *, groups=True):
     def source(labels, group):
         return ArraySource(
             images=np.zeros((len(labels), 2, 2, 3), np.uint8),
@@ -234,27 +234,27 @@ def frozen(train, test, *, groups=True):
 
 def test_worst_group_without_knowing_the_groups():
     train, test = shortcut(1200, 0.95, seed=0), shortcut(2000, 0.5, seed=1)
-    figures, panels = WorstGroup()(frozen(train, test))
-    assert panels == {} and figures["dro_worst"] > figures["erm_worst"] + 0.15
-    assert set(figures["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
-    assert figures["oracle_worst"] > figures["erm_worst"] + 0.15
-    assert {figures[f"{name}_eta"] for name in ("dro", "oracle")} <= {0.0, 0.01}
+    metrics, panels = WorstGroup()(context(train, test))
+    assert panels == {} and metrics["dro_worst"] > metrics["erm_worst"] + 0.15
+    assert set(metrics["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
+    assert metrics["oracle_worst"] > metrics["erm_worst"] + 0.15
+    assert {metrics[f"{name}_eta"] for name in ("dro", "oracle")} <= {0.0, 0.01}
     for name in ("erm", "dro", "oracle"):
-        by_group = [g[name] for g in figures["by_group"].values()]
-        assert figures[f"{name}_worst"] == min(by_group) < figures[f"{name}_average"] < max(by_group)
-    assert figures["groups_found"] >= 4
+        by_group = [g[name] for g in metrics["by_group"].values()]
+        assert metrics[f"{name}_worst"] == min(by_group) < metrics[f"{name}_average"] < max(by_group)
+    assert metrics["groups_found"] >= 4
     for key in ("precision", "recall", "f1"):
-        assert 0.6 < figures[f"cluster_{key}"] <= 1
+        assert 0.6 < metrics[f"cluster_{key}"] <= 1
 
 
 def test_left_out():
     train, test = shortcut(50, 0.9, seed=0), shortcut(50, 0.5, seed=1)
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        WorstGroup()(frozen(train, test, groups=False))
+        WorstGroup()(context(train, test, groups=False))
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        WorstGroup()(frozen(train, (*test[:2], np.full(50, -1))))
+        WorstGroup()(context(train, (*test[:2], np.full(50, -1))))
     with pytest.raises(NotApplicable, match="no test image has a label"):
-        WorstGroup().check_needs(frozen(train, (test[0], np.full(50, -1), test[2])))
+        WorstGroup().check_needs(context(train, (test[0], np.full(50, -1), test[2])))
 
 
 # ---- mistakes

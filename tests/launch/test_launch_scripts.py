@@ -1,5 +1,5 @@
-"""The scripts that launch: read by shellcheck, and run against stand-ins for gcloud, kubectl, xpk and SLURM that write
-down what they are asked for."""
+"""The launch scripts: checked by shellcheck, and run with stand-ins for gcloud, kubectl, xpk and SLURM that record
+their arguments."""
 
 import os
 import pathlib
@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
+from processes import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -61,7 +61,7 @@ def calls(folder):
 
 
 def verbs(folder):
-    """gcloud's part of it in one word each: create, scp, setup, start, ..."""
+    """The calls of gcloud, one word each: create, scp, setup, start, ..."""
     words = []
     for call in calls(folder):
         remote = re.search(r"tpu_worker\.sh (\w+)", call[-1])
@@ -157,7 +157,7 @@ def test_tpu_dry_run_prints_what_would_be_done(fakes):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["train", "My TPU", "--zone=z"], "is no name for a TPU"),
+        (["train", "My TPU", "--zone=z"], "My TPU"),
         (["create", "t", "--zone=z"], "no --type; for example"),
         (["create", "t"], "no --zone; for example"),
         (["create", "t", "--zone=z", "--spott"], "unknown option --spott"),
@@ -171,7 +171,7 @@ def test_tpu_mistakes_in_one_line(arguments, words, fakes):
 
 
 def test_tpu_worker_starts_one_run_follows_and_stops_it(tmp_path):
-    """With a stand-in for the environment's Python that ends on TERM with 75, as the real command does."""
+    """With a stand-in for Python that ends on TERM with 75, as the real command does."""
     shutil.copytree(LAUNCH, tmp_path / "jaxcl" / "launch")
     python = tmp_path / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -187,7 +187,7 @@ def test_tpu_worker_starts_one_run_follows_and_stops_it(tmp_path):
 
     assert worker("start", "--config.x=('a b',)").returncode == 0
     again = worker("start", "--other")
-    assert again.returncode == 0 and "going on as process" in again.stdout
+    assert again.returncode == 0 and "as process" in again.stdout
     for _ in range(200):  # until it has begun, and can be told
         if (tmp_path / "run.log").read_text():
             break
@@ -195,7 +195,7 @@ def test_tpu_worker_starts_one_run_follows_and_stops_it(tmp_path):
     assert worker("stop").returncode == 0
     followed = worker("follow")
     assert followed.returncode == 75
-    assert followed.stdout.splitlines()[-2:] == ["-m jaxcl.main --config.x=('a b',)", "saved"]
+    assert followed.stdout.splitlines()[-2:] == ["-m jaxcl train --config.x=('a b',)", "saved"]
 
 
 # ---- SLURM
@@ -211,12 +211,12 @@ def test_slurm_requeues_what_was_stopped(code, restarts, requeued, expected, fak
     assert done.returncode == expected
     srun, *rest = calls(fakes)
     flags = ["--distributed=auto", "--config=c.py", "--workdir=w"]
-    assert srun == ["srun", "--kill-on-bad-exit=0", "py", "-u", "-m", "jaxcl.main", *flags]
+    assert srun == ["srun", "--kill-on-bad-exit=0", "py", "-u", "-m", "jaxcl", "train", *flags]
     assert rest == ([["scontrol", "requeue", "7"]] if requeued else [])
 
 
 def test_slurm_options(fakes):
-    """A task a GPU, each sees all of them; TERM ahead of the end, to the tasks and not to the script; one log."""
+    """One task per GPU, each sees all of them; TERM before the time limit, to the tasks only; one log."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.M))
     assert options["ntasks-per-node"] == options["gres"].removeprefix("gpu:")
@@ -240,9 +240,9 @@ def test_xpk(fakes):
     assert create[:6] == ["xpk", "workload", "create", "--workload=w-1", "--cluster=c", "--zone=z"]
     assert {"--tpu-type=v5litepod-16", "--docker-image=i:1", "--max-restarts=3"} <= set(create)
     command = create[-1].removeprefix("--command=cd /jaxcl && exec ")
-    assert shlex.split(command) == ["python", "-m", "jaxcl.main", "--distributed=auto", *FLAGS[1:]]
+    assert shlex.split(command) == ["python", "-m", "jaxcl", "train", "--distributed=auto", *FLAGS[1:]]
     again = run("xpk.sh", "create", *where, *FLAGS, cwd=fakes)
-    assert again.returncode == 0 and "is there already" in again.stdout and len(calls(fakes)) == 3
+    assert again.returncode == 0 and "already exists" in again.stdout and len(calls(fakes)) == 3
     dry = run("xpk.sh", "delete", *where, "--dry_run", cwd=fakes)
     assert shlex.split(dry.stdout) == ["xpk", "workload", "delete", "--workload=w-1", "--cluster=c", "--zone=z"]
 

@@ -22,7 +22,7 @@ def compiled_values_and_grads(views, arrays, static):
 
 
 def values_and_grads(views, labels=None, **options):
-    """(total, A, R) [3] and their gradients [3, V, B, D]; compiled once for the same shapes and kinds of options."""
+    """(total, A, R) [3] and their gradients [3, V, B, D]; equal shapes and kinds of options share one program."""
     static = {k: options.pop(k) for k in list(options) if isinstance(options[k], (bool, str))}
     # Numbers are always arguments, so that tests share programs.
     arrays = {"labels": labels, "where": np.ones(views.shape[1], bool)}
@@ -32,7 +32,7 @@ def values_and_grads(views, labels=None, **options):
 
 
 def make(seed=0, v=2, b=8, d=4):
-    """Two classes of several, a lone class, three unlabelled, padding."""
+    """Two classes of several samples, a class of one, three unlabelled samples, and padding."""
     rng = np.random.default_rng(seed)
     return dict(
         views=rng.normal(size=(v, b, d)),

@@ -15,7 +15,7 @@ def compiled_value_and_grad(features, arrays, static):
 
 
 def value_and_grad(features, labels=None, **options):
-    """Compiled once for all calls with the same shapes and the same options."""
+    """Calls with equal shapes and equal options share one program."""
     static = {k: options.pop(k) for k in list(options) if isinstance(options[k], (bool, str))}
     return compiled_value_and_grad(jnp.asarray(features), {"labels": labels, **options}, tuple(sorted(static.items())))
 
@@ -72,7 +72,7 @@ def slow_supcon(
 
 
 def make(seed=0, n=6, v=2, d=5, m=3):
-    """Features and every optional argument: two classes, a lone class, backgrounds, padding, negatives."""
+    """Features and every optional argument: two classes, a class of one, backgrounds, padding and negatives."""
     rng = np.random.default_rng(seed)
     return dict(
         features=rng.normal(size=(n, v, d)),

@@ -47,7 +47,7 @@ def test_float32():
     arrays = make(n=64, d=16)
     with jax.enable_x64(True):
         want, want_grads = value_and_grads(barlow_twins, *arrays)
-    for offset in (0, 1000):  # an offset costs its own digits and no more
+    for offset in (0, 1000):  # an offset costs only the digits that it needs
         value, grads = value_and_grads(barlow_twins, *((a + offset).astype(np.float32) for a in arrays))
         rtol = 1e-5 if offset == 0 else 1e-3
         np.testing.assert_allclose(value, want, rtol=rtol)

@@ -1,4 +1,4 @@
-"""Cross-entropy against a written-out loop, and rows that must not count."""
+"""Cross-entropy against a written-out loop, and rows that must be ignored."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_mean_over_all_devices(kind):
     rng = np.random.default_rng(4)
     logits, where = rng.normal(size=(16, 3)).astype(np.float32), np.arange(16) % 5 != 1
     labels = rng.integers(-1, 3, size=16)
-    labels[:2] = -1  # a device without a row that counts: the mean of the devices' means is another number
+    labels[:2] = -1  # one device without a labelled row: the mean over devices of their means is a different number
     if kind == "distributions":
         labels = rng.dirichlet(np.ones(3), size=16).astype(np.float32)
         where[:2] = False

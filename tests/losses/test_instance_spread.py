@@ -39,14 +39,14 @@ def slow_instance_spread(features, keys=None, *, temperature=0.1, negative_multi
         z = e[p] + m * sum(e[j] for j in negatives)
         total -= np.log(e[p] / z)
         for j in negatives:
-            # 1 - P_ij, as a sum of positive terms
+            # 1 - P_ij as a sum of positive terms
             left = e[p] + m * sum(e[k] for k in negatives if k != j) + (m - 1) * e[j]
             total -= m * np.log(left / z)
     return float(total / n)
 
 
 def make(seed=0, b=4, d=5):
-    """Rows near unit length, partners alike."""
+    """Rows of about unit length, with similar partners."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(b, d))
     z = np.concatenate([z, z + 0.7 * rng.normal(size=(b, d))])
@@ -66,7 +66,7 @@ def test_written_out_loop_and_finite_differences(wide, m, implementation):
             for step in (1e-6, -1e-6):
                 moved = features.copy()
                 moved[index] += step
-                ends.append(slow_instance_spread(moved, features, **options))  # the keys stay
+                ends.append(slow_instance_spread(moved, features, **options))  # the keys are constant
             np.testing.assert_allclose(grad[index], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
@@ -83,14 +83,14 @@ def test_order_and_scale(wide):
         got, (got_grad,) = value_and_grads(instance_spread, features[rows])
         np.testing.assert_allclose(got, value, rtol=1e-12)
         np.testing.assert_allclose(got_grad, grad[rows], atol=1e-12)
-    # Nothing is scaled inside: twice the temperature is features shorter by the root of two.
+    # The rows are not scaled inside: doubling the temperature equals dividing the features by the root of two.
     got = instance_spread(features, temperature=0.2)
     np.testing.assert_allclose(got, instance_spread(features / np.sqrt(2)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("m", [1, 2.5])
 def test_identical_rows(m):
-    others = m * 6  # of 8 rows, less the row and its partner
+    others = m * 6  # of 8 rows, without the row and its partner
     want = np.log(1 + others) - others * np.log(1 - 1 / (1 + others))
     for how in ENGINES:
         got = instance_spread(jnp.ones((8, 4)) / 2, negative_multiplier=m, implementation=how)
@@ -114,12 +114,12 @@ def test_vmap_and_traced_scalars(wide):
 @pytest.mark.parametrize("implementation", ENGINES)
 @pytest.mark.parametrize("case", ["aligned", "confused", "tied"])
 def test_a_chance_that_rounds_to_one(case, implementation, m):
-    """log(1 - P) of the reference is -inf here; the value stays that of the definition, the gradient finite."""
+    """log(1 - P) of the reference is -inf here. The value is that of the definition, and the gradient is finite."""
     rng = np.random.default_rng(0)
     z = np.eye(4, 6)
     partners = {"aligned": z, "confused": np.roll(z, 1, axis=0), "tied": z[[1, 1, 3, 3]]}[case]
     features = np.concatenate([z, partners + 0.01 * rng.normal(size=z.shape)]).astype(np.float32)
-    # Down to 1/50: far beyond float32's 17 of gap, still in reach of the loop in long doubles.
+    # float32 loses 1 - P at a gap of 17 between logits. A temperature of 1/50 exceeds it; long doubles still suffice.
     for temperature in (0.05, 0.02):
         options = dict(temperature=temperature, negative_multiplier=m)
         value, (grad,) = value_and_grads(instance_spread, features, implementation=implementation, **options)
@@ -130,7 +130,7 @@ def test_a_chance_that_rounds_to_one(case, implementation, m):
                 instance_spread, features.astype(np.float64), implementation=implementation, **options
             )
         assert_close(grad, wide[1][0], 1e-4)
-        assert case == "aligned" or np.abs(grad).max() > 1  # it pulls hard, instead of standing still
+        assert case == "aligned" or np.abs(grad).max() > 1  # the gradient does not vanish
 
 
 @pytest.mark.parametrize("temperature", [5e-4, 100.0])
@@ -167,7 +167,7 @@ def test_divergence_shows():
 
 
 def by_device(features, devices):
-    """Rows as the devices hold them: each its first views, then its second views."""
+    """Order of the rows on the devices: each device holds its first views, then its second views."""
     half = len(features) // 2
     rows = np.arange(half).reshape(devices, -1)
     return np.concatenate([rows, rows + half], axis=1).reshape(-1)

@@ -1,4 +1,4 @@
-"""The choice of an implementation: its limits, their validation, and how they meet jit caches and threads."""
+"""The choice of an implementation: its limits, their validation, and their effect on jit caches and threads."""
 
 import threading
 

@@ -144,21 +144,21 @@ def test_no_negatives_and_alpha_zero(wide):
     q, k, queue, n = make(moco_all)
     plain = moco(q, k, queue)
     assert moco(q, k, queue, negatives=n[:, :0]) == plain
-    # A constant logit of 0 each, not plain MoCo.
+    # Each negative is a constant logit of 0, which is not plain MoCo.
     zero = moco(q, k, queue, negatives=n, alpha=0.0)
     np.testing.assert_allclose(zero, moco(q, k, np.concatenate([queue, np.zeros((5, 2))], axis=1)), rtol=1e-13)
     assert zero > plain
     values = [moco(q, k, queue, negatives=q[:, None] * 3, alpha=a) for a in (0.0, 1.0, 2.0, 3.0)]
     assert np.all(np.diff(values) > 0)
-    assert moco(q, k, queue[:, :0]) == 0  # nothing to contrast with yet
+    assert moco(q, k, queue[:, :0]) == 0  # an empty queue: nothing to contrast
     *rows, n1, n2 = make(byol_all)
     np.testing.assert_allclose(byol(*rows, negatives=(n1, n2), alpha=0.0), byol(*rows), rtol=1e-14)
 
 
 def test_descent_takes_a_query_away_from_its_own_negative(wide):
-    """Further with alpha than without negatives, and it comes nearer to its key all the same."""
+    """It moves further with alpha than without negatives, and still approaches its key."""
     q, k, queue, n = make(moco_all, m=1)
-    n[:, 0] = q + 0.3 * n[:, 0]  # hard ones
+    n[:, 0] = q + 0.3 * n[:, 0]  # hard negatives
 
     def cosine(a, b):
         return float(((a / np.linalg.norm(a, axis=1)[:, None]) * b / np.linalg.norm(b, axis=1)[:, None]).sum(1).mean())
@@ -294,7 +294,7 @@ def test_same_on_1_2_and_8_devices(wide, loss, slow, trained):
     specs = tuple(P() if loss is moco_all and i == 2 else P("data") for i in range(len(arrays)))
     counted = functools.partial(split_where, loss)
     for devices, inside in ((1, False), (2, False), (8, True)):
-        # The rows that exist travel as numbers, so that all arguments can be differentiated alike.
+        # `where` is passed as floats, so that every argument can be differentiated.
         value, grads = on_devices(
             devices, counted, [*arrays, where.astype(float)], in_specs=(*specs, P("data")), inside=inside
         )

@@ -94,7 +94,7 @@ def slow_one_way(anchors, keys, *, temperature=0.1):
 
 
 def make(seed=0, b=4, m=2, d=5):
-    """z1, z2, n1, n2, of lengths other than 1."""
+    """z1, z2, n1, n2, whose vectors do not have unit length."""
     rng = np.random.default_rng(seed)
     scale = np.exp(rng.normal(size=(b, 1)))
     return [rng.normal(size=s) * scale.reshape(b, *[1] * (len(s) - 1)) for s in ((b, d),) * 2 + ((b, m, d),) * 2]
@@ -145,7 +145,7 @@ def test_views_images_and_lengths_do_not_matter(wide):
     order = np.array([2, 0, 3, 1])
     for other in ((z2, z1, n2, n1), (z1[order], z2[order], n1[order], n2[order]), (3 * z1, z2 / 7, n1 * 9, n2)):
         np.testing.assert_allclose(value_and_grads(with_negatives, *other)[0], value, rtol=1e-12)
-    # Not so where an anchor gets another's negatives, nor for the loss of one direction.
+    # They do matter if an anchor gets the negatives of another, and for the one-way loss.
     assert abs(value_and_grads(with_negatives, z1, z2, n1[order], n2)[0] - value) > 1e-4
     assert abs(one_way_infonce(z1, z2) - one_way_infonce(z2, z1)) > 1e-4
     assert abs(one_way_infonce(3 * z1, z2) - one_way_infonce(z1, z2)) > 1e-4
@@ -156,11 +156,11 @@ def test_own_negatives(wide):
     plain = nt_xent(z1, z2)
     assert nt_xent(z1, z2, negatives=(n1[:, :0], n2[:, :0])) == plain
     np.testing.assert_allclose(nt_xent(z1, z2, negatives=n1), nt_xent(z1, z2, negatives=(n1, n1)), rtol=1e-15)
-    # alpha=0 is not the plain loss: a zero vector for each, exp(0) in the sum.
+    # alpha=0 is not the plain loss: each negative acts like a zero vector and adds exp(0).
     zero = nt_xent(z1, z2, negatives=(n1, n2), alpha=0.0)
     np.testing.assert_allclose(zero, nt_xent(z1, z2, negatives=(0 * n1, 0 * n2)), rtol=1e-14)
     assert zero > plain + 0.01
-    # A similar negative counts more with alpha, a dissimilar one less.
+    # A similar negative counts more with alpha, a dissimilar one counts less.
     close = [nt_xent(z1, z2, negatives=(z1[:, None], z2[:, None]), alpha=a) for a in (0.0, 1.0, 2.0, 3.0)]
     far = [nt_xent(z1, z2, negatives=(-z1[:, None], -z2[:, None]), alpha=a) for a in (0.0, 1.0, 2.0, 3.0)]
     assert np.all(np.diff(close) > 0) and np.all(np.diff(far) < 0)
@@ -211,7 +211,7 @@ def test_odd_cases_are_finite(case, temperature):
 
 @pytest.mark.parametrize("implementation", ENGINES)
 def test_small_temperature_is_exact(implementation):
-    """Were the row's own similarity in the maximum, all others would underflow."""
+    """With the row's similarity to itself in the maximum, all other terms would underflow."""
     arrays = make(b=6)
     with jax.enable_x64(True):
         want, want_grads = value_and_grads(with_negatives, *arrays, temperature=5e-4, implementation=implementation)

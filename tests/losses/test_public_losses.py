@@ -63,7 +63,7 @@ class VariantsTest(chex.TestCase):
 def test_vmap_and_one_trace_for_equal_shapes(name):
     loss, *arrays = CASES[name]
     stacked = [np.stack([a, 2 - a]) for a in arrays]
-    chex.clear_trace_counter()  # it takes the losses of this test for one function
+    chex.clear_trace_counter()  # chex counts all losses of this test as one function
 
     @jax.jit
     @jax.vmap

@@ -14,7 +14,7 @@ from spread_checks import VARIANTS, make, stacked, values_and_grads
 
 from jaxcl.losses.spread import attract, class_conditional_infonce, spread
 
-# On several devices "ring" joins them: test_spread_sharded.py.
+# test_spread_sharded.py also tests "ring".
 engines = pytest.mark.parametrize("implementation", ["dense", "tiled"])
 
 
@@ -31,7 +31,7 @@ engines = pytest.mark.parametrize("implementation", ["dense", "tiled"])
         ("loss_partly_unlabelled", True, "dense"),
         ("loss_batch128", True, "dense"),
         ("loss_norms", False, "dense"),
-        # Each setting is a program to compile; these files have all kinds of sweeps.
+        # Each setting compiles a program; these two files cover all reductions.
         ("loss_core", True, "tiled"),
         ("loss_partly_unlabelled", True, "tiled"),
     ],
@@ -51,7 +51,9 @@ def test_golden(golden, name, wide, implementation):
                 temperature=setting["temp"],
                 positives_in_denominator=setting["pos_in_denom"],
                 **({"positive_weight": setting["pos_in_denom_weight"]} if setting["pos_in_denom"] else {}),
-                clip_positive=1.0 if setting["clamp"] else np.inf,  # a number either way, for one program
+                clip_positive=1.0
+                if setting["clamp"]
+                else np.inf,  # always a number, so that all settings share a program
                 norm=setting["norm"],
                 implementation=implementation,
             )
@@ -171,7 +173,7 @@ def test_identities(wide, implementation):
     data = make(b=8)
     views = data["views"]
     run = functools.partial(values_and_grads, implementation=implementation)
-    # Every sample its own class: InfoNCE across views, and nothing to spread.
+    # Every sample is its own class: InfoNCE across views, and R is 0.
     distinct, none = run(views, np.arange(8) - 1), run(views)
     z = views / np.linalg.norm(views, axis=-1, keepdims=True)
     s = z[1] @ z[0].T / 0.5
@@ -179,11 +181,11 @@ def test_identities(wide, implementation):
     np.testing.assert_allclose(none[0], [infonce / 2, infonce, 0], rtol=1e-12)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-14), distinct, none)
     assert none[0][2] == 0 and not np.any(none[1][2])
-    # One class: nothing to attract against; R is InfoNCE.
+    # One class: A has no negatives and is 0; R is InfoNCE.
     one = run(views, np.zeros(8, int))
     np.testing.assert_allclose(one[0], [infonce / 2, 0, infonce], rtol=1e-12)
     assert not np.any(one[1][1])
-    # Unit norm: no gradient along a vector. Tight temperatures give bounds of counts alone.
+    # Unit norm: no gradient along a vector. At a very high temperature the losses depend on counts only.
     grads = run(views, data["labels"])[1]
     np.testing.assert_allclose(np.sum(grads * views, -1), 0, atol=1e-13)
     flat = run(views, data["labels"], temperature=1e9)[0]
@@ -207,7 +209,7 @@ def test_symmetries(wide, implementation):
     np.testing.assert_allclose(shuffled[0], values, rtol=1e-12)
     np.testing.assert_allclose(shuffled[1], grads[:, :, order], atol=1e-13)
     np.testing.assert_allclose(run(views / np.sqrt(0.5), labels, temperature=1.0)[0], values, rtol=1e-12)
-    # Class ids are only names: any integers but -1.
+    # Class ids may be any integers except -1.
     np.testing.assert_allclose(run(views, np.where(labels == -1, -1, -7 - 3 * labels))[0], values, rtol=1e-13)
     # Not symmetric in the views: the later view is the anchor.
     assert abs(run(views[::-1], labels)[0][1] - values[1]) > 1e-3
@@ -239,7 +241,7 @@ def test_clip_of_one_class(wide, implementation):
 @engines
 @pytest.mark.parametrize("filler", [0.0, 1e30, np.nan])
 def test_padding_changes_nothing(wide, filler, implementation):
-    data = make()  # the written-out loop says that padding counts nowhere; here, that it may hold anything
+    data = make()  # the test with the loop shows that padding is ignored; this one, that it may hold any value
     views, labels, keep = data["views"], data["labels"], data["where"]
     filled = np.where(keep[None, :, None], views, filler)
     for variant in VARIANTS[1:3]:
@@ -257,7 +259,7 @@ def test_padding_changes_nothing(wide, filler, implementation):
 def test_divergence_is_not_hidden(wide, implementation):
     for variant in VARIANTS[:3]:
         data = make()
-        data["views"][1, 3] = np.nan  # an unlabelled one: everybody's negative
+        data["views"][1, 3] = np.nan  # an unlabelled sample, a negative of all others
         values, _ = values_and_grads(**data, **variant, implementation=implementation)
         assert np.isnan(values).all()
 
@@ -395,7 +397,7 @@ def test_mistakes_are_one_line(options):
 
 @pytest.mark.parametrize("loss", [attract, class_conditional_infonce, spread])
 def test_samples_first_is_refused_with_a_hint(loss):
-    """[N, V, D], the layout of SupCon, would otherwise give another number, after a time quadratic in N."""
+    """[N, V, D], the layout of SupCon, would otherwise give a different number, and take time quadratic in N."""
     features = np.ones((64, 2, 5), np.float32)
     assert_user_error(lambda: loss(features), loss.__name__, "views", "moveaxis")
     few = features[:6]  # six views are possible, but not with six labels for two samples

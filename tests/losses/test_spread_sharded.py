@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from spread_checks import VARIANTS, make, stacked, values_and_grads
 
-# One gradient of a mixture of total, A and R instead of three: any error in one of them shows.
+# One gradient of a mixture of total, A and R instead of three gradients: an error in any of them shows.
 MIXTURE = np.array([0.3, 1.0, -0.7])
 
 

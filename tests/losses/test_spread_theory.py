@@ -1,4 +1,4 @@
-"""What theory says of L_spread: when a class collapses, how far it spreads, which permutations it cannot see."""
+"""Theory of L_spread: when a class collapses, how far it spreads, and which permutations do not change it."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_collapse(wide, golden):
         got = terms(jnp.stack([z, z]), labels, temp)
         np.testing.assert_allclose(got, [supcon, cnce], rtol=1e-9)
         np.testing.assert_allclose(got, [bound, np.log(n)], rtol=1e-9)
-        # The bound holds for any two views, and both losses bounds are left by moving away.
+        # The bounds hold for any two views, and noise moves both losses above them.
         for noise in (0.1, 1.0):
             views = np.stack([z, z]) + noise * rng.normal(size=(2, *z.shape))
             a, r = terms(jnp.asarray(views), labels, temp)
@@ -68,7 +68,7 @@ def test_spread_curve_and_thresholds(wide, golden):
         curve = np.asarray(family_terms(*family_axes(K, n), temp, grid))
         np.testing.assert_allclose(grid[:201:10], d["t"], atol=1e-15)
         np.testing.assert_allclose(curve[:201:10], np.stack([d["supcon"][k], d["cnce"][k]], 1), rtol=1e-8, atol=1e-12)
-        # Collapse is the optimum exactly above the weight at which the slopes cancel.
+        # Collapse is the optimum exactly if alpha is above the weight at which the slopes cancel.
         slope_a, slope_r = (curve[-1] - curve[0]) / near
         e = n * (K - 1) * np.exp(-K / ((K - 1) * temp))
         q = e / (1 + e)

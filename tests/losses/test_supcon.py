@@ -1,7 +1,6 @@
 """SupCon against the authors' numbers, a written-out loop, and finite differences."""
 
 import functools
-import importlib
 import itertools
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from loss_checks import assert_user_error, mesh_of
 from supcon_checks import make, slow_supcon, value_and_grad
 
-from jaxcl.losses import supcon
+from jaxcl.losses import supcon, supcon_rows
 
 GOLDEN_FILES = (
     "supcon_all_2view",
@@ -73,7 +72,7 @@ def test_written_out_loop(positives, extras):
         options |= dict(where=data["where"], normalize=False)
     if extras >= 3:
         options |= dict(negatives=data["negatives"], negatives_where=data["negatives_where"], negatives_count=2.0)
-    # All four pairs for each kind of positives, no two kinds alike for the same extras.
+    # Each kind of positives gets all four pairs, and for the same extras no two kinds get the same pair.
     turn = (extras + len(positives)) % 4
     options |= dict(anchors=("all", "first")[turn % 2], anchor_mean=("all", "positive")[turn // 2])
     want = slow_supcon(data["features"], **options)
@@ -109,8 +108,7 @@ def test_gradient_by_finite_differences(positives, implementation):
 
 @pytest.mark.parametrize("n,tile_entries", [(11, 1), (12, 100), (13, 2**22)])
 def test_tiles_that_do_not_divide_the_rows(monkeypatch, wide, n, tile_entries):
-    # By name: the package exports the function under the module's own.
-    monkeypatch.setattr(importlib.import_module("jaxcl.losses.supcon_rows"), "TILE_ENTRIES", tile_entries)
+    monkeypatch.setattr(supcon_rows, "TILE_ENTRIES", tile_entries)
     data = make(n=n)
     del data["labels"]
     dense, tiled = (value_and_grad(**data, implementation=how) for how in ("dense", "tiled"))
@@ -269,7 +267,7 @@ def test_odd_cases_are_finite(case, temperature):
 
 
 def test_small_temperature_is_exact(wide):
-    """The self term is not in the stabilising maximum: the reference underflows to NaN here."""
+    """The stabilising maximum excludes the self term; the authors' code underflows to NaN here."""
     features, labels = make(n=6, d=16)["features"], np.array([0, 0, 1, 1, 2, 2])
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
     s = unit.reshape(12, 16) @ unit.reshape(12, 16).T / 5e-4

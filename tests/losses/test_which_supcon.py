@@ -1,4 +1,4 @@
-"""Five numbers that all go by the name SupCon, on one batch: which of them `supcon` gives, and which it does not."""
+"""Five losses with the name SupCon on one batch: which of them `supcon` computes, and which it does not."""
 
 import functools
 
@@ -44,7 +44,7 @@ def ours(z, base_temperature, anchor_mean, implementation):
 @pytest.mark.parametrize(
     ("base_temperature", "anchor_mean", "expected"),
     [
-        (TEMPERATURE, "all", 4.769),  # the paper's L_out, an anchor without a positive counting 0
+        (TEMPERATURE, "all", 4.769),  # the paper's L_out, an anchor without a positive counts 0
         (0.07, "all", 6.813),  # the authors' code: times temperature / 0.07
         (TEMPERATURE, "positive", 5.450),  # metric-learning libraries: mean over the anchors that have a positive
     ],
@@ -64,7 +64,7 @@ def test_options_give_three_of_them(z, base_temperature, anchor_mean, implementa
 
 
 def test_logarithm_outside_the_sum_is_another_number(z):
-    """L_in: a SimCLR function given class ids sums its positives inside of the logarithm."""
+    """L_in: a SimCLR function given class ids sums its positives inside the logarithm."""
     exponential, positive, _ = by_hand(z)
     share = (exponential * positive).sum(1) / exponential.sum(1)
     some = positive.any(1)
@@ -89,7 +89,7 @@ def test_other_positives_left_out_is_another_number(z):
 
 
 def test_with_pairs_only_the_factor_is_left(z):
-    """With two rows a class, L_out, L_in and optax's are one number."""
+    """With two rows in each class, L_out, L_in and the loss of optax are equal."""
     labels = jnp.arange(8) // 2
     expected = float(optax.losses.ntxent(jnp.asarray(z), labels, TEMPERATURE))
     assert float(supcon(z[:, None], labels, temperature=TEMPERATURE)) == pytest.approx(expected, rel=1e-5)

@@ -73,11 +73,11 @@ def says(text, f, *args, **options):
 
 
 def test_the_features_of_the_evaluation(run, backbone, data):
-    frozen = load_run(run).frozen()
-    images = frozen.test.images
+    context = load_run(run).context()
+    images = context.test.images
     features = np.asarray(backbone(images))
     assert features.shape == (16, 16) and features.dtype == np.float32 and backbone.features == 16
-    np.testing.assert_allclose(features, frozen.features("test", "h"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features, context.features("test", "h"), rtol=1e-5, atol=1e-6)
     floats = images.astype(np.float32) / 255
     np.testing.assert_allclose(backbone(floats), features, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(backbone(jnp.asarray(floats)), backbone(floats))

@@ -51,10 +51,10 @@ def test_a_run_and_several_joined(opened):
     assert set(joined) == {"knn", "linear"}  # a classifier has one encoder
     features = {}
     for split in ("train", "test"):
-        parts = [run.frozen().features(split) for run in opened]
+        parts = [run.context().features(split) for run in opened]
         assert not np.allclose(*parts)
         features[split] = np.concatenate(parts, -1)
-    train, test = (opened[0].frozen().source(s).labels for s in ("train", "test"))
+    train, test = (opened[0].context().source(s).labels for s in ("train", "test"))
     probe = fit_linear_probe(features["train"], train, num_classes=tiny.CLASSES)
     right = np.argmax(probe_logits(probe, features["test"]), -1) == test
     assert joined["linear"]["accuracy"] == pytest.approx(right.mean())
@@ -80,12 +80,12 @@ def test_an_evaluator_of_a_package_on_joined_runs(opened, tmp_path, monkeypatch)
 
 def test_augmented_features_are_another_view_for_each_draw(opened):
     """Those of joined runs lie side by side; without a draw of its own, a run gives the same ones again."""
-    parts = [run.frozen().augmented_features("train", 0) for run in opened]
+    parts = [run.context().augmented_features("train", 0) for run in opened]
     joined = Joined(opened).augmented_features("train", 0)
     np.testing.assert_array_equal(joined, np.concatenate(parts, -1))
-    again, other = (opened[0].frozen().augmented_features("train", draw) for draw in (0, 1))
+    again, other = (opened[0].context().augmented_features("train", draw) for draw in (0, 1))
     np.testing.assert_array_equal(parts[0], again)
-    plain = opened[0].frozen().features("train")
+    plain = opened[0].context().features("train")
     assert not np.allclose(again, other) and not np.allclose(again, plain) and again.shape == plain.shape
 
 
@@ -122,13 +122,13 @@ def test_the_split(opened, runs):
         evaluate_runs(opened, split="validation")
     with pytest.raises(UserError, match="split is 'train'"):
         evaluate_runs(opened, split="train")
-    assert opened[0].frozen().held_out is None
+    assert opened[0].context().held_out is None
 
 
 def test_the_command(runs, data, capsys, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     argv = ["evaluate", f"--workdir={runs[0]}", "--suite=linear", f"--source=npz:{data[1]}", f"--out={out}"]
-    assert command.run(argv) == 0
+    assert command.main(argv) == 0
     printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert written["results"] == printed and set(printed) == {"linear"}
     assert written["source"] == f"npz:{data[1]}" and written["runs"][0]["step"] == 3
@@ -149,7 +149,7 @@ def test_mistakes(runs, data, tmp_path, opened):
     says("is not a run folder", load_run, tmp_path)
     empty = tmp_path / "empty"
     run_folder.claim(
-        empty, json.loads((runs[0] / "config.json").read_text()), data_facts(opened[0].frozen().test), True
+        empty, json.loads((runs[0] / "config.json").read_text()), data_facts(opened[0].context().test), True
     )
     says("has no checkpoint yet", load_run, empty)
     says("suite is 'knnn'; did you mean 'knn'?", evaluate_runs, opened[:1], ("knnn",))
@@ -157,5 +157,5 @@ def test_mistakes(runs, data, tmp_path, opened):
     says("suite has 'classifier'", evaluate_runs, opened, ("classifier",))
     other = load_run(runs[1], source=f"npz:{data[1]}")
     says("were trained on different data", evaluate_runs, [opened[0], other])
-    says("no --workdir", command.run, ["evaluate"])
+    says("no --workdir", command.main, ["evaluate"])
     says("has no checkpoint of step 7", load_run, runs[0], step=7)

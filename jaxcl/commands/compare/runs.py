@@ -10,9 +10,10 @@ from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.transfer import Transfer
+from jaxcl.report.names import KNN, LINEAR, TRANSFER
 from jaxcl.train.runs import Joined, load_run
 
-MEASURES = ("transfer.accuracy", "linear.accuracy", "knn.accuracy")
+MEASURES = (TRANSFER, LINEAR, KNN)
 
 
 def folders(text: str) -> list[pathlib.Path]:
@@ -47,7 +48,7 @@ def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str,
     """
     runs = [load_run(folder, source=source) for folder in group]
     try:
-        found, panels = Transfer()(Joined(runs) if len(runs) > 1 else runs[0].frozen())
+        found, panels = Transfer()(Joined(runs) if len(runs) > 1 else runs[0].context())
     except NotApplicable as reason:
         raise UserError(f"{group[0]}: {reason}; a comparison needs fine classes inside coarse ones") from None
     path = group[0] / "results.json"

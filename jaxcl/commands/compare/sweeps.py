@@ -10,19 +10,20 @@ from typing import Any, NamedTuple
 from jaxcl.commands.compare.runs import config_of
 from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.errors import UserError
+from jaxcl.report import names
 from jaxcl.report.transfer import Setting
 
 logger = logging.getLogger("jaxcl")
 
 # The first of these that a run has: if it can, that of the embeddings that the loss sees.
-COSINES = tuple(f"collapse.{p}within_class_cosine" for p in ("z_", "", "h_"))
+COSINES = (names.WITHIN_CLASS_COSINE_Z, names.WITHIN_CLASS_COSINE_H)
 # Panels of a sweep over alpha: title -> measures; the first that a run has is drawn.
 DOMAINS = {
-    "In domain": ("ood.accuracy", "linear.accuracy", "knn.accuracy"),
-    "Shifted test": ("ood.shifted.accuracy", "calibration.test_shifted.accuracy"),
-    "Corrupted test": ("ood.corruption.accuracy",),
-    "Texture only": ("ood.texture.accuracy",),
-    "Shape bias": ("shape_bias.shape_bias", "shape_bias.stimuli.shape_bias"),
+    "In domain": (names.OOD, names.LINEAR, names.KNN),
+    "Shifted test": (names.OOD_SHIFTED, names.SHIFTED_CLASSIFIER),
+    "Corrupted test": (names.OOD_CORRUPTION,),
+    "Texture only": (names.OOD_TEXTURE,),
+    "Shape bias": (names.SHAPE_BIAS, names.SHAPE_BIAS_STIMULI),
 }
 
 

@@ -84,7 +84,9 @@ def _seeds(text: str) -> list[int]:
 def _measures(text: str, runs: Sequence[Run]) -> list[str]:
     """The measures, checked now: a measure that no run has would show as dashes only after hours."""
     measures = [w.strip() for w in text.split(",") if w.strip()]
-    evaluators = {name for r in runs for name in r.config["eval"]["final"]}
+    from jaxcl.evaluate.registry import result_name  # late: it imports JAX
+
+    evaluators = {result_name(kind) for r in runs for kind in r.config["eval"]["final"]}
     for measure in measures:
         head = measure.partition(".")[0]
         if head not in evaluators.union(_RESULTS_BESIDE_EVALUATORS):
