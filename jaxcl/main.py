@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def cli() -> None:
-    """Run `main` as a process of its own."""
+    """Run `main` as this process."""
     entry.leave(main)
 
 

@@ -1,4 +1,4 @@
-"""Write the features that a trained run has of images to a file.
+"""Write the features of images, computed by a trained run, to a file.
 
     jaxcl embed --workdir=RUN --out=features.npz [--source=folder:photos] [--split=test] [--layer=z]
     jaxcl embed --workdir=RUN --workdir=RUN --out=gs://bucket/features.parquet

@@ -107,7 +107,7 @@ class Flags:
 def _split(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
     """-> (argv without what concerns the config, the value of --config, every override as --config.KEY=VALUE).
 
-    A value may also follow its flag as an argument of its own. The last --config counts.
+    A value may also follow its flag as a separate argument. The last --config counts.
     """
     rest, config, overrides = [argv[0]], None, []
     following = list(argv[1:])

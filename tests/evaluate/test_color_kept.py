@@ -9,7 +9,7 @@ import pytest
 import tiny
 from evaluations import evaluation, source
 
-from jaxcl.augment import Op
+from jaxcl.augment.base import Op
 from jaxcl.evaluate import EvalContext
 from jaxcl.evaluate import color as module
 

@@ -128,7 +128,7 @@ def test_the_split(opened, runs):
 def test_the_command(runs, data, capsys, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     argv = ["evaluate", f"--workdir={runs[0]}", "--suite=linear", f"--source=npz:{data[1]}", f"--out={out}"]
-    assert command.run(argv) == 0
+    assert command.main(argv) == 0
     printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert written["results"] == printed and set(printed) == {"linear"}
     assert written["source"] == f"npz:{data[1]}" and written["runs"][0]["step"] == 3
@@ -157,5 +157,5 @@ def test_mistakes(runs, data, tmp_path, opened):
     says("suite has 'classifier'", evaluate_runs, opened, ("classifier",))
     other = load_run(runs[1], source=f"npz:{data[1]}")
     says("were trained on different data", evaluate_runs, [opened[0], other])
-    says("no --workdir", command.run, ["evaluate"])
+    says("no --workdir", command.main, ["evaluate"])
     says("has no checkpoint of step 7", load_run, runs[0], step=7)

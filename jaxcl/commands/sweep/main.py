@@ -4,7 +4,7 @@
     jaxcl sweep --config=configs/simclr.py --config=configs/clae.py:clean_pair --seeds=0,1,2 \\
         --set="eval.final=('knn','linear')" --grid=optimizer.lr=1e-3,3e-3 --out=runs/clae-table
 
-Each run is a process of its own, `python -m jaxcl.main`, with the run folder DIR/<setting>/seed-N and its output in
+Each run is a separate process, `python -m jaxcl.main`, with the run folder DIR/<setting>/seed-N and its output in
 seed-N.log beside the folder. All configs are read before the first run starts. All settings run with one seed before
 the next seed, so that an interrupted sweep has a complete table for the first seeds. The same command resumes: runs
 that have finished or diverged are not repeated. DIR/table.md and DIR/table.json are rewritten after every run.
