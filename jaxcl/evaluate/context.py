@@ -35,7 +35,7 @@ class EvalSetup:
 
     Attributes:
       config, options: the whole config, and its `eval` node.
-      recipe: the method; its mean, std, image shape and number of classes are those of training.
+      recipe: the method, with the mean, std, image shape and number of classes of training.
       training: the source whose batches the update sees. With texture negatives from files, batches hold these too.
       selects_on: the split that checkpoints and settings are chosen on: "validation", or "test" without one.
       view: the standard view, [B,H,W,C] in [0,1] -> normalised [B,S,S,C].

@@ -123,8 +123,8 @@ def _mean(values, valid, *, empty):
 class Explanation(Evaluator):
     """Quality of GradCAM maps of the online classifier, at the layer `eval.tap`.
 
-    Metrics: those of `drop_increase` for the predicted class, where the most salient `eval.explanation_fraction` of
-    the pixels is kept (ExCon, arXiv 2111.14271); those of `mask_agreement`, where the data has the true masks.
+    Metrics: the results of `drop_increase` for the predicted class, where the most salient share of the pixels is kept
+    (`eval.explanation_fraction`; ExCon, arXiv 2111.14271); and of `mask_agreement`, where the data has the true masks.
     """
 
     needs_classifier = True

@@ -69,7 +69,7 @@ class Run(Saved):
 def load_run(
     workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
 ) -> Run:
-    """Opens a run with its data. Arguments and errors are those of `open_run`; UserError too if data is missing."""
+    """Opens a run with its data. Arguments and errors as in `open_run`; also UserError if data is missing."""
     saved = open_run(workdir, source=source, step=step, options=options)
     config = saved.config
     train = source_of(config, "train")
@@ -156,7 +156,7 @@ def _set(options: ConfigDict, text: str) -> None:
 
 
 class Joined(EvalContext):
-    """Several runs as one encoder, their features side by side. Labels and options are those of the first run.
+    """Several runs as one encoder, their features side by side. Labels and options come from the first run.
 
     Raises:
       UserError: the runs do not have the same images.
