@@ -50,7 +50,8 @@ def draw_resized_crop(
 
     A try draws a share of the area uniform in `area` and an aspect ratio (width / height) log-uniform in `ratio`, and
     rounds to whole pixels. The first try that fits the image is placed uniformly. If no try fits, the box is the
-    largest centred one with an aspect ratio inside `ratio`. All tries are drawn at once, so shapes are static.
+    largest centred one with an aspect ratio inside `ratio`. It has at least one pixel.
+    All tries are drawn at once, so shapes are static.
 
     Args:
       keys: [N] typed keys.
@@ -75,9 +76,9 @@ def draw_resized_crop(
 
     whole_h, whole_w = height, width
     if width / height < ratio[0]:
-        whole_h = round(width / ratio[0])
+        whole_h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        whole_w = round(height * ratio[1])
+        whole_w = max(1, round(height * ratio[1]))
     h = jnp.where(found, jnp.sum(jnp.where(first_NxT, h_NxT, 0.0), axis=1), whole_h)
     w = jnp.where(found, jnp.sum(jnp.where(first_NxT, w_NxT, 0.0), axis=1), whole_w)
     # The minimum is needed because u * (n + 1) can round up to n + 1 for u just below 1.

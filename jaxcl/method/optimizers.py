@@ -4,6 +4,7 @@ e epoch counted from 1, E epochs, S steps per epoch.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from jaxcl.errors import UserError
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.options import POSITIVE, Options, Range
 
+logger = logging.getLogger("jaxcl")
 Array = jax.Array
 Schedule = Callable[[Array], Array]
 
@@ -143,6 +145,25 @@ def make_schedule(
         batch_size=batch_size,
         total=steps,
     )
+    schedule = _schedule(options, name, warmup, steps, steps_per_epoch)
+    if warmup > steps // 4:
+        _warn_of_low_peak(options, name, schedule, steps)
+    return schedule
+
+
+def _warn_of_low_peak(options: OptimizerOptions, name: str, schedule: Schedule, steps: int) -> None:
+    with jax.ensure_compile_time_eval():
+        at = jnp.arange(0, steps, max(1, steps // 256))
+        peak = float(jnp.max(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(at)))
+    if peak < options.lr / 2:
+        logger.warning(
+            "%s.warmup is %s of a run of %d steps: the learning rate never passes %.3g, where %s.lr is %g; use a "
+            "shorter warm-up, such as '10%%'",
+            *(name, options.warmup, steps, peak, name, options.lr),
+        )
+
+
+def _schedule(options: OptimizerOptions, name: str, warmup: int, steps: int, steps_per_epoch: int) -> Schedule:
     common = dict(
         steps_per_epoch=steps_per_epoch,
         decay_rate=options.decay_rate,

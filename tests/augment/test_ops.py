@@ -244,3 +244,15 @@ def test_operations_vmap():
     flat = jax.jit(both)(images.reshape(6, 24, 20, 3), boxes, factors, order)
     nested = jax.jit(jax.vmap(both))(images, *(v.reshape(2, 3, 4) for v in (boxes, factors, order)))
     np.testing.assert_allclose(nested.reshape(flat.shape), flat, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width, ratio", [(64, 3, (8, 16)), (3, 64, (1 / 16, 1 / 8)), (1, 1, (3, 4))])
+def test_a_crop_has_a_pixel_at_least(height, width, ratio):
+    """cases A.12: no try fits, and the largest box inside the ratios rounds to nothing."""
+    boxes = np.asarray(ops.draw_resized_crop(keys(50), height, width, ratio=ratio))
+    top, left, h, w = boxes.T
+    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= height).all() and (left + w <= width).all()
+    image = np.random.default_rng(0).uniform(size=(50, height, width, 3)).astype(np.float32)
+    out = ops.resized_crop(jnp.asarray(image), jnp.asarray(boxes), 8)
+    assert np.isfinite(out).all() and out.min() >= 0 and out.max() <= 1

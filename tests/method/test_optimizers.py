@@ -323,3 +323,22 @@ def test_torch_adamw_decays_every_parameter(eps):
 )
 def test_mistakes_in_what_thanos_added(options, words):
     test_mistakes(options, words)
+
+
+@pytest.mark.parametrize(
+    "kind, warmup, low",
+    [
+        ("epoch_cosine", "10 epochs", True),
+        ("epoch_cosine", "9 epochs", True),  # it ends at the cosine's value, which is low by then
+        ("epoch_cosine", "10%", False),
+        ("cosine", "30 epochs", True),
+        ("cosine", "9 epochs", False),
+    ],
+)
+def test_a_warmup_as_long_as_the_run(caplog, kind, warmup, low):
+    """cases A.14: the rate would never come near lr."""
+    options = OptimizerOptions(lr=0.5, warmup=warmup, warmup_from=0.01, schedule=kind)
+    with caplog.at_level("WARNING", logger="jaxcl"):
+        schedule = make_schedule(options, name="optimizer", steps=50, steps_per_epoch=5, batch_size=4)
+    assert (values(schedule, 50).max() < 0.25) == low
+    assert any("optimizer.warmup" in r.getMessage() for r in caplog.records) == low
