@@ -6,6 +6,7 @@ N images, D features.
 import ast
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ from jaxcl.runtime import storage
 from jaxcl.runtime.options import OptionError, check, options_of, suggestion
 from jaxcl.train.checkpoint import Checkpoints
 from jaxcl.train.run_folder import ROW_ORDER
+
+logger = logging.getLogger("jaxcl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,15 @@ def load_run(
     """Opens a run with its data. Arguments and errors are those of `open_run`; UserError too if data is missing."""
     saved = open_run(workdir, source=source, step=step, options=options)
     config = saved.config
-    train = source_of(config, "train")
-    evaluation = Evaluation(config, saved.recipe, train=train, make_source=lambda split: source_of(config, split))
+    if source:
+        _fit_labels(config)
+    evaluation = Evaluation(
+        config,
+        saved.recipe,
+        train=source_of(config, "train"),
+        make_source=lambda split: source_of(config, split),
+        class_names=saved.class_names,
+    )
     return Run(**vars(saved), evaluation=evaluation)
 
 
@@ -136,6 +146,17 @@ def open_run(
         class_names=None if class_names is None else tuple(class_names),
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
+
+
+def _fit_labels(config: ConfigDict) -> None:
+    """Drop what the run asked of the labels of its own data, where another source cannot give it."""
+    config.data.imbalance = ""  # of training images of CIFAR-100
+    if config.data.labels == "coarse":
+        config.data.labels = "fine"
+        if source_of(config, "train").coarse_names:
+            config.data.labels = "coarse"
+        else:
+            logger.info("%s has no coarse classes; it is evaluated on its own", config.data.source)
 
 
 def _set(options: ConfigDict, text: str) -> None:
