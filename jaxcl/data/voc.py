@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from jaxcl.data import fingerprint
 from jaxcl.data.images import decode, resize_and_crop
 from jaxcl.data.kind import Size, SourceKind
 from jaxcl.data.moments import moments
@@ -59,6 +60,7 @@ class Voc(SourceKind):
             std=std,
             extras={"segmentation": classes},
             paths=tuple(str(folder / "JPEGImages" / f"{names[i]}.jpg") for i in rows),
+            content=fingerprint.digest([names[i] for i in rows], fingerprint.of_pixels(classes)),
             name=spec,
             split=split,
         )

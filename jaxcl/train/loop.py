@@ -89,6 +89,8 @@ def _run(
     job = _prepare(config, plain, workdir, profile)
     order = job.order.name if job.order else shuffle.ORDER
     known = job.facts | {"class_names": job.source.class_names, run_folder.ROW_ORDER: order}
+    if job.source.fingerprint:
+        known[run_folder.FINGERPRINT] = job.source.fingerprint
     lock = run_folder.claim(workdir, plain, known, _writes())
     if lock:
         stack.callback(lock.close)

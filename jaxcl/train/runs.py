@@ -31,7 +31,7 @@ from jaxcl.method.state import TrainState
 from jaxcl.runtime import storage
 from jaxcl.runtime.options import OptionError, check, options_of, suggestion
 from jaxcl.train.checkpoint import Checkpoints
-from jaxcl.train.run_folder import ROW_ORDER
+from jaxcl.train.run_folder import FINGERPRINT, ROW_ORDER
 
 logger = logging.getLogger("jaxcl")
 
@@ -111,7 +111,8 @@ def open_run(
             raise UserError(f"{workdir} is not a run folder: it has no {path.name}; give the --workdir of a run")
     plain, facts = (json.loads(path.read_text()) for path in files.values())
     class_names = facts.pop("class_names", None)
-    facts.pop(ROW_ORDER, None)  # only training needs it
+    for key in (ROW_ORDER, FINGERPRINT):  # only training needs them
+        facts.pop(key, None)
     environment = workdir / "environment.json"
     config = configs.from_dict(plain)
     config.report = False

@@ -156,6 +156,30 @@ def test_a_run_under_another_order_of_the_rows_is_not_continued(tmp_path, npz):
     assert 0 <= found["classifier"]["accuracy"] <= 1
 
 
+def test_data_that_changed_in_the_same_folder(tmp_path, npz):
+    """Cases B.4: refused before anything is written; a folder of an older version has no hash and goes on."""
+    source = tmp_path / "data.npz"
+    arrays = dict(np.load(npz))
+    np.savez(source, **arrays)
+    c = config(npz=source)
+    workdir = tmp_path / "run"
+    known = {run_folder.ROW_ORDER: train.shuffle.ORDER, run_folder.FINGERPRINT: train.source_of(c, "train").fingerprint}
+    tiny.saved_run(workdir, c, **known)
+    before = (workdir / "data.json").read_bytes()
+    np.savez(source, **arrays | dict(train_labels=np.roll(arrays["train_labels"], 1)))
+    with pytest.raises(UserError) as error:
+        train.run(c, workdir)
+    assert "\n" not in str(error.value) and str(workdir) in str(error.value)
+    assert (workdir / "data.json").read_bytes() == before and not (workdir / "lock.json").exists()
+    assert 0 <= evaluate_runs([load_run(workdir)])["classifier"]["accuracy"] <= 1
+    facts = json.loads(before)
+    del facts[run_folder.FINGERPRINT]
+    run_folder.write_json(workdir / "data.json", facts)
+    now = facts | {run_folder.FINGERPRINT: train.source_of(c, "train").fingerprint}
+    run_folder.claim(workdir, json.loads((workdir / "config.json").read_text()), now, True).close()
+    assert json.loads((workdir / "data.json").read_text()) == now
+
+
 # ---- stopped and resumed
 
 
