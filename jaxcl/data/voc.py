@@ -43,7 +43,7 @@ class Voc(SourceKind):
     image_size: Size = 0
 
     def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
-        folder, spec, size = pathlib.Path(argument), f"voc:{argument}", self.image_size or DEFAULT_SIZE
+        folder, spec, size = pathlib.Path(argument).expanduser(), f"voc:{argument}", self.image_size or DEFAULT_SIZE
         names = _names(folder, LISTS[base_split], spec)
         rows = select(np.full(len(names), -1, np.int32))
         images, classes = _read(folder, [names[i] for i in rows], size, spec)

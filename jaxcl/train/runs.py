@@ -104,7 +104,7 @@ def open_run(
         does not exist or cannot have this value.
     """
     storage.need_library(workdir)
-    workdir = epath.Path(workdir)
+    workdir = storage.expanded(workdir)
     files = {name: workdir / f"{name}.json" for name in ("config", "data")}
     for path in files.values():
         if not path.is_file():
