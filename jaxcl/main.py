@@ -20,7 +20,7 @@ from jaxcl.runtime import compile_cache, distributed, entry, xla_flags
 from jaxcl.runtime.flags import Flags
 
 FLAGS = Flags(__doc__, config=True)
-FLAGS.text("workdir", "", "Run folder, local or gs://; default runs/<config>[-<preset>].")
+FLAGS.path("workdir", "", "Run folder, local or gs://; default runs/<config>[-<preset>].")
 FLAGS.text(
     "distributed",
     "off",

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from etils import epath
 
+from jaxcl.data import fingerprint
 from jaxcl.data.kind import SourceKind
 from jaxcl.data.moments import as_rgb, moments
 from jaxcl.data.selection import TEST_SPLIT, Select, hold_out
@@ -57,6 +58,8 @@ class Npz(SourceKind):
         for i, word in enumerate(COLUMNS.values(), 1):
             count = 1 + max(int(columns[i].max()) for columns in splits.values())
             names[word] = _names(path, f"{word}_names", arrays, count, word)
+        # Rows of a split are drawn from all images; only training asks whether they have changed.
+        content = fingerprint.of_pixels(splits["train"][0]) if split == "train" else ""
         if "test" not in splits:
             images, labels, *_ = splits["train"]
             held = hold_out(labels, 0.1, seed=0, stream=TEST_SPLIT)
@@ -79,6 +82,7 @@ class Npz(SourceKind):
             extras={k: v[rows] for k, v in (("coarse", coarse), ("group", groups)) if names[k]},
             coarse_names=names["coarse"],
             group_names=names["group"],
+            content=content,
             name=f"npz:{path}",
             split=split,
         )

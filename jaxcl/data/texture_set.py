@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcl.data import fingerprint
 from jaxcl.data.source import Batch, Source, Wrapped
 from jaxcl.errors import UserError
 
@@ -89,6 +90,7 @@ class TextureSet:
 
     Attributes:
       shape: of a texture, (H, W, C).
+      fingerprint: a hash of the images that they were made of, and how.
 
     Errors: UserError for a folder that is incomplete, damaged or holds no textures.
     """
@@ -108,6 +110,7 @@ class TextureSet:
             self._shards = [np.load(_textures(self.folder, s), mmap_mode="r", allow_pickle=False) for s in shards]
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} cannot be read ({error}); make the textures again") from error
+        self.fingerprint = fingerprint.digest(about, keys)
         self._size, self.shape = about["part_size"], tuple(self._shards[0].shape[1:])
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
@@ -140,6 +143,10 @@ class Textured(Wrapped):
     @property
     def plain(self) -> Source:
         return self.inner.plain
+
+    @property
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint and fingerprint.digest(self.inner.fingerprint, self._textures.fingerprint)
 
     def take(self, rows: np.ndarray) -> "Textured":
         return Textured(self.inner.take(rows), self._textures)

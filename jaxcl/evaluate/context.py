@@ -4,7 +4,7 @@ Images pass through the standard view: no augmentation. N images, S side, H W of
 of a batch, D features, K classes, P values of a thumbnail.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,8 @@ class EvalSetup:
 
     Attributes:
       config, options: the whole config, and its `eval` node.
-      recipe: the method, with the mean, std, image shape and number of classes of training.
+      recipe: the method, with the mean, std, image shape and number of classes of training. The data that is evaluated
+        may have another number of classes: `EvalContext.num_classes`.
       training: the source whose batches the update sees. With texture negatives from files, batches hold these too.
       selects_on: the split that checkpoints and settings are chosen on: "validation", or "test" without one.
       view: the standard view, [B,H,W,C] in [0,1] -> normalised [B,S,S,C].
@@ -44,13 +45,22 @@ class EvalSetup:
       kinds: kinds of features that evaluators of the config ask for, beside the config's own choice.
     """
 
-    def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        recipe: Recipe,
+        *,
+        train: Source,
+        make_source: Callable[[str], Source],
+        class_names: Sequence[str] | None = None,
+    ):
         self.config, self.options, self.recipe = config, config.eval, recipe
         self.training, self._make_source = train, make_source
         self.selects_on = "validation" if config.data.validation else "test"
         self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
         self.classifier = next((name for name, part in recipe.memory.items() if part.classifies), None)
         self.kinds: frozenset[str] = frozenset()
+        self._class_names = None if class_names is None else tuple(class_names)
         self._sources: dict[str, Source | None] = {"train": train.plain}
         self._compiled: dict[Any, Callable] = {}
 
@@ -68,6 +78,13 @@ class EvalSetup:
                     raise
                 self._sources[split] = None
         return self._sources[split]
+
+    def has_trained_classes(self, source: Source) -> bool:
+        """Whether the classes of a source are the first ones of training, so that the classifier knows its labels."""
+        names, trained = source.class_names, self._class_names
+        if trained is None:  # the data of training itself, or a run of a version that saved no names
+            return source.num_classes <= self.recipe.num_classes
+        return tuple(names) == trained[: len(names)]
 
     def compiled(self, name: str, make: Callable[[], Callable]) -> Callable:
         """The function of that name; `make` is called once."""
@@ -109,6 +126,11 @@ class EvalContext:
     def source(self, split: str) -> Source | None:
         """A split of the data; "test" is the split that results are measured on."""
         return self.test if split == "test" else self.setup.source(split)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data that is evaluated; another one than the recipe's on data of another set."""
+        return max(self.source("train").num_classes, self.test.num_classes)
 
     def normalize(self, pixels: Array) -> Array:
         """Pixels [B,H,W,C] in [0,1] -> images [B,S,S,C] as the encoder reads them."""
@@ -254,7 +276,7 @@ class EvalContext:
         """The linear probe on the training features, fitted once."""
         if self._probe is None:
             labels = self.source("train").labels
-            self._probe = fit_linear_probe(self.features("train"), labels, num_classes=self.recipe.num_classes)
+            self._probe = fit_linear_probe(self.features("train"), labels, num_classes=self.num_classes)
         return self._probe
 
 

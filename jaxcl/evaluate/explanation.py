@@ -174,8 +174,9 @@ class Explanation(Evaluator):
         if truth is not None and truth.shape[1:] == (S, S):
             keep = np.asarray(saliency.keep_mask(out["maps"], 0.5))
             metrics |= {k: float(v) for k, v in mask_agreement(keep, out["maps"], truth).items()}
-        # The pictures need labels: they explain the true class.
-        return metrics, {"saliency": _explained(context, truth)} if (context.test.labels >= 0).any() else {}
+        # The pictures need labels that the classifier knows: they explain the true class.
+        pictured = (context.test.labels >= 0).any() and context.setup.has_trained_classes(context.test)
+        return metrics, {"saliency": _explained(context, truth)} if pictured else {}
 
 
 def _maps(context: EvalContext, state: TrainState, image: Array, target: Array) -> Array:

@@ -125,7 +125,7 @@ class ShapeBias(Evaluator):
         metrics: Metrics = {}
         panel = {}
         if own is not None:
-            metrics |= shape_bias(_probabilities(context, own), np.arange(context.recipe.num_classes), *_cues(own))
+            metrics |= shape_bias(_probabilities(context, own), np.arange(context.num_classes), *_cues(own))
             metrics["texture_taught"] = "cue" in context.source("train").extras
             title = "Shape bias" if metrics["texture_taught"] else "Shape bias (textures not taught)"
             panel[title] = {"value": metrics["shape_bias"], "chance": 0.5}

@@ -5,7 +5,7 @@ S side of a view, C channels.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -48,13 +48,22 @@ class Evaluation(EvalSetup):
       recipe: of this config.
       train: the training source.
       make_source: reads another split of the data.
+      class_names: of the data that the run was trained on; None: unknown, or those of `train`.
 
     Raises:
       UserError: an evaluator that does not exist, a split that does not, or features of an unknown kind.
     """
 
-    def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
-        super().__init__(config, recipe, train=train, make_source=make_source)
+    def __init__(
+        self,
+        config: ConfigDict,
+        recipe: Recipe,
+        *,
+        train: Source,
+        make_source: Callable[[str], Source],
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__(config, recipe, train=train, make_source=make_source, class_names=class_names)
         self._suites = {key: make_suite(f"eval.{key}", config.eval[key]) for key in ("quick", "final")}
         check_split("eval.split", config.eval.split, config)
         for key, known in (("features", FEATURES), ("knn_features", ("", *FEATURES))):

@@ -56,6 +56,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
       Diverged: a metric is no longer finite.
       Preempted: stopped by SIGTERM, after everything was saved.
     """
+    storage.need_library(workdir)
+    workdir = storage.expanded(workdir)
     preemption = Preemption(at_once=True)
     with contextlib.ExitStack() as stack:  # what lives as long as the run: the signal handler, the lock, W&B
         stack.callback(preemption.close)
@@ -73,14 +75,12 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
 
 def _run(
     config: ConfigDict,
-    workdir: str | os.PathLike,
+    workdir: epath.Path,
     profile: int,
     preemption: Preemption,
     stack: contextlib.ExitStack,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    storage.need_library(workdir)
-    workdir = epath.Path(workdir)
     configs.check(config)
     plain = configs.to_dict(config)
     if (results := run_folder.finished(workdir, plain)) is not None:
@@ -89,6 +89,8 @@ def _run(
     job = _prepare(config, plain, workdir, profile)
     order = job.order.name if job.order else shuffle.ORDER
     known = job.facts | {"class_names": job.source.class_names, run_folder.ROW_ORDER: order}
+    if job.source.fingerprint:
+        known[run_folder.FINGERPRINT] = job.source.fingerprint
     lock = run_folder.claim(workdir, plain, known, _writes())
     if lock:
         stack.callback(lock.close)
@@ -365,8 +367,8 @@ def _trace(job: Job, step: int) -> profiles.Profile:
     )
 
 
-def _last_good(workdir: str | os.PathLike) -> str:
-    folder = epath.Path(workdir) / "checkpoints"
+def _last_good(workdir: epath.Path) -> str:
+    folder = workdir / "checkpoints"
     if not folder.exists():
         return "no checkpoint was saved yet"
     with Checkpoints(folder, read_only=True) as checkpoints:

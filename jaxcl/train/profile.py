@@ -190,7 +190,7 @@ def read_step_time(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def _newest(folder: str) -> str | None:
-    found = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"))
+    found = storage.matching(folder, "plugins/profile/*/*.xplane.pb")
     return os.fspath(found[-1]) if found else None
 
 

@@ -26,6 +26,7 @@ from jaxcl.train import config_diff
 
 logger = logging.getLogger("jaxcl")
 ROW_ORDER = "row_order"  # key of data.json: name of the order in which training rows are drawn
+FINGERPRINT = "fingerprint"  # key of data.json: hash of the names, labels and content of the training data
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -56,7 +57,7 @@ def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], wr
 
     Args:
       config: as plain containers.
-      facts: of the training data (`data_facts`), "class_names" and ROW_ORDER.
+      facts: of the training data (`data_facts`), "class_names", ROW_ORDER and, where it is known, FINGERPRINT.
       writes: whether this process writes to the folder; exactly one process does.
 
     Returns:
@@ -106,12 +107,18 @@ def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
             f"({before or 'that of an older jaxcl'} -> {now}), so continuing would "
             "repeat some images and skip others; use another --workdir (this one can still be evaluated)"
         )
-    for key in old.keys() & new.keys():
+    hashes = old.pop(FINGERPRINT, ""), new.pop(FINGERPRINT, "")  # versions before it wrote none
+    for key in sorted(old.keys() & new.keys()):
         if not _close(old[key], new[key]):
             raise UserError(
                 f"the data has changed since {workdir} was started, {key}: {old[key]} -> {new[key]}; "
                 "restore the data, or use another --workdir"
             )
+    if all(hashes) and hashes[0] != hashes[1]:
+        raise UserError(
+            f"the data has changed since {workdir} was started: as many images, but other names, labels or content of "
+            "some; restore the data, or use another --workdir"
+        )
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -6,6 +6,7 @@ N images, D features.
 import ast
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,7 +31,9 @@ from jaxcl.method.state import TrainState
 from jaxcl.runtime import storage
 from jaxcl.runtime.options import OptionError, check, options_of, suggestion
 from jaxcl.train.checkpoint import Checkpoints
-from jaxcl.train.run_folder import ROW_ORDER
+from jaxcl.train.run_folder import FINGERPRINT, ROW_ORDER
+
+logger = logging.getLogger("jaxcl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,15 @@ def load_run(
     """Opens a run with its data. Arguments and errors as in `open_run`; also UserError if data is missing."""
     saved = open_run(workdir, source=source, step=step, options=options)
     config = saved.config
-    train = source_of(config, "train")
-    evaluation = Evaluation(config, saved.recipe, train=train, make_source=lambda split: source_of(config, split))
+    if source:
+        _fit_labels(config)
+    evaluation = Evaluation(
+        config,
+        saved.recipe,
+        train=source_of(config, "train"),
+        make_source=lambda split: source_of(config, split),
+        class_names=saved.class_names,
+    )
     return Run(**vars(saved), evaluation=evaluation)
 
 
@@ -94,14 +104,15 @@ def open_run(
         does not exist or cannot have this value.
     """
     storage.need_library(workdir)
-    workdir = epath.Path(workdir)
+    workdir = storage.expanded(workdir)
     files = {name: workdir / f"{name}.json" for name in ("config", "data")}
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{workdir} is not a run folder: it has no {path.name}; give the --workdir of a run")
     plain, facts = (json.loads(path.read_text()) for path in files.values())
     class_names = facts.pop("class_names", None)
-    facts.pop(ROW_ORDER, None)  # only training needs it
+    for key in (ROW_ORDER, FINGERPRINT):  # only training needs them
+        facts.pop(key, None)
     environment = workdir / "environment.json"
     config = configs.from_dict(plain)
     config.report = False
@@ -136,6 +147,17 @@ def open_run(
         class_names=None if class_names is None else tuple(class_names),
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
+
+
+def _fit_labels(config: ConfigDict) -> None:
+    """Drop what the run asked of the labels of its own data, where another source cannot give it."""
+    config.data.imbalance = ""  # of training images of CIFAR-100
+    if config.data.labels == "coarse":
+        config.data.labels = "fine"
+        if source_of(config, "train").coarse_names:
+            config.data.labels = "coarse"
+        else:
+            logger.info("%s has no coarse classes; it is evaluated on its own", config.data.source)
 
 
 def _set(options: ConfigDict, text: str) -> None:

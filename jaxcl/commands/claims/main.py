@@ -96,7 +96,7 @@ FLAGS.choice("source", "garments", SOURCES, "The data.")
 FLAGS.text("budget", "2 epochs", "Length of every run, any duration.")
 FLAGS.number("jobs", 2, "Runs at a time, which share the cores.")
 FLAGS.texts("set", "KEY=VALUE for every run, as for jaxcl sweep; may be given several times.")
-FLAGS.text("out", "", "A folder; default runs/claims, or runs/claims-smoke.")
+FLAGS.path("out", "", "A folder; default runs/claims, or runs/claims-smoke.")
 FLAGS.switch("smoke", "Two methods, two seeds, a few updates of a tiny encoder.")
 
 # What --smoke changes, so that everything runs although nothing is learned.

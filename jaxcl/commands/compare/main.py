@@ -28,11 +28,11 @@ from jaxcl.runtime.flags import Flags
 logger = logging.getLogger("jaxcl")
 
 FLAGS = Flags(__doc__)
-FLAGS.texts("workdir", "A run folder, or several with + between them, which are joined; once for each column.")
+FLAGS.paths("workdir", "A run folder, or several with + between them, which are joined; once for each column.")
 FLAGS.texts("name", "The name of each --workdir, in order; default: the name of its config.")
 FLAGS.text("source", "", "A data source as in a config; default: that of each run.")
-FLAGS.text("sweep", "", "The --out folder of a jaxcl sweep over a_lc, a_spread or alpha.")
-FLAGS.text("out", "", "A folder for the figures and the table.")
+FLAGS.path("sweep", "", "The --out folder of a jaxcl sweep over a_lc, a_spread or alpha.")
+FLAGS.path("out", "", "A folder for the figures and the table.")
 
 
 def main(argv: list[str]) -> int:

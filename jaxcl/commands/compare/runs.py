@@ -11,6 +11,7 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.transfer import Transfer
 from jaxcl.report.names import KNN, LINEAR, TRANSFER
+from jaxcl.runtime import storage
 from jaxcl.train.runs import Joined, load_run
 
 MEASURES = (TRANSFER, LINEAR, KNN)
@@ -18,7 +19,8 @@ MEASURES = (TRANSFER, LINEAR, KNN)
 
 def folders(text: str) -> list[pathlib.Path]:
     """ "A+B" -> two folders, unless a folder has that name."""
-    return [pathlib.Path(p) for p in ([text] if pathlib.Path(text).is_dir() else text.split("+"))]
+    pieces = [text] if pathlib.Path(text).is_dir() else text.split("+")
+    return [pathlib.Path(storage.expanded(piece)) for piece in pieces]
 
 
 def default_names(groups: Sequence[Sequence[pathlib.Path]]) -> list[str]:

@@ -50,7 +50,7 @@ FLAGS.text(
     "measures", "", "Paths into results.json, separated by commas; default: accuracy of knn, linear, classifier."
 )
 FLAGS.number("jobs", 1, "Runs at a time, which share the cores; use 1 on an accelerator, since a run takes all of it.")
-FLAGS.text("out", "runs/sweep", "The folder of the sweep.")
+FLAGS.path("out", "runs/sweep", "The folder of the sweep.")
 
 PROGRAM = (sys.executable, "-m", "jaxcl.main")  # trains one config
 _POLL_SECONDS = 0.1
