@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxcl.data.source import Batch, Source, Wrapped
 from jaxcl.errors import UserError
+from jaxcl.runtime import storage
 
 ABOUT = "textures.json"
 COMMAND = "python -m jaxcl textures --source=... --out=..."
@@ -67,12 +68,8 @@ def _keys(folder: Path, shard: int) -> Path:
 
 
 def _write(path: Path, write) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with storage.replacing(path) as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _about(folder: Path) -> dict[str, Any]:

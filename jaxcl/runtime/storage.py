@@ -1,11 +1,13 @@
 """Files of a run, on a local disk or in an object store such as gs://, which can neither append nor rename."""
 
+import contextlib
 import errno
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -38,16 +40,33 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     if is_remote(path):  # an object appears only when it is complete
         path.write_bytes(content)
         return
-    temporary = path.with_name(path.name + ".tmp")
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Open a local file for writing that appears at `path`, whole and on the disk, if the block ends without an error.
+
+    Any number of writers may do this at the same moment: each has a temporary file of its own, and the last one stays.
+    """
+    temporary = beside(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def beside(path: str | os.PathLike) -> pathlib.Path:
+    """A name for a temporary file beside a local one, which no other process, thread or machine uses."""
+    path = pathlib.Path(path)
+    start = os.fsdecode(os.fsencode(path.name)[:200])  # names have at most 255 bytes
+    return path.with_name(f"{start}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def files(root: epath.Path) -> Iterator[epath.Path]:

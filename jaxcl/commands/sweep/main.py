@@ -36,6 +36,7 @@ from jaxcl.commands.sweep.runs import Run, plan
 from jaxcl.commands.sweep.table import Entry, Row
 from jaxcl.errors import Preempted, UserError
 from jaxcl.report.progress import duration
+from jaxcl.runtime import storage
 from jaxcl.runtime.flags import Flags
 from jaxcl.train import config_diff, run_folder
 
@@ -275,9 +276,7 @@ class Sweep:
         content = sweep_table.table(rows, self.measures)
         about = self.origin()
         run_folder.write_json(self.out / "table.json", about | content)
-        temporary = self.out / "table.md.tmp"
-        temporary.write_text(sweep_table.page(about | content), encoding="utf-8")
-        os.replace(temporary, self.out / "table.md")
+        storage.write_whole(self.out / "table.md", sweep_table.page(about | content))
         return sweep_table.markdown(content)
 
     def origin(self) -> dict[str, Any]:
