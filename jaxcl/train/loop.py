@@ -30,7 +30,7 @@ from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import config_diff, run_folder
+from jaxcl.train import agreement, config_diff, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import Checkpoints, Preemption
@@ -83,10 +83,14 @@ def _run(
     workdir = epath.Path(workdir)
     configs.check(config)
     plain = configs.to_dict(config)
+    if jax.process_count() > 1:
+        agreement.same_start(plain, workdir, _latest(workdir), {"--profile": profile})
     if (results := run_folder.finished(workdir, plain)) is not None:
         return results
 
     job = _prepare(config, plain, workdir, profile)
+    if jax.process_count() > 1:
+        agreement.same_data(train=job.source, **{config.eval.split: job.evaluation.source(config.eval.split)})
     order = job.order.name if job.order else shuffle.ORDER
     known = job.facts | {"class_names": job.source.class_names, run_folder.ROW_ORDER: order}
     lock = run_folder.claim(workdir, plain, known, _writes())
@@ -261,7 +265,7 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
         evaluation=evaluation,
         every=every,
         profile=profile,
-        weights={} if _has_checkpoint(workdir) else starting_weights(config, recipe),
+        weights={} if _latest(workdir) is not None else starting_weights(config, recipe),
     )
 
 
@@ -295,13 +299,13 @@ def _checkpoints(job: Job) -> Checkpoints:
     return Checkpoints(job.workdir / "checkpoints", keep=job.config.checkpoint.keep, about=about)
 
 
-def _has_checkpoint(workdir: epath.Path) -> bool:
-    """Whether the run continues; then the weights that it started from are not needed any more."""
+def _latest(workdir: epath.Path) -> int | None:
+    """The newest checkpoint of a run that continues; the weights that it started from are not needed any more."""
     folder = workdir / "checkpoints"
     if not folder.is_dir():
-        return False
+        return None
     with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.latest is not None
+        return checkpoints.latest
 
 
 def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:

@@ -140,16 +140,21 @@ def number(value: Any) -> Any:
     raise TypeError(f"cannot write {type(value).__name__} to JSON")
 
 
-def environment() -> dict[str, Any]:
-    """Packages, Python, devices and commit of this process."""
-    packages = {}
+def packages() -> dict[str, str]:
+    """The installed versions of PACKAGES."""
+    found = {}
     for name in PACKAGES:
         try:
-            packages[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Packages, Python, devices and commit of this process."""
     return {
-        "packages": packages,
+        "packages": packages(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
