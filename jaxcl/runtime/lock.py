@@ -112,8 +112,17 @@ class RunLock:
             except Exception:  # noqa: BLE001 - a store may be unreachable for a while; the next touch tries again
                 continue
 
-    def check(self) -> None:
-        """Raise UserError if this process was suspended for so long that another one took the folder over."""
+    def check(self, *, look: bool = False) -> None:
+        """Raise UserError if this process was suspended for so long that another one took the folder over.
+
+        Args:
+          look: also look whether the folder is still there: what writes next would make half of a new one.
+        """
+        if look and not storage.is_remote(self._path) and not self._path.parent.exists():
+            raise UserError(
+                f"{self._path.parent} was renamed or removed during the run; put it back, then run the same command "
+                "again to continue"
+            )
         if self._lost:
             raise UserError(f"{self._path.parent} was taken over by {self._lost} while this process was suspended")
 

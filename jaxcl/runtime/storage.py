@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
@@ -67,6 +68,36 @@ def beside(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
     start = os.fsdecode(os.fsencode(path.name)[:200])  # names have at most 255 bytes
     return path.with_name(f"{start}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def read_json(path: str | os.PathLike, *keys: str, advice: str = "restore a copy of it") -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Args:
+      keys: that it must have.
+      advice: what to do if it does not.
+
+    Raises:
+      UserError: the file was cut off, is binary or is another program's; one line that begins with its path.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_bytes().decode())
+    except UnicodeDecodeError:
+        why = "it is binary"
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as error:
+        why = f"it is cut off or damaged, {error}"
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+    else:
+        if not isinstance(content, dict):
+            why = f"it holds a {type(content).__name__} and not an object"
+        elif missing := [key for key in keys if key not in content]:
+            why = f"it has no {missing[0]!r}"
+        else:
+            return content
+    raise UserError(f"{os.fspath(path)} cannot be read: {why}; {advice}")
 
 
 def files(root: epath.Path) -> Iterator[epath.Path]:

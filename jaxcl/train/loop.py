@@ -65,6 +65,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
             advice = "try a lower optimizer.lr, a warm-up or optimizer.clip_norm"
             raise Diverged(f"{error}; {_last_good(workdir)} in {workdir}; {advice}") from None
         except OSError as error:
+            if not epath.Path(workdir).exists():
+                what = f"{workdir} was renamed or removed during the run"
+                raise UserError(f"{what}; put it back, then run the same command again to continue") from None
             if reason := storage.refusal(error):
                 what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
                 raise UserError(f"{what}; make room, then run the same command again to continue") from None
@@ -137,7 +140,7 @@ def _train(job: "Job", preemption: Preemption, lock: RunLock | None, wandb: Wand
             evaluates = _due(step, every.eval) and step < total
             saves = _due(step, every.checkpoint) or step == total or preempted
             if lock:
-                lock.check()
+                lock.check(look=evaluates or saves)
             if evaluates or saves:
                 log.sync()  # waits for this update: a state with a loss that is not finite is never saved
             if evaluates:
@@ -327,6 +330,11 @@ def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]
     )
     state = checkpoints.restore(abstract)
     step = int(state.step)  # less than `latest` if that one is damaged
+    if step > job.recipe.total_steps:
+        raise UserError(
+            f"{checkpoints.directory}/{step} is no checkpoint of this run, which has {job.recipe.total_steps} steps; "
+            "move it away"
+        )
     logger.info("resuming %s from step %d", job.workdir, step)
     return state, step
 
