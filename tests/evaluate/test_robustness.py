@@ -1,8 +1,8 @@
 """FGSM and PGD on a classifier: the reference's images, pixel units, rows that are not attacked."""
 
-import golden_net
 import functools
 
+import golden_net
 import jax
 import jax.numpy as jnp
 import numpy as np
