@@ -116,7 +116,8 @@ def resize_weights(
     """The matrix of bilinear interpolation of [start, start + length) to `output_size` samples. Its rows sum to 1.
 
     With `antialias` the triangle filter is widened by the shrink factor, as in Pillow's BILINEAR; without it, the
-    filter always spans two pixels. With `cubic` the filter is that of Pillow's BICUBIC (a = -0.5), of twice the width. Pixels outside the interval have weight 0, as if the input had been cropped first.
+    filter always spans two pixels. With `cubic` the filter is that of Pillow's BICUBIC (a = -0.5), of twice the width.
+    Pixels outside the interval have weight 0, as if the input had been cropped first.
 
     Args:
       start, length: [...], pixels; length > 0, and the interval lies inside the input.
@@ -228,7 +229,8 @@ def resized_crop(
     """Crops every image to its own box, or to several boxes, and resizes each crop to size x size, bilinear.
 
     Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on a PIL
-    image, up to Pillow's rounding to 8 bits. With `cubic` it is BICUBIC, which can leave the range of the image. (Pillow's `resize(box=...)` differs: it also reads pixels beside the box.)
+    image, up to Pillow's rounding to 8 bits. With `cubic` it is BICUBIC, which can leave the range of the image.
+    (Pillow's `resize(box=...)` differs: it also reads pixels beside the box.)
     It computes two dense matmuls per channel, which suit matrix units and vector units better than a gather.
 
     Args:

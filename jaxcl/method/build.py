@@ -128,6 +128,6 @@ def _moments(data: ConfigDict, mean: tuple[float, ...], std: tuple[float, ...]) 
     for key, values in zip(("mean", "std"), given, strict=True):
         if len(values) != len(mean):
             raise UserError(
-                f"data.{key} is {values}; expected {len(mean)} numbers, one a channel: data.mean and data.std go together"
+                f"data.{key} is {values}; expected {len(mean)} numbers, one a channel, in both data.mean and data.std"
             )
     return given
