@@ -33,7 +33,9 @@ set that is not embedded from somewhere else: --config.data.source=cifar:PATH, n
 Source: Chen et al. 2020, arXiv 2003.04297; settings of its use by Ge et al. 2021, arXiv 2110.14189. No paper runs
 MoCo-v2 at 4,096 images. :imagenet keeps MoCo-v2's queue, head and temperature; the rest is what MoCo-v3 uses at that
 size (Chen et al. 2021, arXiv 2104.02057; its repository's CONFIG.md, ResNet-50 in 100 epochs): LARS at 0.6 for 256
-images, weight decay 1e-6, ten epochs of warm-up, a moving average from 0.99 to 1, and one batch norm over all devices.
+images, weight decay 1e-6, ten epochs of warm-up, a moving average from 0.99 to 1, one batch norm over all devices, and
+residual blocks whose last norm starts at 0. What differs on imagenet and imagenet100: crops are taken from the middle
+square of an image, at 256 pixels, instead of the whole image.
 """
 
 from jaxcl import config as base
@@ -117,6 +119,7 @@ def _imagenet(c):
     c.duration = "100 epochs"
     c.batch_size = 4096
     c.model.dtype = "bfloat16"
+    c.model.zero_init_residual = True
     c.passes = (base.encode("view1"), base.encode("view2", encoder="target"))  # no shuffling
     c.memory.target = base.memory("ema", decay=0.99, decay_schedule="cosine")
     c.memory.queue.length = 65536

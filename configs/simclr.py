@@ -37,7 +37,12 @@ folder:PATH. Everything that this file does not set is as in supcon.py.
 
 Source: Chen et al. 2020, arXiv 2002.05709; settings of the baseline in the released code of CLAE (Ho and Vasconcelos
 2020, arXiv 2010.12050), which normalises CIFAR to [-1, 1], initialises convolutions with torch's defaults and does not
-blur.
+blur; all but the initialisation is so here too.
+
+stl10, imagenet100 and imagenet have SimCLR's own network: a projection head with batch norms (the last one without
+bias), and residual blocks whose last norm starts at 0. LARS has a coefficient of 1e-3 on imagenet as in SimCLR's code;
+the other two have fewer updates, in which matrices would hardly move, and so 0.02 and a clip, as in recipes for small
+sets. What differs: crops are taken from the middle square of an image, at 256 pixels, instead of the whole image.
 """
 
 from jaxcl import config as base
@@ -113,13 +118,14 @@ def _standard(c):
     c.model.depth = 50
     c.model.head_hidden_layers = 1  # as wide as the encoder's features
     c.model.head_features = 128
+    c.model.head_norm, c.model.head_out_norm, c.model.head_unit_input = "batch", "scale", False
+    c.model.zero_init_residual = True
     c.terms.nt_xent.temperature = 0.1
     for view in (c.views.view1, c.views.view2):
         view.blur = 0.5
         view.blur_sigma = (0.1, 2.0 if c.size == 224 else 1.0)
-    c.optimizer = base.options(
-        base.OptimizerOptions, kind="lars", lr=0.3 * 512 / 256, weight_decay=1e-6, schedule="cosine", warmup="10 epochs"
-    )
+    lars = dict(kind="lars", trust_coefficient=0.02, clip_trust=True, schedule="cosine", warmup="10 epochs")
+    c.optimizer = base.options(base.OptimizerOptions, lr=0.3 * 512 / 256, weight_decay=1e-6, **lars)
     c.memory.probe.optimizer = base.options(
         base.OptimizerOptions, kind="sgd", lr=0.1, weight_decay=0.0, schedule="cosine"
     )
@@ -130,5 +136,6 @@ def _imagenet(c):
     c.duration = "100 epochs"
     c.batch_size = 4096
     c.optimizer.lr = 0.3 * 4096 / 256
+    c.optimizer.trust_coefficient, c.optimizer.clip_trust = 1e-3, False
     c.passes = (base.encode("view1", "view2"),)
     c.eval.final = ("knn", "linear", "classifier")

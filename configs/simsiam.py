@@ -24,7 +24,8 @@ SimSiam uses no labels. The predictor has a constant learning rate: --config.opt
 and less are not blurred: --config.views.view1.blur_above and --config.views.view2.blur_above. To read a data set that
 is not embedded from somewhere else: --config.data.source=cifar:PATH, folder:PATH, npz:PATH or tfds:NAME.
 
-Source: Chen and He 2020, arXiv 2011.10566.
+Source: Chen and He 2020, arXiv 2011.10566; the last norm of a residual block starts at 0, as in the authors' code. What
+differs: crops of ImageNet's photos are taken from the middle square of an image, at 256 pixels.
 """
 
 from jaxcl import config as base
@@ -91,6 +92,7 @@ def _resnet18(c):
 def _paper(c, dataset):
     """The authors' hyper-parameters: SGD, lr in proportion to the batch size, decay on every parameter, one cosine."""
     c.model.head_features = c.model.head_hidden = 2048
+    c.model.zero_init_residual = True
     if dataset in ("cifar10", "cifar100"):
         c.duration, c.batch_size = "800 epochs", 512
         c.model.depth = 18

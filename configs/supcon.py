@@ -26,8 +26,12 @@ To read a data set that is not embedded from somewhere else: --config.data.sourc
 
 Source: Khosla et al. 2020, arXiv 2004.11362; settings of the papers as in the released ExCon code. ImageNet's settings
 are from the authors' own script for ResNet-50 (google-research/supcon, supcon_imagenet_resnet50.sh: LARS at 0.4 for 256
-images, weight decay 1e-3, 12 epochs of warm-up, 350 epochs, temperature 0.1), with two differences: batches of 4,096
-instead of 6,144, and SimCLR's colour jitter instead of AutoAugment, which jaxcl does not have.
+images, weight decay 1e-3, 12 epochs of warm-up, 350 epochs, temperature 0.1): the loss is multiplied by the
+temperature, the head is one dense layer on features of unit length, nothing is blurred, and the last norm of a block
+starts at 0. What differs: batches of 4,096 instead of 6,144; SimCLR's colour jitter instead of AutoAugment, which jaxcl
+does not have; the head has a bias, and biases and norms are not decayed; the classifier learns beside the encoder by
+SGD on the features themselves (theirs afterwards, by RMSProp, at unit length); and crops are taken from the middle
+square of an image, at 256 pixels, instead of the whole image.
 
 The recipe resnet18 is solo-learn's (da Costa et al. 2022, arXiv 2108.01775): batches of 256 for 1,000 epochs, a stem
 that pads by 2, bicubic crops, the data's own moments, a warm-up of ten epochs from 3e-5 and one cosine to 0; what it
@@ -181,12 +185,12 @@ def _imagenet(c):
     c.duration = "350 epochs"
     c.batch_size = 4096
     c.model.dtype = "bfloat16"
-    c.terms.supcon.base_temperature = 0.0
+    c.terms.supcon.base_temperature = 1.0  # the loss is multiplied by the temperature, 0.1
+    c.model.head_hidden_layers, c.model.head_unit_input = 0, True
+    c.model.zero_init_residual = True
     for view in (c.views.view1, c.views.view2):
         view.crop_area = (0.08, 1.0)
         view.jitter = (0.8, 0.8, 0.8, 0.2)
-        view.blur = 0.5
-        view.blur_sigma = (0.1, 2.0)
     lars = dict(kind="lars", momentum=0.9, schedule="cosine")
     c.optimizer = base.options(
         base.OptimizerOptions, lr=0.4 * 4096 / 256, weight_decay=1e-3, warmup="12 epochs", **lars

@@ -277,7 +277,10 @@ def test_every_preset_of_every_config_builds(path, monkeypatch):
         try:
             c = module.get_config(preset)
         except UserError as error:  # words that do not go together
-            assert any(reason in str(error) for reason in ("leaves nothing to learn", "needs labels", "resnet18 is a recipe of")), preset
+            assert any(
+                reason in str(error)
+                for reason in ("leaves nothing to learn", "needs labels", "resnet18 is a recipe of")
+            ), preset
             refused.add(preset)
             continue
         facts = next((f for name, f in FACTS.items() if name in preset), FACTS["garments"])
