@@ -194,6 +194,14 @@ def test_a_cosine_ends_at_one():
     assert part.before(memory, None, None) is memory
 
 
+def test_a_cosine_ends_where_it_is_told():
+    """cases E, ResNet-18 presets: MoCo-v2+ averages from 0.99 to 0.999."""
+    part = EMA(decay=0.9, decay_schedule="cosine", decay_end=0.98, order="after")
+    memory = {"params": np.zeros(1, np.float32)}
+    moved = [float(part._averaged(memory, np.ones(1), jnp.float32(p))["params"][0]) for p in (0, 0.5, 1)]
+    np.testing.assert_allclose(moved, [0.1, 0.06, 0.02], atol=1e-6)
+
+
 # ---- BYOL and SimSiam, with a head and a predictor that have batch norms
 
 
