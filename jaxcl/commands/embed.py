@@ -1,4 +1,4 @@
-"""Write the features that a trained run has of images to a file.
+"""Write the features of images, computed by a trained run, to a file.
 
     jaxcl embed --workdir=RUN --out=features.npz [--source=folder:photos] [--split=test] [--layer=z]
     jaxcl embed --workdir=RUN --workdir=RUN --out=gs://bucket/features.parquet
@@ -24,8 +24,8 @@ from jaxcl.train.runs import Joined, Run, load_run
 logger = logging.getLogger("jaxcl")
 
 FLAGS = Flags(__doc__)
-FLAGS.texts("workdir", "A run folder; give the flag several times to put features side by side.")
-FLAGS.text("out", "", "A file that ends in .npz or .parquet; local or gs://.")
+FLAGS.paths("workdir", "A run folder; give the flag several times to put features side by side.")
+FLAGS.path("out", "", "A file that ends in .npz or .parquet; local or gs://.")
 FLAGS.text("source", "", "A data source as in a config; default: that of the run.")
 FLAGS.number("step", None, "Step of the checkpoint; default: the newest.")
 FLAGS.text("split", "", "A split such as test; default: train, validation and test.")
@@ -54,7 +54,7 @@ def embed(runs: Sequence[Run], out: str | os.PathLike, *, split: str = "", layer
     if layer not in FEATURES:
         known = " or ".join(f"{k!r} ({v})" for k, v in FEATURES.items())
         raise UserError(f"--layer is {layer!r}; expected {known}")
-    contexts = {s: Joined(runs, s) if len(runs) > 1 else first.frozen(s) for s in _splits(first, split)}
+    contexts = {s: Joined(runs, s) if len(runs) > 1 else first.context(s) for s in _splits(first, split)}
     sources = {s: context.test for s, context in contexts.items()}
     N, D = sum(map(len, sources.values())), sum(_width(run, layer) for run in runs)
     about = {

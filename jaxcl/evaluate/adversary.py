@@ -6,7 +6,7 @@ B images of a batch, S side, C channels, D features of an embedding.
 import jax
 import numpy as np
 
-from jaxcl.augment import ops
+from jaxcl.augment import denormalize
 from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.losses.common import inner, unit
@@ -50,8 +50,8 @@ class AdversaryMoves(Evaluator):
             clean, moved = views[stage.of].image, views[stage.into].image
             anchor_BxD, clean_BxD, moved_BxD = embed(views[stage.anchor].image), embed(clean), embed(moved)
             return {
-                "clean": ops.denormalize(clean, recipe.mean, recipe.std),
-                "adversarial": ops.denormalize(moved, recipe.mean, recipe.std),
+                "clean": denormalize(clean, recipe.mean, recipe.std),
+                "adversarial": denormalize(moved, recipe.mean, recipe.std),
                 "perturbation": (moved - clean) * np.asarray(recipe.std, clean.dtype),
                 "before": inner(clean_BxD, anchor_BxD),
                 "after": inner(moved_BxD, anchor_BxD),

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.augment import standard_view
+from jaxcl.augment import standard_view, to_float
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
 from jaxcl.evaluate.calibration import bins, expected_calibration_error
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.robustness import fgsm_examples, pgd_examples
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 
 Array = jax.Array
@@ -103,7 +102,7 @@ def _attacked(
     resize = standard_view(context.recipe.image_shape[0], (0.0,) * len(mean), (1.0,) * len(mean))
 
     def attack(state: TrainState, batch: dict[str, Array], *weights: Any) -> Array:
-        pixels = to_pixels(batch["image"])
+        pixels = to_float(batch["image"])
         pixels = resize(jax.random.split(jax.random.key(0), pixels.shape[0]), pixels)[0]
         logits_fn = logits_of(state, *weights)
         adversarial = make(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import augment
+from jaxcl.augment import to_float
 from jaxcl.augment.color import PROPERTIES
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.invariance import IMAGES, JITTER
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 from jaxcl.method.views import view_keys
 
@@ -50,7 +50,7 @@ class Color(Evaluator):
             key, out = jax.random.key(seed, impl="threefry2x32"), {"h": [], "jitter": []}
             for name in ("color1", "color2"):
                 keys = view_keys(key, jnp.zeros((), jnp.int32), batch["index"], name)
-                image, drawn = pipeline(keys, to_pixels(batch["image"]))
+                image, drawn = pipeline(keys, to_float(batch["image"]))
                 out["h"].append(context.encode(state, context.normalize(image))[0])
                 out["jitter"].append(drawn["jitter"])
             return out

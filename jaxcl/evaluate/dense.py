@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.augment import ops
+from jaxcl.augment import ops, to_float
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logits
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 
 Array = jax.Array
-TRAIN_IMAGES, CELLS = 2000, 32  # at most so many images to fit the probe on, and random cells of each image
+TRAIN_IMAGES, CELLS = 2000, 32  # the most training images for the probe, and random cells of each image
 
 
 class Dense(Evaluator):
@@ -115,7 +114,7 @@ def _cells(
 
 def _maps(context: EvalContext) -> Callable:
     def maps(state: TrainState, batch: dict[str, Array]) -> list[Array]:
-        image = context.normalize(to_pixels(batch["image"]))
+        image = context.normalize(to_float(batch["image"]))
         return context.recipe.model.maps(state.params, state.batch_stats, image)
 
     return maps

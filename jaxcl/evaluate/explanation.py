@@ -11,13 +11,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcl import saliency
-from jaxcl.augment import ops
+from jaxcl.augment import denormalize, to_float
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import EvalContext, EvalSetup
 from jaxcl.losses.labels import flags
 from jaxcl.method.forward import represent
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 
 Array = jax.Array
@@ -132,8 +131,8 @@ def _mean(values, valid, *, empty):
 class Explanation(Evaluator):
     """Quality of GradCAM maps of the online classifier, at the layer `eval.tap`.
 
-    Metrics: those of `drop_increase` for the predicted class, where the most salient `eval.explanation_fraction` of
-    the pixels is kept (ExCon, arXiv 2111.14271); those of `mask_agreement`, where the data has the true masks.
+    Metrics: the results of `drop_increase` for the predicted class, where the most salient share of the pixels is kept
+    (`eval.explanation_fraction`; ExCon, arXiv 2111.14271); and of `mask_agreement`, where the data has the true masks.
     """
 
     needs_classifier = True
@@ -160,7 +159,7 @@ class Explanation(Evaluator):
         S = context.recipe.image_shape[0]
 
         def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-            image, logits_fn = context.normalize(to_pixels(batch["image"])), context.logits_fn(state)
+            image, logits_fn = context.normalize(to_float(batch["image"])), context.logits_fn(state)
             probabilities = jax.nn.softmax(logits_fn(image))
             predicted = probabilities.argmax(-1)
             maps = _maps(context, state, image, predicted)
@@ -175,8 +174,9 @@ class Explanation(Evaluator):
         if truth is not None and truth.shape[1:] == (S, S):
             keep = np.asarray(saliency.keep_mask(out["maps"], 0.5))
             metrics |= {k: float(v) for k, v in mask_agreement(keep, out["maps"], truth).items()}
-        # The pictures need labels: they explain the true class.
-        return metrics, {"saliency": _explained(context, truth)} if (context.test.labels >= 0).any() else {}
+        # The pictures need labels that the classifier knows: they explain the true class.
+        pictured = (context.test.labels >= 0).any() and context.setup.has_trained_classes(context.test)
+        return metrics, {"saliency": _explained(context, truth)} if pictured else {}
 
 
 def _maps(context: EvalContext, state: TrainState, image: Array, target: Array) -> Array:
@@ -198,12 +198,12 @@ def _explained(context: EvalContext, truth: np.ndarray | None) -> dict[str, Any]
     recipe, test = context.recipe, context.test
 
     def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-        image = context.normalize(to_pixels(batch["image"]))
+        image = context.normalize(to_float(batch["image"]))
         maps = _maps(context, state, image, batch["label"])
         keep = saliency.keep_mask(maps, 0.5)
         masked = saliency.apply_mask(image, keep)
         accepted = context.logits_fn(state)(masked).argmax(-1) == batch["label"]
-        show = lambda x: ops.denormalize(x, recipe.mean, recipe.std).clip(0, 1)  # noqa: E731
+        show = lambda x: denormalize(x, recipe.mean, recipe.std).clip(0, 1)  # noqa: E731
         return {"image": show(image), "map": maps, "keep": keep, "masked": show(masked), "accepted": accepted}
 
     some = min(len(test), PICTURED)

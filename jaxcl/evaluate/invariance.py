@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import augment
-from jaxcl.augment import ops
+from jaxcl.augment import ops, to_float
 from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 from jaxcl.method.views import view_keys
 
@@ -65,7 +64,7 @@ class Invariance(Evaluator):
 
         def pooled(state: TrainState, batch: dict[str, Array]) -> dict[str, list[Array]]:
             # A loop over the copies, so that the network is compiled once.
-            made = copies(to_pixels(batch["image"]), batch["index"])
+            made = copies(to_float(batch["image"]), batch["index"])
             images = jax.lax.map(
                 lambda x: [m.mean((1, 2)) for m in model.maps(state.params, state.batch_stats, context.normalize(x))],
                 jnp.stack(list(made.values())),

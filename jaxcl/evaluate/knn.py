@@ -165,7 +165,7 @@ class KNN(Evaluator):
             context.features("test", kind),
             k=options.knn_k,
             temperature=options.knn_temperature,
-            num_classes=context.recipe.num_classes,
+            num_classes=context.num_classes,
         )
         right = accuracy(np.asarray(probabilities).argmax(-1), context.test.labels)
         return {"accuracy": right, "k": options.knn_k}, {}

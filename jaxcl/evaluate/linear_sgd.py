@@ -13,12 +13,12 @@ import numpy as np
 import optax
 
 from jaxcl import augment, losses
+from jaxcl.augment import to_float
 from jaxcl.data import Loader
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.linear_probe import LinearFit, probe_logits
 from jaxcl.method import sharding
-from jaxcl.method.inputs import to_pixels
 from jaxcl.method.state import TrainState
 from jaxcl.method.views import view_keys
 
@@ -95,7 +95,7 @@ class LinearSGD(Evaluator):
         def step(state: TrainState, carry: Any, batch: dict[str, Array]) -> Any:
             probe, opt_state, count = carry
             keys = view_keys(key, count, batch["index"], "linear_sgd")
-            h, _ = context.encode(state, view(keys, to_pixels(batch["image"]))[0])
+            h, _ = context.encode(state, view(keys, to_float(batch["image"]))[0])
             grads = jax.grad(lambda p: losses.cross_entropy(probe_logits(p, h), batch["label"]))(probe)
             updates, opt_state = tx.update(grads, opt_state)
             return optax.apply_updates(probe, updates), opt_state, count + 1
@@ -106,8 +106,8 @@ class LinearSGD(Evaluator):
             lambda: jax.jit(step, in_shardings=(replicated, replicated, rows), out_shardings=replicated),
         )
         test_h, labels = context.features("test", "h"), context.test.labels
-        weights = 0.01 * jax.random.normal(jax.random.fold_in(key, 1), (test_h.shape[1], recipe.num_classes))
-        probe = LinearFit(weights, jnp.zeros(recipe.num_classes))
+        weights = 0.01 * jax.random.normal(jax.random.fold_in(key, 1), (test_h.shape[1], context.num_classes))
+        probe = LinearFit(weights, jnp.zeros(context.num_classes))
         carry = sharding.device_put((probe, tx.init(probe), jnp.zeros((), jnp.int32)), replicated)
         accuracies = []
         with Loader(train, batch_size=B, seed=recipe.seed, sharding=rows) as loader:

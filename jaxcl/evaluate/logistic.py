@@ -149,7 +149,7 @@ class Logistic(Evaluator):
             context.features("train"),
             context.source("train").labels,
             test=(context.features("test"), context.test.labels),
-            num_classes=context.recipe.num_classes,
+            num_classes=context.num_classes,
             epochs=options.logistic_epochs,
             batch_size=options.logistic_batch_size,
             learning_rate=options.logistic_lr,

@@ -5,7 +5,7 @@ S side of a view, C channels.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.augment import ops
+from jaxcl.augment import denormalize
 from jaxcl.data import Source, has_own_validation
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
@@ -48,13 +48,22 @@ class Evaluation(EvalSetup):
       recipe: of this config.
       train: the training source.
       make_source: reads another split of the data.
+      class_names: of the data that the run was trained on; None: unknown, or those of `train`.
 
     Raises:
       UserError: an evaluator that does not exist, a split that does not, or features of an unknown kind.
     """
 
-    def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
-        super().__init__(config, recipe, train=train, make_source=make_source)
+    def __init__(
+        self,
+        config: ConfigDict,
+        recipe: Recipe,
+        *,
+        train: Source,
+        make_source: Callable[[str], Source],
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__(config, recipe, train=train, make_source=make_source, class_names=class_names)
         self._suites = {key: make_suite(f"eval.{key}", config.eval[key]) for key in ("quick", "final")}
         check_split("eval.split", config.eval.split, config)
         for key, known in (("features", FEATURES), ("knn_features", ("", *FEATURES))):
@@ -158,7 +167,7 @@ def training_views(context: EvalContext) -> dict[str, Any]:
 
     def show(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
         views, _, _ = run_stages(recipe, last, state, batch, make_views(recipe, state, batch, names), mesh)
-        shown = {n: ops.denormalize(v.image, recipe.mean, recipe.std).clip(0, 1) for n, v in views.items()}
+        shown = {n: denormalize(v.image, recipe.mean, recipe.std).clip(0, 1) for n, v in views.items()}
         return shown | {f"{n}.where": v.where for n, v in views.items() if v.where is not None}
 
     count = min(len(source), recipe.batch_size) // mesh.size * mesh.size

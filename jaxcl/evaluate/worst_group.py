@@ -383,7 +383,7 @@ class WorstGroup(Evaluator):
             )
         features, test = context.features("train"), context.features("test")
         pseudo = find_groups(features, train.labels, seed=context.recipe.seed)
-        options = dict(num_classes=context.recipe.num_classes, seed=context.recipe.seed)
+        options = dict(num_classes=context.num_classes, seed=context.recipe.seed)
         probes, metrics, by_group = {"erm": context.fitted_probe()}, {}, {}
         for name, groups in (("dro", pseudo), ("oracle", train.extras["group"])):
             probes[name], chosen = robust_probe(features, train.labels, groups, **options)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxcl.augment import to_float as to_pixels
+from jaxcl.augment import to_float
 from jaxcl.method.forward import of_encoder, with_targets
 from jaxcl.method.init_state import replicate_params
 from jaxcl.method.recipe import Phase, Recipe
@@ -30,7 +30,7 @@ def make_views(recipe: Recipe, state: TrainState, batch: Batch, names: tuple[str
     Views of equal pipelines are drawn as one batch, with the V views of an image side by side, so that rows stay on
     their devices. The program for two views is then half as long, and large enough to use all cores.
     """
-    pixels, groups, views = to_pixels(batch["image"]), {}, {}
+    pixels, groups, views = to_float(batch["image"]), {}, {}
     for n in names:
         groups.setdefault(_group_key(recipe.views[n]), []).append(n)
     for group in groups.values():
@@ -95,7 +95,7 @@ def _stage_context(
         params=state.params,
         batch_stats=stats,
         memory=state.memory,
-        pixels=to_pixels(batch["image"]),
+        pixels=to_float(batch["image"]),
         mean=recipe.mean,
         std=recipe.std,
         label=batch["label"],
@@ -105,7 +105,7 @@ def _stage_context(
         reads=lambda term: recipe.terms[term].reads,
         embed=embed,
         keys=lambda name: view_keys(state.key, state.step, batch["index"], name),
-        textures=to_pixels(batch["texture"]) if "texture" in batch else None,
+        textures=to_float(batch["texture"]) if "texture" in batch else None,
     )
 
 

@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 
 def test_runs_and_joined_runs(runs, tmp_path, capsys, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(figures, "_tsne", lambda features, seed: features[:, :2])
+    monkeypatch.setattr(figures, "tsne", lambda features, seed: features[:, :2])
     real = transfer.fine_embedding
     monkeypatch.setattr(transfer, "fine_embedding", lambda panels: drawn.update(panels) or real(panels))
     one, two = runs

@@ -63,13 +63,13 @@ def test_the_rows_of_the_evaluation(opened, tmp_path, data):
     with np.load(tmp_path / "new" / "f.npz", allow_pickle=False) as file:
         found = dict(file)
     assert set(found) == {"features", "splits", "index", "labels", "class_names", "about"}
-    frozen = opened[0].frozen()
+    context = opened[0].context()
     for split, n in (("train", 64), ("test", 16)):
         rows = found["splits"] == split
-        np.testing.assert_array_equal(found["features"][rows], frozen.features(split))
-        np.testing.assert_array_equal(found["labels"][rows], frozen.source(split).labels)
+        np.testing.assert_array_equal(found["features"][rows], context.features(split))
+        np.testing.assert_array_equal(found["labels"][rows], context.source(split).labels)
         np.testing.assert_array_equal(found["index"][rows], np.arange(n))
-    assert found["features"].dtype == np.float32 and tuple(found["class_names"]) == frozen.test.class_names
+    assert found["features"].dtype == np.float32 and tuple(found["class_names"]) == context.test.class_names
     assert json.loads(str(found["about"])) == json.loads(json.dumps(about))
     assert about["runs"][0]["step"] == 3 and about["source"] == f"npz:{data}" and about["layer"] == "h"
     assert os.listdir(tmp_path / "new") == ["f.npz"]
@@ -79,7 +79,7 @@ def test_the_embedding_of_one_part_of_two_runs(opened, tmp_path):
     embed(opened, tmp_path / "z.npz", split="test", layer="z")
     with np.load(tmp_path / "z.npz") as file:
         found = file["features"]
-    wanted = [run.frozen().features("test", "z") for run in opened]
+    wanted = [run.context().features("test", "z") for run in opened]
     np.testing.assert_allclose(found, np.concatenate(wanted, -1), rtol=1e-5, atol=1e-6)
     assert found.shape == (16, 24)
     joined = Joined(opened)
@@ -156,9 +156,9 @@ def test_nothing_half_written(opened, tmp_path, monkeypatch):
         yield np.zeros((24, 16), np.float32)
         raise UserError("an image cannot be read")
 
-    frozen = opened[0].frozen()
-    monkeypatch.setattr(frozen, "stream", broken, raising=False)
-    monkeypatch.setattr(type(opened[0]), "frozen", lambda self, split: frozen)
+    context = opened[0].context()
+    monkeypatch.setattr(context, "stream", broken, raising=False)
+    monkeypatch.setattr(type(opened[0]), "context", lambda self, split: context)
     says("an image cannot be read", embed, opened[:1], out)
     assert os.listdir(tmp_path) == ["f.npz"] and out.read_bytes() == b"as it was"
 
@@ -167,10 +167,10 @@ def test_a_bucket(opened, tmp_path, monkeypatch):
     tiny.bucket(tmp_path, monkeypatch)
     embed(opened[:1], "gs://bucket/some/f.npz", split="test")
     with np.load(tmp_path / "some" / "f.npz") as file:
-        np.testing.assert_array_equal(file["features"], opened[0].frozen().features("test"))
-    frozen = opened[0].frozen()
-    monkeypatch.setattr(frozen, "stream", lambda source, kind: (1 / 0 for _ in range(2)), raising=False)
-    monkeypatch.setattr(type(opened[0]), "frozen", lambda self, split: frozen)
+        np.testing.assert_array_equal(file["features"], opened[0].context().features("test"))
+    context = opened[0].context()
+    monkeypatch.setattr(context, "stream", lambda source, kind: (1 / 0 for _ in range(2)), raising=False)
+    monkeypatch.setattr(type(opened[0]), "context", lambda self, split: context)
     with pytest.raises(ZeroDivisionError):
         embed(opened[:1], "gs://bucket/some/other.npz", split="test")
     assert os.listdir(tmp_path / "some") == ["f.npz"]

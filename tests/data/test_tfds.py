@@ -9,7 +9,6 @@ import pytest
 from source_checks import fails
 from tfds_sets import write
 
-from jaxcl.commands import prepare
 from jaxcl.data import Loader, make_source
 from jaxcl.data import tfds as reader
 
@@ -232,31 +231,6 @@ def test_without_tfds_the_extra_is_named(monkeypatch):
 def test_a_half_installed_tfds_is_named(monkeypatch):
     monkeypatch.delattr(tfds, "builder")  # as when one of its modules is missing
     fails(r"pip install 'jaxcl\[tfds\]'", "tfds:cifar10")
-
-
-def test_prepare_without_tensorflow_names_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None if name == "tensorflow" else object())
-    assert prepare.main(["cifar10", "--data_dir=/tmp/x"]) == 2
-    error = capsys.readouterr().err
-    assert error == "preparing cifar10 needs tensorflow: pip install 'jaxcl[prepare]'\n"
-
-
-def test_prepare_writes_array_records(monkeypatch, capsys):
-    asked = {}
-
-    class Builder:
-        data_path = "/data/cifar10/3.0.2"
-
-        def download_and_prepare(self):
-            asked["prepared"] = True
-
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(tfds, "builder", lambda name, **options: asked.update(name=name, **options) or Builder())
-    assert prepare.main(["cifar10", "--data_dir=/data"]) == 0
-    assert asked == {"name": "cifar10", "data_dir": "/data", "file_format": "array_record", "prepared": True}
-    monkeypatch.undo()
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: object())
-    assert prepare.main(["cifarr10"]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_reading_needs_no_tensorflow(prepared):

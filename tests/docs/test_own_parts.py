@@ -73,10 +73,10 @@ def test_all_commands_run_on_them(tmp_path):
     """Train, stopped by SIGTERM; resume in another process; evaluate, embed and export in a third."""
     workdir = tmp_path / "run"
     train = ["train", "--config=config.py", f"--workdir={workdir}", "--config.report=False"]
-    train += ["--config.duration=1500 steps", "--config.checkpoint.every=100 steps"]
+    train += ["--config.duration=400 steps", "--config.checkpoint.every=50 steps"]
     process = subprocess.Popen([sys.executable, "-m", "jaxcl", *train], cwd=FOLDER, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
-    while not (workdir / "checkpoints" / "100").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (workdir / "checkpoints" / "50").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 75, process.stderr.read().decode()

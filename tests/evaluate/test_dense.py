@@ -36,7 +36,7 @@ def pooled(x, size):
     return x.reshape(N, size, S // size, size, S // size, C).mean((2, 4))
 
 
-def frozen(train, test, maps):
+def context(train, test, maps):
     def run(source, name, fn, *args):
         for begin in range(0, len(source), 10):
             rows = np.arange(begin, begin + 10)
@@ -66,7 +66,7 @@ MAPS = (lambda x: pooled(x, 4), blurred, lambda x: np.zeros((len(x), 4, 4, 3), n
 
 
 def test_maps_that_know():
-    metrics, panels = Dense()(frozen(source(60, 0), source(23, 1), MAPS))
+    metrics, panels = Dense()(context(source(60, 0), source(23, 1), MAPS))
     assert panels == {} and list(metrics) == ["iou", "stage1", "stage2", "stage3"]
     fine, coarse, blind = (metrics[f"stage{i}"] for i in (1, 2, 3))
     assert fine["pixel_accuracy"] > 0.9 and fine["iou"] > 0.75
@@ -75,7 +75,7 @@ def test_maps_that_know():
 
 
 def test_classes_of_pixels():
-    metrics, _ = Dense()(frozen(source(60, 0, "segmentation", 4), source(23, 1, "segmentation", 4), MAPS))
+    metrics, _ = Dense()(context(source(60, 0, "segmentation", 4), source(23, 1, "segmentation", 4), MAPS))
     blind = metrics["stage3"]
     assert blind["iou"] == pytest.approx(blind["pixel_accuracy"] / 4)  # of four classes one is found
     assert metrics["stage1"]["iou"] > 0.6
@@ -83,9 +83,9 @@ def test_classes_of_pixels():
 
 def test_left_out():
     with pytest.raises(NotApplicable, match="the data has no labels of pixels"):
-        Dense()(frozen(source(9, 0, ""), source(9, 1, ""), MAPS))
+        Dense()(context(source(9, 0, ""), source(9, 1, ""), MAPS))
     with pytest.raises(NotApplicable, match="the network has no stages"):
-        Dense()(frozen(source(9, 0), source(9, 1), ()))
+        Dense()(context(source(9, 0), source(9, 1), ()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 16])

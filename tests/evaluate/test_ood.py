@@ -42,18 +42,19 @@ GOOD = LinearFit(
 
 
 @pytest.fixture
-def frozen():
+def context():
     def make(probe=PROBE, shifted=None, **options):
         c = tiny.config(stage=False)
         c.eval.update(dict(severities=(), shuffle_grids=()) | options)
         sources = {"train": source(40, seed=1), "test": source(30, seed=2), "test_shifted": shifted}
         setup = SimpleNamespace(
-            config=c, options=c.eval, recipe=SimpleNamespace(image_shape=(S, S, 3), num_classes=4), source=sources.get
+            config=c, options=c.eval, recipe=SimpleNamespace(image_shape=(S, S, 3)), source=sources.get
         )
         return SimpleNamespace(
             setup=setup,
             options=c.eval,
             recipe=setup.recipe,
+            num_classes=4,
             source=sources.get,
             test=sources["test"],
             batch_size=8,
@@ -78,11 +79,11 @@ def npz(path, part, names):
 # ---- sets of their own
 
 
-def test_masked_and_unmasked_logits(frozen, tmp_path):
+def test_masked_and_unmasked_logits(context, tmp_path):
     """Of a set's classes two are the probe's, by other numbers; a loop over its images says what is right."""
     part = tiny.batch(50, seed=3)
     names = ("Blue", "cyan", "RED ", "pink")
-    f = frozen(ood=(f"sketch={npz(tmp_path / 'a.npz', part, names)}",))
+    f = context(ood=(f"sketch={npz(tmp_path / 'a.npz', part, names)}",))
     to_own = {0: 2, 2: 0}
     unmasked, masked, count = 0, 0, 0
     for image, label in zip(part["image"], part["label"], strict=True):
@@ -103,31 +104,31 @@ def test_masked_and_unmasked_logits(frozen, tmp_path):
     assert panels["ood"]["sketch"] == {"value": found["accuracy"]}
 
 
-def test_one_split_of_a_set(frozen, tmp_path):
+def test_one_split_of_a_set(context, tmp_path):
     tiny.colours(tmp_path / "b.npz")
     with np.load(tmp_path / "b.npz") as arrays:
         np.savez(tmp_path / "b.npz", **arrays, class_names=list(NAMES))
-    f = frozen(ood=(f"one@test=npz:{tmp_path}/b.npz", f"all=npz:{tmp_path}/b.npz"))
+    f = context(ood=(f"one@test=npz:{tmp_path}/b.npz", f"all=npz:{tmp_path}/b.npz"))
     metrics, _ = OutOfDomain()(f)
     assert [metrics["sets"][k]["images"] for k in ("one", "all")] == [16, 80]
 
 
-def test_image_files_in_class_folders(frozen, tmp_path):
+def test_image_files_in_class_folders(context, tmp_path):
     """Files of another size and form than the training images; a class that the probe lacks does not count."""
     colours = {"red": (220, 40, 40), "yellow": (200, 200, 40), "violet": (90, 0, 90)}
     for name, colour in colours.items():
         (tmp_path / name).mkdir()
         for i in range(3):
             Image.new("RGB", (20 + i, 31), colour).save(tmp_path / name / f"{i}.png")
-    f = frozen(GOOD, ood=(f"rendition=folder:{tmp_path}",))
+    f = context(GOOD, ood=(f"rendition=folder:{tmp_path}",))
     OutOfDomain().check(f.setup)
     found = OutOfDomain()(f)[0]["sets"]["rendition"]
     assert (found["images"], found["classes"]) == (6, 2)
     assert found["accuracy"] == found["masked_accuracy"] == 1
 
 
-def test_names_that_two_classes_share_mean_neither(frozen, tmp_path):
-    f = frozen(ood=(f"set={npz(tmp_path / 'a.npz', tiny.batch(50), NAMES)}",))
+def test_names_that_two_classes_share_mean_neither(context, tmp_path):
+    f = context(ood=(f"set={npz(tmp_path / 'a.npz', tiny.batch(50), NAMES)}",))
     train = source(40, names=("red", "Red", "blue", "yellow"))
     f.setup.source = f.source = {"train": train, "test": f.test}.get
     assert OutOfDomain()(f)[0]["sets"]["set"]["classes"] == 2
@@ -136,8 +137,8 @@ def test_names_that_two_classes_share_mean_neither(frozen, tmp_path):
 # ---- corrupted sets
 
 
-def test_corruptions_are_computed(frozen):
-    f = frozen(corruptions=("contrast", "pixelate"), severities=(2, 5))
+def test_corruptions_are_computed(context):
+    f = context(corruptions=("contrast", "pixelate"), severities=(2, 5))
     metrics, panels = OutOfDomain()(f)
     everything = []
     for name in ("contrast", "pixelate"):
@@ -153,11 +154,11 @@ def test_corruptions_are_computed(frozen):
     assert OutOfDomain()(f)[0] == metrics
 
 
-def test_corrupted_sets_from_numpy_files(frozen, tmp_path):
+def test_corrupted_sets_from_numpy_files(context, tmp_path):
     parts = [tiny.batch(12, seed=i) for i in range(5)]
     np.save(tmp_path / "frost.npy", np.concatenate([p["image"] for p in parts]))
     np.save(tmp_path / "labels.npy", np.concatenate([p["label"] for p in parts]).astype(np.uint8))
-    f = frozen(corruptions=("frost",), severities=(1, 4), corrupted=str(tmp_path))
+    f = context(corruptions=("frost",), severities=(1, 4), corrupted=str(tmp_path))
     OutOfDomain().check(f.setup)
     found = OutOfDomain()(f)[0]["corruption"]["frost"]
     for severity in (1, 4):
@@ -174,11 +175,11 @@ def test_corrupted_sets_from_numpy_files(frozen, tmp_path):
         OutOfDomain().check(f.setup)
 
 
-def test_corrupted_sets_by_the_name_of_a_source(frozen, tmp_path):
+def test_corrupted_sets_by_the_name_of_a_source(context, tmp_path):
     part = tiny.batch(20, seed=8)
     for severity in (1, 3):
         npz(tmp_path / f"fog-{severity}.npz", part | {"image": part["image"] // severity}, NAMES)
-    f = frozen(corruptions=("fog",), severities=(1, 3), corrupted=f"npz:{tmp_path}/{{corruption}}-{{severity}}.npz")
+    f = context(corruptions=("fog",), severities=(1, 3), corrupted=f"npz:{tmp_path}/{{corruption}}-{{severity}}.npz")
     OutOfDomain().check(f.setup)
     found = OutOfDomain()(f)[0]["corruption"]["fog"]
     for severity in (1, 3):
@@ -237,10 +238,10 @@ def test_changed_images_come_in_one_shape_and_at_the_side_of_the_encoder():
 # ---- the whole
 
 
-def test_all_metrics(frozen):
+def test_all_metrics(context):
     shifted = source(24, seed=4)
     shifted = dataclasses.replace(shifted, images=255 - shifted.images)
-    f = frozen(GOOD, shifted, shuffle_grids=(2, 4))
+    f = context(GOOD, shifted, shuffle_grids=(2, 4))
     metrics, panels = OutOfDomain()(f)
     assert metrics["accuracy"] == right(GOOD, f.test) > 0.9
     assert metrics["shifted"]["accuracy"] == right(GOOD, shifted) < 0.5
@@ -255,8 +256,8 @@ def test_all_metrics(frozen):
     assert panels["ood"]["Texture only"] == {"value": metrics["texture"]["accuracy"], "chance": 0.25, "lower": True}
 
 
-def test_unlabelled_data_is_left_out(frozen):
-    f = frozen()
+def test_unlabelled_data_is_left_out(context):
+    f = context()
     unlabelled = dataclasses.replace(f.test, labels=np.full(30, -1, np.int32))
     f.source = {"train": unlabelled, "test": f.test}.get
     f.setup.classifier = None
@@ -281,14 +282,14 @@ def test_unlabelled_data_is_left_out(frozen):
         (dict(severities=(1,), corrupted="{tmp}"), "no file at {tmp}/gaussian_noise.npy"),
     ],
 )
-def test_mistakes_are_known_before_training(frozen, tmp_path, options, words):
+def test_mistakes_are_known_before_training(context, tmp_path, options, words):
     paths = dict(tmp=str(tmp_path), good=str(tmp_path / "good.npz"), bad=str(tmp_path / "bad.npz"))
     npz(paths["good"], tiny.batch(20), NAMES)
     npz(paths["bad"], tiny.batch(20), "1234")
     fill = lambda v: v.format(**paths) if isinstance(v, str) else v  # noqa: E731
     options = {k: tuple(map(fill, v)) if isinstance(v, tuple) else fill(v) for k, v in options.items()}
     with pytest.raises(UserError) as error:
-        OutOfDomain().check(frozen(**options).setup)
+        OutOfDomain().check(context(**options).setup)
     assert words.format(**paths) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -100,11 +100,12 @@ def test_categories():
 # ---- the evaluator
 
 
-def frozen(sources, probe, features_of, *, stimuli="", side=4):
+def context(sources, probe, features_of, *, stimuli="", side=4):
     test = sources["test"]
     return SimpleNamespace(
         options=SimpleNamespace(cue_conflict=stimuli),
-        recipe=SimpleNamespace(num_classes=test.num_classes, image_shape=(side, side, 3)),
+        recipe=SimpleNamespace(image_shape=(side, side, 3)),
+        num_classes=test.num_classes,
         source=sources.get,
         test=test,
         features_of=features_of,
@@ -126,7 +127,7 @@ def test_on_the_data_itself():
     own = source(shape, tuple("abc"), shape=shape, texture=texture)
     sources = {"train": source([0, 1], tuple("abc")), "test": own, "cue_conflict": own}
     probe = LinearFit(np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
-    f = frozen(sources, probe, lambda s: np.eye(3, dtype=np.float32)[answer])
+    f = context(sources, probe, lambda s: np.eye(3, dtype=np.float32)[answer])
     metrics, panels = ShapeBias()(f)
     assert metrics["shape_bias"] == pytest.approx(2 / 3) and metrics["conflicts"] == 4
     assert metrics["texture_taught"] is False and list(panels["ood"]) == ["Shape bias (textures not taught)"]
@@ -145,7 +146,7 @@ def test_on_coarse_labels():
     shape, texture = (np.array([table[c] for c in own.extras[k].tolist()]) for k in ("shape", "texture"))
     np.testing.assert_array_equal(shape, own.labels)
     probe = LinearFit(np.eye(4, dtype=np.float32), np.zeros(4, np.float32))
-    f = frozen({"train": train, "test": of_fine, "cue_conflict": own}, probe, lambda s: np.eye(4)[texture])
+    f = context({"train": train, "test": of_fine, "cue_conflict": own}, probe, lambda s: np.eye(4)[texture])
     metrics, _ = ShapeBias()(f)
     assert metrics["conflicts"] == (shape != texture).sum() < 60
     assert metrics["shape_bias"] == 0 and metrics["texture_accuracy"] == 1 and metrics["texture_taught"]
@@ -177,7 +178,7 @@ def test_stimuli_from_a_folder(stimuli):
     names = ("ship", "cat", "frog")  # no dog: the second cat does not count
     probe = LinearFit(np.array([[0, 9, 0], [9, 0, 0], [0, 0, 9.0]], np.float32), np.zeros(3, np.float32))
     sources = {"train": source([0, 1, 2], names), "test": source([0], names)}
-    f = frozen(sources, probe, lambda s: s.images.mean((1, 2)) / 255, stimuli=str(stimuli))
+    f = context(sources, probe, lambda s: s.images.mean((1, 2)) / 255, stimuli=str(stimuli))
     metrics, panels = ShapeBias()(f)
     found = metrics["stimuli"]
     assert (found["conflicts"], found["shape"], found["texture"]) == (2, 1, 1) and found["categories"] == "boat, cat"
@@ -187,12 +188,12 @@ def test_stimuli_from_a_folder(stimuli):
 
 def test_what_is_missing(stimuli, tmp_path):
     names = tuple("ab")
-    f = frozen({"train": source([0], names), "test": source([0], names)}, None, None)
+    f = context({"train": source([0], names), "test": source([0], names)}, None, None)
     with pytest.raises(NotApplicable, match="no cue-conflict images"):
         ShapeBias()(f)
     unlabelled = source([-1], names)
     with pytest.raises(NotApplicable, match="no training image has a label"):
-        ShapeBias().check_needs(frozen({"train": unlabelled, "test": unlabelled}, None, None))
+        ShapeBias().check_needs(context({"train": unlabelled, "test": unlabelled}, None, None))
     for folder, words in (
         (tmp_path / "none", "eval.cue_conflict is '.*none'"),
         (stimuli / "cat", "eval.cue_conflict: .*cat holds no images"),

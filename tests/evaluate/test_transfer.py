@@ -33,7 +33,7 @@ def source(fine, *, labels="coarse", levels=True):
     )
 
 
-def frozen(features, fine, test_features, test_fine, **options):
+def context(features, fine, test_features, test_fine, **options):
     sources = {"train": source(fine, **options), "test": source(test_fine, **options)}
     by_split = {"train": features, "test": test_features}
     options = SimpleNamespace(knn_k=5, knn_temperature=0.1)
@@ -53,9 +53,9 @@ def data(collapsed, seed=0):
 
 @pytest.mark.parametrize("labels", ["coarse", "fine"])
 def test_what_is_kept_and_what_is_lost(labels):
-    metrics, panels = Transfer()(frozen(*data(collapsed=False), labels=labels))
+    metrics, panels = Transfer()(context(*data(collapsed=False), labels=labels))
     assert metrics == {"accuracy": 1, "coarse_accuracy": 1, "balanced_accuracy": 1, "knn_accuracy": 1}
-    metrics, panels = Transfer()(frozen(*data(collapsed=True), labels=labels))
+    metrics, panels = Transfer()(context(*data(collapsed=True), labels=labels))
     assert metrics["coarse_accuracy"] == 1  # within a coarse class the fine one is a guess
     assert 0.3 < metrics["accuracy"] < 0.7 and metrics["balanced_accuracy"] == pytest.approx(metrics["accuracy"])
     assert 0.3 < metrics["knn_accuracy"] < 0.7
@@ -71,10 +71,10 @@ def test_a_mistake_within_the_coarse_class_is_none_at_the_coarse_level():
     train[fine == 2] = -train[fine == 2]  # elsewhere when training
     centre = train[fine == 0].mean(0)
     test[test_fine == 2] = centre
-    metrics, _ = Transfer()(frozen(train, fine, test, test_fine))
+    metrics, _ = Transfer()(context(train, fine, test, test_fine))
     assert metrics["accuracy"] == pytest.approx(0.75) and metrics["coarse_accuracy"] == 1
     rare = np.concatenate([np.flatnonzero(test_fine != 2), np.flatnonzero(test_fine == 2)[:1]])
-    metrics, _ = Transfer()(frozen(train, fine, test[rare], test_fine[rare]))
+    metrics, _ = Transfer()(context(train, fine, test[rare], test_fine[rare]))
     assert metrics["accuracy"] == pytest.approx(150 / 151) and metrics["balanced_accuracy"] == pytest.approx(0.75)
 
 
@@ -83,23 +83,23 @@ def test_unlabelled_rows_do_not_count():
     fine, test_fine = fine.copy(), test_fine.copy()
     train[:5], test[:50] = 100, 100
     fine[:5] = test_fine[:50] = -1
-    assert Transfer()(frozen(train, fine, test, test_fine))[0]["accuracy"] == 1
+    assert Transfer()(context(train, fine, test, test_fine))[0]["accuracy"] == 1
 
 
 def test_the_panel_shows_so_many():
     train, fine, test, test_fine = data(collapsed=False)
-    panel = Transfer()(frozen(train, fine, np.tile(test, (10, 1)), np.tile(test_fine, 10)))[1]["transfer"]
+    panel = Transfer()(context(train, fine, np.tile(test, (10, 1)), np.tile(test_fine, 10)))[1]["transfer"]
     assert {len(panel[k]) for k in ("features", "labels", "coarse")} == {1500}
 
 
 def test_left_out():
     with pytest.raises(NotApplicable, match="the data has one level of labels"):
-        Transfer()(frozen(*data(False), levels=False))
+        Transfer()(context(*data(False), levels=False))
     train, fine, test, test_fine = data(False)
     with pytest.raises(NotApplicable, match="no test image has a fine label"):
-        Transfer()(frozen(train, fine, test, np.full_like(test_fine, -1)))
+        Transfer()(context(train, fine, test, np.full_like(test_fine, -1)))
     with pytest.raises(NotApplicable, match="no training image has a fine label"):
-        Transfer()(frozen(train, np.full_like(fine, -1), test, test_fine))
+        Transfer()(context(train, np.full_like(fine, -1), test, test_fine))
 
 
 def test_balanced_accuracy():
@@ -129,7 +129,7 @@ def test_augmented_probe_learns_what_was_kept():
     def measured(collapsed):
         train, fine, test, test_fine = data(collapsed)
         # Often enough for the protocol's small steps: each moves a weight by a thousandth at most.
-        f = augmented(frozen(np.tile(train, (43, 1)), np.tile(fine, 43), test, test_fine), epochs=80, noise=0.01)
+        f = augmented(context(np.tile(train, (43, 1)), np.tile(fine, 43), test, test_fine), epochs=80, noise=0.01)
         return TransferAugmented()(f), f.drawn
 
     (metrics, panels), drawn = measured(collapsed=False)
@@ -141,7 +141,7 @@ def test_augmented_probe_learns_what_was_kept():
 def test_the_epoch_is_chosen_on_the_validation_split(monkeypatch):
     """Probes that get worse: the first epoch's is measured, though the last one's is what training ends with."""
     train, fine, test, test_fine = data(collapsed=False)
-    f = augmented(frozen(train, fine, test, test_fine), epochs=3, held_out="validation")
+    f = augmented(context(train, fine, test, test_fine), epochs=3, held_out="validation")
     held = source(fine[:20])
     f.source, features = {"train": f.source("train"), "validation": held}.get, f.features
     f.features = lambda split: train[:20] if split == "validation" else features(split)

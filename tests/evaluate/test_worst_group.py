@@ -112,6 +112,16 @@ def test_dro_resists_a_shortcut_that_the_mean_loss_takes():
     assert worst[2] < worst[1] - 0.2  # one group: the mean loss, however it is minimised
 
 
+def test_every_step_of_dro_draws_other_rows():
+    """One row a step, no feature, both classes alike: the bias stays small unless one row comes again and again.
+
+    cases F.
+    """
+    labels = np.arange(40) % 2
+    probe = group_dro(np.zeros((40, 1)), labels, np.zeros(40, int), num_classes=2, batch_size=1, steps=400, eta=0.0)
+    assert abs(float(probe.bias[1] - probe.bias[0])) < 1
+
+
 def contradicting(count):
     """One feature, which says the class in group 0 and mostly the other class in group 1."""
     rng = np.random.default_rng(0)
@@ -210,7 +220,7 @@ def test_cluster_quality_by_hand():
 # ---- the evaluator
 
 
-def frozen(train, test, *, groups=True):
+def context(train, test, *, groups=True):
     def source(labels, group):
         return ArraySource(
             images=np.zeros((len(labels), 2, 2, 3), np.uint8),
@@ -227,14 +237,15 @@ def frozen(train, test, *, groups=True):
         source=sources.get,
         test=sources["test"],
         features={"train": train[0], "test": test[0]}.get,
-        recipe=SimpleNamespace(num_classes=2, seed=0),
+        recipe=SimpleNamespace(seed=0),
+        num_classes=2,
         fitted_probe=lambda: fit_linear_probe(train[0], train[1], num_classes=2),
     )
 
 
 def test_worst_group_without_knowing_the_groups():
     train, test = shortcut(1200, 0.95, seed=0), shortcut(2000, 0.5, seed=1)
-    metrics, panels = WorstGroup()(frozen(train, test))
+    metrics, panels = WorstGroup()(context(train, test))
     assert panels == {} and metrics["dro_worst"] > metrics["erm_worst"] + 0.15
     assert set(metrics["by_group"]) == {"a, own", "a, other", "b, own", "b, other"}
     assert metrics["oracle_worst"] > metrics["erm_worst"] + 0.15
@@ -250,11 +261,11 @@ def test_worst_group_without_knowing_the_groups():
 def test_left_out():
     train, test = shortcut(50, 0.9, seed=0), shortcut(50, 0.5, seed=1)
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        WorstGroup()(frozen(train, test, groups=False))
+        WorstGroup()(context(train, test, groups=False))
     with pytest.raises(NotApplicable, match="the data has no groups"):
-        WorstGroup()(frozen(train, (*test[:2], np.full(50, -1))))
+        WorstGroup()(context(train, (*test[:2], np.full(50, -1))))
     with pytest.raises(NotApplicable, match="no test image has a label"):
-        WorstGroup().check_needs(frozen(train, (test[0], np.full(50, -1), test[2])))
+        WorstGroup().check_needs(context(train, (test[0], np.full(50, -1), test[2])))
 
 
 # ---- mistakes

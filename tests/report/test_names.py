@@ -6,7 +6,9 @@ import pytest
 import tiny
 
 from jaxcl.commands.claims.methods import COST, MEASURES
+from jaxcl.commands.compare import runs, sweeps
 from jaxcl.commands.sweep import table
+from jaxcl.evaluate.registry import EVALUATORS, make_evaluator
 from jaxcl.report import names, verdict
 from jaxcl.train.runs import evaluate_runs, load_run
 
@@ -20,13 +22,13 @@ DETAILS = {
 }
 ATTACKED = {names.under_attack(attack, 4, metric) for attack in names.ATTACKS for metric in ("accuracy", "ece")}
 CLAIMED = {path for m in MEASURES.values() for path in (m.path, m.unlabelled[1])} - {COST, ""}
-READ = {*names.ALL} | ATTACKED | CLAIMED | {*table.DEFAULT}
+COMPARED = {*runs.MEASURES, *sweeps.COSINES, *(name for group in sweeps.DOMAINS.values() for name in group)}
+READ = {*names.ALL} | ATTACKED | CLAIMED | COMPARED | {*table.DEFAULT}
 
 
 def test_declared_metrics():
     """Cheap: by what each evaluator says that it writes."""
-    registry = pytest.importorskip("jaxcl.evaluate.registry")
-    declared = [f"{name}.{key}" for name in registry.EVALUATORS for key in registry.make_evaluator(name).metrics]
+    declared = [f"{name}.{key}" for name in EVALUATORS for key in make_evaluator(name).metrics]
     assert [name for name in sorted(READ - DETAILS) if not any(fnmatch.fnmatch(name, d) for d in declared)] == []
 
 

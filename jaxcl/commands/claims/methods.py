@@ -7,6 +7,8 @@ it will take.
 import dataclasses
 from collections.abc import Mapping
 
+from jaxcl.report import names
+
 SOURCES = ("garments", "cifar10")
 
 # ---- data settings: how the training data of a run are labelled and correlated
@@ -85,7 +87,7 @@ class Method:
         return ":".join([path, ",".join(words)]) if words else path
 
 
-# An encoder that sees no labels does not change with the labels, so its FINE run also stands for COARSE.
+# An encoder that sees no labels does not change with the labels, so its FINE run also serves as COARSE.
 SELF = dict(labels=False, settings=(FINE,))
 NEGATIVES = dict(labels=False, settings=(FINE, SPURIOUS))
 METHODS: Mapping[str, Method] = {
@@ -149,28 +151,24 @@ class Measure:
 
 COST = "seconds_per_update"  # of metrics.jsonl: the batch over the median of its images per second
 MEASURES: Mapping[str, Measure] = {
-    "linear": Measure("linear probe", FINE, "linear.accuracy", 1),
-    "knn": Measure("kNN", FINE, "knn.accuracy", 1),
-    "coarse_to_fine": Measure(
-        "coarse to fine, probe", COARSE, "transfer.accuracy", 1, unlabelled=(FINE, "linear.accuracy")
-    ),
-    "coarse_to_fine_knn": Measure(
-        "coarse to fine, kNN", COARSE, "transfer.knn_accuracy", 1, unlabelled=(FINE, "knn.accuracy")
-    ),
-    "worst_group": Measure("worst group, probe", SPURIOUS, "worst_group.erm_worst", 1),
-    "worst_group_dro": Measure("worst group, DRO on found groups", SPURIOUS, "worst_group.dro_worst", 1),
-    "groups": Measure("found groups, F1", SPURIOUS, "worst_group.cluster_f1", 1),
-    "pgd": Measure("probe under PGD 4/255", FINE, "linear_pgd.4.accuracy", 1),
-    "fgsm": Measure("classifier under FGSM 4/255", FINE, "fgsm.4.accuracy", 1),
-    "ece": Measure("ECE, clean", FINE, "calibration.clean.ece", -1),
-    "ece_shifted": Measure("ECE, shifted", FINE, "calibration.test_shifted.ece", -1),
-    "ece_fgsm": Measure("ECE under FGSM 4/255", FINE, "fgsm.4.ece", -1),
-    "drop": Measure("average drop", FINE, "explanation.average_drop", -1),
-    "increase": Measure("rate of increase", FINE, "explanation.rate_of_increase", 1),
-    "iou": Measure("explanation and true mask, IoU", FINE, "explanation.iou", 1),
-    "shifted": Measure("probe, shifted test", FINE, "ood.shifted.accuracy", 1),
-    "shape_bias": Measure("shape bias", SPURIOUS, "shape_bias.shape_bias", 1),
-    "tint": Measure("tint kept", FINE, "tint.accuracy", 1),
+    "linear": Measure("linear probe", FINE, names.LINEAR, 1),
+    "knn": Measure("kNN", FINE, names.KNN, 1),
+    "coarse_to_fine": Measure("coarse to fine, probe", COARSE, names.TRANSFER, 1, unlabelled=(FINE, names.LINEAR)),
+    "coarse_to_fine_knn": Measure("coarse to fine, kNN", COARSE, names.TRANSFER_KNN, 1, unlabelled=(FINE, names.KNN)),
+    "worst_group": Measure("worst group, probe", SPURIOUS, names.WORST_GROUP_ERM, 1),
+    "worst_group_dro": Measure("worst group, DRO on found groups", SPURIOUS, names.WORST_GROUP_DRO, 1),
+    "groups": Measure("found groups, F1", SPURIOUS, names.GROUPS_F1, 1),
+    "pgd": Measure("probe under PGD 4/255", FINE, names.under_attack("linear_pgd", 4), 1),
+    "fgsm": Measure("classifier under FGSM 4/255", FINE, names.under_attack("fgsm", 4), 1),
+    "ece": Measure("ECE, clean", FINE, names.ECE, -1),
+    "ece_shifted": Measure("ECE, shifted", FINE, names.ECE_SHIFTED, -1),
+    "ece_fgsm": Measure("ECE under FGSM 4/255", FINE, names.under_attack("fgsm", 4, "ece"), -1),
+    "drop": Measure("average drop", FINE, names.AVERAGE_DROP, -1),
+    "increase": Measure("rate of increase", FINE, names.RATE_OF_INCREASE, 1),
+    "iou": Measure("explanation and true mask, IoU", FINE, names.MASK_IOU, 1),
+    "shifted": Measure("probe, shifted test", FINE, names.OOD_SHIFTED, 1),
+    "shape_bias": Measure("shape bias", SPURIOUS, names.SHAPE_BIAS, 1),
+    "tint": Measure("tint kept", FINE, names.TINT, 1),
     "cost": Measure("s / update", FINE, COST, -1, percent=False),
 }
 
@@ -200,8 +198,8 @@ class Claim:
 # How the authors' setting differs from a run here: data, network and budget.
 AUTHORS: Mapping[str, str] = {
     "ExCon": "The authors train a ResNet-50 for 200 epochs on CIFAR-100 (batches of 256, explanations from epoch 50) "
-    "and on Tiny ImageNet (batches of 128, from the start), SGD at 0.5, a classifier trained in epochs of its own "
-    "between those of the encoder, and report the best epoch on the test set.",
+    "and on Tiny ImageNet (batches of 128, from the start), SGD at 0.5, a classifier trained in separate epochs "
+    "between the epochs of the encoder, and report the best epoch on the test set.",
     "CLAE": "The authors train a ResNet-18 on CIFAR-10, CIFAR-100 and tinyImageNet: Plain and UEL for 301 epochs of "
     "SGD (100 on tinyImageNet), SimCLR for 100 epochs of Adam with batches of 256; the attack may leave [0, 1]; the "
     "best epoch on the test set is reported.",

@@ -10,11 +10,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxcl.report import names
 from jaxcl.report.progress import duration
 from jaxcl.report.verdict import flatten
 
 FRACTIONS = ("accuracy", "ece", "drop", "increase", "iou", "hit", "inside", "changed", "bias", "share")
-DEFAULT = ("knn.accuracy", "linear.accuracy", "classifier.accuracy")
+DEFAULT = (names.KNN, names.LINEAR, names.CLASSIFIER)
 ABSENT = "–"
 
 
