@@ -2,8 +2,6 @@
 
 import dataclasses
 import io
-import zipfile
-import zlib
 from typing import ClassVar
 
 import numpy as np
@@ -106,7 +104,9 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
                 f"{path} holds pickled objects (or is no npz file), which are never loaded; save plain arrays"
             ) from error
         raise UserError(f"{path} cannot be read as npz ({_one_line(error)}); write it again") from error
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except MemoryError as error:  # a damaged header may declare petabytes
+        raise UserError(f"{path} does not fit into memory, or is damaged ({_one_line(error)})") from error
+    except Exception as error:  # zip, zlib and NumPy raise anything
         raise UserError(f"{path} is truncated or damaged ({_one_line(error)}); copy or write it again") from error
 
 

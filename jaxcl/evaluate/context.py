@@ -17,6 +17,7 @@ from jaxcl.data import Source, batches
 from jaxcl.errors import UserError
 from jaxcl.evaluate.duplicates import thumbnail
 from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logits
+from jaxcl.evaluate.rows import check_images
 from jaxcl.losses.common import unit
 from jaxcl.method import sharding
 from jaxcl.method.forward import represent
@@ -35,8 +36,8 @@ class EvalSetup:
 
     Attributes:
       config, options: the whole config, and its `eval` node.
-      recipe: the method; its mean, std, image shape and number of classes are those of training. The number of
-        classes of the data that is evaluated, which may be another, is `EvalContext.num_classes`.
+      recipe: the method, with the mean, std, image shape and number of classes of training. The data that is evaluated
+        may have another number of classes: `EvalContext.num_classes`.
       training: the source whose batches the update sees. With texture negatives from files, batches hold these too.
       selects_on: the split that checkpoints and settings are chosen on: "validation", or "test" without one.
       view: the standard view, [B,H,W,C] in [0,1] -> normalised [B,S,S,C].
@@ -111,6 +112,7 @@ class EvalContext:
         # All batches have one shape, and it divides over the mesh, whatever number the config gives.
         self.batch_size = -(-self.options.batch_size // mesh.size) * mesh.size
         self._features: dict[tuple[str, str], np.ndarray] = {}
+        self._finite: set[tuple[str, str]] = set()  # features that were looked at
         self._probe: LinearFit | None = None
 
     # ---- data
@@ -211,6 +213,9 @@ class EvalContext:
 
         Returns:
           float32 [N,D].
+
+        Raises:
+          NotFinite: by the name of the image; `EvalSetup.final` then leaves the evaluator out, with one line.
         """
         kind = kind or self.options.features
         if (split, kind) not in self._features:
@@ -219,12 +224,17 @@ class EvalContext:
             wanted |= self.setup.kinds if split in ("train", "test") else set()
             out = self._encoded(self.source(split), tuple(k for k in KINDS if k in wanted))
             self._features |= {(split, k): v for k, v in out.items()}
+        if (split, kind) not in self._finite:
+            check_images(self._features[split, kind], self.source(split), "training" if split == "train" else split)
+            self._finite.add((split, kind))
         return self._features[split, kind]
 
     def features_of(self, source: Source) -> np.ndarray:
         """float32 [N,D]: features of any other source, such as changed images, of the kind in `eval.features`."""
         kind = self.options.features
-        return self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
+        found = self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
+        check_images(found, source, "changed")
+        return found
 
     def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
         """Yields features of kind "h" or "z", float32 [n,D], batch by batch: for more images than memory holds."""

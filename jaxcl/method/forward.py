@@ -116,15 +116,16 @@ def _by_groups(encode, spec: ForwardPass, params, stats, rows, *, where, norm_se
     Running statistics become the mean of the groups' new ones.
     """
     order = jax.random.permutation(jax.random.fold_in(key, 1), len(rows)) if spec.shuffle else None
+    keys = None if key is None else jax.random.split(jax.random.fold_in(key, 2), spec.bn_groups)
 
     def grouped(x: Array) -> Array:
         x = x if order is None else x[order]
         return x.reshape(spec.bn_groups, -1, *x.shape[1:])
 
-    def one(x: Array, exists: Array | None) -> tuple[Array, dict]:
-        return encode(params, stats, x, where=exists, norm_set=norm_set, key=key)
+    def one(x: Array, exists: Array | None, own: Array | None) -> tuple[Array, dict]:
+        return encode(params, stats, x, where=exists, norm_set=norm_set, key=own)
 
-    h, new = jax.vmap(one)(grouped(rows), None if where is None else grouped(where))
+    h, new = jax.vmap(one)(grouped(rows), None if where is None else grouped(where), keys)
     h = h.reshape(-1, *h.shape[2:])
     return h if order is None else h[jnp.argsort(order)], jax.tree.map(lambda x: x.mean(0), new)
 

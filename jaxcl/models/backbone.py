@@ -9,6 +9,7 @@ N images, H W C height, width and channels, D features, h w M height, width and 
 
 import dataclasses
 import functools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -147,6 +148,7 @@ def load_backbone(
     found = weights.read(path)
     about, file = found.about, weights.file_of(path)
     known = about.get("preprocessing", {})
+    known = known if isinstance(known, dict) else {}
     size, mean, std = (
         given if given is not None else known.get(key) for key, given in (("size", size), ("mean", mean), ("std", std))
     )
@@ -159,7 +161,11 @@ def load_backbone(
         model = model_of(weights.architecture(found))
     except UserError as error:
         raise UserError(f"{file} is no backbone of this version of jaxcl: {error}") from error
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    try:
+        size, mean, std = operator.index(size), tuple(map(float, mean)), tuple(map(float, std))
+        names = tuple(map(str, about.get("class_names", ())))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: size, mean or std is not a number for each channel ({error})") from error
     params, stats = weights.fit(str(file), found.variables, model, (size, size, len(mean)))
     variables = jax.device_put({"params": params, "batch_stats": stats})
-    return Backbone(model, variables, size, mean, std, tuple(about.get("class_names", ())), about)
+    return Backbone(model, variables, size, mean, std, names, about)

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import pathlib
 import re
 import tempfile
+import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -86,16 +88,63 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     if is_remote(path):  # an object appears only when it is complete
         path.write_bytes(content)
         return
-    temporary = path.with_name(path.name + ".tmp")
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Open a local file for writing that appears at `path`, whole and on the disk, if the block ends without an error.
+
+    Any number of writers may do this at the same moment: each has a temporary file of its own, and the last one stays.
+    """
+    temporary = beside(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def beside(path: str | os.PathLike) -> pathlib.Path:
+    """A name for a temporary file beside a local one, which no other process, thread or machine uses."""
+    path = pathlib.Path(path)
+    start = os.fsdecode(os.fsencode(path.name)[:200])  # names have at most 255 bytes
+    return path.with_name(f"{start}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def read_json(path: str | os.PathLike, *keys: str, advice: str = "restore a copy of it") -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Args:
+      keys: that it must have.
+      advice: what to do if it does not.
+
+    Raises:
+      UserError: the file was cut off, is binary or is another program's; one line that begins with its path.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_bytes().decode())
+    except UnicodeDecodeError:
+        why = "it is binary"
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as error:
+        why = f"it is cut off or damaged, {error}"
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+    else:
+        if not isinstance(content, dict):
+            why = f"it holds a {type(content).__name__} and not an object"
+        elif missing := [key for key in keys if key not in content]:
+            why = f"it has no {missing[0]!r}"
+        else:
+            return content
+    raise UserError(f"{os.fspath(path)} cannot be read: {why}; {advice}")
 
 
 def files(root: epath.Path) -> Iterator[epath.Path]:

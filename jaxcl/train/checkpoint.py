@@ -95,9 +95,13 @@ class Checkpoints:
             response = self._checkpointer.save_async(step, tree)
         except Exception as error:
             raise self._refused(error) from error
-        if response is not None:
-            self._finishing = threading.Thread(target=self._seal, args=(step, response, wanted), name="jaxcl-manifest")
-            self._finishing.start()
+        if response is None:  # Orbax saves no step before its newest
+            raise UserError(
+                f"{self.directory}/{self.latest} stands in the way: it is no checkpoint of this run, which is at step "
+                f"{step}; move it away, then run the same command again to continue"
+            )
+        self._finishing = threading.Thread(target=self._seal, args=(step, response, wanted), name="jaxcl-manifest")
+        self._finishing.start()
 
     def _seal(self, step: int, response: Any, wanted: Tree) -> None:
         """Wait until all files of a save are written and can be read, then write the manifest with their hashes."""
@@ -260,10 +264,16 @@ def _fault(folder: epath.Path) -> str:
     if not path.exists():
         return ""
     try:
-        wanted = json.loads(path.read_text())["files"]
+        manifest = storage.read_json(path, "files")
+        if str(manifest.get("step", folder.name)) != folder.name:
+            return f"it is step {manifest['step']} under another name"
+        wanted = manifest["files"]
         found = _hashes(folder)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (OSError, UserError) as error:
+        return str(error)
+    pairs = wanted.values() if isinstance(wanted, dict) else [None]
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [int, str] for pair in pairs):
+        return f"{MANIFEST} is not one of jaxcl"
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"

@@ -30,7 +30,7 @@ from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import config_diff, run_folder
+from jaxcl.train import agreement, config_diff, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import Checkpoints, Preemption
@@ -67,6 +67,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
             advice = "try a lower optimizer.lr, a warm-up or optimizer.clip_norm"
             raise Diverged(f"{error}; {_last_good(workdir)} in {workdir}; {advice}") from None
         except OSError as error:
+            if not epath.Path(workdir).exists():
+                what = f"{workdir} was renamed or removed during the run"
+                raise UserError(f"{what}; put it back, then run the same command again to continue") from None
             if reason := storage.refusal(error):
                 what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
                 raise UserError(f"{what}; make room, then run the same command again to continue") from None
@@ -83,10 +86,14 @@ def _run(
     started = time.monotonic()
     configs.check(config)
     plain = configs.to_dict(config)
+    if jax.process_count() > 1:
+        agreement.same_start(plain, workdir, _latest(workdir), {"--profile": profile})
     if (results := run_folder.finished(workdir, plain)) is not None:
         return results
 
     job = _prepare(config, plain, workdir, profile)
+    if jax.process_count() > 1:
+        agreement.same_data(train=job.source, **{config.eval.split: job.evaluation.source(config.eval.split)})
     order = job.order.name if job.order else shuffle.ORDER
     known = job.facts | {"class_names": job.source.class_names, run_folder.ROW_ORDER: order}
     if job.source.fingerprint:
@@ -135,7 +142,7 @@ def _train(job: "Job", preemption: Preemption, lock: RunLock | None, wandb: Wand
             evaluates = _due(step, every.eval) and step < total
             saves = _due(step, every.checkpoint) or step == total or preempted
             if lock:
-                lock.check()
+                lock.check(look=evaluates or saves)
             if evaluates or saves:
                 log.sync()  # waits for this update: a state with a loss that is not finite is never saved
             if evaluates:
@@ -263,7 +270,7 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
         evaluation=evaluation,
         every=every,
         profile=profile,
-        weights={} if _has_checkpoint(workdir) else starting_weights(config, recipe),
+        weights={} if _latest(workdir) is not None else starting_weights(config, recipe),
     )
 
 
@@ -297,13 +304,13 @@ def _checkpoints(job: Job) -> Checkpoints:
     return Checkpoints(job.workdir / "checkpoints", keep=job.config.checkpoint.keep, about=about)
 
 
-def _has_checkpoint(workdir: epath.Path) -> bool:
-    """Whether the run continues; then the weights that it started from are not needed any more."""
+def _latest(workdir: epath.Path) -> int | None:
+    """The newest checkpoint of a run that continues; the weights that it started from are not needed any more."""
     folder = workdir / "checkpoints"
     if not folder.is_dir():
-        return False
+        return None
     with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.latest is not None
+        return checkpoints.latest
 
 
 def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
@@ -325,6 +332,11 @@ def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]
     )
     state = checkpoints.restore(abstract)
     step = int(state.step)  # less than `latest` if that one is damaged
+    if step > job.recipe.total_steps:
+        raise UserError(
+            f"{checkpoints.directory}/{step} is no checkpoint of this run, which has {job.recipe.total_steps} steps; "
+            "move it away"
+        )
     logger.info("resuming %s from step %d", job.workdir, step)
     return state, step
 

@@ -135,6 +135,9 @@ def test_jitter_draws():
     assert len(counts) == 24
     assert ((counts - 1250) ** 2 / 1250).sum() < 41.6  # chi-square, 23 degrees of freedom, 1%
     assert abs(np.corrcoef(factors[applied].T) - np.eye(4)).max() < 0.03
+    # Nor does the order say anything about the factors (cases F).
+    first = np.concatenate([factors, order], axis=1)[applied].T
+    assert abs(np.corrcoef(first)[:4, 4:]).max() < 0.03
 
 
 @pytest.mark.parametrize("op", ["adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue", "grayscale"])

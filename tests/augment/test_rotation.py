@@ -37,6 +37,17 @@ def test_tilts():
     assert got[2, 2, 2] == pytest.approx(float(images[2, 2, 2, 0]), abs=1e-5)
 
 
+def test_tilts_are_uniform_both_ways():
+    """Quarters of [-20, 20] degrees hold a quarter of the draws each; the image turns by what was drawn; cases F."""
+    keys, images = jax.random.split(jax.random.key(0), 4000), np.ones((4000, 3, 3, 1), np.float32)
+    tilts = np.asarray(augment.RandomTilt(degrees=20.0)(keys, images)[1]["tilt"])
+    share = np.histogram(tilts, bins=4, range=(-20, 20))[0] / 4000
+    np.testing.assert_allclose(share, 0.25, atol=0.03)
+    images = np.random.default_rng(0).random((4, 5, 5, 1)).astype(np.float32)
+    turned, params = augment.RandomTilt(degrees=20.0)(keys[:4], images)
+    np.testing.assert_allclose(turned, ops.tilt(images, np.deg2rad(params["tilt"])), atol=1e-5)
+
+
 def test_as_operations_of_a_view():
     view = augment.random_view(8, (0.5,) * 3, (0.25,) * 3, rotation=0.5, jitter_p=0.0, grayscale=0.0)
     names = [op.name for op in view.ops]

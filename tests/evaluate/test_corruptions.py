@@ -67,6 +67,31 @@ def test_the_nearest_set_gives_the_severities(side, table):
     assert np.abs(corrupt(grey, "contrast", 5, np.arange(1)) - expected).max() <= 1
 
 
+def test_every_severity_and_every_corruption_draws_for_itself(monkeypatch):
+    """The keys of a corruption differ by its name, the severity and the image, and by nothing else; cases F."""
+
+    def draws(name, severity):
+        monkeypatch.setitem(corruptions._KINDS, name, corruptions._Kind(lambda keys, x: (given.append(keys), x)[1]))
+        given = []
+        corruptions._corrupt.__wrapped__(name, IMAGES, np.uint32(severity), INDEX, ())
+        return [tuple(map(int, k)) for k in np.asarray(jax.random.key_data(given[0]))]
+
+    seen = [
+        key for name in corruptions.COMPUTED for severity in corruptions.SEVERITIES for key in draws(name, severity)
+    ]
+    assert len(set(seen)) == len(seen) == 14 * 5 * len(INDEX)
+    assert draws("fog", 3) == draws("fog", 3)
+
+
+def test_the_noise_of_one_severity_is_not_that_of_another():
+    """Nor that of another image or corruption: the same grey image, and no correlation; cases F."""
+    grey = np.full((2, 32, 32, 3), 128, np.uint8)
+    noise = [corrupt(grey, "gaussian_noise", s, np.arange(2)).reshape(2, -1) for s in (1, 3, 5)]
+    noise.append(corrupt(grey, "shot_noise", 5, np.arange(2)).reshape(2, -1))
+    correlation = np.corrcoef(np.concatenate(noise)) - np.eye(8)
+    assert np.abs(correlation).max() < 5 / (32 * 32 * 3) ** 0.5
+
+
 # ---- noise
 
 

@@ -112,6 +112,16 @@ def test_dro_resists_a_shortcut_that_the_mean_loss_takes():
     assert worst[2] < worst[1] - 0.2  # one group: the mean loss, however it is minimised
 
 
+def test_every_step_of_dro_draws_other_rows():
+    """One row a step, no feature, both classes alike: the bias stays small unless one row comes again and again.
+
+    cases F.
+    """
+    labels = np.arange(40) % 2
+    probe = group_dro(np.zeros((40, 1)), labels, np.zeros(40, int), num_classes=2, batch_size=1, steps=400, eta=0.0)
+    assert abs(float(probe.bias[1] - probe.bias[0])) < 1
+
+
 def contradicting(count):
     """One feature, which says the class in group 0 and mostly the other class in group 1."""
     rng = np.random.default_rng(0)

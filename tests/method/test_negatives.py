@@ -99,12 +99,14 @@ def test_texture_is_the_query_where_the_texture_is_the_image(monkeypatch):
 
 
 def test_texture_makes_several_an_image():
-    views, one = run(TextureNegatives(of="view2", into="texture", count=2)), of_view2()
-    images = np.asarray(views["texture"].image).reshape(16, 2, 16, 16, 3)
+    """All of them different (cases F)."""
+    views, one = run(TextureNegatives(of="view2", into="texture", count=3)), of_view2()
+    images = np.asarray(views["texture"].image).reshape(16, 3, 16, 16, 3)
     np.testing.assert_allclose(images[:, 0], one["texture"].image, atol=1e-6)  # the first whatever their number
-    assert (np.abs(images[:, 0] - images[:, 1]) > 0.1).any((1, 2, 3)).all()
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (np.abs(images[:, i] - images[:, j]) > 0.1).any((1, 2, 3)).all()
     crops = np.asarray(views["texture"].params["crop"])
-    np.testing.assert_array_equal(crops, np.repeat(views["view2"].params["crop"], 2, axis=0))
+    np.testing.assert_array_equal(crops, np.repeat(views["view2"].params["crop"], 3, axis=0))
 
 
 def test_texture_takes_the_textures_that_come_with_the_images():

@@ -16,7 +16,7 @@ from model_options import refused
 from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.models import ResNetOptions, ViTOptions, make_model
-from jaxcl.models.vit import Block, Embedding
+from jaxcl.models.vit import Block, Embedding, _kept
 
 STILL = dict(dropout=0.0, block_dropout=0.0, attention_dropout=0.0, query_dropout=0.0, drop_path=0.0)
 TINY = ViTOptions(patch=4, width=16, depth=3, heads=2, mlp_width=24, head_features=12)
@@ -314,6 +314,53 @@ def test_attention_dropout_takes_single_probabilities():
     far = np.abs(branch.reshape(-1, 5, 2, 1, 4) - sums).max(-1)  # [N,T,A,32]
     assert far.min(-1).max() < 1e-4
     share(masks[far.argmin(-1)] == 0, RATE)
+
+
+def independent(kept, rate=0.5):
+    """Columns of coins: the right share of each, and no two of them alike or opposite."""
+    kept = np.asarray(kept, float)
+    share(1 - kept, rate)
+    correlation = np.corrcoef(kept, rowvar=False) - np.eye(kept.shape[1])
+    assert np.abs(correlation).max() < 5 / len(kept) ** 0.5
+
+
+def test_everything_that_is_dropped_is_drawn_by_itself():
+    """Names of one shape, images and places of the same draw, and two keys; cases F."""
+    rates = {name: (0.5, (4,)) for name in ("one", "two", "three")}
+    draws = [_kept(jax.random.key(i), 2000, rates) for i in (0, 1)]
+    independent(np.concatenate([kept for draw in draws for kept in draw.values()], axis=1))
+    assert _kept(None, 5, rates) == {} and set(_kept(jax.random.key(0), 5, rates | {"off": (0.0, (4,))})) == set(rates)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_every_block_drops_for_itself(remat):
+    """Blocks add 1, 2 and 4 to a feature of the class token where they are kept: the sum tells which; cases F."""
+    N, rate = 2000, 0.5
+    options = dict.fromkeys(STILL, 0.0) | dict(block_dropout=rate, remat=remat)
+    model = make_model(dataclasses.replace(TINY, **options))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), (SIDE, SIDE, 3)))[0]
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    encoder = params["encoder"]
+    encoder["final_norm"]["scale"] += 1
+    encoder["embedding"]["class_token"][1] = 16  # to undo the norm by
+    for i in range(3):
+        encoder[f"blocks_{i}"]["mlp_out"]["dense"]["bias"][0] = 2**i * (1 - rate)
+    h = np.asarray(compiled_encode(model)(params, np.zeros((N, SIDE, SIDE, 3), np.float32), jax.random.key(0)))
+    total = 16 * (h[:, 0] - h[:, 2]) / (h[:, 1] - h[:, 2])
+    np.testing.assert_allclose(total, np.round(total), atol=0.01)
+    independent(np.round(total).astype(int)[:, None] >> np.arange(3) & 1)
+
+
+def test_both_branches_of_a_block_are_dropped_by_themselves():
+    """Attention adds to one feature and the MLP to another, so it shows which was kept; cases F."""
+    block, x = Block(width=4, heads=1, mlp_width=4, drop_path=0.5), np.zeros((2000, 3, 4), np.float32)
+    params = jax.tree.map(
+        lambda a: np.zeros(a.shape, np.float32), jax.eval_shape(lambda: block.init(jax.random.key(0), x, None))
+    )
+    params["params"]["attention_norm"]["bias"][0] = 1  # every token's value is then the first row of the kernel
+    params["params"]["qkv"]["kernel"][0, 8] = 1
+    params["params"]["mlp_out"]["dense"]["bias"][1] = 1
+    independent(jax.jit(block.apply)(params, x, jax.random.key(0))[:, 0, :2] > 0)
 
 
 def test_patch_dropout_spares_the_class_token_and_the_positions():

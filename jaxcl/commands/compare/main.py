@@ -17,12 +17,12 @@ their results.json. A sweep gives up to three figures:
 
 import collections
 import logging
-import os
 import pathlib
 
 from jaxcl.commands.compare import runs, sweeps
 from jaxcl.errors import UserError
 from jaxcl.report import figures, invariance, negatives, transfer
+from jaxcl.runtime import storage
 from jaxcl.runtime.flags import Flags
 
 logger = logging.getLogger("jaxcl")
@@ -71,9 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    storage.write_whole(path, text)
     _log(path)
 
 

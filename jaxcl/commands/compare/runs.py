@@ -1,7 +1,6 @@
 """Runs side by side: what each encoder keeps of the fine classes, and a table of results."""
 
 import collections
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,7 +35,7 @@ def config_of(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json; give the --workdir of a run")
-    return json.loads(path.read_text())
+    return storage.read_json(path)
 
 
 def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -54,7 +53,7 @@ def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str,
     except NotApplicable as reason:
         raise UserError(f"{group[0]}: {reason}; a comparison needs fine classes inside coarse ones") from None
     path = group[0] / "results.json"
-    results = json.loads(path.read_text()) if len(group) == 1 and path.is_file() and not source else {}
+    results = storage.read_json(path) if len(group) == 1 and path.is_file() and not source else {}
     note = f"fine classes {sweep_table.number('accuracy', found['accuracy'])}%"
     return panels["transfer"] | {"note": note}, results | {"transfer": found}
 

@@ -56,8 +56,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--kind is {given.kind!r}; expected one of {', '.join(CHIPS)}")
     fake_devices(max(given.most, given.devices))
     config = read_config(given.config, given.overrides)
-    from jaxcl.commands.plan import counts, figure, text  # late: JAX reads JAX_PLATFORMS when it is imported
+    from jaxcl import config as configs  # late: JAX reads JAX_PLATFORMS when it is imported
+    from jaxcl.commands.plan import counts, figure, text
 
+    configs.check(config)
     plan = counts.make_plan(
         config, facts(config, given), devices=given.devices, kind=given.kind, hosts=given.hosts, most=given.most
     )
