@@ -9,7 +9,7 @@ first lines of the config file list them. The keys are in the config file too; j
 kind of a part, such as --config.model.kind=vit, brings the options of that kind with it.
 
 The same command with the same --workdir resumes a run. Exit codes: 0 finished; 2 a mistake to correct; 3 the loss
-diverged; 75 stopped on request, or another process was lost: run the same command again.
+diverged; 75 stopped on request (SIGTERM, Ctrl-C, SIGHUP), or another process was lost: run the same command again.
 """
 
 import pathlib

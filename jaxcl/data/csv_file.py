@@ -19,8 +19,9 @@ COLUMNS = ("path", "label", "coarse", "group", "split")
 class Csv(ImageFiles):
     """Reads a table with the header path,label[,coarse][,group][,split], in any order; other columns are ignored.
 
-    path is absolute, or relative to the table. label, coarse and group are names, or numbers, which are ordered by
-    value; an empty one is unknown. split is train, test or val; an empty one is train.
+    path is absolute, or relative to the table. label, coarse and group are names, in the order of their texts, or whole
+    numbers throughout, in the order of their values; an empty one, or a number of -1, is unknown. split is train, test
+    or val; an empty one is train.
 
     Options and errors: as of `ImageFiles`; UserError for a table that cannot be read, with the number of the line.
     """

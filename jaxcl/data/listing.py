@@ -1,5 +1,6 @@
 """`Listing`: the image files of a set before any is opened, with their labels and splits. N files."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ SPLITS = {
     "test": ("test", "testing"),
     "validation": ("val", "valid", "validation"),
 }
+_WHOLE = re.compile("0|-?[1-9][0-9]{,3999}")  # Python's int takes more: underscores, leading zeros, other digits
+_WHOLE_WITH_ZERO = re.compile(rf"({_WHOLE.pattern})\.0")
 SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
 
 
@@ -53,29 +56,21 @@ class Listing(NamedTuple):
 def numbered(values: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Numbers the words of a column: codes int32 [N], -1 for empty ones, and the words in their order.
 
-    A column of whole numbers is ordered by value, and -1 counts as empty too; 1, 01 and 1.0 are one number.
+    A word is its text: "1_12", "01", "+1" and "1.0" are other classes than 112 and 1. Only a column that is whole
+    numbers throughout, 1 or (as tables write them when some are missing) 1.0, is ordered by value, and -1 is empty too.
     """
     words = [value.strip() for value in values]
-    numbers = [_number(word) for word in words]
-    if all(number is not None for number, word in zip(numbers, words, strict=True) if word):
-        words = ["" if number is None or number == -1 else str(number) for number in numbers]
-        names = sorted(set(words) - {""}, key=int)
+    given = set(words) - {""}
+    for form in (_WHOLE, _WHOLE_WITH_ZERO):
+        if given and all(map(form.fullmatch, given)):
+            words = [word.removesuffix(".0") for word in words]
+            words = ["" if word == "-1" else word for word in words]
+            names = sorted(set(words) - {""}, key=int)
+            break
     else:
-        names = sorted(set(words) - {""})
+        names = sorted(given)
     code = {name: i for i, name in enumerate(names)} | {"": -1}
     return np.array([code[word] for word in words], np.int32), tuple(shown(name) for name in names)
-
-
-def _number(word: str) -> int | None:
-    try:
-        return int(word)
-    except ValueError:
-        pass
-    try:  # 1.0: tables write whole numbers so when some are missing
-        value = float(word)
-    except ValueError:
-        return None
-    return int(value) if value.is_integer() else None
 
 
 def columns(count: int, **known: np.ndarray) -> np.ndarray:

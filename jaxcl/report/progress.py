@@ -114,8 +114,9 @@ class Progress:
         self.close()
 
     def _print_pending(self) -> None:
-        self._stream.write(self._pending + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # the reader is gone, as after Ctrl-C in `... | tee`; the run goes on
+            self._stream.write(self._pending + "\n")
+            self._stream.flush()
         self._pending = ""
 
     def _text(self, metrics: dict[str, Any]) -> str:

@@ -13,8 +13,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxcl.errors import LostHost, UserError
+from jaxcl.runtime import signals
 
 JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 100  # the defaults of JAX
 _FORMS = "expected off, auto or HOST:PORT,COUNT,ID with ID from 0 to COUNT - 1"
@@ -149,7 +151,9 @@ def wants_guard(argv: Sequence[str]) -> bool:
 
 
 def guard() -> int:
-    """Run this command again as a child process, pass on its stderr and SIGTERM; -> exit code.
+    """Run this command again as a child process, pass on its stderr and requests to end; -> exit code.
+
+    SIGTERM, Ctrl-C and SIGHUP reach the child as SIGTERM, which JAX's service knows; a second request kills it.
 
     The code is 75 if another process was lost, and 2 if the processes of a given address did not find each other in
     time. Otherwise it is that of the child. `python -m jaxcl train`, `python -m jaxcl.main` and the console script all
@@ -157,8 +161,16 @@ def guard() -> int:
     """
     command = [sys.executable, *sys.orig_argv[1:]]
     child = subprocess.Popen(command, env=os.environ | {_GUARDED: str(os.getpid())}, stderr=subprocess.PIPE)
-    signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to the child
+    requests, impatient = signals.Requests(), False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal impatient
+        signals.drop_closed_terminal()
+        impatient = requests.repeated(signum)
+        child.kill() if impatient else child.send_signal(signal.SIGTERM)
+
+    for signum in signals.asking():
+        signal.signal(signum, ask)
     noise, fatal, port = [], [], False
     for line in child.stderr:
         if _PORT.search(line):
@@ -168,9 +180,11 @@ def guard() -> int:
         elif _NOISE.search(line):
             noise.append(line)
         else:
-            sys.stderr.buffer.write(line)
-            sys.stderr.flush()
+            _pass(line)
     code = child.wait()
+    if impatient:
+        signals.say("ended at once, as asked again; run the same command again to continue")
+        return 75
     if code == -signal.SIGABRT and fatal:
         text = b"".join(noise + fatal)
         if b"RegisterTask" in text or b"Wait_for_all_tasks_to_register" in text:
@@ -178,14 +192,21 @@ def guard() -> int:
             return 75 if "--distributed=auto" in sys.argv else 2
         print(f"jaxcl: {LOST}", file=sys.stderr)
         return 75
-    sys.stderr.buffer.write(b"".join(noise + fatal))
-    sys.stderr.flush()
+    _pass(b"".join(noise + fatal))
     if port and code:  # of an address that JAX has found; `join` looks at one that was given
         print(
             "jaxcl: the port of process 0 is in use on this machine; end what uses it, then try again", file=sys.stderr
         )
         return 2
     return code if code >= 0 else 128 - code
+
+
+def _pass(text: bytes) -> None:
+    try:
+        sys.stderr.buffer.write(text)
+        sys.stderr.flush()
+    except OSError:  # nobody reads it any more, as after Ctrl-C in `... | tee`; the child goes on
+        signals.drop(2)
 
 
 def _never_came(argv: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from absl import logging as absl_logging
 
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
-from jaxcl.runtime import distributed, huge_pages, together
+from jaxcl.runtime import distributed, huge_pages, signals, together
 
 CODES = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
 
@@ -32,10 +32,16 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
         sys.exit(distributed.guard())
     distributed.end_with_guard()
     _quiet_libraries()
+    signals.own_process = True
     try:
         code = main(sys.argv)
+    except KeyboardInterrupt:
+        signals.say("stopped by Ctrl-C")
+        code = 130
+        if together.several():
+            os._exit(code)
     except tuple(CODES) as error:
-        print(f"jaxcl: {error}", file=sys.stderr)
+        signals.say(str(error))
         code = code_of(error)
         if isinstance(error, LostHost) or together.several():
             sys.stderr.flush()
@@ -46,6 +52,8 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+    finally:
+        signals.own_process = False
     sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a TrainState with Orbax, and the SIGTERM that asks a run to stop.
+"""Checkpoints of a TrainState with Orbax, and the signals that ask a run to stop.
 
 A checkpoint holds the whole state. Its step is also the position in the data, so a run continues exactly from it.
 `manifest.json` beside it names the run and has a hash of every file, which is checked when the checkpoint is read.
@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxcl.errors import Preempted, UserError
 from jaxcl.method.state import TrainState
-from jaxcl.runtime import distributed, storage
+from jaxcl.runtime import distributed, signals, storage
 
 logger = logging.getLogger("jaxcl")
 Tree = Any
@@ -302,29 +302,42 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 
 class Preemption:
-    """Notices SIGTERM, on any host of a multi-process run.
+    """Notices SIGTERM, Ctrl-C and SIGHUP (a terminal that closes), on any host of a multi-process run.
 
-    In the loop it is only noted, and `reached` reports it between two steps. Before and after the loop (`at_once`)
-    there is nothing to save: the signal handler raises Preempted in the main thread.
+    In the loop one of them is only noted, and `reached` reports it between two steps. Before and after the loop
+    (`at_once`) there is nothing to save: the signal handler raises Preempted in the main thread. A second request ends
+    the process at once (`signals.end_at_once`).
     """
 
     def __init__(self, *, at_once: bool = False):
         self._asked, self._at_once = False, at_once
+        self._requests = signals.Requests()
         # With several processes, JAX's coordination service catches the signal and makes all hosts agree on a step.
         # One process needs no agreement, and the service polls only once a second.
         self._distributed = jax.process_count() > 1
-        self._previous = None
-        self._catches = False
-        if not self._distributed:
-            self._catch()
+        self._previous: dict[int, Any] = {}
+        if self._distributed:
+            self._catch(signals.asking()[1:], self._pass_on)
+        else:
+            self._catch(signals.asking(), self._notice)
 
-    def _catch(self) -> None:
+    def _catch(self, wanted: Sequence[int], handler: Callable[[int, Any], None]) -> None:
         # Python lets only the main thread catch signals; a run in another thread (a notebook) does not notice them.
-        if not self._catches and threading.current_thread() is threading.main_thread():
-            self._previous, self._catches = signal.signal(signal.SIGTERM, self._notice), True
+        if threading.current_thread() is threading.main_thread():
+            for signum in wanted:
+                previous = signal.signal(signum, handler)
+                self._previous.setdefault(signum, previous)
+
+    def _pass_on(self, signum: int, frame: Any) -> None:
+        """Tell JAX's service, which knows SIGTERM only."""
+        signals.drop_closed_terminal()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _notice(self, signum: int, frame: Any) -> None:
+        signals.drop_closed_terminal()
         asked, self._asked = self._asked, True
+        if self._requests.repeated(signum):
+            signals.end_at_once()
         if self._at_once and not asked:
             raise Preempted("stopped on request outside of the training loop; run the same command again to continue")
 
@@ -335,7 +348,7 @@ class Preemption:
     def loop_ended(self) -> None:
         """From now on raise at once again, without the agreement of hosts."""
         self._at_once = True
-        self._catch()
+        self._catch(signals.asking(), self._notice)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step. Call it once after every step, on every process."""
@@ -344,7 +357,7 @@ class Preemption:
         return self._asked
 
     def close(self) -> None:
-        """Restore the signal handler."""
-        if self._catches:
-            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
-            self._previous, self._catches = None, False
+        """Restore the signal handlers."""
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous or signal.SIG_DFL)
+        self._previous = {}

@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
     Raises:
       UserError: a mistake in the config or the data, before anything compiles; or the storage of `workdir` is full.
       Diverged: a metric is no longer finite.
-      Preempted: stopped by SIGTERM, after everything was saved.
+      Preempted: stopped by SIGTERM, Ctrl-C or SIGHUP, after everything was saved.
     """
     storage.need_library(workdir)
     workdir = storage.expanded(workdir)

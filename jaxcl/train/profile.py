@@ -105,7 +105,7 @@ class Profile:
         jax.block_until_ready(state)
         # The profiler writes to local disks only.
         remote = storage.is_remote(self._folder)
-        folder = tempfile.mkdtemp() if remote else os.fspath(self._folder)
+        folder = tempfile.mkdtemp() if remote else os.fspath(storage.plain_link(self._folder))
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # tracing every Python call would slow the loop down
         try:

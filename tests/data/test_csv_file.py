@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxcl.data import csv_file, make_source
+from jaxcl.data.listing import numbered
 from jaxcl.errors import UserError
 
 
@@ -98,3 +99,40 @@ def test_no_table(images):
     ):
         with pytest.raises(UserError, match=match):
             make_source(make())
+
+
+@pytest.mark.parametrize(
+    "labels, classes",
+    [
+        ("1_12,11_2,1_12,3", "11_2,1_12,3"),
+        ("1,01,001,1", "001,01,1"),
+        ("7,+7,7.0,7e0", "+7,7,7.0,7e0"),
+        ("٣,3,३,3", "3,٣,३"),
+        ("0x10,16,0,-0", "-0,0,0x10,16"),
+        ("1.50,1.5,1.500,2", "1.5,1.50,1.500,2"),
+        ("10,9,100,9", "9,10,100"),
+        ("10.0,9.0,,9.0", "9,10"),
+        ("0,-1,1,10", "0,1,10"),
+        ("0,-1,a,10", "-1,0,10,a"),
+        (f"{10**30},{10**30 + 1},2,2", f"2,{10**30},{10**30 + 1}"),
+        (f"{'1' * 5000},{'1' * 4999}2,1,1", f"1,{'1' * 5000},{'1' * 4999}2"),
+        ("nan,NaN,inf,1", "1,NaN,inf,nan"),
+    ],
+)
+def test_a_label_is_its_text(labels, classes):
+    """Cases B.3: texts that a parser of numbers takes for one number stay apart; whole numbers go by value."""
+    words = labels.split(",")
+    codes, names = numbered(words)
+    assert names == tuple(classes.split(","))
+    for word, code in zip(words, codes, strict=True):
+        assert names[code] == word or names[code] == word.removesuffix(".0") if code >= 0 else word in ("", "-1")
+
+
+def test_classes_of_a_table_stay_apart(images):
+    """Cases B.3: as many classes as there are texts, in every column of labels."""
+    rows = "".join(
+        f"in/{i}.png,{('1_12', '11_2')[i % 2]},{('01', '1')[i % 2]},{('1.0', '1')[i % 2]}\n" for i in range(12)
+    )
+    source = make_source(write(images, f"path,label,coarse,group\n{rows}"))
+    assert source.class_names == ("11_2", "1_12")
+    assert source.coarse_names == ("01", "1") and source.group_names == ("1", "1.0")

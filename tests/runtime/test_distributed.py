@@ -41,7 +41,7 @@ def start(workdir: pathlib.Path, devices: int, distributed: str, *own: str) -> s
     return launch(devices, "-m", "jaxcl.main", *FLAGS, *own)
 
 
-def launch(devices: int, *command: str) -> subprocess.Popen:
+def launch(devices: int, *command: str, own_group: bool = False) -> subprocess.Popen:
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -55,6 +55,7 @@ def launch(devices: int, *command: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=own_group,
     )
 
 
@@ -164,8 +165,8 @@ def test_losses_over_two_processes(tmp_path):
 # ---- start-up and loss
 
 
-def command(*own: str, devices: int = 1) -> subprocess.Popen:
-    return launch(devices, "-m", "jaxcl.main", *FLAGS, *own)
+def command(*own: str, devices: int = 1, own_group: bool = False) -> subprocess.Popen:
+    return launch(devices, "-m", "jaxcl.main", *FLAGS, *own, own_group=own_group)
 
 
 def test_processes_that_never_come(tmp_path):
@@ -180,6 +181,20 @@ def test_processes_that_never_come(tmp_path):
     for spec, text in zip(specs, said, strict=True):
         assert spec in one_line(text)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_one_host(tmp_path):
+    """Cases B.10: a terminal sends it to the parent and its child; all processes save the same step and end with 75."""
+    address, workdir = free_address(), tmp_path / "run"
+    long = [f"--workdir={workdir}", "--config.duration=3000", "--config.checkpoint.every=1000", "--config.log_every=5"]
+    processes = [command(f"--distributed={address},2,{i}", *long, own_group=True) for i in range(2)]
+    until(lambda: (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").read_text())
+    os.killpg(processes[1].pid, signal.SIGINT)
+    said = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [75, 75], said
+    assert len(list((workdir / "checkpoints").glob("*/manifest.json"))) == 1
+    assert not any("Traceback" in text for text in said)
 
 
 @pytest.mark.slow

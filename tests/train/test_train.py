@@ -246,7 +246,7 @@ def test_sigterm_in_this_process(undisturbed, npz, tmp_path, monkeypatch):
 
 
 DRIVER = """
-import os, signal, sys
+import os, signal, sys, time
 from jaxcl import main
 from jaxcl.train import log
 class Writer(log.MetricsWriter):
@@ -254,7 +254,9 @@ class Writer(log.MetricsWriter):
         super().write(step, metrics, **extra)
         if step == 5 and not os.path.exists("killed"):
             open("killed", "w").close()
-            os.kill(os.getpid(), signal.SIGTERM)
+            for name in os.environ.get("SIGNALS", "SIGTERM").split():
+                os.kill(os.getpid(), getattr(signal, name))
+                time.sleep(0.3)
 log.MetricsWriter = Writer
 main.cli()
 """
@@ -285,6 +287,21 @@ def test_a_killed_process_goes_on(undisturbed, npz, tmp_path):
     same_run(tmp_path / "run", reference, config(npz=npz))
     third = subprocess_run(arguments, tmp_path, ("-c", DRIVER))
     assert third.returncode == 0 and "run is finished" in third.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(
+    "asked, saved", [("SIGINT", True), ("SIGHUP", True), ("SIGHUP SIGHUP", True), ("SIGINT SIGTERM", False)]
+)
+def test_other_requests_save_too_and_a_second_one_does_not(asked, saved, npz, tmp_path, monkeypatch):
+    """Cases B.10: Ctrl-C and a closed terminal are answered like SIGTERM; whoever asks again does not wait."""
+    (tmp_path / "shrunk.py").write_text(CONFIG_FILE.format(npz=str(npz)))
+    monkeypatch.setenv("SIGNALS", asked)
+    done = subprocess_run(["--config=shrunk.py", "--workdir=run"], tmp_path, ("-c", DRIVER))
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("jaxcl: ") == 1
+    assert (tmp_path / "run" / "checkpoints" / "6" / "manifest.json").exists() == saved
+    assert (tmp_path / "run" / "lock.json").exists() != saved  # void, since its process is gone
 
 
 def test_a_checkpoint_of_another_model(npz, tmp_path):
