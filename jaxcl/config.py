@@ -104,6 +104,7 @@ class Eval(Options):
     quick: tuple[str, ...] = ("knn", "classifier")  # at each `every`
     # Evaluators by name (`jaxcl evaluate --help` lists them), or package.module:Name.
     final: tuple[str, ...] = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
+    state: Literal["last", "best"] = "last"  # that the final suite measures; best: on validation images, as in best/
     split: Literal["test", "validation"] = "test"  # that the final suite is measured on; validation to choose settings
     batch_size: Count = 500
     features: Literal["h", "z"] = "h"  # of knn, linear, logistic: h, pooled features; z, embeddings at unit length
