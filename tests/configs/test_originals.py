@@ -103,3 +103,55 @@ def test_simclr_has_batch_norms_in_its_head(dataset):
     assert set(head["bn0"]) == {"scale", "bias"} and set(head["out_bn"]) == {"scale"}
     assert [head[k]["dense"]["kernel"].shape for k in ("hidden0", "out")] == [(2048, 2048), (2048, 128)]
     assert not any("bias" in head[k]["dense"] for k in ("hidden0", "out"))
+
+
+# ---- classifiers and moments
+
+
+def test_the_classifier_of_plain_and_uel():
+    """cases E.7."""
+    for method in ("plain", "uel"):
+        for dataset, epochs in (("cifar10", 1000), ("cifar100", 1000), ("tiny_imagenet", 200)):
+            for c in (config(method, dataset), config("clae", f"{method},{dataset}")):
+                assert (c.eval.logistic_batch_size, c.eval.logistic_epochs) == (128, epochs)
+                assert "logistic" in c.eval.final
+        assert config(method).eval.logistic_batch_size == 256
+    for dataset in ("cifar10", "tiny_imagenet"):  # SimCLR's is another
+        c = config("simclr", dataset)
+        assert (c.eval.logistic_batch_size, c.eval.logistic_epochs) == (256, 1000)
+
+
+CLAE, HALF, IMAGENET = (0.2023, 0.1994, 0.2010), (0.5, 0.5, 0.5), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+    "method, dataset, std",
+    [
+        *[(m, d, CLAE) for m in ("plain", "uel") for d in ("cifar10", "cifar100")],
+        *[("simclr", d, HALF) for d in ("cifar10", "cifar100")],
+        *[(m, "tiny_imagenet", IMAGENET) for m in ("simclr", "plain", "uel")],
+        *[(m, "imagenet100", IMAGENET) for m in ("moco", "simsiam", "byol", "barlow_twins")],
+        ("supcon", "tiny_imagenet", (0.2302, 0.2265, 0.2262)),
+        ("excon", "tiny_imagenet", (0.2302, 0.2265, 0.2262)),
+        ("supcon", "cifar10", ()),
+        ("simclr", "cifar10,cpu", ()),
+        ("plain", "", ()),
+    ],
+)
+def test_moments_of_the_authors(method, dataset, std):
+    """cases E.6, others of its kind."""
+    assert config(method, dataset).data.std == std
+    if method in ("simclr", "plain", "uel") and std:
+        assert config("clae", f"{method},{dataset}").data.std == std
+
+
+def test_the_classifier_of_the_supcon_repository():
+    """cases E.9: lr 5 on batches of 512 for 100 epochs, a fifth after 60, 75 and 90."""
+    recipe = tiny.recipe(config("supcon", "cifar10,sequential"), num_examples=50_000, image_shape=(32, 32, 3))
+    each = 50_000 // 1024
+    assert (recipe.encoder_steps, recipe.total_steps) == (1000 * each, 1100 * each)
+    rate = recipe.memory_schedule["probe"]
+    got = [float(rate(e * 2 * each)) for e in (0, 59.9, 60, 74.9, 75, 90, 99.9)]
+    np.testing.assert_allclose(got, [5, 5, 1, 1, 0.2, 0.04, 0.04], rtol=1e-5)
+    other = tiny.recipe(config("supcon", "cifar100,sequential"), num_examples=50_000, image_shape=(32, 32, 3))
+    assert other.total_steps == 2 * other.encoder_steps  # ExCon's
