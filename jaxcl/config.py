@@ -118,7 +118,9 @@ class Eval(Options):
     logistic_batch_size: Count = 256
     logistic_lr: Annotated[float, POSITIVE] = 3e-4  # of Adam, constant
     transfer_epochs: Count = 100  # of transfer_augmented
-    sgd_epochs: Size = 0  # of linear_sgd; 0: as is customary for the data set
+    # Of linear_sgd. customary: by the data set, as of the hierarchical paper; moco, nonsemantic: as of those papers.
+    sgd_protocol: Literal["customary", "moco", "nonsemantic"] = "customary"
+    sgd_epochs: Size = 0  # of linear_sgd; 0: those of the protocol
     fgsm: Annotated[tuple[float, ...], Range(0)] = (1, 2, 4, 8)  # epsilon in 1/255
     pgd: Annotated[tuple[float, ...], Range(0)] = (1, 2, 4, 8)  # the same
     pgd_steps: Count = 20

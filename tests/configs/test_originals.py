@@ -155,3 +155,36 @@ def test_the_classifier_of_the_supcon_repository():
     np.testing.assert_allclose(got, [5, 5, 1, 1, 0.2, 0.04, 0.04], rtol=1e-5)
     other = tiny.recipe(config("supcon", "cifar100,sequential"), num_examples=50_000, image_shape=(32, 32, 3))
     assert other.total_steps == 2 * other.encoder_steps  # ExCon's
+
+
+@pytest.mark.parametrize(
+    "method, preset, protocol",
+    [
+        *[("hierarchical", f"{m},imagenet100", "customary") for m in ("simsiam", "byol", "barlow_twins", "supcon")],
+        ("hierarchical", "imagenet,two_view", "customary"),
+        *[("nonsemantic", f"{m},imagenet100", "nonsemantic") for m in ("moco", "simclr", "byol")],
+        *[("nonsemantic", f"{m},imagenet100,none", "nonsemantic") for m in ("moco", "simclr", "byol")],
+        ("nonsemantic", "stl10,unlabelled", "nonsemantic"),
+        ("moco", "imagenet100", "nonsemantic"),
+        ("moco", "imagenet", "moco"),
+    ],
+)
+def test_linear_protocols_are_run(method, preset, protocol):
+    """cases E.8."""
+    c = config(method, preset)
+    assert c.eval.final.count("linear_sgd") == 1 and c.eval.sgd_protocol == protocol
+    assert "linear_sgd" not in config(method).eval.final  # garments
+
+
+def test_the_queue_of_the_best_row():
+    """cases E.10."""
+    for preset, length in (("imagenet100,ifm", 16384), ("imagenet100,ifm,none", 65536), ("imagenet100", 16384)):
+        assert config("nonsemantic", preset).memory.queue.length == length
+
+
+def test_batches_of_barlow_twins():
+    """cases E.10."""
+    for preset, size in (("imagenet", 4096), ("imagenet100", 2048), ("cifar10", 256)):
+        c = config("barlow_twins", preset)
+        assert c.batch_size == size and c.optimizer.lr == pytest.approx(0.2 * size / 256)
+        assert config("hierarchical", f"barlow_twins,{preset}").batch_size == size
