@@ -42,8 +42,8 @@ LABELS = ("labelled", "unlabelled")
 AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # the other data sets have only the cpu scale
 
 EPSILON = 0.03  # the authors' value, in units of their normalised images
-# The standard deviations that the authors divide by: EPSILON times these is the change of a pixel in [0, 1]. Where mean
-# and deviation of our source differ from theirs, images are scaled differently, but the attack is as strong.
+# The standard deviations that the authors divide by, as the presets do: EPSILON times these is the change of a pixel in
+# [0, 1].
 CIFAR_STD = (0.2023, 0.1994, 0.2010)  # also for CIFAR-100
 SIMCLR_CIFAR_STD = (0.5, 0.5, 0.5)
 IMAGENET_STD = (0.229, 0.224, 0.225)

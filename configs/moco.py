@@ -95,6 +95,9 @@ def _paper(c, setting):
         base.OptimizerOptions, lr=0.03 if setting == "published" else 0.8, weight_decay=1e-4, **sgd
     )
     c.memory.probe.optimizer = base.options(base.OptimizerOptions, lr=0.1, weight_decay=0.0, **sgd)
+    # The linear protocol of Ge et al., lr 10 in batches of 128 for 60 epochs.
+    c.eval.final += ("linear_sgd",)
+    c.eval.sgd_protocol = "nonsemantic"
 
 
 def _resnet18(c):
@@ -123,6 +126,7 @@ def _imagenet(c):
     c.passes = (base.encode("view1"), base.encode("view2", encoder="target"))  # no shuffling
     c.memory.target = base.memory("ema", decay=0.99, decay_schedule="cosine")
     c.memory.queue.length = 65536
+    c.eval.sgd_protocol = "moco"
     for view in (c.views.view1, c.views.view2):
         view.crop_area = (0.2, 1.0)
         view.jitter = (0.4, 0.4, 0.4, 0.1)

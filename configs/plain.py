@@ -21,7 +21,9 @@ To train without labels on your own images:
     python -m jaxcl.main --config=configs/plain.py:unlabelled --config.data.source=npz:images.npz
 
 Everything that this file does not set is as in supcon.py. Source: the baseline of that name in Ho and Vasconcelos 2020,
-arXiv 2010.12050; settings of the released code, which initialises convolutions with torch's defaults.
+arXiv 2010.12050; settings of the released code, its classifier's batches and epochs (logistic) and the constants it
+normalises by included. What differs: that code initialises convolutions with torch's defaults, and has no batch norm in
+the stem at 224 pixels.
 """
 
 from jaxcl import config as base
@@ -61,9 +63,13 @@ def _paper(c, dataset):
     c.batch_size = 128
     c.model.depth = 18
     c.eval.final += ("logistic",)  # the authors' protocol; "linear" fits the same model to its optimum
+    c.eval.logistic_batch_size = 128
+    c.data.mean, c.data.std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # also for CIFAR-100
     c.eval.features = "z"  # as the authors do; the default elsewhere is h, the pooled features
     if dataset == "tiny_imagenet":
         c.duration = "100 epochs"  # ends before the first decay step, as the authors' run does
+        c.eval.logistic_epochs = 200
+        c.data.mean, c.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         c.size = 224  # the images have 64 pixels and are enlarged
         c.model.stem = "imagenet"
     c.optimizer = base.options(

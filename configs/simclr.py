@@ -90,7 +90,9 @@ def _paper(c, dataset):
     c.model.depth = 18
     c.model.head_hidden_layers = 1
     c.model.head_features = 64
+    c.data.mean, c.data.std = (0.5,) * 3, (0.5,) * 3
     if dataset == "tiny_imagenet":
+        c.data.mean, c.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         c.size = 224  # the images have 64 pixels and are enlarged
         c.batch_size = 128
         c.model.stem = "imagenet"

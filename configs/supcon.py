@@ -16,6 +16,7 @@ axis is its default.
     configs/supcon.py:cifar10                  CIFAR-10, the SupCon repository's hyper-parameters; not yet run
     configs/supcon.py:cifar100,alternating     the baseline of the ExCon paper; not yet run
     configs/supcon.py:cifar100,sequential      the original SupCon, the classifier is trained afterwards; not yet run
+    configs/supcon.py:cifar10,sequential       likewise, with the SupCon repository's classifier; not yet run
     configs/supcon.py:tiny_imagenet            not yet run
     configs/supcon.py:stl10, :imagenet100      no paper's settings; other configs start from these; not yet run
     configs/supcon.py:imagenet                 batches of 4,096 in bfloat16, LARS; for a pod; not yet run
@@ -60,6 +61,12 @@ SIDES = {
     "imagenet100": 224,
     "imagenet": 224,
 }  # side of the views in pixels; views of other data sets are as large as the images
+# Mean and standard deviation by which the released code normalises; those of CIFAR's sources are the code's already.
+NORMALISED_BY = {
+    "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet100": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 # Mean and standard deviation over all pixels, by which the recipe resnet18 normalises.
 MOMENTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -103,6 +110,8 @@ def get_config(preset: str = ""):
         # classifier on images without augmentation.
         c.views.classifier = base.view("standard" if dataset == "tiny_imagenet" else "classifier")
         c.memory.probe.schedule = schedule
+    if (dataset, schedule, scale) == ("cifar10", "sequential", "paper"):
+        _own_classifier(c)
     return c
 
 
@@ -140,6 +149,8 @@ def _paper(c, dataset):
     c.model.stem = "imagenet" if SIDES.get(dataset, 0) > 64 else "cifar"
     # The authors explain stage 2 on CIFAR, where stage 4 has only 4 x 4 pixels, and stage 4 at 64 pixels.
     c.eval.tap = "stage4" if dataset in SIDES else "stage2"
+    if dataset in NORMALISED_BY:
+        c.data.mean, c.data.std = NORMALISED_BY[dataset]
     c.terms.supcon.temperature = 0.1
     c.terms.supcon.base_temperature = 0.07  # scales the loss by 1.43, as the released code does
     c.optimizer.kind = "sgd"
@@ -153,6 +164,15 @@ def _paper(c, dataset):
     c.log_every = "50 steps"
     c.eval.every = "10 epochs"
     c.checkpoint.every = "5 epochs"
+
+
+def _own_classifier(c):
+    """The SupCon repository's classifier: batches of 512, lr 5 for 100 epochs, a fifth after 60, 75 and 90."""
+    c.memory.probe.duration, c.memory.probe.batch_size = "100 epochs", 512
+    steps = dict(schedule="epoch_steps", decay_rate=0.2, decay_epochs=(60, 75, 90))
+    c.memory.probe.optimizer = base.options(
+        base.OptimizerOptions, kind="sgd", lr=5.0, momentum=0.9, weight_decay=0.0, **steps
+    )
 
 
 def _resnet18(c, dataset):

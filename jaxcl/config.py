@@ -104,6 +104,7 @@ class Eval(Options):
     quick: tuple[str, ...] = ("knn", "classifier")  # at each `every`
     # Evaluators by name (`jaxcl evaluate --help` lists them), or package.module:Name.
     final: tuple[str, ...] = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
+    state: Literal["last", "best"] = "last"  # that the final suite measures; best: on validation images, as in best/
     split: Literal["test", "validation"] = "test"  # that the final suite is measured on; validation to choose settings
     batch_size: Count = 500
     features: Literal["h", "z"] = "h"  # of knn, linear, logistic: h, pooled features; z, embeddings at unit length
@@ -117,7 +118,9 @@ class Eval(Options):
     logistic_batch_size: Count = 256
     logistic_lr: Annotated[float, POSITIVE] = 3e-4  # of Adam, constant
     transfer_epochs: Count = 100  # of transfer_augmented
-    sgd_epochs: Size = 0  # of linear_sgd; 0: as is customary for the data set
+    # Of linear_sgd. customary: by the data set, as of the hierarchical paper; moco, nonsemantic: as of those papers.
+    sgd_protocol: Literal["customary", "moco", "nonsemantic"] = "customary"
+    sgd_epochs: Size = 0  # of linear_sgd; 0: those of the protocol
     fgsm: Annotated[tuple[float, ...], Range(0)] = (1, 2, 4, 8)  # epsilon in 1/255
     pgd: Annotated[tuple[float, ...], Range(0)] = (1, 2, 4, 8)  # the same
     pgd_steps: Count = 20

@@ -27,7 +27,7 @@ FLAGS = Flags(__doc__)
 FLAGS.paths("workdir", "A run folder; give the flag several times to put features side by side.")
 FLAGS.path("out", "", "A file that ends in .npz or .parquet; local or gs://.")
 FLAGS.text("source", "", "A data source as in a config; default: that of the run.")
-FLAGS.number("step", None, "Step of the checkpoint; default: the newest.")
+FLAGS.number("step", None, "Step of the checkpoint; default: the newest, or the best with eval.state=best.")
 FLAGS.text("split", "", "A split such as test; default: train, validation and test.")
 FLAGS.text("layer", "", "h: pooled features; z: the embedding; default: eval.features of the config.")
 

@@ -29,7 +29,7 @@ FLAGS = Flags(__doc__)
 FLAGS.path("workdir", "", "A run folder.")
 FLAGS.path("out", "", "A folder, or a file that ends in .safetensors; local or gs://.")
 FLAGS.text("encoder", "", "Name of an encoder or of its moving average; default: the main encoder.")
-FLAGS.number("step", None, "Step of the checkpoint; default: the newest.")
+FLAGS.number("step", None, "Step of the checkpoint; default: the newest, or the best with eval.state=best.")
 FLAGS.text("format", "jaxcl", "jaxcl, or torch: names and shapes of torchvision's ResNets.")
 
 

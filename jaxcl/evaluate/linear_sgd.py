@@ -23,7 +23,6 @@ from jaxcl.method.state import TrainState
 from jaxcl.method.views import view_keys
 
 Array = jax.Array
-BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Protocol:
       decay: lr is divided by ten after these shares of the epochs.
       kind: "sgd", with momentum 0.9, or "adam".
       degrees: images are first rotated by an angle drawn from [-degrees, degrees].
+      batch_size: images a step.
     """
 
     epochs: int = 200
@@ -42,6 +42,7 @@ class Protocol:
     decay: tuple[float, ...] = (0.6, 0.8)
     kind: str = "sgd"
     degrees: float = 0.0
+    batch_size: int = 256
 
 
 # By a word in the name of the data source; any other source has the first. From Zhang and Ma 2022, arXiv 2206.00227.
@@ -56,8 +57,18 @@ PROTOCOLS = {
 }
 
 
-def protocol_of(name: str) -> Protocol:
-    """The protocol for a data source, by its name."""
+# By eval.sgd_protocol. moco: He et al. 2020, arXiv 1911.05722; nonsemantic: the released code of Ge et al. 2021, arXiv
+# 2110.14189, lr 10 for batches of 128.
+NAMED = {
+    "moco": Protocol(epochs=100),
+    "nonsemantic": Protocol(epochs=60, lr=20.0, decay=(1 / 2, 2 / 3, 5 / 6), batch_size=128),
+}
+
+
+def protocol_of(name: str, protocol: str = "customary") -> Protocol:
+    """The protocol of that name; "customary": the one for a data source, by the source's name."""
+    if protocol in NAMED:
+        return NAMED[protocol]
     return next((p for word, p in PROTOCOLS.items() if word in name.lower()), PROTOCOLS["imagenet100"])
 
 
@@ -68,7 +79,9 @@ def schedule(protocol: Protocol, *, batch_size: int, steps_per_epoch: int) -> op
 
 
 class LinearSGD(Evaluator):
-    """A linear layer on frozen features of augmented training images; `eval.sgd_epochs` overrides the epochs.
+    """A linear layer on frozen features of augmented training images, by the protocol `eval.sgd_protocol`.
+
+    `eval.sgd_epochs` overrides the epochs.
 
     Weights start normal, with standard deviation 0.01. Test images are resized whole, without a crop.
 
@@ -83,9 +96,9 @@ class LinearSGD(Evaluator):
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
         train, recipe, mesh = context.source("train"), context.recipe, context.mesh
-        protocol = protocol_of(train.name)
+        protocol = protocol_of(train.name, context.options.sgd_protocol)
         protocol = dataclasses.replace(protocol, epochs=context.options.sgd_epochs or protocol.epochs)
-        B = max(1, min(BATCH, len(train)) // mesh.size) * mesh.size
+        B = max(1, min(protocol.batch_size, len(train)) // mesh.size) * mesh.size
         steps = len(train) // B
         rate = schedule(protocol, batch_size=B, steps_per_epoch=steps)
         tx = optax.adam(rate) if protocol.kind == "adam" else optax.sgd(rate, momentum=0.9)

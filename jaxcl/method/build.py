@@ -72,7 +72,7 @@ def build_recipe(
     options = construct("optimizer", OptimizerOptions, config.optimizer)
     check_paths("optimizer.constant_lr", options.constant_lr, heads, encoders)
     schedule = make_schedule(options, name="optimizer", steps=steps, **unit)
-    memory_schedule, memory_tx = {}, {}
+    memory_schedule, memory_tx, probe_steps = {}, {}, steps
     for n, node in config.memory.items():
         name = f"memory.{n}.optimizer"
         if not memory[n].trained:
@@ -82,7 +82,9 @@ def build_recipe(
             raise UserError(
                 f"{name}.constant_lr is {probe_options.constant_lr}; expected (): a memory part has one rate"
             )
-        memory_schedule[n] = make_schedule(probe_options, name=name, steps=steps, **unit)
+        own_steps, own_unit = _own_phase(f"memory.{n}", memory[n], steps, unit)
+        probe_steps = max(1, own_steps * own_unit["batch_size"] // B)
+        memory_schedule[n] = make_schedule(probe_options, name=name, steps=own_steps, **own_unit)
         memory_tx[n] = make_optimizer(probe_options, memory_schedule[n])
 
     recipe = Recipe(
@@ -110,6 +112,7 @@ def build_recipe(
         batch_size=B,
         steps_per_epoch=per_epoch,
         encoder_steps=steps,
+        probe_steps=probe_steps,
         image_shape=(size, size, image_shape[2]),
         mean=tuple(mean),
         std=tuple(std),
@@ -118,6 +121,22 @@ def build_recipe(
     )
     check(recipe, num_devices=num_devices)
     return recipe
+
+
+def _own_phase(where: str, part: Any, steps: int, unit: dict[str, int]) -> tuple[int, dict[str, int]]:
+    """Steps of the optimiser of a memory part, and its batches: the encoder's, unless its own phase has others."""
+    duration, batch_size = (getattr(part, key, 0) for key in ("duration", "batch_size"))
+    if part.schedule != "sequential" or not (duration or batch_size):
+        return steps, unit
+    B = unit["batch_size"]
+    batch_size = batch_size or B
+    if B % batch_size:
+        raise UserError(f"{where}.batch_size is {batch_size}; expected a divisor of batch_size, {B}")
+    updates = to_steps(duration, name=f"{where}.duration", **unit) if duration else steps
+    if updates < 1:
+        raise UserError(f"{where}.duration {duration!r} is less than one update; expected at least one")
+    each = B // batch_size
+    return updates * each, dict(steps_per_epoch=unit["steps_per_epoch"] * each, batch_size=batch_size)
 
 
 def _moments(data: ConfigDict, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple, tuple]:

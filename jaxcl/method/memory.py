@@ -124,6 +124,13 @@ class LinearProbe(MemoryPart):
     views: tuple[str, ...] = ("view2",)  # online: the views whose features it learns from
     schedule: Literal["online", "alternating", "sequential"] = "online"
     view: str = "classifier"  # alternating, sequential: its own view of the images
+    duration: str = ""  # sequential: of its phase, any duration; "": as long as the encoder's
+    batch_size: Annotated[int, Range(0)] = 0  # sequential: images a step of its own, a divisor of the run's; 0: those
+
+    def check(self, where: str, recipe: Any) -> None:
+        for key in ("duration", "batch_size"):
+            if getattr(self, key) and self.schedule != "sequential":
+                raise UserError(f"{where}.{key} is {getattr(self, key)!r}; expected schedule='sequential' with it")
 
     @property
     def represented(self) -> tuple[str, ...]:
@@ -147,10 +154,22 @@ class LinearProbe(MemoryPart):
     def learn(
         self, memory: Tree, e: list[Embedding], label: Array, tx: optax.GradientTransformation | None
     ) -> tuple[Tree, dict[str, Array]]:
-        """One optimiser step on the features of the given embeddings; labels of -1 do not count."""
+        """One optimiser step on the features of the given embeddings, or one for each `batch_size` of them.
+
+        Labels of -1 do not count.
+        """
         h = jax.lax.stop_gradient(jnp.concatenate([v.h for v in e]))
         labels = jnp.concatenate([label if v.where is None else jnp.where(v.where, label, -1) for v in e])
+        if self.schedule == "online" or self.batch_size in (0, len(label)):
+            return self._step(memory, h, labels, tx)
+        # Every n-th row: consecutive ones are on one device.
+        parts = jax.tree.map(lambda x: x.reshape(self.batch_size, -1, *x.shape[1:]).swapaxes(0, 1), (h, labels))
+        memory, metrics = jax.lax.scan(lambda m, part: self._step(m, *part, tx), memory, parts)
+        return memory, jax.tree.map(lambda x: x.mean(0), metrics)
 
+    def _step(
+        self, memory: Tree, h: Array, labels: Array, tx: optax.GradientTransformation | None
+    ) -> tuple[Tree, dict[str, Array]]:
         def objective(params: Tree) -> tuple[Array, Array]:
             logits = self.logits({"params": params}, h)
             return losses.cross_entropy(logits, labels), logits

@@ -79,6 +79,7 @@ class Recipe:
     batch_size: int
     steps_per_epoch: int
     encoder_steps: int
+    probe_steps: int  # updates of the phase in which only the probe learns, if its schedule is sequential
     image_shape: tuple[int, int, int]  # of a view
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -138,6 +139,8 @@ class Recipe:
     @property
     def total_steps(self) -> int:
         """Updates in the whole run, including those in which only the probe learns."""
+        if self.probe_schedule == "sequential":
+            return self.encoder_steps + self.probe_steps
         return self.encoder_steps * (1 if self.probe_schedule == "online" else 2)
 
     def encoder_step(self, step: int) -> int:

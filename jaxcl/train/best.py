@@ -7,6 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from jaxcl.errors import UserError
 from jaxcl.evaluate.suite import Evaluation
 from jaxcl.method.state import TrainState
 from jaxcl.runtime import storage
@@ -46,21 +47,31 @@ class Best:
         state: TrainState,
         gather: Callable[[TrainState], TrainState],
         mesh: jax.sharding.Mesh,
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], TrainState]:
         """Offer the last state too, and measure the best one, once, on the test split.
 
         Args:
           gather: replicates a state over the mesh, as evaluation needs it.
 
         Returns:
-          {"best": {"step", "validation_accuracy", test metrics by name}}; {} if no state could be scored.
+          {"best": {"step", "validation_accuracy", test metrics by name}} and the best state; {} and the given state if
+          no state could be scored.
         """
         if not self._on:
-            return {}
+            return {}, state
         self.offer(int(state.step), state, evaluation.quick(gather(state), mesh))
         if self._record is None:  # no metric to select by, for example without labels
-            return {}
+            return {}, state
         with Checkpoints(self._path, keep=1) as checkpoints:
             best = checkpoints.restore(state)
         metrics = evaluation.quick(gather(best), mesh, split="test")
-        return {"best": self._record | {k.removeprefix("eval/"): v for k, v in metrics.items()}}
+        return {"best": self._record | {k.removeprefix("eval/"): v for k, v in metrics.items()}}, best
+
+
+def check_selection(config: ConfigDict) -> None:
+    """Raises UserError where the best state is to be evaluated and nothing selects one."""
+    if config.eval.state == "best" and not (config.checkpoint.keep_best and config.data.validation):
+        raise UserError(
+            "eval.state is 'best', but nothing selects a state: set data.validation above 0 and checkpoint.keep_best, "
+            "or eval.state=last"
+        )

@@ -32,7 +32,7 @@ from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.lock import RunLock
 from jaxcl.train import agreement, config_diff, run_folder
 from jaxcl.train import profile as profiles
-from jaxcl.train.best import Best
+from jaxcl.train.best import Best, check_selection
 from jaxcl.train.checkpoint import Checkpoints, Preemption
 from jaxcl.train.log import TrainLog
 from jaxcl.train.monitor import compile_monitor
@@ -163,10 +163,11 @@ def _train(job: "Job", preemption: Preemption, lock: RunLock | None, wandb: Wand
 
 
 def _finish(job: "Job", state: TrainState, best: Best, *, started: float, trained: float) -> dict[str, Any]:
-    """Evaluate the last state, write the report and results.json; -> the results."""
+    """Evaluate the last state or the best one, write the report and results.json; -> the results."""
     config, workdir = job.config, job.workdir
-    results, panels = job.evaluation.final(job.gather(state), job.mesh)
-    results |= best.result(job.evaluation, state, job.gather, job.mesh)
+    of_best, chosen = best.result(job.evaluation, state, job.gather, job.mesh)
+    results, panels = job.evaluation.final(job.gather(chosen if config.eval.state == "best" else state), job.mesh)
+    results |= of_best
     results |= {
         "seed": config.seed,
         "config": config.name,
@@ -255,6 +256,7 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
     recipe = build_recipe(config, **facts, num_devices=devices)
     evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: source_of(config, split))
     evaluation.check_options()
+    check_selection(config)
     every = _intervals(config, recipe)
     if profile:
         profiles.check(profile, recipe.total_steps)

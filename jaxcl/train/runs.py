@@ -96,7 +96,7 @@ def open_run(
       workdir: the --workdir of the training, local or remote.
       source: a data source that replaces the run's own. Images are normalised as in training, and image files are
         decoded at the size of the training images.
-      step: of the checkpoint; None: the newest.
+      step: of the checkpoint; None: the newest, or the best one of a run whose eval.state is "best".
       options: "KEY=VALUE" texts that change keys of config.eval, such as "ood=('sketch=folder:PATH',)".
 
     Raises:
@@ -131,7 +131,8 @@ def open_run(
     with _of_jaxcl(workdir):
         recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
     mesh = sharding.make_mesh()
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+    best = config.eval.state == "best" and step is None and (workdir / "best.json").exists()
+    with Checkpoints(workdir / ("best" if best else "checkpoints"), read_only=True) as checkpoints:
         if checkpoints.latest is None:
             raise UserError(f"{workdir} has no checkpoint yet; let the run save one first")
         if step is not None and step not in checkpoints.steps:

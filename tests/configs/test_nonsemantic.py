@@ -51,7 +51,7 @@ def test_presets_by_size(method, dataset, sizes):
 
 
 @pytest.mark.parametrize(
-    "setting, values", [("published", (0.03, 128, 0.999, 16384)), ("ifm", (0.8, 512, 0.99, 65536))]
+    "setting, values", [("published", (0.03, 128, 0.999, 16384)), ("ifm", (0.8, 512, 0.99, 16384))]
 )
 def test_the_authors_presets(setting, values):
     """papers/non_semantic_negatives.md (d): what is MoCo's own is tested with moco.py."""

@@ -103,3 +103,88 @@ def test_simclr_has_batch_norms_in_its_head(dataset):
     assert set(head["bn0"]) == {"scale", "bias"} and set(head["out_bn"]) == {"scale"}
     assert [head[k]["dense"]["kernel"].shape for k in ("hidden0", "out")] == [(2048, 2048), (2048, 128)]
     assert not any("bias" in head[k]["dense"] for k in ("hidden0", "out"))
+
+
+# ---- classifiers and moments
+
+
+def test_the_classifier_of_plain_and_uel():
+    """cases E.7."""
+    for method in ("plain", "uel"):
+        for dataset, epochs in (("cifar10", 1000), ("cifar100", 1000), ("tiny_imagenet", 200)):
+            for c in (config(method, dataset), config("clae", f"{method},{dataset}")):
+                assert (c.eval.logistic_batch_size, c.eval.logistic_epochs) == (128, epochs)
+                assert "logistic" in c.eval.final
+        assert config(method).eval.logistic_batch_size == 256
+    for dataset in ("cifar10", "tiny_imagenet"):  # SimCLR's is another
+        c = config("simclr", dataset)
+        assert (c.eval.logistic_batch_size, c.eval.logistic_epochs) == (256, 1000)
+
+
+CLAE, HALF, IMAGENET = (0.2023, 0.1994, 0.2010), (0.5, 0.5, 0.5), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+    "method, dataset, std",
+    [
+        *[(m, d, CLAE) for m in ("plain", "uel") for d in ("cifar10", "cifar100")],
+        *[("simclr", d, HALF) for d in ("cifar10", "cifar100")],
+        *[(m, "tiny_imagenet", IMAGENET) for m in ("simclr", "plain", "uel")],
+        *[(m, "imagenet100", IMAGENET) for m in ("moco", "simsiam", "byol", "barlow_twins")],
+        ("supcon", "tiny_imagenet", (0.2302, 0.2265, 0.2262)),
+        ("excon", "tiny_imagenet", (0.2302, 0.2265, 0.2262)),
+        ("supcon", "cifar10", ()),
+        ("simclr", "cifar10,cpu", ()),
+        ("plain", "", ()),
+    ],
+)
+def test_moments_of_the_authors(method, dataset, std):
+    """cases E.6, others of its kind."""
+    assert config(method, dataset).data.std == std
+    if method in ("simclr", "plain", "uel") and std:
+        assert config("clae", f"{method},{dataset}").data.std == std
+
+
+def test_the_classifier_of_the_supcon_repository():
+    """cases E.9: lr 5 on batches of 512 for 100 epochs, a fifth after 60, 75 and 90."""
+    recipe = tiny.recipe(config("supcon", "cifar10,sequential"), num_examples=50_000, image_shape=(32, 32, 3))
+    each = 50_000 // 1024
+    assert (recipe.encoder_steps, recipe.total_steps) == (1000 * each, 1100 * each)
+    rate = recipe.memory_schedule["probe"]
+    got = [float(rate(e * 2 * each)) for e in (0, 59.9, 60, 74.9, 75, 90, 99.9)]
+    np.testing.assert_allclose(got, [5, 5, 1, 1, 0.2, 0.04, 0.04], rtol=1e-5)
+    other = tiny.recipe(config("supcon", "cifar100,sequential"), num_examples=50_000, image_shape=(32, 32, 3))
+    assert other.total_steps == 2 * other.encoder_steps  # ExCon's
+
+
+@pytest.mark.parametrize(
+    "method, preset, protocol",
+    [
+        *[("hierarchical", f"{m},imagenet100", "customary") for m in ("simsiam", "byol", "barlow_twins", "supcon")],
+        ("hierarchical", "imagenet,two_view", "customary"),
+        *[("nonsemantic", f"{m},imagenet100", "nonsemantic") for m in ("moco", "simclr", "byol")],
+        *[("nonsemantic", f"{m},imagenet100,none", "nonsemantic") for m in ("moco", "simclr", "byol")],
+        ("nonsemantic", "stl10,unlabelled", "nonsemantic"),
+        ("moco", "imagenet100", "nonsemantic"),
+        ("moco", "imagenet", "moco"),
+    ],
+)
+def test_linear_protocols_are_run(method, preset, protocol):
+    """cases E.8."""
+    c = config(method, preset)
+    assert c.eval.final.count("linear_sgd") == 1 and c.eval.sgd_protocol == protocol
+    assert "linear_sgd" not in config(method).eval.final  # garments
+
+
+def test_the_queue_of_the_best_row():
+    """cases E.10."""
+    for preset, length in (("imagenet100,ifm", 16384), ("imagenet100,ifm,none", 65536), ("imagenet100", 16384)):
+        assert config("nonsemantic", preset).memory.queue.length == length
+
+
+def test_batches_of_barlow_twins():
+    """cases E.10."""
+    for preset, size in (("imagenet", 4096), ("imagenet100", 2048), ("cifar10", 256)):
+        c = config("barlow_twins", preset)
+        assert c.batch_size == size and c.optimizer.lr == pytest.approx(0.2 * size / 256)
+        assert config("hierarchical", f"barlow_twins,{preset}").batch_size == size

@@ -88,3 +88,32 @@ def test_thanos_with_one_encoder_or_one_classifier():
     )
     assert not one.encoders and set(one.terms) == {"ce", "contrast", "reconstruction"}
     assert joint.heads["classifier"].encoders == ("", "auto") and "auto_ce" not in joint.terms
+
+
+@pytest.mark.parametrize(
+    "preset", ["cifar10", "cifar10,resnet,released", "cifar100u", "autoencoder,mnist", "tiny_imagenet"]
+)
+def test_the_best_state_on_held_out_images_is_kept(preset):
+    """cases E.1: as the released code does, for L_spread and for Thanos, at the authors' scale only."""
+    for c in (config("l_spread", preset), config("thanos", preset.removeprefix("autoencoder,"))):
+        assert (c.data.validation, c.data.validation_split, c.checkpoint.keep_best) == (0.1, "released", True)
+        assert (c.eval.state, c.eval.every, c.eval.quick) == ("best", "1 epoch", ("classifier",))
+    for c in (config("l_spread"), config("thanos"), config("l_spread", "cifar10,cpu")):
+        assert (c.data.validation, c.eval.state) == (0, "last")
+
+
+@pytest.mark.parametrize(
+    "dataset, std",
+    [
+        ("cifar10", (0.24703223, 0.24348513, 0.26158784)),
+        ("cifar100", (0.26733429, 0.25643846, 0.27615047)),
+        ("cifar100u", (0.26733429, 0.25643846, 0.27615047)),
+        ("mnist", (0.3081, 0.3081, 0.3081)),
+        ("tiny_imagenet", (0.229, 0.224, 0.225)),
+    ],
+)
+def test_images_are_normalised_as_in_the_released_code(dataset, std):
+    """cases E.6: the reconstruction is compared in these units."""
+    for method in ("l_spread", "thanos"):
+        recipe = tiny.recipe(config(method, dataset), **CIFAR)
+        assert recipe.std == std and all(v.ops[-1].std == std for v in recipe.views.values())

@@ -43,7 +43,7 @@ def test_it_learns_and_moves_nothing(monkeypatch):
         return h, h
 
     monkeypatch.setattr(EvalContext, "encode", encode)
-    monkeypatch.setattr(module, "protocol_of", lambda name: Protocol(degrees=10.0))
+    monkeypatch.setattr(module, "protocol_of", lambda *_: Protocol(degrees=10.0))
     e, state, mesh = evaluation(final=("linear_sgd",), sgd_epochs=20)
     before = jax.tree.map(np.array, jax.device_get((state.params, state.batch_stats)))
     metrics = e.final(state, mesh)[0]["linear_sgd"]
@@ -51,3 +51,14 @@ def test_it_learns_and_moves_nothing(monkeypatch):
     assert metrics["best_epoch_accuracy"] >= metrics["accuracy"] > 0.9
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.batch_stats)))
     assert jnp.isfinite(metrics["accuracy"])
+
+
+def test_the_nonsemantic_protocol():
+    """cases E.8: lr 10 in batches of 128 for 60 epochs, a tenth after 30, 40 and 50."""
+    protocol = protocol_of("folder:imagenet100", "nonsemantic")
+    assert (protocol.epochs, protocol.batch_size, protocol.kind, protocol.degrees) == (60, 128, "sgd", 0)
+    rate = schedule(protocol, batch_size=128, steps_per_epoch=7)
+    got = [float(rate(7 * e)) for e in (0, 29.9, 30, 39.9, 40, 50, 59.9)]
+    np.testing.assert_allclose(got, [10, 10, 1, 1, 0.1, 0.01, 0.01], rtol=1e-5)
+    assert protocol_of("folder:imagenet100", "moco").epochs == 100
+    assert protocol_of("folder:imagenet100", "customary") == protocol_of("folder:imagenet100") == Protocol()

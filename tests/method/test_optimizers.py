@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.method.memory import InitContext, LinearProbe
 from jaxcl.method.optimizers import OptimizerOptions, epoch_cosine, epoch_steps, make_optimizer, make_schedule
+from jaxcl.method.terms.base import Embedding
 from jaxcl.runtime.options import construct
 
 
@@ -394,3 +396,20 @@ def test_clipped_lars_at_a_rate_of_zero_is_finite():
     params = {"a": jnp.ones((2, 2)), "b": jnp.zeros((2, 2))}
     updates, _ = tx.update(params, tx.init(params), params)
     assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates))
+
+
+def test_a_probe_takes_steps_on_parts_of_a_batch():
+    """cases E.9: two steps of SGD on every second row, as two batches of half the size would be."""
+    h = jax.random.normal(jax.random.key(0), (8, 5))
+    label = jnp.arange(8) % 3
+    tx = make_optimizer(OptimizerOptions(lr=0.5), optax.constant_schedule(0.5))
+    halves = LinearProbe(schedule="sequential", batch_size=4)
+    whole = LinearProbe(schedule="sequential")
+    memory = halves.init(jax.random.key(1), InitContext(5, 3, None, None, tx))
+    got, metrics = halves.learn(memory, [Embedding(h, h)], label, tx)
+    want = memory
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        want, _ = whole.learn(want, [Embedding(h[part], h[part])], label[part], tx)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert metrics["probe/loss"].shape == ()

@@ -335,3 +335,25 @@ def test_own_moments_of_the_data():
     broken.data.mean, broken.data.std = c.data.mean, (0.5, 0.0, 0.5)
     with pytest.raises(UserError, match=r"^data\.std "):
         base.check(broken)
+
+
+def test_a_phase_of_its_own_length():
+    """cases E.9: the probe's epochs and batches beside the encoder's."""
+    c = tiny.config(schedule="sequential", stage=False, epochs=3)
+    c.memory.probe.duration, c.memory.probe.batch_size = "2 epochs", tiny.BATCH // 4
+    recipe = tiny.recipe(c)
+    per_epoch = recipe.steps_per_epoch
+    assert (recipe.encoder_steps, recipe.total_steps) == (3 * per_epoch, 5 * per_epoch)
+    assert [recipe.phase(s).learns for s in (3 * per_epoch - 1, 3 * per_epoch, 5 * per_epoch - 1)] == [
+        "encoder", "probe", "probe",
+    ]  # fmt: skip
+    # The schedule, epoch_cosine, counts steps of its own: four an update.
+    one, last = (float(recipe.memory_schedule["probe"](s)) for s in (0, 8 * per_epoch - 1))
+    assert last == pytest.approx(0.1 * 1e-3) and one == pytest.approx(0.05, rel=0.01)
+    for key, value in (("batch_size", tiny.BATCH - 1), ("duration", "0.001 epochs")):
+        broken = tiny.config(schedule="sequential", stage=False)
+        broken.memory.probe[key] = value
+        assert refusal(broken).startswith(f"memory.probe.{key} ")
+        broken = tiny.config(stage=False)
+        broken.memory.probe[key] = {"batch_size": 2, "duration": "1 epoch"}[key]
+        assert refusal(broken).startswith(f"memory.probe.{key} ")
