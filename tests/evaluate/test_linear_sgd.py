@@ -51,3 +51,25 @@ def test_it_learns_and_moves_nothing(monkeypatch):
     assert metrics["best_epoch_accuracy"] >= metrics["accuracy"] > 0.9
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.batch_stats)))
     assert jnp.isfinite(metrics["accuracy"])
+
+
+def test_every_step_draws_views_anew(monkeypatch):
+    """Two epochs of six steps: each image of each step has a key of its own; cases F."""
+    seen = []
+
+    def recorded(keys, images):
+        jax.debug.callback(lambda data: seen.append(np.asarray(data)), jax.random.key_data(keys))
+        return images, {}
+
+    def encode(self, state, images):
+        h = images.mean((1, 2))
+        return h, h
+
+    monkeypatch.setattr(EvalContext, "encode", encode)
+    monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(module, "_training_view", lambda *_: recorded)
+    e, state, mesh = evaluation(final=("linear_sgd",), sgd_epochs=2)
+    e.final(state, mesh)
+    jax.effects_barrier()
+    rows = np.concatenate(seen)
+    assert len(rows) >= 2 * 48 and len(np.unique(rows, axis=0)) == 2 * 48
