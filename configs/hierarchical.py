@@ -42,7 +42,7 @@ The main head of simclr.py, moco.py or supcon.py can be conditioned on the jitte
 --config.data.source=cifar:PATH, npz:PATH or tfds:NAME. Networks without stages (vit) cannot have a ladder.
 
 Source: Zhang and Ma 2022, arXiv 2206.00227. SimSiam's settings are from the released code; they differ from simsiam.py
-in a last batch norm with scale and bias. The paper does not say how BYOL and Barlow Twins were trained; here BYOL is
+in a last batch norm with scale and bias; the last norm of a residual block starts at 0. The paper does not say how BYOL and Barlow Twins were trained; here BYOL is
 trained as SimSiam, and Barlow Twins as in barlow_twins.py. SupCon is ours. The released heads have biases before batch
 norms, which have no effect and are left out.
 """
@@ -164,6 +164,7 @@ def _cpu(c):
 
 def _paper(c, method, dataset, labels):
     """The authors' SimSiam settings, also for BYOL (they state only its decay). Other methods keep their own file's."""
+    c.model.zero_init_residual = True
     if method == "supcon":
         if dataset == "imagenet":
             c.data = base.extend(__file__, "simsiam.py", dataset).data

@@ -5,15 +5,21 @@
 Presets follow the file name after a colon: one word for each of these axes, joined by commas. The first word of an
 axis is its default.
 
-    data set    garments, cifar10, tiny_imagenet, stl10, imagenet100, imagenet
+    data set    garments, cifar10, cifar100, tiny_imagenet, stl10, imagenet100, imagenet
     scale       paper: the authors' settings; cpu: the small network and the short run of the embedded set. The embedded
                 set has only the latter.
     setting     at paper scale. published: batches of 128, a queue of 16,384, moving average 0.999; ifm: 512, 65,536,
                 0.99
+    recipe      own: the settings below; resnet18: of cifar10 and cifar100, MoCo-v2+ on the ResNet-18 that papers
+                compare by, as in supcon.py: queries of both views, each with a queue of its own, and a moving average
+                from 0.99 to 0.999
     labels      labelled: a classifier is trained beside the encoder and does not change it; unlabelled: no classifier
 
     configs/moco.py                            garments, 1 minute on one core: linear 41.0 % (seed 0, held-out images)
     configs/moco.py:cifar10                    32 pixels; not yet run
+    configs/moco.py:cifar100                   as cifar10; not yet run
+    configs/moco.py:cifar10,resnet18           1,000 epochs; published linear accuracy 92.9 %; not run here: needs a GPU
+    configs/moco.py:cifar100,resnet18          1,000 epochs; published linear accuracy 69.9 %; not run here: needs a GPU
     configs/moco.py:tiny_imagenet              64 pixels; not yet run
     configs/moco.py:stl10                      96 pixels; not yet run
     configs/moco.py:imagenet100                ResNet-50, 200 epochs, as in Ge et al. 2021; not yet run
@@ -27,13 +33,16 @@ set that is not embedded from somewhere else: --config.data.source=cifar:PATH, n
 Source: Chen et al. 2020, arXiv 2003.04297; settings of its use by Ge et al. 2021, arXiv 2110.14189. No paper runs
 MoCo-v2 at 4,096 images. :imagenet keeps MoCo-v2's queue, head and temperature; the rest is what MoCo-v3 uses at that
 size (Chen et al. 2021, arXiv 2104.02057; its repository's CONFIG.md, ResNet-50 in 100 epochs): LARS at 0.6 for 256
-images, weight decay 1e-6, ten epochs of warm-up, a moving average from 0.99 to 1, and one batch norm over all devices.
+images, weight decay 1e-6, ten epochs of warm-up, a moving average from 0.99 to 1, one batch norm over all devices, and
+residual blocks whose last norm starts at 0. What differs on imagenet and imagenet100: crops are taken from the middle
+square of an image, at 256 pixels, instead of the whole image.
 """
 
 from jaxcl import config as base
 
-DATASETS = ("garments", "cifar10", "tiny_imagenet", "stl10", "imagenet100", "imagenet")
+DATASETS = ("garments", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100", "imagenet")
 SCALES = ("paper", "cpu")
+RECIPES = ("own", "resnet18")
 SETTINGS = ("published", "ifm")
 LABELS = ("labelled", "unlabelled")
 GROUPS = 4  # the paper's number of devices is not known
@@ -41,10 +50,11 @@ GROUPS = 4  # the paper's number of devices is not known
 
 def get_config(preset: str = ""):
     """The config of a preset such as "imagenet100,ifm"."""
-    dataset, scale, setting, labels = base.choose(preset, DATASETS, SCALES, SETTINGS, LABELS)
+    dataset, scale, setting, recipe, labels = base.choose(preset, DATASETS, SCALES, SETTINGS, RECIPES, LABELS)
     small = dataset == "garments" or scale == "cpu"
-    c = base.extend(__file__, "supcon.py", f"{dataset},{scale}")
-    c.name = base.title("moco", (dataset, scale, setting, labels), ("", "paper", "published", "labelled"))
+    c = base.extend(__file__, "supcon.py", f"{dataset},{scale},{recipe}")
+    usual = ("", "paper", "published", "own", "labelled")
+    c.name = base.title("moco", (dataset, scale, setting, recipe, labels), usual)
 
     c.passes = (
         base.encode("view1", bn_groups=GROUPS),
@@ -58,6 +68,8 @@ def get_config(preset: str = ""):
     c.memory.probe.views = ("view1",)  # the queries; the keys come from the target encoder
     if small:
         c.optimizer.lr = 3e-3  # the best of 1, 3 and 6e-3 on held-out training images of seed 0, 4 epochs
+    elif recipe == "resnet18":
+        _resnet18(c)
     else:
         _paper(c, setting)
     if dataset == "imagenet" and scale == "paper":
@@ -85,11 +97,29 @@ def _paper(c, setting):
     c.memory.probe.optimizer = base.options(base.OptimizerOptions, lr=0.1, weight_decay=0.0, **sgd)
 
 
+def _resnet18(c):
+    """solo-learn's MoCo-v2+: both directions, weaker views, SGD; one device, so that no group is shuffled."""
+    c.passes = tuple(base.encode(v, encoder=e) for e in ("", "target") for v in ("view1", "view2"))
+    c.terms.moco.weight = 0.5
+    c.terms.moco2 = base.term(
+        "moco", query="view2", key="target/view1", queue="queue1", temperature=c.terms.moco.temperature, weight=0.5
+    )
+    c.memory.queue = base.memory("queue", of="target/view2", length=32768)
+    c.memory.queue1 = base.memory("queue", of="target/view1", length=32768)
+    c.memory.target = base.memory("ema", decay=0.99, decay_schedule="cosine", decay_end=0.999, order="after")
+    c.memory.probe.views = ("view1", "view2")
+    for view in c.views.values():
+        view.jitter = (0.4, 0.4, 0.4, 0.1)
+    c.optimizer.lr, c.optimizer.weight_decay = 0.3, 1e-4
+    c.memory.probe.optimizer.lr = 0.3
+
+
 def _imagenet(c):
     """4,096 images a batch: MoCo-v3's settings, except for MoCo-v2's queue, head and temperature."""
     c.duration = "100 epochs"
     c.batch_size = 4096
     c.model.dtype = "bfloat16"
+    c.model.zero_init_residual = True
     c.passes = (base.encode("view1"), base.encode("view2", encoder="target"))  # no shuffling
     c.memory.target = base.memory("ema", decay=0.99, decay_schedule="cosine")
     c.memory.queue.length = 65536

@@ -9,6 +9,7 @@ axis is its default.
     schedule    of the classifier: online, alternating, sequential
     scale       paper: the authors' network and budget; cpu: the small network and the short run of the embedded sets.
                 The embedded sets (garments, fashion_mnist) have only the latter.
+    recipe      own: the method's own settings; resnet18: of cifar10 and cifar100, the ResNet-18 that papers compare by
 
     configs/supcon.py                          garments on a CPU: 3 minutes, linear probe 64.2 %
     configs/supcon.py:cifar10,cpu              CIFAR-10 on a CPU; 8 epochs on one core: 8 minutes, linear probe 62.8 %
@@ -18,20 +19,33 @@ axis is its default.
     configs/supcon.py:tiny_imagenet            not yet run
     configs/supcon.py:stl10, :imagenet100      no paper's settings; other configs start from these; not yet run
     configs/supcon.py:imagenet                 batches of 4,096 in bfloat16, LARS; for a pod; not yet run
+    configs/supcon.py:cifar10,resnet18         1,000 epochs; published linear accuracy 93.8 %; not run here: needs a GPU
+    configs/supcon.py:cifar100,resnet18        1,000 epochs; published linear accuracy 70.4 %; not run here: needs a GPU
 
 To read a data set that is not embedded from somewhere else: --config.data.source=cifar:PATH, npz:PATH or tfds:NAME.
 
 Source: Khosla et al. 2020, arXiv 2004.11362; settings of the papers as in the released ExCon code. ImageNet's settings
 are from the authors' own script for ResNet-50 (google-research/supcon, supcon_imagenet_resnet50.sh: LARS at 0.4 for 256
-images, weight decay 1e-3, 12 epochs of warm-up, 350 epochs, temperature 0.1), with two differences: batches of 4,096
-instead of 6,144, and SimCLR's colour jitter instead of AutoAugment, which jaxcl does not have.
+images, weight decay 1e-3, 12 epochs of warm-up, 350 epochs, temperature 0.1): the loss is multiplied by the
+temperature, the head is one dense layer on features of unit length, nothing is blurred, and the last norm of a block
+starts at 0. What differs: batches of 4,096 instead of 6,144; SimCLR's colour jitter instead of AutoAugment, which jaxcl
+does not have; the head has a bias, and biases and norms are not decayed; the classifier learns beside the encoder by
+SGD on the features themselves (theirs afterwards, by RMSProp, at unit length); and crops are taken from the middle
+square of an image, at 256 pixels, instead of the whole image.
+
+The recipe resnet18 is solo-learn's (da Costa et al. 2022, arXiv 2108.01775): batches of 256 for 1,000 epochs, a stem
+that pads by 2, bicubic crops, the data's own moments, a warm-up of ten epochs from 3e-5 and one cosine to 0; what it
+adds for each method is in that method's file. A classifier learns beside the encoder, on both views. Two things differ:
+their SupCon has the positives' sum inside the logarithm (L_in), here it is L_out; and they train in half precision.
 """
 
 from jaxcl import config as base
+from jaxcl.errors import UserError
 
 DATASETS = ("garments", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "stl10", "imagenet100", "imagenet")
 SCHEDULES = ("online", "alternating", "sequential")
 SCALES = ("paper", "cpu")
+RECIPES = ("own", "resnet18")
 SOURCES = {
     "cifar10": "tfds:cifar10",
     "cifar100": "tfds:cifar100",
@@ -46,13 +60,23 @@ SIDES = {
     "imagenet100": 224,
     "imagenet": 224,
 }  # side of the views in pixels; views of other data sets are as large as the images
+# Mean and standard deviation over all pixels, by which the recipe resnet18 normalises.
+MOMENTS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 
 def get_config(preset: str = ""):
     """The config of a preset such as "cifar100,alternating"."""
-    dataset, schedule, scale = base.choose(preset, DATASETS, SCHEDULES, SCALES)
+    dataset, schedule, scale, recipe = base.choose(preset, DATASETS, SCHEDULES, SCALES, RECIPES)
+    if recipe == "resnet18" and (dataset not in MOMENTS or scale == "cpu" or schedule != "online"):
+        raise UserError(
+            f"preset {preset!r}: resnet18 is a recipe of {' and '.join(MOMENTS)} at the authors' scale, with a "
+            "classifier that is trained online; name one of these data sets, and leave out the other words"
+        )
     c = base.default()
-    c.name = base.title("supcon", (dataset, schedule, scale), ("garments", "online", "paper"))
+    c.name = base.title("supcon", (dataset, schedule, scale, recipe), ("garments", "online", "paper", "own"))
 
     c.views.view1 = base.view("random", crop_area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
     c.views.view2 = base.view("random", crop_area=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.2)
@@ -72,6 +96,8 @@ def get_config(preset: str = ""):
             _imagenet(c)
     else:
         _cpu(c)
+    if recipe == "resnet18":
+        _resnet18(c, dataset)
     if schedule != "online":
         # The view "classifier" is crop and flip without colour jitter. On Tiny ImageNet the released code trains the
         # classifier on images without augmentation.
@@ -129,17 +155,42 @@ def _paper(c, dataset):
     c.checkpoint.every = "5 epochs"
 
 
+def _resnet18(c, dataset):
+    """solo-learn's settings on CIFAR that all methods share, and those of its SupCon."""
+    c.duration, c.batch_size = "1000 epochs", 256
+    c.data.mean, c.data.std = MOMENTS[dataset]
+    c.model.depth, c.model.stem_padding = 18, 2
+    c.model.head_hidden_layers, c.model.head_hidden, c.model.head_features = 1, 2048, 256
+    c.passes = (base.encode("view1"), base.encode("view2"))  # each view normalised separately
+    for name in ("view1", "view2"):
+        c.views[name] = base.view(
+            "random",
+            crop_area=(0.08, 1.0),
+            interpolation="bicubic",
+            jitter=(0.8, 0.8, 0.8, 0.2),
+            grayscale=0.2,
+            blur=0.5,
+            blur_taps=13,  # the whole of the widest blur, three deviations a side
+        )
+    c.terms.supcon.temperature, c.terms.supcon.base_temperature = 0.2, 0.0
+    c.memory.probe.views = ("view1", "view2")
+    # The rates are for batches of 256. SGD decays every parameter.
+    sgd = dict(kind="sgd", momentum=0.9, schedule="cosine", warmup="10 epochs", warmup_from=3e-5)
+    c.optimizer = base.options(base.OptimizerOptions, lr=0.4, weight_decay=1e-5, **sgd)
+    c.memory.probe.optimizer = base.options(base.OptimizerOptions, lr=0.1, weight_decay=0.0, **sgd)
+
+
 def _imagenet(c):
     """The settings of the authors' ImageNet script, with batches of 4,096 images."""
     c.duration = "350 epochs"
     c.batch_size = 4096
     c.model.dtype = "bfloat16"
-    c.terms.supcon.base_temperature = 0.0
+    c.terms.supcon.base_temperature = 1.0  # the loss is multiplied by the temperature, 0.1
+    c.model.head_hidden_layers, c.model.head_unit_input = 0, True
+    c.model.zero_init_residual = True
     for view in (c.views.view1, c.views.view2):
         view.crop_area = (0.08, 1.0)
         view.jitter = (0.8, 0.8, 0.8, 0.2)
-        view.blur = 0.5
-        view.blur_sigma = (0.1, 2.0)
     lars = dict(kind="lars", momentum=0.9, schedule="cosine")
     c.optimizer = base.options(
         base.OptimizerOptions, lr=0.4 * 4096 / 256, weight_decay=1e-3, warmup="12 epochs", **lars

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         print(__version__)
         return 0
     if name.startswith("-"):
-        raise UserError(f"{name} stands before the command; for example jaxcl train --config=configs/excon.py")
+        raise UserError(f"{name} comes before the command; write for example jaxcl train --config=configs/excon.py")
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{suggestion(name, COMMANDS)}")
     # A run folder records sys.argv as the flags of its command.
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def cli() -> None:
-    """`python -m jaxcl`. Exit codes: those of the command, and 2 for an unknown one."""
+    """`python -m jaxcl`. The exit code is that of the command; 2 for an unknown command."""
     entry.leave(main)
 
 

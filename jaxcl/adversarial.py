@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
+from jaxcl.losses.common import concrete
 
 Bounds = tuple[ArrayLike, ArrayLike] | None
 Norm = Literal["linf", "l2"]
@@ -37,7 +38,8 @@ def pgd(
     x_{t+1} = clip(clip(x_t + step_size * sign(grad at x_t), x - epsilon, x + epsilon), *bounds), with sign(0) = 0.
     For "l2", a step goes along the gradient of each image, scaled to length 1 (a zero gradient stays zero). Then the
     whole change of the image is shortened to at most epsilon, before the clip to the bounds. If x lies in the bounds,
-    the result lies in the ball and in the bounds.
+    the result lies in the ball and in the bounds: the attack is computed in float32 at least, and images of half
+    precision are rounded towards x at the end (float32 itself rounds a value by 6e-8 of it at most).
 
     Only the images are differentiated, and the attack carries no gradient: under an outer gradient, the derivative of
     the result with respect to x is that of x itself, where nothing is clipped.
@@ -66,7 +68,8 @@ def pgd(
       The adversarial images, with the shape and type of x.
 
     Raises:
-      UserError: images that are not floating point; epsilon negative, or larger than the bounds allow (as in 0..255
+      UserError: images that are not floating point, or not within the bounds (traced ones are not looked at); epsilon
+        negative, or larger than the bounds allow (as in 0..255
         units); an unknown norm; one epsilon per channel with "l2"; a schedule of another length; delta0 together with
         a key, or restarts without a key; a loss of another shape.
 
@@ -77,16 +80,19 @@ def pgd(
     num_steps = num_steps if traced else int(num_steps)
     _check_attack(x, norm, num_steps, delta0, key, restarts)
     _check_sizes(x, epsilon, step_size, num_steps, bounds, norm)
-    epsilon = jnp.asarray(epsilon, x.dtype)
+    if bounds is not None and x.size and not any(isinstance(v, jax.core.Tracer) for v in (x, *bounds)):
+        _check_images(x, *bounds)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    epsilon = jnp.asarray(epsilon, wide)
     if step_size is None:
         step_size = _usual_step(epsilon, num_steps)
-    step_size = jnp.asarray(step_size, x.dtype)
+    step_size = jnp.asarray(step_size, wide)
     # A loop of unknown length cannot be differentiated. It need not be: see the end of this function.
-    origin = lax.stop_gradient(x) if traced else x
+    origin = (lax.stop_gradient(x) if traced else x).astype(wide)
     if traced:
         epsilon, step_size = lax.stop_gradient((epsilon, step_size))
     if bounds is not None:
-        bounds = tuple(lax.stop_gradient(jnp.asarray(b, x.dtype)) for b in bounds)
+        bounds = tuple(lax.stop_gradient(jnp.asarray(b, wide)) for b in bounds)
     lowest, highest = origin - epsilon, origin + epsilon
 
     def clip(v):
@@ -94,7 +100,8 @@ def pgd(
 
     def step(v, size):
         size = step_size if size is None else size
-        gradient = lax.stop_gradient(jax.grad(lambda u: _summed(loss_fn(u), x))(lax.stop_gradient(v)))
+        gradient = jax.grad(lambda u: _summed(loss_fn(u), x))(lax.stop_gradient(_narrowed(v, origin, x.dtype)))
+        gradient = lax.stop_gradient(gradient.astype(wide))
         if norm == "linf":
             return clip(jnp.clip(v + size * jnp.sign(gradient), lowest, highest)), None
         moved = v + size * _unit_images(gradient)
@@ -109,20 +116,23 @@ def pgd(
             return step(start, None if schedule is None else schedule[0])[0]
         return lax.scan(step, start, schedule, length=num_steps)[0]
 
+    def end(start):
+        return _narrowed(attack(start), origin, x.dtype)
+
     if key is None:
-        start = origin if delta0 is None else clip(origin + lax.stop_gradient(jnp.asarray(delta0, x.dtype)))
-        adversarial = attack(start)
+        start = origin if delta0 is None else clip(origin + lax.stop_gradient(jnp.asarray(delta0, wide)))
+        adversarial = end(start)
     else:
         keys_N = _image_keys(key, len(x))
 
         def attempt(r):
-            delta = _in_ball(jax.vmap(jax.random.fold_in, (0, None))(keys_N, r), x, epsilon, norm)
-            return attack(clip(origin + lax.stop_gradient(delta)))
+            delta = _in_ball(jax.vmap(jax.random.fold_in, (0, None))(keys_N, r), origin, epsilon, norm)
+            return end(clip(origin + lax.stop_gradient(delta)))
 
         adversarial = attempt(0) if restarts == 1 else _best(loss_fn, attempt, x, restarts)
     if traced:
         inside = True if bounds is None else (adversarial > bounds[0]) & (adversarial < bounds[1])
-        adversarial += jnp.where(inside, x - origin, 0)  # adds 0 with the gradient of x
+        adversarial += jnp.where(inside, x - lax.stop_gradient(x), 0)  # adds 0 with the gradient of x
     return adversarial
 
 
@@ -142,6 +152,16 @@ def fgsm(
     Source: Goodfellow et al. 2015, arXiv 1412.6572.
     """
     return pgd(loss_fn, x, epsilon=epsilon, bounds=bounds, norm=norm)
+
+
+def _narrowed(v, origin, dtype):
+    """v in the type of the images, rounded towards the origin where rounding to nearest would leave the ball."""
+    if v.dtype == dtype:
+        return v
+    near = v.astype(dtype)
+    beyond = jnp.abs(near.astype(v.dtype) - origin) > jnp.abs(v - origin)
+    back = lax.nextafter(lax.stop_gradient(near), lax.stop_gradient(origin.astype(dtype)))
+    return near + jnp.where(beyond, back - lax.stop_gradient(near), 0)
 
 
 def _usual_step(epsilon, num_steps):
@@ -164,7 +184,7 @@ def _best(loss_fn, attempt, x, restarts):
     def more(best, r):
         v = attempt(r)
         loss = lax.stop_gradient(loss_fn(lax.stop_gradient(v)))
-        better = ~(loss <= best[1])
+        better = ~(loss <= best[1]) & ~jnp.isnan(best[1])
         wide = better.reshape(better.shape + (1,) * (x.ndim - 1)) if better.ndim else better
         return (jnp.where(wide, v, best[0]), jnp.where(better, loss, best[1])), None
 
@@ -264,6 +284,28 @@ def _check_sizes(x, epsilon, step_size, num_steps, bounds, norm):
                 f"attack: epsilon={value} with images in [{_in_words(low)}, {_in_words(high)}], expected the "
                 "units of the images; divide a value in 0..255 units by 255"
             )
+
+
+def _check_images(x, low, high):
+    with jax.ensure_compile_time_eval():  # they may be constants of a function that is being traced
+        found = concrete(_range(x))
+    if found is None:
+        return
+    (lowest, highest), low, high = found.astype(np.float64), np.asarray(low, np.float64), np.asarray(high, np.float64)
+    # Images and bounds may have been normalised, each with its rounding.
+    room = 4 * float(jnp.finfo(x.dtype).eps) * np.maximum(1, np.maximum(np.abs(low), np.abs(high)))
+    if np.any(lowest < low - room) or np.any(highest > high + room):
+        raise UserError(
+            f"attack: x from {lowest.min():g} to {highest.max():g} with bounds {_in_words(low)} to {_in_words(high)}, "
+            "expected images within the bounds; pass those of normalised images, (0 - mean) / std and (1 - mean) / std"
+        )
+
+
+@jax.jit
+def _range(x):
+    """The lowest and the highest value of each channel [2,C]."""
+    axes = tuple(range(x.ndim - 1))
+    return jnp.stack([jnp.min(x, axis=axes), jnp.max(x, axis=axes)])
 
 
 def _in_words(value):

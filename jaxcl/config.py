@@ -83,6 +83,9 @@ class Data(Options):
     limit: Size = 0  # use only this many training images, class-balanced; 0: all
     labels: Literal["fine", "coarse"] = "fine"  # coarse: train on the coarse classes, where the source has both
     imbalance: Literal["", "cifar100u"] = ""  # cifar100u: rare classes in each superclass, in training only
+    # Moments by which images are normalised, one number a channel, in [0, 1] units; (): those of the source.
+    mean: tuple[float, ...] = ()
+    std: Annotated[tuple[float, ...], POSITIVE] = ()
     per_class: Size = 0  # images of each class in a batch of batch_size / per_class classes; 0: as the order gives
     textures: str = ""  # a folder by `jaxcl textures`: texture negatives are read there, not made in the update
     garments: Garments = Garments()

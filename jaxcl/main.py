@@ -15,12 +15,12 @@ diverged; 75 stopped on request, or another process was lost: run the same comma
 import pathlib
 
 from jaxcl.commands.config_file import read_config
-from jaxcl.errors import UserError
-from jaxcl.runtime import compile_cache, distributed, entry, xla_flags
+from jaxcl.errors import Diverged, Preempted, UserError
+from jaxcl.runtime import compile_cache, distributed, entry, together, xla_flags
 from jaxcl.runtime.flags import Flags
 
 FLAGS = Flags(__doc__, config=True)
-FLAGS.text("workdir", "", "Run folder, local or gs://; default runs/<config>[-<preset>].")
+FLAGS.path("workdir", "", "Run folder, local or gs://; default runs/<config>[-<preset>].")
 FLAGS.text(
     "distributed",
     "off",
@@ -57,15 +57,25 @@ def main(argv: list[str]) -> int:
     distributed.join(given.distributed, timeout=given.join_timeout, heartbeat=given.heartbeat_timeout)
     from jaxcl.train import loop as train  # late, so that a mistake in the flags is reported without this import
 
+    together.listen()
     try:
         train.run(config, given.workdir or _default_workdir(given.config), profile=given.profile or 0)
     except Exception as error:
-        raise distributed.lost(error) or error from None
+        if isinstance(error, (UserError, Diverged, Preempted)):
+            if isinstance(error, UserError):  # the others reach all processes
+                together.tell(str(error), entry.code_of(error))
+            raise
+        if heard := together.heard():  # it is why this process failed
+            raise entry.error_of(*heard) from None
+        if lost := distributed.lost(error):
+            raise lost from None
+        together.tell(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", entry.code_of(error))
+        raise
     return 0
 
 
 def cli() -> None:
-    """Run `main` as a process of its own."""
+    """Run `main` as this process."""
     entry.leave(main)
 
 

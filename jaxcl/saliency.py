@@ -16,8 +16,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
+from jaxcl.losses.labels import class_numbers, flags
 
-NORMALIZE_EPS = 1e-8
+NORMALIZE_EPS, SMALL_MAP = 1e-8, 1e-5
 
 
 @functools.partial(jax.jit, static_argnames="relu")
@@ -68,7 +69,7 @@ def grad_cam(
       tail_fn: activations [N, h, w, M] -> logits [N, K].
       activations: [N, h, w, M], the layer's output.
       targets: [N] int, the class that each map explains. For a negative target (an unlabelled image) the map is all
-        zeros, except for terms from other images through batch statistics.
+        zeros, except for terms from other images through batch statistics. A traced target that is no class gives NaN.
       relu: see `cam`.
 
     Returns:
@@ -83,6 +84,8 @@ def grad_cam(
 @functools.partial(jax.jit, static_argnames="size")
 def normalize_map(maps: ArrayLike, size: int | tuple[int, int] | None = None) -> jax.Array:
     """Resizes maps, then scales each to [0, 1]: e = e - min e, e / (max e + 1e-8).
+
+    Where max e is below 1e-5, which 1e-8 would change by more than a thousandth, it is e / max e.
 
     Args:
       maps: [N, h, w].
@@ -108,7 +111,8 @@ def normalize_map(maps: ArrayLike, size: int | tuple[int, int] | None = None) ->
             precision=lax.Precision.HIGHEST,
         )
     maps = maps - jnp.min(maps, axis=(1, 2), keepdims=True)
-    return maps / (jnp.max(maps, axis=(1, 2), keepdims=True) + NORMALIZE_EPS)
+    largest = jnp.max(maps, axis=(1, 2), keepdims=True)
+    return maps / jnp.where((largest > 0) & (largest < SMALL_MAP), largest, largest + NORMALIZE_EPS)
 
 
 def keep_mask(maps: ArrayLike, threshold: float = 0.5) -> jax.Array:
@@ -154,7 +158,7 @@ def apply_mask(images: ArrayLike, keep: ArrayLike, fill: ArrayLike = 0.0) -> jax
       fill: the value of removed pixels, a scalar or [C]. 0 on normalised images is the mean colour of the data.
     """
     images = jnp.asarray(images)
-    return jnp.where(jnp.asarray(keep, bool)[..., None], images, jnp.asarray(fill, images.dtype))
+    return jnp.where(flags(keep).astype(bool)[..., None], images, jnp.asarray(fill, images.dtype))
 
 
 def input_gradient(logits_fn: Callable[[jax.Array], jax.Array], images: jax.Array, targets: ArrayLike) -> jax.Array:
@@ -163,7 +167,8 @@ def input_gradient(logits_fn: Callable[[jax.Array], jax.Array], images: jax.Arra
     Args:
       logits_fn: images [N, H, W, C] -> logits [N, K].
       images: [N, H, W, C].
-      targets: [N] int, the class that each map explains; a negative target gives a map of zeros.
+      targets: [N] int, the class that each map explains; a negative target gives a map of zeros, and a traced one that
+        is no class a map of NaN.
 
     Returns:
       [N, H, W], signed.
@@ -190,7 +195,8 @@ def integrated_gradients(
     Args:
       logits_fn: images [N, H, W, C] -> logits [N, K].
       images: [N, H, W, C].
-      targets: [N] int, the class that each map explains; a negative target gives a map of zeros.
+      targets: [N] int, the class that each map explains; a negative target gives a map of zeros, and a traced one that
+        is no class a map of NaN.
       baseline: broadcasts to the images; 0 on normalised images is the mean colour.
       num_steps: number of points on the line, at least 1.
 
@@ -218,8 +224,10 @@ def integrated_gradients(
 
 
 def _target_sum(logits: jax.Array, targets: ArrayLike) -> jax.Array:
-    targets = jnp.asarray(targets)
-    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    num_classes = logits.shape[-1]
+    targets = class_numbers("saliency: targets", targets, num_classes)
+    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1, mode="clip")[:, 0]
+    picked *= jnp.where(targets >= num_classes, jnp.nan, 1).astype(picked.dtype)  # a map of NaN, not of zeros
     return jnp.sum(jnp.where(targets >= 0, picked, 0))
 
 

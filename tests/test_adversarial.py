@@ -339,3 +339,73 @@ def test_a_loss_by_image_is_the_sum():
     x = images()
     by_image = pgd(hills, x, epsilon=0.1, num_steps=3)
     np.testing.assert_array_equal(by_image, pgd(lambda v: jnp.sum(hills(v)), x, epsilon=0.1, num_steps=3))
+
+
+# ---- in every precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("start", ["image", "random", "delta", "traced"])
+def test_the_ball_in_every_type(dtype, norm, start):
+    """cases A.5"""
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 3)), dtype)
+    epsilon = 1 / 255 if norm == "linf" else 0.05
+    options = {
+        "image": {},
+        "random": dict(key=jax.random.key(0), restarts=2),
+        "delta": dict(delta0=jnp.full_like(x, 0.02)),
+        "traced": {},
+    }[start]
+    steps = jnp.int32(7) if start == "traced" else 7
+    attack = lambda n: pgd(lambda v: -jnp.sum(v**2), x, epsilon=epsilon, num_steps=n, norm=norm, **options)  # noqa: E731
+    got = jax.jit(attack)(steps) if start == "traced" else attack(steps)
+    assert got.dtype == dtype and got.min() >= 0 and got.max() <= 1
+    apart = np.asarray(got, np.float64) - np.asarray(x, np.float64)
+    size = np.abs(apart).max() if norm == "linf" else lengths(apart).max()
+    assert epsilon * 0.3 < size <= epsilon + 1e-7 * (1 if norm == "linf" else 8)
+
+
+def test_half_precision_has_the_gradient_of_the_image():
+    """cases A.5"""
+    x = jnp.full((1, 2, 2, 1), 0.3, jnp.bfloat16)
+    grad = jax.grad(lambda u: jnp.sum(fgsm(jnp.sum, u, epsilon=4 / 255).astype(jnp.float32)))(x)
+    np.testing.assert_array_equal(grad, jnp.ones_like(x))
+
+
+@pytest.mark.parametrize("bad", [-0.2, 1.1])
+def test_images_outside_the_bounds(bad):
+    """cases A.4"""
+    x = np.full((2, 4, 4, 3), 0.5, np.float32)
+    x[1, 2, 3, 1] = bad
+    for epsilon in (0, 4 / 255):
+        with pytest.raises(UserError, match="^attack: x from"):
+            pgd(jnp.sum, x, epsilon=epsilon)
+    np.testing.assert_array_equal(pgd(jnp.sum, x, epsilon=0, bounds=None), x)
+    jax.jit(lambda v: pgd(jnp.sum, v, epsilon=0.1))(x)  # traced: not looked at
+    mean, std = np.float32([0.49, 0.48, 0.45]), np.float32([0.2, 0.21, 0.22])
+    normalised = (np.eye(4, dtype=np.float32)[None, :, :, None] - mean) / std
+    fgsm(jnp.sum, normalised, epsilon=0.1, bounds=((0 - mean) / std, (1 - mean) / std))
+    with pytest.raises(UserError, match="bounds"):
+        fgsm(jnp.sum, normalised, epsilon=0.1)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("by_image", [False, True])
+def test_a_nan_among_restarts_stays_visible(lost, by_image):
+    """cases A.6: wherever it comes, it wins."""
+    x, key = np.full((2, 2, 2, 1), 0.5, np.float32), jax.random.key(3)
+    keys = jax.random.split(key, 2)
+    starts = []
+    for r in range(3):
+        each = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
+        starts.append(jax.vmap(lambda k: jax.random.uniform(k, (2, 2, 1), jnp.float32, -1, 1))(each) * 0.1 + x)
+    here = starts[lost]
+
+    def one(v):
+        values = jnp.sum(v, axis=(1, 2, 3))
+        values = jnp.where(jnp.max(jnp.abs(v - here), axis=(1, 2, 3)) < 1e-6, jnp.nan, values)
+        return values if by_image else jnp.sum(values)
+
+    got = pgd(one, x, epsilon=0.1, num_steps=0, key=key, restarts=3)
+    np.testing.assert_allclose(got, here, atol=1e-6)

@@ -237,3 +237,30 @@ class Transformations(chex.TestCase):
         chex.assert_axis_dimension(together, 0, 3)
         alone = [self.variant(function)(*(a[i : i + 1] for a in arguments)) for i in range(3)]
         chex.assert_trees_all_close(together, jnp.concatenate(alone), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [3, 2**32])
+def test_a_target_that_is_no_class(bad):
+    """cases A.2: its map would be all zeros without a word."""
+    rng = np.random.default_rng(0)
+    activations, weights = rng.normal(size=(3, 4, 4, 5)).astype(np.float32), rng.normal(size=(5, 3)).astype(np.float32)
+    tail = lambda a: a.mean((1, 2)) @ weights  # noqa: E731
+    explanations = (
+        lambda t: saliency.grad_cam(tail, activations, t),
+        lambda t: saliency.input_gradient(tail, activations, t),
+        lambda t: saliency.integrated_gradients(tail, activations, t, num_steps=2),
+    )
+    for explain in explanations:
+        with pytest.raises(UserError, match="targets"):
+            explain(np.array([0, bad, -1]))
+        if bad < 2**31:
+            maps = np.asarray(jax.jit(explain)(np.array([0, bad, -1])))
+            assert np.isnan(maps[1]).all() and np.isfinite(maps[0]).all() and not maps[2].any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-8, 1e-6])
+def test_maps_of_any_scale(scale):
+    """cases A.14: the 1e-8 under the fraction would be all of a small map."""
+    maps = np.random.default_rng(0).uniform(size=(2, 6, 6))
+    want = (maps - maps.min((1, 2), keepdims=True)) / np.ptp(maps, (1, 2), keepdims=True)
+    np.testing.assert_allclose(saliency.normalize_map((maps * scale).astype(np.float32)), want, atol=1e-5)

@@ -120,9 +120,9 @@ def colours(path, seed=0):
 
 def saved_run(folder, c, seed=0, **facts):
     """A run folder with a checkpoint, at step 3, of a network that was never trained -> its state."""
-    facts = data_facts(source_of(c, "train")) | facts
-    run_folder.claim(folder, base.to_dict(c), facts, True).close()
-    recipe = build_recipe(c, **{k: v for k, v in facts.items() if k != "class_names"})
+    known = data_facts(source_of(c, "train"))
+    run_folder.claim(folder, base.to_dict(c), known | facts, True).close()
+    recipe = build_recipe(c, **{k: facts.get(k, v) for k, v in known.items()})
     state = fill(jax.eval_shape(lambda: init_state(recipe)), seed)
     state = state.replace(step=np.asarray(3, state.step.dtype))
     state = state.replace(key=jax.random.key(seed, impl="threefry2x32"))

@@ -50,7 +50,8 @@ def draw_resized_crop(
 
     A try draws a share of the area uniform in `area` and an aspect ratio (width / height) log-uniform in `ratio`, and
     rounds to whole pixels. The first try that fits the image is placed uniformly. If no try fits, the box is the
-    largest centred one with an aspect ratio inside `ratio`. All tries are drawn at once, so shapes are static.
+    largest centred one with an aspect ratio inside `ratio`. It has at least one pixel.
+    All tries are drawn at once, so shapes are static.
 
     Args:
       keys: [N] typed keys.
@@ -75,9 +76,9 @@ def draw_resized_crop(
 
     whole_h, whole_w = height, width
     if width / height < ratio[0]:
-        whole_h = round(width / ratio[0])
+        whole_h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        whole_w = round(height * ratio[1])
+        whole_w = max(1, round(height * ratio[1]))
     h = jnp.where(found, jnp.sum(jnp.where(first_NxT, h_NxT, 0.0), axis=1), whole_h)
     w = jnp.where(found, jnp.sum(jnp.where(first_NxT, w_NxT, 0.0), axis=1), whole_w)
     # The minimum is needed because u * (n + 1) can round up to n + 1 for u just below 1.
@@ -105,12 +106,19 @@ def draw_quarter_turns(keys: jax.Array, *, p: float = 0.5) -> jax.Array:
 
 
 def resize_weights(
-    start: jax.Array, length: jax.Array, *, input_size: int, output_size: int, antialias: bool = True
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    input_size: int,
+    output_size: int,
+    antialias: bool = True,
+    cubic: bool = False,
 ) -> jax.Array:
     """The matrix of bilinear interpolation of [start, start + length) to `output_size` samples. Its rows sum to 1.
 
     With `antialias` the triangle filter is widened by the shrink factor, as in Pillow's BILINEAR; without it, the
-    filter always spans two pixels. Pixels outside the interval have weight 0, as if the input had been cropped first.
+    filter always spans two pixels. With `cubic` the filter is that of Pillow's BICUBIC (a = -0.5), of twice the width.
+    Pixels outside the interval have weight 0, as if the input had been cropped first.
 
     Args:
       start, length: [...], pixels; length > 0, and the interval lies inside the input.
@@ -120,53 +128,64 @@ def resize_weights(
     Returns:
       float32 [..., output_size, input_size].
     """
-    return _matrix(start, length, input_size=input_size, output_size=output_size, antialias=antialias)
+    return _matrix(start, length, input_size=input_size, output_size=output_size, antialias=antialias, cubic=cubic)
 
 
 def resize_taps(
-    start: jax.Array, length: jax.Array, *, input_size: int, output_size: int, antialias: bool = True
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    input_size: int,
+    output_size: int,
+    antialias: bool = True,
+    cubic: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The entries of `resize_weights` that can differ from 0: pixels int32 and weights, both [..., output_size, K].
 
     K is the number of pixels in the filter of the longest interval, the whole input.
     """
-    count = _taps(input_size, output_size, antialias)
-    pixel, weight = _tap_weights(count, *_filters(start, length, output_size, antialias))
+    count = _taps(input_size, output_size, antialias, cubic)
+    pixel, weight = _tap_weights(count, *_filters(start, length, output_size, antialias, cubic), cubic)
     weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
     return jnp.clip(pixel, 0, input_size - 1).astype(jnp.int32), weight
 
 
-def _taps(input_size: int, output_size: int, antialias: bool) -> int:
-    return math.ceil(2 * max(input_size / output_size, 1.0)) if antialias else 2
+def _taps(input_size: int, output_size: int, antialias: bool, cubic: bool = False) -> int:
+    return math.ceil((4 if cubic else 2) * (max(input_size / output_size, 1.0) if antialias else 1.0))
 
 
-def _filters(start, length, output_size: int, antialias: bool, mirrored: jax.Array | None = None):
+def _filters(start, length, output_size: int, antialias: bool, cubic: bool, mirrored: jax.Array | None = None):
     """Start and length of the interval, centre and radius of each output's filter; they broadcast to [..., outputs]."""
     start, length = (jnp.asarray(v, jnp.float32)[..., None] for v in (start, length))
     step = length / output_size
     radius = jnp.maximum(step, 1.0) if antialias else jnp.ones_like(step)
+    radius = 2 * radius if cubic else radius
     output = jnp.arange(output_size, dtype=jnp.float32)
     if mirrored is not None:
         output = jnp.where(mirrored[..., None], output_size - 1 - output, output)
     return start, length, start + (output + 0.5) * step, radius
 
 
-def _tap_weights(count: int, start, length, center, radius) -> tuple[jax.Array, jax.Array]:
+def _tap_weights(count: int, start, length, center, radius, cubic: bool) -> tuple[jax.Array, jax.Array]:
     """Pixels, not clipped to the input, and `_weights` of each output: [..., output_size, count]."""
     pixel = jnp.floor(center - radius + 0.5)[..., None] + jnp.arange(count, dtype=jnp.float32)
-    return pixel, _weights(pixel, *(v[..., None] for v in (start, length, center, radius)))
+    return pixel, _weights(pixel, *(v[..., None] for v in (start, length, center, radius)), cubic)
 
 
-def _weights(pixel, start, length, center, radius) -> jax.Array:
+def _weights(pixel, start, length, center, radius, cubic: bool) -> jax.Array:
     """The weight of each pixel in each output, before division by their sum."""
-    weight = 1.0 - jnp.abs(pixel + 0.5 - center) / radius
+    weight = 1.0 - jnp.abs(pixel + 0.5 - center) / radius  # of the triangle; above 0 within the filter of either kind
     # A pixel counts by the share of it that lies inside: 0 or 1 for boxes of whole pixels. For others it is continuous,
     # so that a box which was converted to fractions and back (5 -> 5.0000005) does not gain or lose a pixel.
     end = start + length
     inside = jnp.where(pixel + 1.0 < end, pixel + 1.0, end) - jnp.where(pixel > start, pixel, start)
     # Selections instead of maximum, minimum and clip: for those, XLA's CPU compiler calls a kernel that needs the other
     # operand in memory, a megabyte of zeros.
-    return jnp.where((weight > 0) & (inside > 0), weight * inside, 0.0)
+    value = weight
+    if cubic:  # Keys 1981 with a = -0.5, at x from 0 to 2
+        x = 2.0 * (1.0 - weight)
+        value = jnp.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    return jnp.where((weight > 0) & (inside > 0), value * inside, 0.0)
 
 
 def _matrix(
@@ -176,35 +195,43 @@ def _matrix(
     input_size: int,
     output_size: int,
     antialias: bool,
+    cubic: bool = False,
     mirrored: jax.Array | None = None,
     axis: int = -1,
 ):
     """The weight of every pixel of the input in every output; pixels lie along `axis`, -1 or -2."""
-    filters = _filters(start, length, output_size, antialias, mirrored)
+    filters = _filters(start, length, output_size, antialias, cubic, mirrored)
     # The sum of the few weights that are not 0; summing the whole matrix would cost as much as the matmul.
-    count = _taps(input_size, output_size, antialias)
-    _, taps = _tap_weights(count, *filters)
+    count = _taps(input_size, output_size, antialias, cubic)
+    _, taps = _tap_weights(count, *filters, cubic)
     total = sum(taps[..., k] for k in range(count)) if count <= 8 else jnp.sum(taps, axis=-1)
     pixel = jnp.arange(input_size, dtype=jnp.float32)
     pixel = jnp.expand_dims(pixel, -3 - axis)  # [1, input_size] or [input_size, 1]
-    weight = _weights(pixel, *(jnp.expand_dims(v, axis) for v in filters))
+    weight = _weights(pixel, *(jnp.expand_dims(v, axis) for v in filters), cubic)
     return weight / jnp.expand_dims(total, axis)
 
 
 # ---- crop, resize, flip
 
 
-def _crop_gathers(shape: tuple[int, ...], size: int, antialias: bool) -> bool:
-    return cpu.gathers(min(shape[1:3]), max(_taps(side, size, antialias) for side in shape[1:3]))
+def _crop_gathers(shape: tuple[int, ...], size: int, antialias: bool, cubic: bool) -> bool:
+    return cpu.gathers(min(shape[1:3]), max(_taps(side, size, antialias, cubic) for side in shape[1:3]))
 
 
 def resized_crop(
-    images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True, flipped: jax.Array | None = None
+    images: jax.Array,
+    boxes: jax.Array,
+    size: int,
+    *,
+    antialias: bool = True,
+    cubic: bool = False,
+    flipped: jax.Array | None = None,
 ) -> jax.Array:
     """Crops every image to its own box, or to several boxes, and resizes each crop to size x size, bilinear.
 
     Equals Pillow's `image.crop(box).resize((size, size), BILINEAR)`, which is torchvision's `resized_crop` on a PIL
-    image, up to Pillow's rounding to 8 bits. (Pillow's `resize(box=...)` differs: it also reads pixels beside the box.)
+    image, up to Pillow's rounding to 8 bits. With `cubic` it is BICUBIC, which can leave the range of the image.
+    (Pillow's `resize(box=...)` differs: it also reads pixels beside the box.)
     It computes two dense matmuls per channel, which suit matrix units and vector units better than a gather.
 
     Args:
@@ -214,30 +241,38 @@ def resized_crop(
       size: side of the crops in pixels.
       antialias: True widens the filter when shrinking, as Pillow does; False samples two pixels, as torch's plain
         `interpolate` does.
+      cubic: bicubic interpolation, of which nothing is clipped.
       flipped: which crops are mirrored, bool [V N]. The result equals a later `flip`, and matmuls do it at no cost.
 
     Returns:
       [V N,size,size,C], the dtype of images.
     """
     _, height, width, _ = images.shape
-    if _crop_gathers(images.shape, size, antialias):
-        taps = functools.partial(resize_taps, output_size=size, antialias=antialias)
+    if _crop_gathers(images.shape, size, antialias, cubic):
+        taps = functools.partial(resize_taps, output_size=size, antialias=antialias, cubic=cubic)
         rows = taps(boxes[:, 0], boxes[:, 2], input_size=height)
         cols = taps(boxes[:, 1], boxes[:, 3], input_size=width)
         crops = cpu.gather_crops(images, rows, cols)
         return crops if flipped is None else flip(crops, flipped)
-    return join(crop_planes(images, boxes, size, antialias=antialias, flipped=flipped)).astype(images.dtype)
+    planes = crop_planes(images, boxes, size, antialias=antialias, cubic=cubic, flipped=flipped)
+    return join(planes).astype(images.dtype)
 
 
 def crop_planes(
-    images: jax.Array, boxes: jax.Array, size: int, *, antialias: bool = True, flipped: jax.Array | None = None
+    images: jax.Array,
+    boxes: jax.Array,
+    size: int,
+    *,
+    antialias: bool = True,
+    cubic: bool = False,
+    flipped: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """`resized_crop` as one array float32 [V N,size,size] per channel, the form in which its matmuls end."""
     _, height, width, channels = images.shape
-    if _crop_gathers(images.shape, size, antialias):
-        crops = resized_crop(images, boxes, size, antialias=antialias, flipped=flipped).astype(jnp.float32)
-        return tuple(crops[..., c] for c in range(channels))
-    matrix = functools.partial(_matrix, output_size=size, antialias=antialias)
+    if _crop_gathers(images.shape, size, antialias, cubic):
+        crops = resized_crop(images, boxes, size, antialias=antialias, cubic=cubic, flipped=flipped)
+        return tuple(crops[..., c].astype(jnp.float32) for c in range(channels))
+    matrix = functools.partial(_matrix, output_size=size, antialias=antialias, cubic=cubic)
     rows_MxSxH = matrix(boxes[:, 0], boxes[:, 2], input_size=height)
     # Pixels first: a matmul on a CPU would transpose the other layout before it begins.
     cols_MxWxS = matrix(boxes[:, 1], boxes[:, 3], input_size=width, mirrored=flipped, axis=-2)

@@ -13,7 +13,7 @@ data supplies `size`, `mean` and `std`; all other keywords are options of the vi
 import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ Area = Annotated[Pair, AREA]
 PositivePair = Annotated[Pair, POSITIVE]
 Probability = Annotated[float, SHARE]
 Strength = Annotated[float, NOT_NEGATIVE]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,7 @@ def random_view(
     *,
     crop_area: Area = (0.2, 1.0),
     crop_ratio: PositivePair = (3 / 4, 4 / 3),
+    interpolation: Interpolation = "bilinear",
     flip: Probability = 0.5,
     jitter: tuple[Strength, Strength, Strength, Strength] = (0.4, 0.4, 0.4, 0.1),
     jitter_p: Probability = 0.8,
@@ -123,6 +125,7 @@ def random_view(
     blur: Probability = 0.0,
     blur_sigma: PositivePair = (0.1, 2.0),
     blur_above: Annotated[int, NOT_NEGATIVE] = 0,
+    blur_taps: Annotated[int, NOT_NEGATIVE] = 0,
     solarize: Probability = 0.0,
     rotation: Probability = 0.0,
 ) -> Pipeline:
@@ -135,26 +138,30 @@ def random_view(
       mean, std: of the data per channel, in [0,1] units.
       crop_area: range of the crop's share of the image's area.
       crop_ratio: range of the crop's width / height.
+      interpolation: of the crop, as Pillow's BILINEAR or BICUBIC.
       jitter: strengths of brightness, contrast, saturation and hue (`ColorJitter`); the last is at most 0.5.
       flip, jitter_p, grayscale, blur, solarize, rotation: probabilities. An operation of probability 0 is left out of
         the program.
       blur_sigma: range of the blur's standard deviation in pixels.
       blur_above: only views with a larger side than this, in pixels, are blurred.
+      blur_taps: odd size of the blur's kernel; 0: a tenth of the side, at least 3 (SimCLR).
 
     Raises:
       UserError: an option of another type or out of range.
     """
     _check_options(random_view, locals())
     _check_ascending(crop_area=crop_area, crop_ratio=crop_ratio, blur_sigma=blur_sigma)
+    if blur_taps and (blur_taps % 2 == 0 or blur_taps // 2 >= size):
+        raise OptionError("blur_taps", f"is {blur_taps}; expected an odd number below {2 * size}, or 0")
     if jitter[3] > HUE.at_most:
         raise OptionError("jitter", f"is {jitter}; expected a hue, its last number, of at most {HUE.at_most} turns")
     every = (
-        RandomResizedCrop(size=size, area=tuple(crop_area), ratio=tuple(crop_ratio)),
+        RandomResizedCrop(size=size, area=tuple(crop_area), ratio=tuple(crop_ratio), interpolation=interpolation),
         RandomFlip(p=flip),
         RandomRotation(p=rotation),
         ColorJitter(brightness=jitter[0], contrast=jitter[1], saturation=jitter[2], hue=jitter[3], p=jitter_p),
         RandomGrayscale(p=grayscale),
-        GaussianBlur(p=blur if size > blur_above else 0.0, sigma=tuple(blur_sigma)),
+        GaussianBlur(p=blur if size > blur_above else 0.0, sigma=tuple(blur_sigma), kernel_size=blur_taps or None),
         RandomSolarize(p=solarize),
         Normalize(mean=mean, std=std),
     )

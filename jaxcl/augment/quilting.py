@@ -240,6 +240,8 @@ def quilt_sources(
 def pack(image_HxWxC: Array) -> list[tuple[Array, int]]:
     """Packs 8-bit values, four channels to a word, which one look-up reads: [(words uint32 [H*W], channels)]."""
     if image_HxWxC.dtype != jnp.uint8:
+        if not jnp.issubdtype(image_HxWxC.dtype, jnp.floating):
+            raise UserError(f"images are {image_HxWxC.dtype}; expected uint8, or floats in [0, 1]")
         image_HxWxC = jnp.round(jnp.clip(image_HxWxC.astype(jnp.float32), 0, 1) * 255)
     pixels = image_HxWxC.astype(jnp.uint32).reshape(-1, image_HxWxC.shape[-1])
     words = []

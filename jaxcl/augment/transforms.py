@@ -4,8 +4,9 @@ Each returns the images and the parameters it drew, one row per image. N images,
 """
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jaxcl.augment import color, ops, pixels
@@ -45,6 +46,7 @@ class RandomResizedCrop(Op):
       area: range of the box's share of the image's area.
       ratio: range of the box's width / height.
       antialias: see `ops.resized_crop`.
+      interpolation: bilinear, or bicubic, whose values are clipped to [0, 1].
     """
 
     takes_views: ClassVar[bool] = True
@@ -56,6 +58,7 @@ class RandomResizedCrop(Op):
     area: Annotated[Pair, AREA] = (0.2, 1.0)
     ratio: Annotated[Pair, POSITIVE] = (3 / 4, 4 / 3)
     antialias: bool = True
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     name: str = "crop"
 
     def __post_init__(self) -> None:
@@ -72,7 +75,10 @@ class RandomResizedCrop(Op):
         boxes = ops.draw_resized_crop(keys, height, width, area=self.area, ratio=self.ratio)
         fractions = boxes / jnp.array([height, width, height, width], jnp.float32)
         crop = ops.crop_planes if planar else ops.resized_crop
-        crops = crop(images, boxes, self.size, antialias=self.antialias, flipped=flipped)
+        cubic = self.interpolation == "bicubic"
+        crops = crop(images, boxes, self.size, antialias=self.antialias, cubic=cubic, flipped=flipped)
+        if cubic:
+            crops = jax.tree.map(lambda x: x.clip(0, 1), crops)
         return crops, {"crop": fractions}
 
 

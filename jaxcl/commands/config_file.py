@@ -53,7 +53,7 @@ def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def find(path: str) -> pathlib.Path:
     """The config file at a path. Raises: UserError if there is none, neither there nor among the installed ones."""
-    here = pathlib.Path(path)
+    here = pathlib.Path(path).expanduser()
     if here.is_file():
         return here
     folder = installed()

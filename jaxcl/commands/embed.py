@@ -1,4 +1,4 @@
-"""Write the features that a trained run has of images to a file.
+"""Write the features of images, computed by a trained run, to a file.
 
     jaxcl embed --workdir=RUN --out=features.npz [--source=folder:photos] [--split=test] [--layer=z]
     jaxcl embed --workdir=RUN --workdir=RUN --out=gs://bucket/features.parquet
@@ -24,8 +24,8 @@ from jaxcl.train.runs import Joined, Run, load_run
 logger = logging.getLogger("jaxcl")
 
 FLAGS = Flags(__doc__)
-FLAGS.texts("workdir", "A run folder; give the flag several times to put features side by side.")
-FLAGS.text("out", "", "A file that ends in .npz or .parquet; local or gs://.")
+FLAGS.paths("workdir", "A run folder; give the flag several times to put features side by side.")
+FLAGS.path("out", "", "A file that ends in .npz or .parquet; local or gs://.")
 FLAGS.text("source", "", "A data source as in a config; default: that of the run.")
 FLAGS.number("step", None, "Step of the checkpoint; default: the newest.")
 FLAGS.text("split", "", "A split such as test; default: train, validation and test.")

@@ -23,13 +23,13 @@ def _evaluators() -> str:
 
 
 FLAGS = Flags(__doc__, more=_evaluators)
-FLAGS.texts("workdir", "A run folder; give the flag several times to put features side by side.")
+FLAGS.paths("workdir", "A run folder; give the flag several times to put features side by side.")
 FLAGS.text("suite", "", "Names of evaluators, separated by commas; default: eval.final of the config.")
 FLAGS.text("source", "", "A data source as in a config; default: that of the run.")
 FLAGS.number("step", None, "Step of the checkpoint; default: the newest.")
 FLAGS.text("split", "", "test or validation; default: eval.split of the first run.")
 FLAGS.texts("set", "KEY=VALUE: a key of config.eval, for this evaluation; may be given several times.")
-FLAGS.text("out", "", "A JSON file for the results.")
+FLAGS.path("out", "", "A JSON file for the results.")
 
 
 def main(argv: list[str]) -> int:

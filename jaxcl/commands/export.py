@@ -26,8 +26,8 @@ from jaxcl.train.runs import Saved, open_run
 logger = logging.getLogger("jaxcl")
 
 FLAGS = Flags(__doc__)
-FLAGS.text("workdir", "", "A run folder.")
-FLAGS.text("out", "", "A folder, or a file that ends in .safetensors; local or gs://.")
+FLAGS.path("workdir", "", "A run folder.")
+FLAGS.path("out", "", "A folder, or a file that ends in .safetensors; local or gs://.")
 FLAGS.text("encoder", "", "Name of an encoder or of its moving average; default: the main encoder.")
 FLAGS.number("step", None, "Step of the checkpoint; default: the newest.")
 FLAGS.text("format", "jaxcl", "jaxcl, or torch: names and shapes of torchvision's ResNets.")

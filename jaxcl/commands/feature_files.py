@@ -8,7 +8,6 @@ import importlib.util
 import io
 import json
 import os
-import pathlib
 import shutil
 import tempfile
 import zipfile
@@ -54,16 +53,8 @@ def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             with path.open("wb") as remote:
                 shutil.copyfileobj(file, remote, 2**24)
         return
-    local = pathlib.Path(path)
-    temporary = local.with_name(f".{local.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, local)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage.replacing(path) as file:
+        yield file
 
 
 def _columns(sources: Mapping[str, Source]) -> dict[str, np.ndarray]:

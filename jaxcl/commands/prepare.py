@@ -12,7 +12,7 @@ from jaxcl.errors import UserError
 from jaxcl.runtime.flags import Flags
 
 FLAGS = Flags(__doc__, positional="name")
-FLAGS.text("data_dir", "", "A folder for prepared sets; default: $TFDS_DATA_DIR, or TFDS's own default.")
+FLAGS.path("data_dir", "", "A folder for prepared sets; default: $TFDS_DATA_DIR, or TFDS's own default.")
 
 
 def main(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from jaxcl.data import fingerprint
 from jaxcl.data.kind import SourceKind
 from jaxcl.data.label_levels import LEVELS
 from jaxcl.data.selection import Select
@@ -70,6 +71,7 @@ class Cifar(SourceKind):
             std=std,
             extras={"coarse": coarse[rows]},
             coarse_names=coarse_names,
+            content=fingerprint.of_pixels(images) if split == "train" else "",
             name=f"cifar{classes}",
             split=split,
         )

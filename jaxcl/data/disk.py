@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxcl.data import hashing
+from jaxcl.data import fingerprint, hashing
 from jaxcl.data.moments import Moments, moments
 from jaxcl.data.source import SAMPLE, ArraySource, Batch, Source
 
@@ -31,6 +31,8 @@ class Reader:
 
     image_shape: tuple[int, int, int]
     threads: int = THREADS
+    content: str = ""  # as of `Source`, of the whole set
+    knows_labels: bool = True  # whether `columns` is cheap
     class_names: tuple[str, ...] = ()
     coarse_names: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
@@ -150,6 +152,16 @@ class DiskSource(Source):
     def paths(self) -> tuple[str, ...] | None:
         return self.reader.paths(self.rows)
 
+    @property
+    def content(self) -> str:
+        return self.reader.content
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        if not self.reader.knows_labels:
+            return self.content and fingerprint.digest(self.content, np.asarray(self.rows), self.level)
+        return fingerprint.digest(self.content, self.labels, self.extras)
+
     @functools.cached_property
     def labelled(self) -> bool:
         return self.reader.labelled(self.rows)
@@ -195,6 +207,7 @@ def source_in_memory(
         extras={key: columns[key] for key, value in names.items() if value} | _named(names_of_rows),
         coarse_names=reader.coarse_names,
         group_names=reader.group_names,
+        content=reader.content,
         **about,
     )
 

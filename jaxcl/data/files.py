@@ -4,17 +4,19 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import logging
 import os
 import stat
+import zlib
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from jaxcl.data import hashing, images
+from jaxcl.data import fingerprint, hashing, images
 from jaxcl.data.disk import THREADS, DiskSource, Reader, Row, fits_in_memory, in_threads, source_in_memory
 from jaxcl.data.kind import Size, SourceKind
 from jaxcl.data.listing import SPLITS, Listing
@@ -29,6 +31,7 @@ logger = logging.getLogger("jaxcl")
 
 DEFAULT_SIZE = 64  # of images that differ in size, or are larger than LARGEST
 LARGEST = 256
+TAIL = 4096  # bytes at the end of a file that tell it apart
 NAMED = 50  # bad files that get a log line each
 
 
@@ -90,12 +93,14 @@ class Files(Reader):
       image_shape: of every image.
       images: uint8 [N,H,W,C], where the set fits into memory.
       sums: `moments.channel_sums` of each image, int64 [N,2,3], where the set fits into memory.
+      sizes: bytes of each file, int64 [N], 0 for remote ones.
     """
 
-    def __init__(self, listing: Listing, image_shape: tuple[int, int, int], size: int):
+    def __init__(self, listing: Listing, sizes: np.ndarray, image_shape: tuple[int, int, int], size: int):
         self.listing, self.image_shape, self._size, self.threads = listing, image_shape, size, listing.threads
         self.class_names, self.coarse_names = listing.class_names, listing.coarse_names
         self.group_names = listing.group_names
+        self.sizes = sizes
         self.images: np.ndarray | None = None
         self.sums: np.ndarray | None = None
         self._moments = None
@@ -123,6 +128,25 @@ class Files(Reader):
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}: set image_size")
         return image
 
+    @functools.cached_property
+    def content(self) -> str:
+        """A hash of the names, sizes, splits and labels of all files: rows of a split are drawn from all of them.
+
+        Of sets in memory the ends of the files count, too: files of one format and size may be equally long.
+        """
+        found, ends = self.listing, np.zeros(len(self), np.uint32)
+
+        def read(begin: int, end: int) -> None:
+            for i in range(begin, end):
+                if self.sizes[i]:
+                    with open(found.paths[i], "rb") as file:
+                        file.seek(max(0, self.sizes[i] - TAIL))
+                        ends[i] = zlib.crc32(file.read(TAIL))
+
+        if self.images is not None:
+            in_threads(read, len(ends), self.threads)
+        return fingerprint.digest(found.names, self.sizes, ends, found.splits, found.columns)
+
     def columns(self, rows: np.ndarray) -> np.ndarray:
         return self.listing.columns[:, rows]
 
@@ -145,7 +169,7 @@ class Files(Reader):
     def keep(self, rows: np.ndarray) -> None:
         """Leave out all but these rows."""
         if len(rows) < len(self):
-            self.listing = self.listing.take(rows)
+            self.listing, self.sizes = self.listing.take(rows), self.sizes[rows]
             if self.images is not None:
                 self.images, self.sums = self.images[rows], self.sums[rows]
 
@@ -196,11 +220,12 @@ def _checked(listing: Listing, image_size: int, *, skip: bool) -> Files:
         raise UserError(f"{listing.spec} holds no images{''.join(f'; {note}' for note in listing.notes)}")
     bad: dict[int, str] = {}
     key = hashlib.blake2b(repr((listing.spec, image_size, skip, listing.names)).encode("utf-8", "surrogateescape"))
-    for column in (listing.columns, listing.splits, _stamps(listing.paths, bad)):
+    stamps = _stamps(listing.paths, bad)
+    for column in (listing.columns, listing.splits, stamps):
         key.update(column.tobytes())
     if _latest is None or _latest[0] != key.digest():
         _latest = None  # frees its images before the next ones are decoded
-        _latest = key.digest(), _check(listing, image_size, skip, bad)
+        _latest = key.digest(), _check(listing, stamps[:, 0], image_size, skip, bad)
     return _latest[1]
 
 
@@ -222,7 +247,7 @@ def _stamps(paths: list[str], bad: dict[int, str]) -> np.ndarray:
     return stamps
 
 
-def _check(listing: Listing, image_size: int, skip: bool, bad: dict[int, str]) -> Files:
+def _check(listing: Listing, sizes: np.ndarray, image_size: int, skip: bool, bad: dict[int, str]) -> Files:
     spec, count = listing.spec, len(listing.paths)
     shapes = np.zeros((count, 2), np.int64)
 
@@ -240,11 +265,11 @@ def _check(listing: Listing, image_size: int, skip: bool, bad: dict[int, str]) -
     size, why = image_size, ""
     if not size and (len(seen) > 1 or seen.max() > LARGEST):
         size = DEFAULT_SIZE
-        sizes = f"{seen[:, 1].min()}x{seen[:, 0].min()} to {seen[:, 1].max()}x{seen[:, 0].max()}"
-        why = f" (of {sizes}; data.files.image_size sets another)"
+        seen = f"{seen[:, 1].min()}x{seen[:, 0].min()} to {seen[:, 1].max()}x{seen[:, 0].max()}"
+        why = f" (of {seen}; data.files.image_size sets another)"
     shape = (size, size, 3) if size else (int(seen[0, 0]), int(seen[0, 1]), 3)
 
-    files = Files(listing, shape, size)
+    files = Files(listing, sizes, shape, size)
     if fits := files.fits(len(good)):
         files.images, files.sums = np.zeros((count, *shape), np.uint8), np.zeros((count, 2, 3), np.int64)
 

@@ -88,7 +88,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(image)
+        return _eight_bits(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -97,10 +97,18 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits, scaled to 8; Pillow would clip it at 255."""
+    """Greyscale of 16 or 32 bits, scaled to 8; Pillow would clip it at 255. The transparent value becomes white.
+
+    A file of 32 bits does not say how many it uses: 8 if no value is above 255, otherwise 16.
+    """
     if image.mode == "F":
         raise ValueError("floating-point pixels; expected 8 or 16 bits")
     values = np.asarray(image)
-    if values.size and not 0 <= values.min() <= values.max() < 2**16:
-        raise ValueError(f"pixels from {values.min()} to {values.max()}; expected 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if not 0 <= low <= high < 2**16:
+        raise ValueError(f"pixels from {low} to {high}; expected 8 or 16 bits")
+    eight = image.format == "TIFF" and image.mode == "I" and high < 2**8
+    grey = values if eight else (values.astype(np.uint32) * 255 + 32767) // 65535
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey = np.where(values == clear, 255, grey)
+    return Image.fromarray(grey.astype(np.uint8))

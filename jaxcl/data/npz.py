@@ -2,13 +2,12 @@
 
 import dataclasses
 import io
-import zipfile
-import zlib
 from typing import ClassVar
 
 import numpy as np
 from etils import epath
 
+from jaxcl.data import fingerprint
 from jaxcl.data.kind import SourceKind
 from jaxcl.data.moments import as_rgb, moments
 from jaxcl.data.selection import TEST_SPLIT, Select, hold_out
@@ -57,6 +56,8 @@ class Npz(SourceKind):
         for i, word in enumerate(COLUMNS.values(), 1):
             count = 1 + max(int(columns[i].max()) for columns in splits.values())
             names[word] = _names(path, f"{word}_names", arrays, count, word)
+        # Rows of a split are drawn from all images; only training asks whether they have changed.
+        content = fingerprint.of_pixels(splits["train"][0]) if split == "train" else ""
         if "test" not in splits:
             images, labels, *_ = splits["train"]
             held = hold_out(labels, 0.1, seed=0, stream=TEST_SPLIT)
@@ -79,6 +80,7 @@ class Npz(SourceKind):
             extras={k: v[rows] for k, v in (("coarse", coarse), ("group", groups)) if names[k]},
             coarse_names=names["coarse"],
             group_names=names["group"],
+            content=content,
             name=f"npz:{path}",
             split=split,
         )
@@ -102,7 +104,9 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
                 f"{path} holds pickled objects (or is no npz file), which are never loaded; save plain arrays"
             ) from error
         raise UserError(f"{path} cannot be read as npz ({_one_line(error)}); write it again") from error
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except MemoryError as error:  # a damaged header may declare petabytes
+        raise UserError(f"{path} does not fit into memory, or is damaged ({_one_line(error)})") from error
+    except Exception as error:  # zip, zlib and NumPy raise anything
         raise UserError(f"{path} is truncated or damaged ({_one_line(error)}); copy or write it again") from error
 
 

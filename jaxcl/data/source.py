@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxcl.data import hashing
+from jaxcl.data import fingerprint, hashing
 from jaxcl.data.moments import Moments, moments
 from jaxcl.errors import UserError
 from jaxcl.runtime.registry import Contract
@@ -42,6 +42,10 @@ class Source(Contract, abc.ABC):
       fine_names: names of the values of extras["fine"], which exists where the labels are the coarse ones.
       group_names: names of the values of extras["group"], for worst-group accuracy.
       paths: the file of each image, local or remote; None for sets that are not made of files.
+      content: what tells the images of the set apart without decoding them, such as the sizes of files or a hash of
+        stored pixels; "" where nothing does.
+      fingerprint: a hash of the content and of the labels, names and groups of the rows, by which a run that continues
+        notices other data; "" where they would have to be read for it.
     """
 
     name: str = "source"
@@ -54,6 +58,7 @@ class Source(Contract, abc.ABC):
     group_names: tuple[str, ...] = ()
     extras: Mapping[str, np.ndarray] = MappingProxyType({})
     paths: tuple[str, ...] | None = None
+    content: str = ""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -95,6 +100,13 @@ class Source(Contract, abc.ABC):
     @functools.cached_property
     def _moments(self) -> Moments:
         return moments(self.batch(np.sort(hashing.order(0, 0, len(self))[:SAMPLE]))["image"])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        if not self.in_memory:
+            return self.content and fingerprint.digest(self.content, len(self))
+        columns = {key: values for key, values in self.extras.items() if values.ndim == 1}
+        return fingerprint.digest(self.content, np.asarray(self.labels), columns)
 
     @property
     def plain(self) -> "Source":
@@ -141,6 +153,8 @@ class Wrapped(Source):
     fine_names = property(attrgetter("inner.fine_names"))
     group_names = property(attrgetter("inner.group_names"))
     paths = property(attrgetter("inner.paths"))
+    content = property(attrgetter("inner.content"))
+    fingerprint = property(attrgetter("inner.fingerprint"))
 
 
 class Subset(Wrapped):
@@ -176,6 +190,10 @@ class Subset(Wrapped):
     def paths(self) -> tuple[str, ...] | None:
         return None if self.inner.paths is None else tuple(self.inner.paths[i] for i in self._rows)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint and fingerprint.digest(self.inner.fingerprint, self._rows)
+
     def take(self, rows: np.ndarray) -> "Subset":
         return Subset(self.inner, self._rows[rows])
 
@@ -192,7 +210,7 @@ class ArraySource(Source):
       labels: int32 [N], -1 where unlabelled.
       class_names: one name per class.
       mean, std: per channel, in [0, 1] units, of the training images.
-      extras, coarse_names, fine_names, group_names, paths, name, split: as of `Source`.
+      extras, coarse_names, fine_names, group_names, paths, content, name, split: as of `Source`.
 
     Raises:
       ValueError: images of another type or shape, or arrays of another number of rows.
@@ -209,6 +227,7 @@ class ArraySource(Source):
     fine_names: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = None
+    content: str = ""
     name: str = "arrays"
     split: str = "train"
     in_memory: ClassVar[bool] = True

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxcl.data import fingerprint
 from jaxcl.data.source import Batch, Source, Wrapped
 from jaxcl.errors import UserError
+from jaxcl.runtime import storage
 
 ABOUT = "textures.json"
 COMMAND = "python -m jaxcl textures --source=... --out=..."
@@ -67,21 +69,18 @@ def _keys(folder: Path, shard: int) -> Path:
 
 
 def _write(path: Path, write) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with storage.replacing(path) as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / ABOUT).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no textures at {folder}: there is no {ABOUT}; make them with {COMMAND}") from None
-    except ValueError as error:
-        raise UserError(f"{folder / ABOUT} is damaged ({error}); make the textures again") from error
+    if not (folder / ABOUT).exists():
+        raise UserError(f"no textures at {folder}: there is no {ABOUT}; make them with {COMMAND}")
+    advice = "make the textures again"
+    about = storage.read_json(folder / ABOUT, "parts", "part_size", advice=advice)
+    if not all(isinstance(about[key], int) and about[key] > 0 for key in ("parts", "part_size")):
+        raise UserError(f"{folder / ABOUT} is not one of jaxcl; {advice}")
+    return about
 
 
 class TextureSet:
@@ -89,6 +88,7 @@ class TextureSet:
 
     Attributes:
       shape: of a texture, (H, W, C).
+      fingerprint: a hash of the images that they were made of, and how.
 
     Errors: UserError for a folder that is incomplete, damaged or holds no textures.
     """
@@ -106,8 +106,9 @@ class TextureSet:
         try:
             keys = np.concatenate([np.load(_keys(self.folder, s), allow_pickle=False) for s in shards])
             self._shards = [np.load(_textures(self.folder, s), mmap_mode="r", allow_pickle=False) for s in shards]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             raise UserError(f"{self.folder} cannot be read ({error}); make the textures again") from error
+        self.fingerprint = fingerprint.digest(about, keys)
         self._size, self.shape = about["part_size"], tuple(self._shards[0].shape[1:])
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
@@ -140,6 +141,10 @@ class Textured(Wrapped):
     @property
     def plain(self) -> Source:
         return self.inner.plain
+
+    @property
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint and fingerprint.digest(self.inner.fingerprint, self._textures.fingerprint)
 
     def take(self, rows: np.ndarray) -> "Textured":
         return Textured(self.inner.take(rows), self._textures)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from jaxcl.data import fingerprint
 from jaxcl.data.cifar import MOMENTS
 from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, in_threads, source_in_memory
 from jaxcl.data.images import resize_and_crop
@@ -21,6 +22,8 @@ from jaxcl.errors import UserError
 
 class Records(Reader):
     """The examples of one TFDS split."""
+
+    knows_labels = False
 
     def __init__(self, builder: Any, split: str, image_size: int, spec: str, label: str, group: str):
         self._spec, self._size = spec, image_size
@@ -51,6 +54,10 @@ class Records(Reader):
         self.image_shape = (image_size, image_size, 3) if image_size else (*shape[:2], 3)
         if np.dtype(features[image].np_dtype) != np.uint8:
             raise UserError(f"images of {spec} are {np.dtype(features[image].np_dtype)}; expected uint8")
+        about = builder.info.splits[split]
+        self.content = fingerprint.digest(
+            builder.info.full_name, about.num_bytes, about.shard_lengths, label, group, *map(str, self.image_shape)
+        )
         try:
             # Pillow decodes here, not TFDS: it is faster, and the pixels are the same with and without OpenCV.
             self._records = builder.as_data_source(split=split, decoders={image: _skip_decoding()})

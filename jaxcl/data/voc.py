@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from jaxcl.data import fingerprint
 from jaxcl.data.images import decode, resize_and_crop
 from jaxcl.data.kind import Size, SourceKind
 from jaxcl.data.moments import moments
@@ -42,7 +43,7 @@ class Voc(SourceKind):
     image_size: Size = 0
 
     def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
-        folder, spec, size = pathlib.Path(argument), f"voc:{argument}", self.image_size or DEFAULT_SIZE
+        folder, spec, size = pathlib.Path(argument).expanduser(), f"voc:{argument}", self.image_size or DEFAULT_SIZE
         names = _names(folder, LISTS[base_split], spec)
         rows = select(np.full(len(names), -1, np.int32))
         images, classes = _read(folder, [names[i] for i in rows], size, spec)
@@ -59,6 +60,7 @@ class Voc(SourceKind):
             std=std,
             extras={"segmentation": classes},
             paths=tuple(str(folder / "JPEGImages" / f"{names[i]}.jpg") for i in rows),
+            content=fingerprint.digest([names[i] for i in rows], fingerprint.of_pixels(classes)),
             name=spec,
             split=split,
         )

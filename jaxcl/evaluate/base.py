@@ -98,6 +98,8 @@ class Evaluator(Contract, abc.ABC):
         """Raises NotApplicable unless the needs that the attributes declare are met."""
         if self.needs_classifier and context.setup.classifier is None:
             raise NotApplicable("the config trains no classifier (no linear_probe in memory)")
+        if self.needs_classifier and self.needs_labels and not context.setup.has_trained_classes(context.test):
+            raise NotApplicable("the classifier was trained on other classes than those of the data")
         for split in self.needs_labels:
             if not (context.source(split).labels >= 0).any():
                 raise NotApplicable(f"no {'training' if split == 'train' else 'test'} image has a label")

@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
+from jaxcl.losses.labels import as_array, class_numbers, flags
 
 
-@functools.partial(jax.jit, static_argnames="num_bins")
 def expected_calibration_error(
     probs: ArrayLike, labels: ArrayLike, *, num_bins: int = 10, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -31,7 +31,8 @@ def expected_calibration_error(
       A scalar in [0, 1]; 0 if no row counts.
 
     Raises:
-      UserError: shapes that do not match.
+      UserError: shapes that do not match, num_bins below 1, or a label that is no class. A traced label that is no
+        class counts as a miss.
 
     References:
       Guo et al. 2017, arXiv 1706.04599, eq. 3.
@@ -41,7 +42,6 @@ def expected_calibration_error(
     return jnp.sum(bins["count"] * gap) / jnp.maximum(jnp.sum(bins["count"]), 1)
 
 
-@functools.partial(jax.jit, static_argnames="num_bins")
 def reliability(
     probs: ArrayLike, labels: ArrayLike, num_bins: int = 10, *, where: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
@@ -51,15 +51,23 @@ def reliability(
       {"count": int32 [num_bins], "accuracy": [num_bins], "confidence": [num_bins]}: the number of rows in each bin,
       their top-1 accuracy and their mean confidence, 0 for an empty bin.
     """
-    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
+    probs, labels = jnp.asarray(probs), as_array(labels)
+    if not isinstance(num_bins, (int, np.integer)) or num_bins < 1:
+        raise UserError(f"calibration: num_bins={num_bins}, expected a whole number of at least 1")
     if probs.ndim != 2 or labels.shape != (len(probs),):
         raise UserError(
             f"calibration: probs of shape {probs.shape} and labels of shape {labels.shape}, "
             "expected [rows, classes] and [rows]"
         )
+    labels = class_numbers("calibration", labels, probs.shape[1], where)
+    return _bins(probs, labels, int(num_bins), flags(where))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _bins(probs, labels, num_bins, where):
     dtype = jnp.promote_types(probs.dtype, jnp.float32)
     probs = probs.astype(dtype)
-    valid = labels >= 0 if where is None else (labels >= 0) & jnp.asarray(where, bool)
+    valid = labels >= 0 if where is None else (labels >= 0) & where.astype(bool)
     # Just below 1, so that a confidence of 1 falls into the last bin, as in the reference library.
     confidence = jnp.minimum(jnp.max(probs, axis=1), 1 - jnp.finfo(dtype).eps)
     hit = jnp.argmax(probs, axis=1) == labels

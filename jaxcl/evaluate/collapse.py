@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import EvalContext
-from jaxcl.losses.common import inner, unit, widened
+from jaxcl.losses.common import inner, rescaled, unit, widened
+from jaxcl.losses.labels import class_ids, flags
 
 Array = jax.Array
 TILE_ENTRIES = 2**22  # distances in memory at one time (16 MiB in float32)
@@ -44,7 +45,7 @@ def collapse_metrics(
       "alignment", with two views or more: mean of |zi - zi'|^2 over the pairs of views of an image, from 0 to 4.
 
     Raises:
-      UserError: shapes that do not match.
+      UserError: shapes that do not match, or labels that are NaN or no numbers.
 
     References:
       Chen et al. 2022, arXiv 2204.07596 (class collapse and spread); Wang and Isola 2020, arXiv 2005.10242 (alignment
@@ -59,8 +60,8 @@ def collapse_metrics(
             "dimensions] or [images, views, dimensions]"
         )
     count = len(z_BxVxD)
-    labels_B = jnp.full(count, -1) if labels is None else jnp.asarray(labels)
-    where_B = jnp.ones(count, bool) if where is None else jnp.asarray(where, bool)
+    labels_B = jnp.full(count, -1) if labels is None else class_ids("collapse_metrics", labels)
+    where_B = jnp.ones(count, bool) if where is None else flags(where).astype(bool)
     for name, array in (("labels", labels_B), ("where", where_B)):
         if array.shape != (count,):
             raise UserError(f"collapse_metrics: {name} of shape {array.shape}, expected ({count},), one for each image")
@@ -69,7 +70,7 @@ def collapse_metrics(
 
 @jax.jit
 def _metrics(z_BxVxD: Array, labels_B: Array, where_B: Array) -> dict[str, Array]:
-    z_BxVxD = jnp.where(where_B[:, None, None], unit(widened(z_BxVxD)[0]), 0)
+    z_BxVxD = jnp.where(where_B[:, None, None], unit(rescaled(widened(z_BxVxD)[0])), 0)
     image_BxD = jnp.mean(z_BxVxD, axis=1)  # an image's mean over its views
     metrics = _classes(z_BxVxD, image_BxD, labels_B, where_B)
     metrics["effective_rank"] = _effective_rank(z_BxVxD, where_B)

@@ -4,7 +4,7 @@ Images pass through the standard view: no augmentation. N images, S side, H W of
 of a batch, D features, K classes, P values of a thumbnail.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxcl.data import Source, batches
 from jaxcl.errors import UserError
 from jaxcl.evaluate.duplicates import thumbnail
 from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logits
+from jaxcl.evaluate.rows import check_images
 from jaxcl.losses.common import unit
 from jaxcl.method import sharding
 from jaxcl.method.forward import represent
@@ -35,7 +36,8 @@ class EvalSetup:
 
     Attributes:
       config, options: the whole config, and its `eval` node.
-      recipe: the method; its mean, std, image shape and number of classes are those of training.
+      recipe: the method, with the mean, std, image shape and number of classes of training. The data that is evaluated
+        may have another number of classes: `EvalContext.num_classes`.
       training: the source whose batches the update sees. With texture negatives from files, batches hold these too.
       selects_on: the split that checkpoints and settings are chosen on: "validation", or "test" without one.
       view: the standard view, [B,H,W,C] in [0,1] -> normalised [B,S,S,C].
@@ -43,13 +45,22 @@ class EvalSetup:
       kinds: kinds of features that evaluators of the config ask for, beside the config's own choice.
     """
 
-    def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        recipe: Recipe,
+        *,
+        train: Source,
+        make_source: Callable[[str], Source],
+        class_names: Sequence[str] | None = None,
+    ):
         self.config, self.options, self.recipe = config, config.eval, recipe
         self.training, self._make_source = train, make_source
         self.selects_on = "validation" if config.data.validation else "test"
         self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
         self.classifier = next((name for name, part in recipe.memory.items() if part.classifies), None)
         self.kinds: frozenset[str] = frozenset()
+        self._class_names = None if class_names is None else tuple(class_names)
         self._sources: dict[str, Source | None] = {"train": train.plain}
         self._compiled: dict[Any, Callable] = {}
 
@@ -67,6 +78,13 @@ class EvalSetup:
                     raise
                 self._sources[split] = None
         return self._sources[split]
+
+    def has_trained_classes(self, source: Source) -> bool:
+        """Whether the classes of a source are the first ones of training, so that the classifier knows its labels."""
+        names, trained = source.class_names, self._class_names
+        if trained is None:  # the data of training itself, or a run of a version that saved no names
+            return source.num_classes <= self.recipe.num_classes
+        return tuple(names) == trained[: len(names)]
 
     def compiled(self, name: str, make: Callable[[], Callable]) -> Callable:
         """The function of that name; `make` is called once."""
@@ -94,6 +112,7 @@ class EvalContext:
         # All batches have one shape, and it divides over the mesh, whatever number the config gives.
         self.batch_size = -(-self.options.batch_size // mesh.size) * mesh.size
         self._features: dict[tuple[str, str], np.ndarray] = {}
+        self._finite: set[tuple[str, str]] = set()  # features that were looked at
         self._probe: LinearFit | None = None
 
     # ---- data
@@ -107,6 +126,11 @@ class EvalContext:
     def source(self, split: str) -> Source | None:
         """A split of the data; "test" is the split that results are measured on."""
         return self.test if split == "test" else self.setup.source(split)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data that is evaluated; another one than the recipe's on data of another set."""
+        return max(self.source("train").num_classes, self.test.num_classes)
 
     def normalize(self, pixels: Array) -> Array:
         """Pixels [B,H,W,C] in [0,1] -> images [B,S,S,C] as the encoder reads them."""
@@ -189,6 +213,9 @@ class EvalContext:
 
         Returns:
           float32 [N,D].
+
+        Raises:
+          NotFinite: by the name of the image; `EvalSetup.final` then leaves the evaluator out, with one line.
         """
         kind = kind or self.options.features
         if (split, kind) not in self._features:
@@ -197,12 +224,17 @@ class EvalContext:
             wanted |= self.setup.kinds if split in ("train", "test") else set()
             out = self._encoded(self.source(split), tuple(k for k in KINDS if k in wanted))
             self._features |= {(split, k): v for k, v in out.items()}
+        if (split, kind) not in self._finite:
+            check_images(self._features[split, kind], self.source(split), "training" if split == "train" else split)
+            self._finite.add((split, kind))
         return self._features[split, kind]
 
     def features_of(self, source: Source) -> np.ndarray:
         """float32 [N,D]: features of any other source, such as changed images, of the kind in `eval.features`."""
         kind = self.options.features
-        return self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
+        found = self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
+        check_images(found, source, "changed")
+        return found
 
     def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
         """Yields features of kind "h" or "z", float32 [n,D], batch by batch: for more images than memory holds."""
@@ -244,7 +276,7 @@ class EvalContext:
         """The linear probe on the training features, fitted once."""
         if self._probe is None:
             labels = self.source("train").labels
-            self._probe = fit_linear_probe(self.features("train"), labels, num_classes=self.recipe.num_classes)
+            self._probe = fit_linear_probe(self.features("train"), labels, num_classes=self.num_classes)
         return self._probe
 
 

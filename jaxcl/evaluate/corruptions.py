@@ -1,6 +1,6 @@
 """The corruptions of ImageNet-C, by name and severity: all fifteen except frost, which needs photographs.
 
-Severities are those of the published set with the nearest image size: CIFAR-10-C (32 pixels), Tiny ImageNet-C (64) or
+Severities come from the published set with the nearest image size: CIFAR-10-C (32 pixels), Tiny ImageNet-C (64) or
 ImageNet-C (224). The corruption of an image depends on its index, the name and the severity only. The images differ
 from the published files: random numbers are different, and motion blur is ImageMagick's formula in floats.
 

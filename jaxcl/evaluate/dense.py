@@ -20,7 +20,7 @@ from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logit
 from jaxcl.method.state import TrainState
 
 Array = jax.Array
-TRAIN_IMAGES, CELLS = 2000, 32  # at most so many images to fit the probe on, and random cells of each image
+TRAIN_IMAGES, CELLS = 2000, 32  # the most training images for the probe, and random cells of each image
 
 
 class Dense(Evaluator):

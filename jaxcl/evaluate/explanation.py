@@ -15,6 +15,7 @@ from jaxcl.augment import denormalize, to_float
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import EvalContext, EvalSetup
+from jaxcl.losses.labels import flags
 from jaxcl.method.forward import represent
 from jaxcl.method.state import TrainState
 
@@ -23,7 +24,6 @@ PICTURED = 200  # test images from which the shown explanations are chosen
 SHOWN = 8  # explanations shown that keep the class, and as many that do not
 
 
-@jax.jit
 def drop_increase(
     p_original: ArrayLike, p_masked: ArrayLike, *, where: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
@@ -50,12 +50,16 @@ def drop_increase(
     References:
       Chattopadhay et al. 2018 (Grad-CAM++), arXiv 1710.11063, section 4.1.
     """
-    o, p = jnp.asarray(p_original), jnp.asarray(p_masked)
+    return _drop_increase(jnp.asarray(p_original), jnp.asarray(p_masked), flags(where))
+
+
+@jax.jit
+def _drop_increase(o, p, where):
     if o.ndim != 1 or o.shape != p.shape:
         raise UserError(f"drop_increase: shapes {o.shape} and {p.shape}, expected the same [images] twice")
     dtype = jnp.promote_types(jnp.promote_types(o.dtype, p.dtype), jnp.float32)
     o, p = o.astype(dtype), p.astype(dtype)
-    valid = jnp.ones(o.shape, bool) if where is None else jnp.asarray(where, bool)
+    valid = jnp.ones(o.shape, bool) if where is None else where.astype(bool)
     base = jnp.where(o > 0, o, 1)
     return {
         "average_drop": _mean(jnp.maximum(0, o - p) / base, valid, empty=0),
@@ -65,7 +69,6 @@ def drop_increase(
     }
 
 
-@jax.jit
 def mask_agreement(
     keep: ArrayLike, maps: ArrayLike, true_mask: ArrayLike, *, where: ArrayLike | None = None
 ) -> dict[str, jax.Array]:
@@ -89,7 +92,12 @@ def mask_agreement(
     References:
       Zhang et al. 2016, arXiv 1608.00507 (pointing game).
     """
-    keep, maps, true_mask = jnp.asarray(keep, bool), jnp.asarray(maps), jnp.asarray(true_mask, bool)
+    return _mask_agreement(flags(keep), jnp.asarray(maps), flags(true_mask), flags(where))
+
+
+@jax.jit
+def _mask_agreement(keep, maps, true_mask, where):
+    keep, true_mask = keep.astype(bool), true_mask.astype(bool)
     if keep.ndim != 3 or not keep.shape == maps.shape == true_mask.shape:
         raise UserError(
             f"mask_agreement: keep {keep.shape}, maps {maps.shape}, true_mask {true_mask.shape}, "
@@ -100,7 +108,7 @@ def mask_agreement(
     keep, inside = keep.reshape(n, -1), true_mask.reshape(n, -1)
     valid = jnp.any(inside, axis=1)
     if where is not None:
-        valid &= jnp.asarray(where, bool)
+        valid &= where.astype(bool)
     iou = jnp.sum(keep & inside, axis=1) / jnp.maximum(jnp.sum(keep | inside, axis=1), 1)
     hit = jnp.take_along_axis(inside, jnp.argmax(maps, axis=1)[:, None], axis=1)[:, 0]
     energy = jnp.maximum(maps, 0)
@@ -123,8 +131,8 @@ def _mean(values, valid, *, empty):
 class Explanation(Evaluator):
     """Quality of GradCAM maps of the online classifier, at the layer `eval.tap`.
 
-    Metrics: those of `drop_increase` for the predicted class, where the most salient `eval.explanation_fraction` of
-    the pixels is kept (ExCon, arXiv 2111.14271); those of `mask_agreement`, where the data has the true masks.
+    Metrics: the results of `drop_increase` for the predicted class, where the most salient share of the pixels is kept
+    (`eval.explanation_fraction`; ExCon, arXiv 2111.14271); and of `mask_agreement`, where the data has the true masks.
     """
 
     needs_classifier = True
@@ -166,8 +174,9 @@ class Explanation(Evaluator):
         if truth is not None and truth.shape[1:] == (S, S):
             keep = np.asarray(saliency.keep_mask(out["maps"], 0.5))
             metrics |= {k: float(v) for k, v in mask_agreement(keep, out["maps"], truth).items()}
-        # The pictures need labels: they explain the true class.
-        return metrics, {"saliency": _explained(context, truth)} if (context.test.labels >= 0).any() else {}
+        # The pictures need labels that the classifier knows: they explain the true class.
+        pictured = (context.test.labels >= 0).any() and context.setup.has_trained_classes(context.test)
+        return metrics, {"saliency": _explained(context, truth)} if pictured else {}
 
 
 def _maps(context: EvalContext, state: TrainState, image: Array, target: Array) -> Array:

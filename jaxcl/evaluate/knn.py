@@ -14,6 +14,9 @@ from jax.typing import ArrayLike
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
+from jaxcl.evaluate.rows import check_finite
+from jaxcl.losses.common import check_above_zero, rescaled
+from jaxcl.losses.labels import as_array, class_numbers
 
 # Similarities in memory at one time (64 MiB in float32): a chunk of queries against the whole bank.
 CHUNK_ENTRIES = 2**24
@@ -43,16 +46,21 @@ def knn_predict(
       [Q, C] float32 or wider; rows sum to 1, or to 0 if no bank row has a label.
 
     Raises:
-      UserError: an empty bank, shapes that do not match, k < 1.
+      UserError: an empty bank, shapes that do not match, k < 1, a temperature not above 0, a label that is no class, or
+        a row of features that is not finite. Of traced arrays: a query with a bad row among its neighbours is NaN.
 
     References:
       Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978,
       section 3.4.
     """
-    bank, bank_labels, queries = jnp.asarray(bank), jnp.asarray(bank_labels), jnp.asarray(queries)
+    bank, bank_labels, queries = jnp.asarray(bank), as_array(bank_labels), jnp.asarray(queries)
     _check(bank, queries, k)
+    check_above_zero("knn", temperature=temperature)
     if bank_labels.shape != (len(bank),):
         raise UserError(f"knn: bank_labels of shape {bank_labels.shape}, expected ({len(bank)},)")
+    bank_labels = class_numbers("knn: bank_labels", bank_labels, num_classes)
+    check_finite("knn: bank", bank, bank_labels >= 0)
+    check_finite("knn: queries", queries)
     return _knn(bank, bank_labels, queries, temperature, k=min(k, len(bank)), num_classes=num_classes)
 
 
@@ -82,6 +90,8 @@ def nearest_neighbours(bank: ArrayLike, queries: ArrayLike, *, k: int) -> tuple[
     """
     bank, queries = jnp.asarray(bank), jnp.asarray(queries)
     _check(bank, queries, k)
+    check_finite("nearest_neighbours: bank", bank)
+    check_finite("nearest_neighbours: queries", queries)
     return _nearest(bank, queries, k=min(k, len(bank)))
 
 
@@ -95,6 +105,7 @@ def _knn(bank, labels_N, queries, temperature, *, k, num_classes):
     def vote(s_qxN):
         dtype = s_qxN.dtype
         excluded_N = jnp.where(labels_N >= 0, 0, -jnp.inf).astype(dtype)
+        excluded_N = jnp.where(labels_N < num_classes, excluded_N, jnp.nan)
         s_qxk, index_qxk = lax.top_k(s_qxN + excluded_N, k)
         # A maximum instead of s_qxk[:, :1]: XLA would merge that slice into the top-k and sort whole rows, which
         # is far slower.
@@ -106,8 +117,10 @@ def _knn(bank, labels_N, queries, temperature, *, k, num_classes):
         votes_qxC = jnp.zeros((len(s_qxN), num_classes), dtype)
         votes_qxC = votes_qxC.at[row_qx1, jnp.maximum(labels_N[index_qxk], 0)].add(weight_qxk)
         total_qx1 = jnp.sum(votes_qxC, axis=1, keepdims=True)
-        return votes_qxC / jnp.where(total_qx1 > 0, total_qx1, 1)
+        bad_qx1 = jnp.isnan(jnp.sum(weight_qxk, axis=1, keepdims=True))  # votes for no class are dropped
+        return jnp.where(bad_qx1, jnp.nan, votes_qxC / jnp.where(total_qx1 > 0, total_qx1, 1))
 
+    bank = jnp.where((labels_N >= 0)[:, None], bank, 0)  # unlabelled rows may hold anything
     return _search(bank, queries, vote)
 
 
@@ -126,6 +139,7 @@ def _search(bank, queries, of_chunk):
 
 
 def _unit(x):
+    x = rescaled(x)
     norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
     return x / jnp.where(norm > 0, norm, 1)
 
@@ -151,7 +165,7 @@ class KNN(Evaluator):
             context.features("test", kind),
             k=options.knn_k,
             temperature=options.knn_temperature,
-            num_classes=context.recipe.num_classes,
+            num_classes=context.num_classes,
         )
         right = accuracy(np.asarray(probabilities).argmax(-1), context.test.labels)
         return {"accuracy": right, "k": options.knn_k}, {}

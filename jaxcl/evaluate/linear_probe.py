@@ -13,10 +13,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxcl.errors import UserError
+from jaxcl.evaluate.rows import check_finite
 from jaxcl.losses import cross_entropy
+from jaxcl.losses.labels import as_array, class_numbers
 
-# Features with a smaller standard deviation are not scaled: that would amplify rounding errors.
-MIN_STD = 1e-6
+# Standard deviation, in roundings of the largest value, below which a feature is constant, with weight 0.
+MIN_ROUNDINGS = 10
 
 
 class LinearFit(NamedTuple):
@@ -54,14 +56,17 @@ def fit_linear_probe(
       LinearFit, for features that are not standardised.
 
     Raises:
-      UserError: shapes that do not match.
+      UserError: shapes that do not match, a label that is no class, or a labelled row that is not finite. Of traced
+        arrays: the weights are NaN.
     """
-    features, labels = jnp.asarray(features), jnp.asarray(labels)
+    features, labels = jnp.asarray(features), as_array(labels)
     if features.ndim != 2 or labels.shape != (len(features),):
         raise UserError(
             f"linear probe: features of shape {features.shape} and labels of shape {labels.shape}, "
             "expected [rows, features] and [rows]"
         )
+    labels = class_numbers("linear probe", labels, num_classes)
+    check_finite("linear probe: features", features, labels >= 0)
     return _fit(
         features,
         labels,
@@ -84,12 +89,10 @@ def _fit(features, labels, l2, tolerance, *, num_classes, max_steps, standardize
     dtype = jnp.promote_types(features.dtype, jnp.float32)
     valid = labels >= 0
     x_NxD = jnp.where(valid[:, None], features.astype(dtype), 0)
-    mean_D, std_D = jnp.zeros(x_NxD.shape[1], dtype), jnp.ones(x_NxD.shape[1], dtype)
+    mean_D, std_D, scale_D = jnp.zeros(x_NxD.shape[1], dtype), *jnp.ones((2, x_NxD.shape[1]), dtype)
     if standardize:
-        count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
-        mean_D = jnp.sum(x_NxD, axis=0) / count
-        variance_D = jnp.sum(jnp.where(valid[:, None], (x_NxD - mean_D) ** 2, 0), axis=0) / count
-        std_D = jnp.where(variance_D > MIN_STD**2, jnp.sqrt(variance_D), 1)
+        x_NxD, scale_D = rescaled_columns(x_NxD)
+        mean_D, std_D = moments(x_NxD, valid)
         x_NxD = (x_NxD - mean_D) / std_D
 
     def objective(probe):
@@ -113,5 +116,26 @@ def _fit(features, labels, l2, tolerance, *, num_classes, max_steps, standardize
 
     start = LinearFit(jnp.zeros((x_NxD.shape[1], num_classes), dtype), jnp.zeros(num_classes, dtype))
     probe, _, _ = lax.while_loop(unfinished, step, (start, solver.init(start), start))
-    weights = probe.weights / std_D[:, None]
-    return LinearFit(weights, probe.bias - mean_D @ weights)
+    bad = jnp.any(labels >= num_classes) | ~jnp.all(jnp.isfinite(x_NxD))  # L-BFGS would stop where it started
+    weights = jnp.where(bad, jnp.nan, probe.weights / std_D[:, None])
+    return LinearFit(weights / scale_D[:, None], probe.bias - mean_D @ weights)
+
+
+def rescaled_columns(x_NxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-> (x with features divided by powers of 2 to at most 2, these powers [D]); features of zeros keep 1."""
+    exponent_D = jnp.frexp(jnp.max(jnp.abs(x_NxD), axis=0, initial=0))[1]
+    limits = jnp.finfo(x_NxD.dtype)
+    exponent_D = jnp.clip(exponent_D, limits.minexp + 1, limits.maxexp - 1)  # 2**128 is no float32
+    scale_D = jnp.ldexp(jnp.ones((), x_NxD.dtype), exponent_D)
+    return x_NxD / scale_D, scale_D
+
+
+def moments(x_NxD: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation [D] of the valid rows of `rescaled_columns`; inf for a constant feature, which becomes 0."""
+    count = jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1)
+    mean_D = jnp.sum(x_NxD, axis=0) / count
+    apart_NxD = jnp.where(valid[:, None], x_NxD - mean_D, 0)
+    # The rounding of the mean is taken off: for a constant feature it would be all that is left.
+    variance_D = jnp.sum(apart_NxD**2, axis=0) / count - (jnp.sum(apart_NxD, axis=0) / count) ** 2
+    constant_D = variance_D <= (MIN_ROUNDINGS * jnp.finfo(x_NxD.dtype).eps) ** 2
+    return mean_D, jnp.where(constant_D, jnp.inf, jnp.sqrt(jnp.where(constant_D, 1, variance_D)))

@@ -106,8 +106,8 @@ class LinearSGD(Evaluator):
             lambda: jax.jit(step, in_shardings=(replicated, replicated, rows), out_shardings=replicated),
         )
         test_h, labels = context.features("test", "h"), context.test.labels
-        weights = 0.01 * jax.random.normal(jax.random.fold_in(key, 1), (test_h.shape[1], recipe.num_classes))
-        probe = LinearFit(weights, jnp.zeros(recipe.num_classes))
+        weights = 0.01 * jax.random.normal(jax.random.fold_in(key, 1), (test_h.shape[1], context.num_classes))
+        probe = LinearFit(weights, jnp.zeros(context.num_classes))
         carry = sharding.device_put((probe, tx.init(probe), jnp.zeros((), jnp.int32)), replicated)
         accuracies = []
         with Loader(train, batch_size=B, seed=recipe.seed, sharding=rows) as loader:

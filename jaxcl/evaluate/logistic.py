@@ -17,7 +17,9 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.linear_probe import LinearFit, probe_logits
+from jaxcl.evaluate.rows import check_finite
 from jaxcl.losses import cross_entropy
+from jaxcl.losses.labels import as_array, class_numbers
 
 
 class LogisticFit(NamedTuple):
@@ -59,13 +61,14 @@ def fit_logistic(
       LogisticFit.
 
     Raises:
-      UserError: shapes that do not match, no labelled row, epochs or batch_size below 1.
+      UserError: shapes that do not match, no labelled row, a label that is no class, a labelled row that is not finite,
+        epochs or batch_size below 1.
 
     References:
       Ho and Vasconcelos 2020, arXiv 2010.12050. Their code reports the best epoch on the test set; the last epoch is
       the honest number.
     """
-    features, labels = np.asarray(features), np.asarray(labels)
+    features, labels = np.asarray(features), np.asarray(as_array(labels))
     test = (features[:0], labels[:0]) if test is None else tuple(np.asarray(t) for t in test)
     for x, y in ((features, labels), test):
         if x.ndim != 2 or y.shape != (len(x),) or x.shape[1] != features.shape[1]:
@@ -78,6 +81,10 @@ def fit_logistic(
     known = labels >= 0
     if not known.any():
         raise UserError("logistic: no row has a label, expected at least one")
+    class_numbers("logistic", labels, num_classes)
+    class_numbers("logistic: test", test[1], num_classes)
+    check_finite("logistic: features", features, known)
+    check_finite("logistic: test features", test[0], test[1] >= 0)
     if not known.all():
         features, labels = features[known], labels[known]
     return _fit(
@@ -142,7 +149,7 @@ class Logistic(Evaluator):
             context.features("train"),
             context.source("train").labels,
             test=(context.features("test"), context.test.labels),
-            num_classes=context.recipe.num_classes,
+            num_classes=context.num_classes,
             epochs=options.logistic_epochs,
             batch_size=options.logistic_batch_size,
             learning_rate=options.logistic_lr,

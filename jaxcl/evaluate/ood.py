@@ -81,7 +81,7 @@ class OutOfDomain(Evaluator):
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
         options, test, side = context.options, context.test, context.recipe.image_shape[0]
-        chance = 1 / context.recipe.num_classes
+        chance = 1 / context.num_classes
         # The test split first: other evaluators read the same features.
         metrics: Metrics = {"accuracy": accuracy(_predicted(context, context.features("test")), test.labels)}
         panel: dict[str, Any] = {"In domain": {"value": metrics["accuracy"]}}

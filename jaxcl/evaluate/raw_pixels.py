@@ -21,6 +21,6 @@ class RawPixels(Evaluator):
         if not (train.in_memory and test.in_memory):
             raise NotApplicable("the images are not in memory")
         flat = [np.asarray(s.images, np.float32).reshape(len(s), -1) / 255 for s in (train, test)]
-        classes = context.recipe.num_classes
+        classes = context.num_classes
         probe = fit_linear_probe(flat[0], train.labels, num_classes=classes, l2=1.0, max_steps=60)
         return {"accuracy": accuracy(np.asarray(probe_logits(probe, flat[1])).argmax(-1), test.labels)}, {}

@@ -92,7 +92,7 @@ def _result_name(kind: str, evaluator: Evaluator) -> str:
 def declared_metrics(kinds: Iterable[str] = ()) -> dict[str, Metric]:
     """The main results of all built-in evaluators and of these, {"linear.accuracy": Metric, "fgsm.*.accuracy": ...}.
 
-    kinds: of evaluators, such as a config's eval.final; those of your own are only known by it.
+    kinds: further evaluators, such as the eval.final of a config, which may name evaluators of your own.
     """
     found: dict[str, Metric] = {}
     for kind in dict.fromkeys((*EVALUATORS, *kinds)):

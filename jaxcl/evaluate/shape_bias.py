@@ -87,8 +87,8 @@ class ShapeBias(Evaluator):
     training tied them. If not, no texture speaks for a class: decisions for the class of the texture are ordinary
     mistakes, one in nine by chance, and the bias says no more than "shape_accuracy" does.
 
-    Metrics: those of `shape_bias` on the data's images; under "stimuli" those on the images in `eval.cue_conflict`,
-    with the "categories" in which the data has classes. Stimuli of other categories do not count.
+    Metrics: the results of `shape_bias` on the data's images; under "stimuli" its results on the images in
+    `eval.cue_conflict`, with the "categories" in which the data has classes. Stimuli of other categories do not count.
     """
 
     needs_labels = ("train",)
@@ -125,7 +125,7 @@ class ShapeBias(Evaluator):
         metrics: Metrics = {}
         panel = {}
         if own is not None:
-            metrics |= shape_bias(_probabilities(context, own), np.arange(context.recipe.num_classes), *_cues(own))
+            metrics |= shape_bias(_probabilities(context, own), np.arange(context.num_classes), *_cues(own))
             metrics["texture_taught"] = "cue" in context.source("train").extras
             title = "Shape bias" if metrics["texture_taught"] else "Shape bias (textures not taught)"
             panel[title] = {"value": metrics["shape_bias"], "chance": 0.5}

@@ -3,8 +3,9 @@
 S side of a view, C channels.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import FEATURES, EvalContext, EvalSetup
 from jaxcl.evaluate.registry import make_suite
+from jaxcl.evaluate.rows import NotFinite
 from jaxcl.method import sharding
 from jaxcl.method.inputs import make_views, run_stages
 from jaxcl.method.recipe import Phase, Recipe
@@ -46,13 +48,22 @@ class Evaluation(EvalSetup):
       recipe: of this config.
       train: the training source.
       make_source: reads another split of the data.
+      class_names: of the data that the run was trained on; None: unknown, or those of `train`.
 
     Raises:
       UserError: an evaluator that does not exist, a split that does not, or features of an unknown kind.
     """
 
-    def __init__(self, config: ConfigDict, recipe: Recipe, *, train: Source, make_source: Callable[[str], Source]):
-        super().__init__(config, recipe, train=train, make_source=make_source)
+    def __init__(
+        self,
+        config: ConfigDict,
+        recipe: Recipe,
+        *,
+        train: Source,
+        make_source: Callable[[str], Source],
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__(config, recipe, train=train, make_source=make_source, class_names=class_names)
         self._suites = {key: make_suite(f"eval.{key}", config.eval[key]) for key in ("quick", "final")}
         check_split("eval.split", config.eval.split, config)
         for key, known in (("features", FEATURES), ("knn_features", ("", *FEATURES))):
@@ -85,11 +96,12 @@ class Evaluation(EvalSetup):
         panels["views"] = training_views(context)
         if len(context.test) and ((context.test.labels >= 0).any() or "map" not in panels):
             n = min(len(context.test), MAPPED)
-            panels["embedding"] = {
-                "features": context.features("test")[:n],
-                "labels": context.test.labels[:n],
-                "class_names": context.test.class_names,
-            }
+            with contextlib.suppress(NotFinite):  # the log says so
+                panels["embedding"] = {
+                    "features": context.features("test")[:n],
+                    "labels": context.test.labels[:n],
+                    "class_names": context.test.class_names,
+                }
         return results, panels
 
     def evaluate(self, kinds: Iterable[str], context: EvalContext, *, where: str = "suite") -> dict[str, Metrics]:
@@ -128,7 +140,7 @@ class Evaluation(EvalSetup):
             try:
                 evaluator.check_needs(context)
                 metrics, pictures = evaluator(context)
-            except NotApplicable as reason:
+            except (NotApplicable, NotFinite) as reason:
                 left_out.setdefault(str(reason), []).append(name)
                 continue
             if metrics:

@@ -22,8 +22,13 @@ from jaxcl.data.selection import hold_out
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext
-from jaxcl.evaluate.linear_probe import MIN_STD, LinearFit, probe_logits
+from jaxcl.evaluate.linear_probe import LinearFit, moments, probe_logits, rescaled_columns
+from jaxcl.evaluate.rows import check_finite
 from jaxcl.losses import cross_entropy
+from jaxcl.losses.labels import class_numbers
+
+# Standard deviation, as a share of the largest value, below which a feature is constant.
+MIN_STD = 1e-6
 
 METHODS = ("gmm", "kmeans")
 # The choices of `robust_probe`. With eta 0 the groups have constant weights: it only balances them by sampling.
@@ -63,10 +68,11 @@ def find_groups(
       rows, or with equal points only, is one group.
 
     Raises:
-      UserError: an unknown method, numbers out of range, shapes that do not match.
+      UserError: an unknown method, numbers out of range, shapes that do not match, a labelled row that is not finite.
     """
     features, labels = np.asarray(features, np.float64), np.asarray(labels)
     _check_rows("find_groups", features, labels)
+    check_finite("find_groups: features", features, labels >= 0)
     if method not in METHODS:
         raise UserError(f"find_groups: method={method!r}, expected one of {', '.join(METHODS)}")
     if dims < 1 or max_clusters < 2 or overcluster < 1:
@@ -99,7 +105,7 @@ def _clusters(
     from sklearn.mixture import GaussianMixture
 
     std = features.std(0)
-    varies = std > MIN_STD * np.maximum(np.abs(features).max(0), 1)
+    varies = std > MIN_STD * np.abs(features).max(0)
     one = np.zeros(len(features), np.int64)
     if len(features) < 10 or not varies.any():
         return one
@@ -171,7 +177,8 @@ def group_dro(
       LinearFit, for features that are not scaled.
 
     Raises:
-      UserError: shapes that do not match, no row with a label and a group, numbers out of range.
+      UserError: shapes that do not match, no row with a label and a group, numbers out of range, a label that is no
+        class, a row that is not finite.
 
     References:
       Sagawa et al. 2020, arXiv 1911.08731, algorithm 1.
@@ -186,6 +193,8 @@ def group_dro(
     known = (labels >= 0) & (groups >= 0)
     if not known.any():
         raise UserError("group_dro: no row has a label and a group, expected at least one")
+    class_numbers("group_dro", labels, num_classes)
+    check_finite("group_dro: features", features, known)
     features, labels, groups = features[known], labels[known], groups[known]
     by_group = np.argsort(groups, kind="stable")
     _, count_G = np.unique(groups, return_counts=True)
@@ -238,8 +247,8 @@ def _dro(x_NxD, labels_N, count_G, eta, l2, rate, seed, *, num_classes, steps, p
     """`group_dro` on rows that are sorted by group."""
     dtype = jnp.promote_types(x_NxD.dtype, jnp.float32)
     x_NxD = x_NxD.astype(dtype)
-    mean_D, std_D = jnp.mean(x_NxD, axis=0), jnp.std(x_NxD, axis=0)
-    std_D = jnp.where(std_D > MIN_STD, std_D, 1)
+    x_NxD, scale_D = rescaled_columns(x_NxD)
+    mean_D, std_D = moments(x_NxD, jnp.ones(len(x_NxD), bool))
     x_NxD = (x_NxD - mean_D) / std_D
     num_groups, (_, num_features) = len(count_G), x_NxD.shape
     first_G = jnp.cumsum(count_G) - count_G
@@ -263,7 +272,7 @@ def _dro(x_NxD, labels_N, count_G, eta, l2, rate, seed, *, num_classes, steps, p
     even_G = jnp.zeros(num_groups, dtype)  # scaled to sum 1 in the first step
     (probe, _, _), _ = lax.scan(step, (start, tx.init(start), even_G), jax.random.split(jax.random.key(seed), steps))
     weights = probe.weights / std_D[:, None]
-    return LinearFit(weights, probe.bias - mean_D @ weights)
+    return LinearFit(weights / scale_D[:, None], probe.bias - mean_D @ weights)
 
 
 def group_accuracies(predicted: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
@@ -374,7 +383,7 @@ class WorstGroup(Evaluator):
             )
         features, test = context.features("train"), context.features("test")
         pseudo = find_groups(features, train.labels, seed=context.recipe.seed)
-        options = dict(num_classes=context.recipe.num_classes, seed=context.recipe.seed)
+        options = dict(num_classes=context.num_classes, seed=context.recipe.seed)
         probes, metrics, by_group = {"erm": context.fitted_probe()}, {}, {}
         for name, groups in (("dro", pseudo), ("oracle", train.extras["group"])):
             probes[name], chosen = robust_probe(features, train.labels, groups, **options)

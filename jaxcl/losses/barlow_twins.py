@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.errors import UserError
-from jaxcl.losses.common import Array, AxisName, check_floating, check_shape, total, widened
+from jaxcl.losses.common import Array, AxisName, check_floating, check_shape, inverse_root, total, widened
 
 # Added to the variance, as batch normalisation does.
 EPSILON = 1e-5
@@ -86,4 +86,4 @@ def _standardised(z_NxD, count, axis_name):
     # From centred values: the mean of squares minus the squared mean loses all digits if the mean is large.
     centred_NxD = z_NxD - total(jnp.sum(z_NxD, axis=0), axis_name) / count
     variance_D = total(jnp.sum(centred_NxD**2, axis=0), axis_name) / count
-    return centred_NxD * lax.rsqrt(variance_D + EPSILON)
+    return centred_NxD * inverse_root(variance_D + EPSILON)

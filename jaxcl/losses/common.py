@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcl.errors import UserError
@@ -27,14 +28,48 @@ def widened(*arrays: Any) -> list[jax.Array]:
     return [a.astype(dtype) for a in arrays]
 
 
+def concrete(x: Any) -> np.ndarray | None:
+    """The values of `x` on the host; None where they are traced, or partly on other hosts."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (jax.tree.leaves(x) if isinstance(x, (list, tuple)) else [x])):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    return np.asarray(x)
+
+
+def number(x: Any) -> float | None:
+    """The value of a scalar: a number of Python or NumPy, or an array of one element. None where it is unknown."""
+    if isinstance(x, (int, float)):
+        return float(x)
+    values = None if x is None else concrete(x)
+    return float(values.item()) if values is not None and values.size == 1 and values.dtype.kind != "O" else None
+
+
 def unit(x: jax.Array) -> jax.Array:
     """Scales vectors along the last axis to length 1. A zero vector stays zero and gets zero gradient.
 
-    NaN counts as long, so that it reaches the loss: the training loop detects divergence by a NaN loss.
+    NaN counts as long, so that it reaches the loss: the training loop detects divergence by a NaN loss. So does a
+    vector whose squared length overflows (1.8e19 or longer in float32), which becomes NaN; see `rescaled`.
     """
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     usable = ~(square <= NORM_FLOOR**2)
-    return jnp.where(usable, x * lax.rsqrt(jnp.where(usable, square, 1)), 0)
+    return jnp.where(usable, x * inverse_root(jnp.where(usable, square, 1)), 0)
+
+
+def inverse_root(square: jax.Array) -> jax.Array:
+    """1 / sqrt(square), and NaN instead of 0 for a square that has overflowed."""
+    return lax.rsqrt(jnp.where(jnp.isposinf(square), jnp.nan, square))
+
+
+def rescaled(x: jax.Array) -> jax.Array:
+    """Vectors divided by powers of 2, so that their largest entry is in [1/2, 1); zeros stay zero.
+
+    The direction keeps all its digits. Squares of the result neither overflow nor vanish, as those of vectors longer
+    than 1.8e19 or shorter than 1e-19 would.
+    """
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
+    half = jnp.frexp(largest)[1] // 2  # in two steps: 2**128 is no float32
+    return jnp.ldexp(jnp.ldexp(x, -half), half - jnp.frexp(largest)[1])
 
 
 def inner(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -65,9 +100,10 @@ def check_choice(loss: str, name: str, value: Any, choices: Sequence[Any]) -> No
 
 
 def check_above_zero(loss: str, **values: Any) -> None:
-    """Raises UserError for a Python number that is not above 0. Traced values cannot be checked and pass."""
+    """Raises UserError for a number that is not above 0. Traced values cannot be checked and pass."""
     for name, value in values.items():
-        if isinstance(value, (int, float)) and not value > 0:
+        known = number(value)
+        if known is not None and not known > 0:
             raise UserError(f"{loss}: {name}={value}, expected a number above 0")
 
 

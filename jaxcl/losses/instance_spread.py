@@ -17,6 +17,7 @@ from jaxcl.losses.common import (
     check_above_zero,
     check_floating,
     first_row,
+    number,
     total,
     widened,
 )
@@ -89,7 +90,8 @@ def instance_spread(
             "first views, then second views"
         )
     check_above_zero("instance_spread", temperature=temperature)
-    if isinstance(negative_multiplier, (int, float)) and not negative_multiplier >= 1:
+    multiplier = number(negative_multiplier)
+    if multiplier is not None and not multiplier >= 1:
         raise UserError(f"instance_spread: negative_multiplier={negative_multiplier}, expected a number of at least 1")
     if total(len(features), axis_name) < 4:
         raise UserError(

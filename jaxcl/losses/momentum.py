@@ -21,6 +21,7 @@ from jaxcl.losses.common import (
     unit,
     widened,
 )
+from jaxcl.losses.labels import flags
 
 
 def moco(
@@ -265,7 +266,7 @@ def _checked_rows(loss, rows, where):
         check_shape(loss, name, x, shape, f"like {first}")
     if where is None:
         return None
-    where = jnp.asarray(where)
+    where = flags(where)
     check_shape(loss, "where", where, shape[:1], "one for each row")
     return where.astype(bool)
 

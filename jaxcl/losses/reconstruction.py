@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxcl.errors import UserError
 from jaxcl.losses.common import Array, AxisName, check_floating, check_shape, total, widened
+from jaxcl.losses.labels import flags
 
 
 def reconstruction(x_hat: Array, x: Array, *, where: Array | None = None, axis_name: AxisName = None) -> Array:
@@ -45,7 +46,7 @@ def reconstruction(x_hat: Array, x: Array, *, where: Array | None = None, axis_n
         )
     check_shape("reconstruction", "x", x, x_hat.shape, "like x_hat")
     if where is not None:
-        where = jnp.asarray(where)
+        where = flags(where)
         check_shape("reconstruction", "where", where, x_hat.shape[:1], "one for each row")
         where = where.astype(bool)
     return _reconstruction(x_hat, x, where, axis_name=axis_name)

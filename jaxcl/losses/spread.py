@@ -3,6 +3,7 @@
 Shapes: V views, B samples of this device, D features. `jaxcl/losses/spread_rows.py` computes them.
 """
 
+import math
 from typing import get_args
 
 import jax
@@ -16,8 +17,10 @@ from jaxcl.losses.common import (
     check_choice,
     check_floating,
     check_shape,
+    number,
     total,
 )
+from jaxcl.losses.labels import class_ids, flags
 from jaxcl.losses.plan import Implementation, choose_plan
 from jaxcl.losses.spread_rows import Norm, class_terms
 
@@ -247,7 +250,7 @@ def _weighted(a, r, a_lc, a_spread):
 
 def _checked(loss, views, labels, where, temperature, norm, implementation, axis_name):
     """Checks the arrays and the common options -> (arrays, plan)."""
-    views, labels, where = (None if x is None else jnp.asarray(x) for x in (views, labels, where))
+    views, where = jnp.asarray(views), flags(where)
     if views.ndim != 3 or views.shape[0] < 2 or 0 in views.shape:
         raise UserError(f"{loss}: views has shape {views.shape}, expected [views >= 2, samples, features]")
     if views.shape[0] > MAX_VIEWS:
@@ -256,11 +259,10 @@ def _checked(loss, views, labels, where, temperature, norm, implementation, axis
             f"with at most {MAX_VIEWS} views; for [samples, views, features] pass jnp.moveaxis(views, 1, 0)"
         )
     check_floating(loss, views=views)
+    labels = None if labels is None else class_ids(loss, labels, integers=True)
     for name, value in (("labels", labels), ("where", where)):
         if value is not None:
             check_shape(loss, name, value, (views.shape[1],), _shape_hint(value, views))
-    if labels is not None and not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
-        raise UserError(f"{loss}: labels has type {labels.dtype}, expected integers: class ids, or -1 for unlabelled")
     check_above_zero(loss, temperature=temperature)
     check_choice(loss, "norm", norm, get_args(Norm))
     rows = views.shape[1]
@@ -277,18 +279,19 @@ def _shape_hint(value, views):
 def _check_positives(loss, positives_in_denominator, positive_weight, clip_positive):
     check_above_zero(loss, positive_weight=positive_weight)
     # The value of a traced weight is unknown. A caller who passes one wants it to have an effect.
-    if not positives_in_denominator and not (isinstance(positive_weight, (int, float)) and positive_weight == 1):
+    if not positives_in_denominator and number(positive_weight) != 1:
         raise UserError(
             f"{loss}: positive_weight={positive_weight} without positives_in_denominator, expected 1; "
             "set positives_in_denominator=True"
         )
-    if isinstance(clip_positive, (int, float)) and clip_positive != clip_positive:
+    if clip_positive is not None and math.isnan(number(clip_positive) or 0):
         raise UserError(f"{loss}: clip_positive={clip_positive}, expected a number or None")
 
 
 def _check_weights(a_lc, a_spread):
     for name, value in (("a_lc", a_lc), ("a_spread", a_spread)):
-        if isinstance(value, (int, float)) and not value >= 0:
+        known = number(value)
+        if known is not None and not known >= 0:
             raise UserError(f"spread: {name}={value}, expected a number of at least 0")
-    if all(isinstance(w, (int, float)) and w == 0 for w in (a_lc, a_spread)):
+    if number(a_lc) == number(a_spread) == 0:
         raise UserError("spread: a_lc=0 and a_spread=0, expected at least one weight above 0")

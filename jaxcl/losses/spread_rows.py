@@ -12,9 +12,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxcl.losses.common import NORM_FLOOR, Array, AxisName, first_row, total, unit, widened
+from jaxcl.losses.common import NORM_FLOOR, Array, AxisName, first_row, inverse_root, total, unit, widened
 from jaxcl.losses.engine import reduce_rows
 from jaxcl.losses.plan import Plan
 from jaxcl.losses.reduction import Operand, Reduction
@@ -57,7 +56,7 @@ def class_terms(
     valid_B = jnp.ones(num_samples, bool) if where is None else where.astype(bool)
     views_VxBxD = jnp.where(valid_B[None, :, None], views_VxBxD, 0)  # padding may be NaN, and 0 * NaN is NaN
     id_B = first_row(num_samples, axis_name) + jnp.arange(num_samples, dtype=jnp.int32)
-    label_B = id_B if labels is None else labels.astype(jnp.int32)
+    label_B = id_B if labels is None else labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
 
     sums = dict.fromkeys(terms, 0.0)
     pairs = [(a, c) for a in range(num_views) for c in range(a)]
@@ -100,7 +99,7 @@ def _logit_factors(x_BxD: Array, y_BxD: Array, norm: Norm) -> tuple[Array, Array
     if norm == "released":  # both norms are of the column's sample
         square = jnp.sum(x_BxD * x_BxD, axis=-1, keepdims=True)
         usable = ~(square <= NORM_FLOOR**2)
-        return x_BxD, unit(y_BxD) * jnp.where(usable, lax.rsqrt(jnp.where(usable, square, 1)), 0)
+        return x_BxD, unit(y_BxD) * jnp.where(usable, inverse_root(jnp.where(usable, square, 1)), 0)
     return x_BxD, y_BxD
 
 

@@ -23,6 +23,7 @@ from jaxcl.losses.common import (
     total,
     unit,
 )
+from jaxcl.losses.labels import class_ids, flags
 from jaxcl.losses.plan import Implementation, Plan, choose_plan, is_bounded
 from jaxcl.losses.supcon_rows import Batch, losses_by_matrix, losses_by_reduction
 
@@ -109,8 +110,8 @@ def supcon(
       A scalar, float32 or wider. 0 if there is no anchor.
 
     Raises:
-      UserError: labels and mask together, fewer than 3 dimensions, shapes that do not match, unknown options, or "ring"
-        with a mask or without `axis_name`.
+      UserError: labels and mask together, labels that are NaN or no numbers, fewer than 3 dimensions, shapes that do
+        not match, unknown options, or "ring" with a mask or without `axis_name`.
 
     Example:
       features = jnp.stack([z1, z2], axis=1)  # [N, 2, D]
@@ -120,10 +121,9 @@ def supcon(
       Khosla et al., "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2. Background negatives:
       Zhang et al., "ExCon: Explanation-driven Supervised Contrastive Learning", arXiv:2111.14271.
     """
-    features, labels, mask, background, where, negatives, negatives_where = (
-        None if x is None else jnp.asarray(x)
-        for x in (features, labels, mask, background, where, negatives, negatives_where)
-    )
+    features, negatives = (None if x is None else jnp.asarray(x) for x in (features, negatives))
+    mask, background, where, negatives_where = map(flags, (mask, background, where, negatives_where))
+    labels = None if labels is None else class_ids("supcon", labels)
     _check_options(temperature, base_temperature, negatives_count, anchors, anchor_mean)
     _check_shapes(features, labels, mask, background, where, negatives, negatives_where, axis_name)
 

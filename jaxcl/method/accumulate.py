@@ -76,9 +76,20 @@ def _batch_norms(recipe: Any) -> str:
 
 
 def gradients(
-    grad_fn: Callable, params: Tree, rows: Tree, stats: Tree, key: Array, *, micro_batches: int, mesh: Mesh | None
+    grad_fn: Callable,
+    params: Tree,
+    rows: Tree,
+    stats: Tree,
+    key: Array,
+    *,
+    micro_batches: int,
+    mesh: Mesh | None,
+    counts: Callable[[Tree], Tree] | None = None,
 ) -> tuple[Array, Tree, Tree, Tree, Tree]:
     """Accumulate `grad_fn(params, rows, stats, key) -> ((loss, (metrics, outputs, stats)), gradients)`.
+
+    A loss that is a mean over some of the rows (the labelled ones) needs `counts`, unless each micro-batch has equally
+    many: the mean of its micro-batches' means would not be the batch's.
 
     Running statistics move once a micro-batch. On several devices gradients are summed over them once a micro-batch,
     which sends more than without accumulation. No row moves between devices.
@@ -86,6 +97,9 @@ def gradients(
     Args:
       rows: arrays [N, ...], sharded by rows where the mesh has more than one device.
       micro_batches: C, a divisor of N.
+      counts: rows of a micro-batch -> over how many of them its loss is a mean, a number. Or a tree of numbers, one
+        for each part of the loss: then grad_fn takes a fifth argument, a tree of factors, by which it multiplies
+        these parts and their metrics.
 
     Returns:
       (mean loss, mean metrics, outputs in the order of the rows, last statistics, mean gradients)
@@ -104,12 +118,19 @@ def gradients(
 
     def step(carry: tuple[Tree, Tree], xs: tuple[Tree, Array]) -> tuple[tuple[Tree, Tree], Tree]:
         grads, stats = carry
-        micro_batch, i = xs
-        (loss, (metrics, outputs, stats)), new = grad_fn(params, micro_batch, stats, jax.random.fold_in(key, i))
+        micro_batch, i, share = xs
+        args = () if share is None or isinstance(share, Array) else (share,)
+        (loss, (metrics, outputs, stats)), new = grad_fn(params, micro_batch, stats, jax.random.fold_in(key, i), *args)
+        if isinstance(share, Array):
+            loss, metrics, new = jax.tree.map(lambda x: x * share.astype(x.dtype), (loss, metrics, new))
         return (jax.tree.map(jnp.add, grads, new), stats), (loss, metrics, outputs)
 
     zero = jax.tree.map(jnp.zeros_like, params)
-    dealt = (jax.tree.map(deal, rows), jnp.arange(C))
+    parts, shares = jax.tree.map(deal, rows), None
+    if counts is not None:
+        found = jax.vmap(counts)(parts)  # [C] each; the share of a micro-batch is its count by the mean count
+        shares = jax.tree.map(lambda n: (n * C).astype(jnp.float32) / jnp.maximum(n.sum(), 1), found)
+    dealt = (parts, jnp.arange(C), shares)
     (grads, stats), (loss, metrics, outputs) = lax.scan(step, (zero, stats), dealt)
     loss, metrics = jax.tree.map(lambda x: x.mean(0), (loss, metrics))
     return loss, metrics, jax.tree.map(collect, outputs), stats, jax.tree.map(lambda g: g / C, grads)

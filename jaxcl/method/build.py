@@ -56,6 +56,7 @@ def build_recipe(
     if steps < 1:
         raise UserError(f"duration {config.duration!r} is less than one step; expected at least one")
 
+    mean, std = _moments(config.data, mean, std)
     size = config.size or image_shape[0]
     pixels = dict(size=size, mean=mean, std=std)
     views = {n: make_part(f"views.{n}", v, registry.VIEWS, **pixels) for n, v in config.views.items()}
@@ -117,3 +118,16 @@ def build_recipe(
     )
     check(recipe, num_devices=num_devices)
     return recipe
+
+
+def _moments(data: ConfigDict, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple, tuple]:
+    """The moments by which images are normalised: data.mean and data.std where given, else those of the source."""
+    given = tuple(data.mean), tuple(data.std)
+    if not any(given):
+        return mean, std
+    for key, values in zip(("mean", "std"), given, strict=True):
+        if len(values) != len(mean):
+            raise UserError(
+                f"data.{key} is {values}; expected {len(mean)} numbers, one a channel, in both data.mean and data.std"
+            )
+    return given

@@ -174,8 +174,9 @@ class EMA(MemoryPart):
 
     of: str = ""  # the encoder it follows; "" is the main one
     decay: Annotated[float, SHARE] = 0.999  # share of the old values that an update keeps
-    # cosine: from decay to 1 at the end of the run (BYOL).
+    # cosine: from decay to decay_end at the end of the run (BYOL: to 1).
     decay_schedule: Literal["constant", "cosine"] = "constant"
+    decay_end: Annotated[float, SHARE] = 1.0
     # Also average a conditioned head's layers on augmentation parameters; False: use the encoder's own there.
     average_embeds: bool = True
     # Update the average before the views are encoded (MoCo), or after the optimiser's step (BYOL).
@@ -192,7 +193,7 @@ class EMA(MemoryPart):
     def _averaged(self, memory: Tree, params: Tree, progress: Array) -> Tree:
         keep = jnp.float32(self.decay)
         if self.decay_schedule == "cosine":
-            keep = 1 - (1 - keep) * (1 + jnp.cos(jnp.pi * progress)) / 2
+            keep = self.decay_end - (self.decay_end - keep) * (1 + jnp.cos(jnp.pi * progress)) / 2
 
         def average(path: tuple, k: Array, q: Array) -> Array:
             own = not self.average_embeds and any(str(p.key).startswith(EMBED) for p in path)

@@ -4,6 +4,7 @@ e epoch counted from 1, E epochs, S steps per epoch.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from jaxcl.errors import UserError
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.options import POSITIVE, Options, Range
 
+logger = logging.getLogger("jaxcl")
 Array = jax.Array
 Schedule = Callable[[Array], Array]
 
@@ -39,6 +41,10 @@ class OptimizerOptions(Options):
     decay_epochs: Sequence[int] = ()  # epoch_steps, epoch_factors: after each of these epochs
     decay_factors: Sequence[float] = ()  # epoch_factors: from then on the rate is lr times this, one for each epoch
     clip_norm: Annotated[float, Range(0)] = 0.0  # the global gradient norm is clipped to this; 0: not clipped
+    trust_coefficient: Annotated[float, POSITIVE] = 1e-3  # lars: a matrix moves by lr * this * its norm, a step
+    # lars: the local rate, trust_coefficient * norm of the parameters / norm of the gradient, is at most lr, and is not
+    # multiplied by lr (LARC). Recipes for small sets clip, with a coefficient of 0.02.
+    clip_trust: bool = False
     constant_lr: Sequence[str] = ()  # parameters that keep the rate lr: "heads/predictor" (SimSiam), "encoder", ...
 
 
@@ -143,6 +149,25 @@ def make_schedule(
         batch_size=batch_size,
         total=steps,
     )
+    schedule = _schedule(options, name, warmup, steps, steps_per_epoch)
+    if warmup > steps // 4:
+        _warn_of_low_peak(options, name, schedule, steps)
+    return schedule
+
+
+def _warn_of_low_peak(options: OptimizerOptions, name: str, schedule: Schedule, steps: int) -> None:
+    with jax.ensure_compile_time_eval():
+        at = jnp.arange(0, steps, max(1, steps // 256))
+        peak = float(jnp.max(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(at)))
+    if peak < options.lr / 2:
+        logger.warning(
+            "%s.warmup is %s of a run of %d steps: the learning rate never passes %.3g, where %s.lr is %g; use a "
+            "shorter warm-up, such as '10%%'",
+            *(name, options.warmup, steps, peak, name, options.lr),
+        )
+
+
+def _schedule(options: OptimizerOptions, name: str, warmup: int, steps: int, steps_per_epoch: int) -> Schedule:
     common = dict(
         steps_per_epoch=steps_per_epoch,
         decay_rate=options.decay_rate,
@@ -214,10 +239,43 @@ def _one_optimizer(options: OptimizerOptions, schedule: Schedule) -> optax.Gradi
     if options.kind in ("adamw", "torch_adamw"):
         mask = matrices if options.kind == "adamw" else None
         return optax.adamw(schedule, **adam, weight_decay=options.weight_decay, mask=mask)
+    if options.clip_trust:
+        return optax.chain(
+            _clipped_trust(options, schedule), optax.trace(options.momentum), optax.scale_by_learning_rate(schedule)
+        )
     return optax.lars(
         schedule,
         weight_decay=options.weight_decay,
         weight_decay_mask=matrices,
+        trust_coefficient=options.trust_coefficient,
         trust_ratio_mask=matrices,
         momentum=options.momentum,
     )
+
+
+def _clipped_trust(options: OptimizerOptions, schedule: Schedule) -> optax.GradientTransformation:
+    """Decays matrices and scales their gradients by min(local rate / lr, 1); the rate itself is applied later.
+
+    The local rate is trust_coefficient |p| / (|g| + weight_decay |p| + 1e-8). A matrix with |p| or |g| = 0 keeps its
+    gradient. Source: LARC in NVIDIA's apex; in the same form in solo-learn's LARS.
+    """
+    decay = options.weight_decay
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(grads: Any, state: optax.ScaleByScheduleState, params: Any) -> tuple[Any, optax.ScaleByScheduleState]:
+        lr = jnp.asarray(schedule(state.count), jnp.float32)
+
+        def scaled(g: Array, p: Array) -> Array:
+            if p.ndim < 2:
+                return g
+            size, slope = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
+            local = options.trust_coefficient * size / (slope + decay * size + 1e-8)
+            moves = (size > 0) & (slope > 0)
+            return jnp.where(moves, jnp.minimum(local / lr, 1) * (g + decay * p), g)
+
+        scaled_grads = jax.tree.map(scaled, grads, params)
+        return scaled_grads, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)

@@ -7,13 +7,15 @@ import functools
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxcl.errors import UserError
 from jaxcl.losses.common import AxisName
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.scopes import scope
-from jaxcl.method.sharding import AXIS
+from jaxcl.method.sharding import AXIS, varying_axes
 from jaxcl.method.terms.base import Embedding
 
 Array = jax.Array
@@ -34,7 +36,7 @@ def make_terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Calla
         out = {}
         for n, term in terms.items():
             with scope(f"term {n}"):
-                out[n] = term(embeddings, label, memory=memory, axis_name=axis_name)
+                out[n] = _checked(n, term(embeddings, label, memory=memory, axis_name=axis_name))
         return out
 
     def global_values(embeddings: dict[str, Embedding], label: Array, memory: dict) -> dict[str, Array]:
@@ -46,3 +48,19 @@ def make_terms(recipe: Recipe, mesh: Mesh | None, names: Iterable[str]) -> Calla
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(embeddings, label, memory)
 
     return global_values
+
+
+def _checked(name: str, value: Array) -> Array:
+    """Errors: UserError unless a term's value is a scalar that is the same on all devices.
+
+    shard_map would refuse the second as well, but its report fails under differentiation in some versions of JAX.
+    """
+    value = jnp.asarray(value)
+    if value.shape:
+        raise UserError(f"terms.{name} returned an array of shape {value.shape}; expected a scalar")
+    if varies := varying_axes(value):
+        raise UserError(
+            f"terms.{name} returned a value that differs between devices (over {', '.join(sorted(varies))}); sum over "
+            "axis_name, for example with losses.common.total"
+        )
+    return value

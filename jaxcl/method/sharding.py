@@ -118,3 +118,11 @@ def device_put(tree: Tree, sharding: NamedSharding) -> Tree:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree)
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which a value inside `jax.shard_map` may differ between devices; empty outside."""
+    kind = jax.typeof(x)
+    # JAX 0.10 and later keep it in `manual_axis_type`, earlier and later previews in `vma`.
+    found = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", ())
+    return frozenset(found)

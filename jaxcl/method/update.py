@@ -77,7 +77,14 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         progress = state.step / jnp.float32(recipe.total_steps)
         memory = _memory_before(recipe, state, progress)
 
-        def loss_fn(params, rows, stats, key):
+        def counts(rows):
+            """Of the terms whose means are over some rows only, for micro-batches."""
+            views, label = rows
+            where = {name: view.where for name, view in views.items()}
+            found = {n: recipe.terms[n].count(label, where) for n in active}
+            return {n: count for n, count in found.items() if count is not None}
+
+        def loss_fn(params, rows, stats, key, shares=None):
             (views, label), embeddings = rows, {}
             params = all_gather_params(mesh, recipe.sharding, with_targets(recipe, params, memory, "params"))
             for spec in recipe.passes:
@@ -91,6 +98,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
             with scope("heads"):
                 embeddings, stats = run_heads(recipe, params, stats, embeddings, head_views)
             terms = term_values(embeddings, label, memory)
+            terms |= {n: terms[n] * share for n, share in (shares or {}).items()}
             loss = sum(recipe.terms[n].weight * value for n, value in terms.items())
             return loss, (terms, {n: e._replace(image=None) for n, e in embeddings.items()}, stats)
 
@@ -99,7 +107,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         args = (state.params, (views, batch["label"]), stats, jax.random.fold_in(state.key, state.step))
         if micro_batches > 1:
             loss, terms, embeddings, stats, grads = accumulate.gradients(
-                grad_fn, *args, micro_batches=micro_batches, mesh=mesh
+                grad_fn, *args, micro_batches=micro_batches, mesh=mesh, counts=counts
             )
         else:
             (loss, (terms, embeddings, stats)), grads = grad_fn(*args)

@@ -9,6 +9,7 @@ N images, H W C height, width and channels, D features, h w M height, width and 
 
 import dataclasses
 import functools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl.augment import Pipeline, standard_view
+from jaxcl.augment import Pipeline, standard_view, to_float
 from jaxcl.errors import UserError
 from jaxcl.models import weights
 from jaxcl.models.model import Model, make_model
@@ -96,16 +97,7 @@ class Backbone:
         C = len(self.mean)
         if images.ndim != 4 or images.shape[-1] not in (1, C):
             raise UserError(f"images are of shape {images.shape}; expected [N,H,W,{C}] (one image: image[None])")
-        if images.dtype == np.uint8:
-            pixels = jnp.asarray(images).astype(jnp.float32) / 255
-        elif jnp.issubdtype(images.dtype, jnp.floating):
-            known = not isinstance(images, jax.core.Tracer) and images.size
-            if known and (float(images.min()) < -0.01 or float(images.max()) > 1.01):
-                low, high = float(images.min()), float(images.max())
-                raise UserError(f"float images go from {low:g} to {high:g}; expected 0 to 1, or uint8")
-            pixels = jnp.asarray(images).astype(jnp.float32)
-        else:
-            raise UserError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
+        pixels = to_float(images)
         return self._resized(jnp.broadcast_to(pixels, (*pixels.shape[:-1], C)))
 
     @functools.cached_property
@@ -156,6 +148,7 @@ def load_backbone(
     found = weights.read(path)
     about, file = found.about, weights.file_of(path)
     known = about.get("preprocessing", {})
+    known = known if isinstance(known, dict) else {}
     size, mean, std = (
         given if given is not None else known.get(key) for key, given in (("size", size), ("mean", mean), ("std", std))
     )
@@ -168,7 +161,11 @@ def load_backbone(
         model = model_of(weights.architecture(found))
     except UserError as error:
         raise UserError(f"{file} is no backbone of this version of jaxcl: {error}") from error
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    try:
+        size, mean, std = operator.index(size), tuple(map(float, mean)), tuple(map(float, std))
+        names = tuple(map(str, about.get("class_names", ())))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: size, mean or std is not a number for each channel ({error})") from error
     params, stats = weights.fit(str(file), found.variables, model, (size, size, len(mean)))
     variables = jax.device_put({"params": params, "batch_stats": stats})
-    return Backbone(model, variables, size, mean, std, tuple(about.get("class_names", ())), about)
+    return Backbone(model, variables, size, mean, std, names, about)

@@ -37,6 +37,7 @@ class BatchNorm(nn.Module):
     dtype: Any = None  # of the result; None: that of x
     use_scale: bool = True
     use_bias: bool = True
+    zero_scale: bool = False  # the scale starts at 0 instead of 1
 
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool = False, where: Array | None = None) -> Array:
@@ -44,7 +45,8 @@ class BatchNorm(nn.Module):
         C, f32 = x.shape[-1], jnp.float32
         mean = self.variable("batch_stats", "mean", jnp.zeros, (C,), f32)
         var = self.variable("batch_stats", "var", jnp.ones, (C,), f32)
-        scale = self.param("scale", nn.initializers.ones, (C,), f32) if self.use_scale else jnp.ones(C, f32)
+        start = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
+        scale = self.param("scale", start, (C,), f32) if self.use_scale else jnp.ones(C, f32)
         bias = self.param("bias", nn.initializers.zeros, (C,), f32) if self.use_bias else jnp.zeros(C, f32)
         dtype = self.dtype or x.dtype
         if use_running_average:

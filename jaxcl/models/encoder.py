@@ -155,7 +155,9 @@ class EncoderOptions(Options, Contract):
     head_features: Annotated[int, Range(0)] = 128  # size of the embedding; 0: no head, the embedding is the features
     head_hidden: Annotated[int, Range(0)] = 0  # width of the hidden layers of the head; 0: as wide as the features
     head_norm: Literal["none", "batch"] = "none"  # after each hidden layer of the head
-    head_out_norm: Literal["none", "batch", "plain"] = "none"  # after the last layer; plain: no scale, no bias
+    # After the last layer; scale: a batch norm without bias (SimCLR); plain: without scale and bias.
+    head_out_norm: Literal["none", "batch", "scale", "plain"] = "none"
+    head_unit_input: bool = False  # the head gets the features at unit length (SupCon on ImageNet)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, losses, statistics are float32
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
     weights: str = ""  # start from this safetensors file: by `jaxcl export`, or in the encoder's torch layout

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.augment import IDENTITY
+from jaxcl.losses.common import unit
 from jaxcl.models.batch_norm import BatchNorm, zero_rows
 from jaxcl.models.layers import relu
 from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, name_in_set
@@ -73,7 +74,8 @@ class ProjectionHead(nn.Module):
     hidden_layers: int = 1
     hidden: int = 0  # 0: as wide as the input
     norm: str = "none"  # after each hidden dense layer: none, batch
-    out_norm: str = "none"  # after the last one: none, batch, plain (a batch norm without scale and bias)
+    out_norm: str = "none"  # after the last one: none, batch, scale (without bias), plain (without scale and bias)
+    unit_input: bool = False  # the features are first scaled to unit length
     dtype: Any = jnp.float32
     momentum: float = MOMENTUM
     norm_sets: Sequence[str] = ()  # those of the encoder
@@ -112,6 +114,7 @@ class ProjectionHead(nn.Module):
             )
             embedded.append(relu(self._normalise(f"{EMBED}{name}_bn", "batch", a, mode, norm_set)))
         h = zero_rows(h, where)  # a padded row that is not finite would spoil the kernels' gradients
+        h = unit(h) if self.unit_input else h
         h = jnp.concatenate([h, *embedded], -1) if embedded else h
         for i in range(self.hidden_layers):
             # A bias before a batch norm would have no effect.
@@ -133,7 +136,7 @@ class ProjectionHead(nn.Module):
                 momentum=self.norm_set_momentum if one else self.momentum,
                 epsilon=1e-5,
                 dtype=self.dtype,
-                use_scale=kind == "batch",
+                use_scale=kind in ("batch", "scale"),
                 use_bias=kind == "batch",
                 name=name_in_set(name, one),
             )

@@ -32,7 +32,9 @@ matmul = cpu.choose(cpu.matmul, elsewhere=jnp.matmul)
 depthwise = cpu.choose(cpu.depthwise, elsewhere=_depthwise)
 
 
-def conv(features: int, kernel: int, stride: int, dtype: Any, convolution: Callable | None = None) -> nn.Module:
+def conv(
+    features: int, kernel: int, stride: int, dtype: Any, convolution: Callable | None = None, padding: int = 0
+) -> nn.Module:
     """A convolution without bias, with symmetric padding (not "SAME", which differs at stride 2).
 
     Args:
@@ -41,6 +43,7 @@ def conv(features: int, kernel: int, stride: int, dtype: Any, convolution: Calla
       stride: in pixels.
       dtype: of the computation; the kernel is float32.
       convolution: replaces `lax.conv_general_dilated`; None: that one.
+      padding: pixels on each side; 0: half the window, which keeps the side at stride 1. Not of 1x1.
     """
     if kernel == 1:
         return MatmulConv(features, 1, stride, dtype)
@@ -48,7 +51,7 @@ def conv(features: int, kernel: int, stride: int, dtype: Any, convolution: Calla
         features,
         (kernel, kernel),
         (stride, stride),
-        padding=(kernel - 1) // 2,
+        padding=padding or (kernel - 1) // 2,
         use_bias=False,
         kernel_init=conv_init,
         dtype=dtype,

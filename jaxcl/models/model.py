@@ -283,6 +283,7 @@ def make_model(options: EncoderOptions) -> Model:
             hidden=options.head_hidden,
             norm=options.head_norm,
             out_norm=options.head_out_norm,
+            unit_input=options.head_unit_input,
             dtype=dtype,
             norm_sets=encoder.norm_sets,
             norm_set_momentum=encoder.norm_set_momentum,

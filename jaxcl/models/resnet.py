@@ -37,6 +37,8 @@ class ResNet(Encoder):
     strides: Sequence[int]
     block: str = "basic"
     stem: str = "cifar"
+    stem_padding: int = 0  # 0: the stem's own
+    zero_init: bool = False
     dtype: Any = jnp.float32
     norm: str = "batch"
     momentum: float = MOMENTUM
@@ -70,9 +72,9 @@ class ResNet(Encoder):
     def setup(self):
         width, block = self.widths[0], BLOCKS[self.block]
         if self.stem == "cifar":
-            self.stem_conv = conv(width, 3, 1, self.dtype, self.convolution)
+            self.stem_conv = conv(width, 3, 1, self.dtype, self.convolution, self.stem_padding)
         elif self.stem == "imagenet":
-            self.stem_conv = conv(width, 7, 2, self.dtype, self.convolution)
+            self.stem_conv = conv(width, 7, 2, self.dtype, self.convolution, self.stem_padding)
         else:
             size = int(self.stem.removeprefix("patch"))
             self.stem_conv = MatmulConv(width, size, size, self.dtype)
@@ -158,6 +160,9 @@ class ResNetOptions(EncoderOptions):
     depth: Literal[18, 34, 50, 101] = 18
     # cifar: 3x3; imagenet: 7x7 with stride 2, and max-pool; patchN: strided patches of N pixels
     stem: Literal["cifar", "imagenet", "patch2", "patch4", "patch8"] = "cifar"
+    stem_padding: Annotated[int, Range(0)] = 0  # pixels around the image, in the stem; 0: cifar 1, imagenet 3
+    # The last norm of each block starts with scale 0, so that a block starts as its shortcut (Goyal et al. 2017).
+    zero_init_residual: bool = False
     width: Annotated[float, POSITIVE] = 1.0  # factor on all widths
     stage_sizes: Annotated[tuple[int, ...], Range(1)] = ()  # blocks in each stage, instead of the depth's
     stage_widths: Annotated[tuple[int, ...], Range(1)] = ()  # planes of each stage, instead of 64, 128, ...
@@ -172,6 +177,8 @@ class ResNetOptions(EncoderOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stem_padding and self.stem.startswith("patch"):
+            raise OptionError("stem_padding", f"is {self.stem_padding} with stem={self.stem}; expected 0 with patches")
         check_norm_sets(self.norm, self.norm_sets)
         check_embeds(self.head_embeds, self.head_features)
         sizes, widths, strides = map(len, self._stages())
@@ -199,6 +206,8 @@ class ResNetOptions(EncoderOptions):
             strides=strides,
             block=DEPTHS[self.depth][0],
             stem=self.stem,
+            stem_padding=self.stem_padding,
+            zero_init=self.zero_init_residual,
             dtype=dtype,
             norm=self.norm,
             norm_sets=tuple(self.norm_sets),

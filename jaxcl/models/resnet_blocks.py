@@ -40,6 +40,7 @@ class BasicBlock(nn.Module):
     norm_sets: Sequence[str] = ()  # names of further sets of batch norms
     norm_set_momentum: float = SET_MOMENTUM  # of their running statistics
     convolution: Callable | None = None  # see `layers.conv`
+    zero_init: bool = False  # the scale of the last norm starts at 0, so that the block starts as its shortcut
     expansion = 1
 
     def setup(self):
@@ -47,7 +48,7 @@ class BasicBlock(nn.Module):
         self.conv1 = make(self.planes, 3, self.stride)
         add_norms(self, "bn1", self.planes)
         self.conv2 = make(self.planes, 3, 1)
-        add_norms(self, "bn2", self.planes)
+        add_norms(self, "bn2", self.planes, self.zero_init)
         self.projects = self.stride != 1 or self.in_features != self.planes
         if self.projects:
             self.shortcut_conv = make(self.planes, 1, self.stride)
@@ -78,6 +79,7 @@ class Bottleneck(nn.Module):
     norm_sets: Sequence[str] = ()  # names of further sets of batch norms
     norm_set_momentum: float = SET_MOMENTUM  # of their running statistics
     convolution: Callable | None = None  # see `layers.conv`
+    zero_init: bool = False  # the scale of the last norm starts at 0, so that the block starts as its shortcut
     expansion = 4
 
     def setup(self):
@@ -87,7 +89,7 @@ class Bottleneck(nn.Module):
         self.conv2 = make(self.planes, 3, self.stride)
         add_norms(self, "bn2", self.planes)
         self.conv3 = make(4 * self.planes, 1, 1)
-        add_norms(self, "bn3", 4 * self.planes)
+        add_norms(self, "bn3", 4 * self.planes, self.zero_init)
         self.projects = self.stride != 1 or self.in_features != 4 * self.planes
         if self.projects:
             self.shortcut_conv = make(4 * self.planes, 1, self.stride)
@@ -108,4 +110,4 @@ class Bottleneck(nn.Module):
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
-BLOCK_OPTIONS = ("dtype", "norm", "momentum", "norm_sets", "norm_set_momentum", "convolution")
+BLOCK_OPTIONS = ("dtype", "norm", "momentum", "norm_sets", "norm_set_momentum", "convolution", "zero_init")

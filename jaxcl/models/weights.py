@@ -142,7 +142,9 @@ def read(path: str | os.PathLike, *, kind: str = "") -> Weights:
         tensors = dict(safetensors.deserialize(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about = json.loads(header.get("__metadata__", {}).get(_KEY, "{}"))
-    except (safetensors.SafetensorError, ValueError) as error:
+        if not isinstance(about, dict) or not isinstance(about.get("architecture", {}), dict):
+            raise ValueError(f"the description {_KEY} is not one of jaxcl")
+    except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no safetensors file, or damaged ({error})") from error
     if about.get("layout") == "jaxcl":
         return Weights(_arrays(path, tensors), about)

@@ -160,12 +160,12 @@ def write_report(
         top, and all are listed below.
       metrics: what `read_metrics` returns.
       panels: name -> the data of its figure; each may be missing:
-        "views" {"images": {view: [n,H,W,C]}, "labels": [n]}, "saliency" the arguments of `saliency_grid`,
-        "adversary" those of `adversary_grid`, "neighbours", "map" and "near_duplicates" those of `neighbour_grid`,
-        `thumbnail_map` and `duplicate_grid`, "invariance" that function's own, "embedding" those of `embedding`,
-        "transfer" a run's of `fine_embedding`, "confusion" those of `confusion`, "ood" the rows of `out_of_domain`,
-        "reliability", "reliability_fgsm" (on attacked images) and "robustness" the dicts of the functions of that name;
-        "step_time" what `jaxcl.train.profile` measured, a table.
+        "views": {"images": {view: [n,H,W,C]}, "labels": [n]}; "saliency", "adversary", "embedding", "confusion": the
+        arguments of `saliency_grid`, `adversary_grid`, `embedding` and `confusion`; "neighbours", "map",
+        "near_duplicates": the arguments of `neighbour_grid`, `thumbnail_map` and `duplicate_grid`; "transfer": a panel
+        of `fine_embedding`; "invariance": the panel of `invariance`; "ood": the rows of `out_of_domain`; "reliability",
+        "reliability_fgsm" (on attacked images), "robustness": the argument of the function with that name;
+        "step_time": the contents of step_time.json (`jaxcl.train.profile`).
       images: number of images by split, for example {"training": 10000, "test": 2000}.
 
     Returns:

@@ -14,6 +14,8 @@ import numpy as np
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from jaxcl.runtime import storage
+
 # Inches and dots per inch: a figure is 1620 dots wide and shown at 900, so 1 point of type is 1.4 pixels on screen.
 WIDTH = 9.0
 DPI = 180
@@ -111,7 +113,7 @@ def save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> epath.Pat
     path, png = epath.Path(path), io.BytesIO()
     with style():
         figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None})
-    path.write_bytes(png.getvalue())
+    storage.write_whole(path, png.getvalue())
     return path
 
 

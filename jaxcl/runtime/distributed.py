@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -28,6 +29,7 @@ _LOST = re.compile(
     "|DEADLINE_EXCEEDED|ABORTED",
     re.I,
 )
+_PORT = re.compile(rb"Failed to add port to server|Failed to start RPC server")
 LOST = "another process of this run has ended or cannot be reached; the same command on all hosts resumes the run"
 
 
@@ -48,6 +50,8 @@ def join(spec: str, *, timeout: int = JOIN_SECONDS, heartbeat: int = HEARTBEAT_S
         return
     import jax
 
+    if where and where[2] == 0:
+        _need_port(where[0], spec)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # JAX warns of clusters that this is not; `_hint` says what matters
@@ -74,6 +78,22 @@ def _parse(spec: str) -> tuple | None:
     if not host or not port.isdigit() or not 0 < int(port) < 65536 or not 0 <= index < count:
         raise UserError(f"--distributed is {spec!r}; {_FORMS}")
     return address, count, index
+
+
+def _need_port(address: str, spec: str) -> None:
+    """Raise UserError if process 0 cannot serve at this port: JAX's own server would end the program by a SIGSEGV."""
+    port = int(address.rpartition(":")[2])
+    family, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
+    with socket.socket(family) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        try:
+            server.bind((everywhere, port))
+            server.listen()
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise UserError(f"--distributed={spec}: port {port} cannot be used here: {why}; choose another") from None
 
 
 def _hint() -> str:
@@ -111,7 +131,8 @@ def lost(error: BaseException) -> LostHost | None:
     if jax.process_count() == 1:
         return None
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        if of_jax and _LOST.search(str(error)):
             return LostHost(LOST)
         error = error.__cause__ or error.__context__
     return None
@@ -138,9 +159,11 @@ def guard() -> int:
     child = subprocess.Popen(command, env=os.environ | {_GUARDED: str(os.getpid())}, stderr=subprocess.PIPE)
     signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to the child
-    noise, fatal = [], []
+    noise, fatal, port = [], [], False
     for line in child.stderr:
-        if fatal or _FATAL.search(line):
+        if _PORT.search(line):
+            port = True
+        elif fatal or _FATAL.search(line):
             fatal.append(line)
         elif _NOISE.search(line):
             noise.append(line)
@@ -156,6 +179,12 @@ def guard() -> int:
         print(f"jaxcl: {LOST}", file=sys.stderr)
         return 75
     sys.stderr.buffer.write(b"".join(noise + fatal))
+    sys.stderr.flush()
+    if port and code:  # of an address that JAX has found; `join` looks at one that was given
+        print(
+            "jaxcl: the port of process 0 is in use on this machine; end what uses it, then try again", file=sys.stderr
+        )
+        return 2
     return code if code >= 0 else 128 - code
 
 

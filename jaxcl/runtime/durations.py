@@ -13,7 +13,7 @@ def to_steps(duration: str | int, *, name: str, steps_per_epoch: int, batch_size
     Args:
       duration: "300 steps", "8 epochs", "50000 examples", "25%" (of `total`), or a number of steps.
       name: the config key, for messages.
-      steps_per_epoch, batch_size: steps and examples that a unit stands for.
+      steps_per_epoch, batch_size: steps of an epoch, and examples of a step.
       total: steps that are 100 %; None: percent is not allowed.
 
     Raises:

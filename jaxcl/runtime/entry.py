@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
@@ -10,7 +11,7 @@ from typing import NoReturn
 from absl import logging as absl_logging
 
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
-from jaxcl.runtime import distributed, huge_pages
+from jaxcl.runtime import distributed, huge_pages, together
 
 CODES = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
 
@@ -35,11 +36,27 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
         code = main(sys.argv)
     except tuple(CODES) as error:
         print(f"jaxcl: {error}", file=sys.stderr)
-        code = next(c for kind, c in CODES.items() if isinstance(error, kind))
-        if isinstance(error, LostHost):
+        code = code_of(error)
+        if isinstance(error, LostHost) or together.several():
             sys.stderr.flush()
             os._exit(code)  # a normal exit would wait for the lost process
+    except Exception:
+        if not together.several():
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     sys.exit(code)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a process that ends with an error."""
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
+
+
+def error_of(message: str, code: int) -> Exception:
+    """An error that ends this process with the code of another one."""
+    return next((kind for kind, c in CODES.items() if c == code), RuntimeError)(message)
 
 
 def _quiet_libraries() -> None:

@@ -1,5 +1,6 @@
 """The parser of command lines. Each command declares its own flags; no flag belongs to the whole program."""
 
+import os
 import re
 import types
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from jaxcl.errors import UserError
+from jaxcl.runtime import storage
 from jaxcl.runtime.options import suggestion
 
 _HELP = {"-h", "-help", "--help"}
@@ -18,7 +20,7 @@ class Flags:
     """The flags of one command, written --name=VALUE.
 
         FLAGS = Flags(__doc__)
-        FLAGS.text("out", "", "A folder for the figures.")
+        FLAGS.path("out", "", "A folder for the figures.")
 
         def main(argv):
             given = FLAGS.parse(argv)
@@ -36,11 +38,22 @@ class Flags:
     ):
         self._about, self._more, self._positional, self._config = about or "", more, positional, config
         self._values = flags.FlagValues()
+        self._paths: set[str] = set()
         self._values.set_gnu_getopt(True)  # flags may follow the positional value
         self._own = dict(flag_values=self._values)
 
     def text(self, name: str, default: str, help: str) -> None:
         flags.DEFINE_string(name, default, help, **self._own)
+
+    def path(self, name: str, default: str, help: str) -> None:
+        """A file or folder, local or remote; a leading "~" is the home."""
+        self._paths.add(name)
+        self.text(name, default, help)
+
+    def paths(self, name: str, help: str) -> None:
+        """A flag that may be given several times; its value is a list of paths."""
+        self._paths.add(name)
+        self.texts(name, help)
 
     def texts(self, name: str, help: str) -> None:
         """A flag that may be given several times; its value is a list."""
@@ -82,7 +95,10 @@ class Flags:
             found[self._positional] = rest.pop(0) if rest else ""
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
-        return types.SimpleNamespace(**found, **{name: self._values[name].value for name in self._names()})
+        values = {name: self._values[name].value for name in self._names()}
+        for name in self._paths:
+            values[name] = [_home(v) for v in values[name]] if isinstance(values[name], list) else _home(values[name])
+        return types.SimpleNamespace(**found, **values)
 
     def help(self) -> str:
         """The text of --help."""
@@ -104,10 +120,15 @@ class Flags:
         return list(self._values)
 
 
+def _home(path: str) -> str:
+    """A path without "~", which shells do not expand behind "="."""
+    return os.fspath(storage.expanded(path)) if path else path
+
+
 def _split(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
     """-> (argv without what concerns the config, the value of --config, every override as --config.KEY=VALUE).
 
-    A value may also follow its flag as an argument of its own. The last --config counts.
+    A value may also follow its flag as a separate argument. The last --config counts.
     """
     rest, config, overrides = [argv[0]], None, []
     following = list(argv[1:])

@@ -2,10 +2,11 @@
 
 A killed process leaves the file behind, so the lock holds only while its owner lives. On the same machine the process
 table tells. For a process elsewhere, only its signs of life can be seen: the owner touches the file every 10 s, and an
-owner that does not touch it for 60 s counts as dead. Clocks are never compared. In an object store, two processes that
-start in the same second may both get the lock.
+owner that does not touch it for 60 s counts as dead. Clocks are never compared. Of processes that start at one moment,
+exactly one gets the lock. In an object store, two that start in the same second may both get it.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -14,10 +15,15 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 from jaxcl.errors import UserError
 from jaxcl.runtime import storage
@@ -25,6 +31,7 @@ from jaxcl.runtime import storage
 logger = logging.getLogger("jaxcl")
 NAME = "lock.json"
 TOUCH_SECONDS, STILL_SECONDS = 10.0, 60.0
+WRITE_SECONDS = 1.0  # until a lock that cannot be read is complete, where a file system writes it in two steps
 _held: set[str] = set()  # tokens of the locks of this process
 
 
@@ -36,28 +43,39 @@ class RunLock:
         self._still, self._touch_every = still, touch
         self._mine = {**_identity(), "token": uuid.uuid4().hex, "touched": 0}
         self._stop, self._lost = threading.Event(), ""
-        self._take()
-        _held.add(self._mine["token"])
+        _held.add(self._mine["token"])  # first: threads of this process may start at one moment, too
+        try:
+            self._take()
+        except BaseException:
+            _held.discard(self._mine["token"])
+            raise
         self._thread = threading.Thread(target=self._keep, name="jaxcl-lock", daemon=True)
         self._thread.start()
 
     def _take(self) -> None:
-        if _create(self._path, self._mine):
-            return
-        found = _read(self._path)
-        if found is not None and not self._dead(found):
-            raise UserError(
-                f"{self._path.parent} is in use by process {found.get('pid')} on {found.get('host')}; wait for it, "
-                "end it, or use another --workdir"
-            )
-        # If two processes take over at the same moment, the later file stays and the other process sees it.
-        storage.write_whole(self._path, json.dumps(self._mine))
-        time.sleep(0.2)
-        now = _read(self._path) or {}
-        if now.get("token") != self._mine["token"]:
-            raise UserError(f"{self._path.parent} was taken by process {now.get('pid')} on {now.get('host')} just now")
+        while not _create(self._path, self._mine):
+            found = _read(self._path)
+            if found is None:
+                continue  # its owner has just ended
+            if not self._dead(found):
+                raise UserError(
+                    f"{self._path.parent} is in use by process {found.get('pid')} on {found.get('host')}; wait for it, "
+                    "end it, or use another --workdir"
+                )
+            with _alone(self._path.parent) as alone:
+                if _read(self._path) != found:
+                    continue  # somebody else took over, or it was only half written
+                storage.write_whole(self._path, json.dumps(self._mine))
+            if not alone:  # then the later file stays, and the other process sees it
+                time.sleep(0.2)
+            now = _read(self._path) or {}
+            if now.get("token") == self._mine["token"]:
+                return
 
     def _dead(self, found: dict[str, Any]) -> bool:
+        if not found:
+            time.sleep(min(WRITE_SECONDS, self._still))
+            return True
         if found.get("token") in _held:
             return False
         if all(found.get(k) == self._mine[k] for k in ("host", "boot")):
@@ -83,10 +101,10 @@ class RunLock:
         while not self._stop.wait(self._touch_every):
             try:
                 now = _read(self._path)
-                if now is not None and now.get("token") != self._mine["token"]:
+                if now and now.get("token") != self._mine["token"]:
                     self._lost = f"process {now.get('pid')} on {now.get('host')}"
                     return
-                if storage.is_remote(self._path) or now is None:
+                if storage.is_remote(self._path) or not now:
                     self._mine["touched"] += 1
                     storage.write_whole(self._path, json.dumps(self._mine))
                 else:
@@ -94,8 +112,17 @@ class RunLock:
             except Exception:  # noqa: BLE001 - a store may be unreachable for a while; the next touch tries again
                 continue
 
-    def check(self) -> None:
-        """Raise UserError if this process was suspended for so long that another one took the folder over."""
+    def check(self, *, look: bool = False) -> None:
+        """Raise UserError if this process was suspended for so long that another one took the folder over.
+
+        Args:
+          look: also look whether the folder is still there: what writes next would make half of a new one.
+        """
+        if look and not storage.is_remote(self._path) and not self._path.parent.exists():
+            raise UserError(
+                f"{self._path.parent} was renamed or removed during the run; put it back, then run the same command "
+                "again to continue"
+            )
         if self._lost:
             raise UserError(f"{self._path.parent} was taken over by {self._lost} while this process was suspended")
 
@@ -150,31 +177,72 @@ def _started(pid: Any) -> str:
 
 
 def _create(path: epath.Path, content: dict[str, Any]) -> bool:
-    """Create the file; False if it exists already."""
+    """Create the file, whole, even of a full disk: it is there with its content or not at all.
+
+    Returns:
+      False if it exists already.
+    """
     if storage.is_remote(path):
         if path.exists():
             return False
         storage.write_whole(path, json.dumps(content))
         return True
+    temporary = storage.beside(path)
+    try:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:
+            pass  # a file system without links
+    finally:
+        temporary.unlink(missing_ok=True)
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(json.dumps(content))
+            try:
+                file.write(json.dumps(content))
+                file.flush()
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
     except FileExistsError:
         return False
     return True
 
 
-def _read(path: epath.Path) -> dict[str, Any] | None:
-    """The content; None if there is no file, {} if it is incomplete because its writer was killed."""
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[bool]:
+    """Exclude others from a block that replaces the lock; yields whether the file system can do that."""
     try:
-        text = path.read_text()
+        file = None if fcntl is None or storage.is_remote(folder) else os.open(folder, os.O_RDONLY)
     except OSError:
-        return None
+        file = None
+    if file is None:
+        yield False
+        return
     try:
-        content = json.loads(text)
-    except ValueError:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except OSError:  # NFS and Lustre, depending on how they are mounted
+            alone = False
+        yield alone
+    finally:
+        os.close(file)
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    """The content; None if there is no file, {} if it is not a lock: half written, or another program's."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    whole = isinstance(content, dict) and all(isinstance(content.get(k), str) for k in ("host", "token"))
+    return content if whole else {}
 
 
 def _sign(path: epath.Path) -> Any:

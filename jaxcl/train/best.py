@@ -1,6 +1,5 @@
 """The best state of a run by its accuracy on the validation split, in `best/` beside the checkpoints."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.evaluate.suite import Evaluation
 from jaxcl.method.state import TrainState
+from jaxcl.runtime import storage
 from jaxcl.train import run_folder
 from jaxcl.train.checkpoint import Checkpoints
 
@@ -24,7 +24,10 @@ class Best:
     def __init__(self, workdir: epath.Path, config: ConfigDict):
         self._on = bool(config.checkpoint.keep_best and config.data.validation)
         self._path, self._file = workdir / "best", workdir / "best.json"
-        self._record = json.loads(self._file.read_text()) if self._on and self._file.exists() else None
+        self._record = None
+        if self._on and self._file.exists():
+            advice = "remove it, and the best state is looked for from now on"
+            self._record = storage.read_json(self._file, "step", "validation_accuracy", advice=advice)
 
     def offer(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         """Save the state if its accuracy in `metrics` (from `Evaluation.quick`) is higher than that of all before."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -60,13 +61,14 @@ class Checkpoints:
         self._read_only, self._about = read_only, dict(about or {})
         training = ocp.training
         self._checkpointer = training.Checkpointer(
-            self.directory,
+            storage.plain_link(self.directory),
             # The loop decides when to save. Orbax's defaults are to save when idle and to keep everything.
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=not read_only,  # left behind by a save that was killed
         )
         self._finishing: threading.Thread | None = None
+        self._read_one = False
         self._error: BaseException | None = None
 
     @property
@@ -86,22 +88,48 @@ class Checkpoints:
             return
         # Orbax deletes old checkpoints when it saves: none may vanish while its manifest is made.
         self._finish()
+        storage.plain_link(self.directory)  # again: folders for temporary files are swept
+        tree = _plain(state)
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         try:
-            response = self._checkpointer.save_async(step, _plain(state))
+            response = self._checkpointer.save_async(step, tree)
         except Exception as error:
             raise self._refused(error) from error
-        if response is not None:
-            self._finishing = threading.Thread(target=self._seal, args=(step, response), name="jaxcl-manifest")
-            self._finishing.start()
+        if response is None:  # Orbax saves no step before its newest
+            raise UserError(
+                f"{self.directory}/{self.latest} stands in the way: it is no checkpoint of this run, which is at step "
+                f"{step}; move it away, then run the same command again to continue"
+            )
+        self._finishing = threading.Thread(target=self._seal, args=(step, response, wanted), name="jaxcl-manifest")
+        self._finishing.start()
 
-    def _seal(self, step: int, response: Any) -> None:
-        """Wait until all files of a save are written, then write the manifest with their hashes."""
+    def _seal(self, step: int, response: Any, wanted: Tree) -> None:
+        """Wait until all files of a save are written and can be read, then write the manifest with their hashes."""
         try:
             response.result()
             if jax.process_index() == 0:
+                self._read_back(step, wanted)
                 _write_manifest(self.directory / str(step), {"step": step} | self._about)
         except BaseException as error:  # noqa: BLE001 - raised in the loop, by its next save
             self._error = error
+
+    def _read_back(self, step: int, wanted: Tree) -> None:
+        """Raise UserError if what was just saved cannot be read: without its manifest it does not count.
+
+        Names and shapes are read each time; of the first save of a process that is alone, all values too.
+        """
+        try:
+            fault = "" if _shapes(self._checkpointer.metadata(step).metadata) == _shapes(wanted) else "its names differ"
+            if not fault and not self._read_one and jax.process_count() == 1:
+                self._checkpointer.load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted))
+            self._read_one = True
+        except Exception as error:  # noqa: BLE001 - tensorstore, json and zarr raise any error
+            fault = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if fault:
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} was written, but cannot be read back ({fault}); "
+                f"{self.last_good()}; use another --workdir, on another disk"
+            )
 
     def _finish(self) -> None:
         if self._finishing is not None:
@@ -135,6 +163,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model, the one of `step` is damaged, or all are.
         """
+        storage.plain_link(self.directory)
         damaged: dict[int, str] = {}
         for candidate in sorted(self.steps, reverse=True) if step is None else [step]:
             where = self.directory / str(candidate)
@@ -235,10 +264,16 @@ def _fault(folder: epath.Path) -> str:
     if not path.exists():
         return ""
     try:
-        wanted = json.loads(path.read_text())["files"]
+        manifest = storage.read_json(path, "files")
+        if str(manifest.get("step", folder.name)) != folder.name:
+            return f"it is step {manifest['step']} under another name"
+        wanted = manifest["files"]
         found = _hashes(folder)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (OSError, UserError) as error:
+        return str(error)
+    pairs = wanted.values() if isinstance(wanted, dict) else [None]
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [int, str] for pair in pairs):
+        return f"{MANIFEST} is not one of jaxcl"
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"

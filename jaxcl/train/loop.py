@@ -30,7 +30,7 @@ from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import config_diff, run_folder
+from jaxcl.train import agreement, config_diff, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import Checkpoints, Preemption
@@ -56,6 +56,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
       Diverged: a metric is no longer finite.
       Preempted: stopped by SIGTERM, after everything was saved.
     """
+    storage.need_library(workdir)
+    workdir = storage.expanded(workdir)
     preemption = Preemption(at_once=True)
     with contextlib.ExitStack() as stack:  # what lives as long as the run: the signal handler, the lock, W&B
         stack.callback(preemption.close)
@@ -65,6 +67,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
             advice = "try a lower optimizer.lr, a warm-up or optimizer.clip_norm"
             raise Diverged(f"{error}; {_last_good(workdir)} in {workdir}; {advice}") from None
         except OSError as error:
+            if not epath.Path(workdir).exists():
+                what = f"{workdir} was renamed or removed during the run"
+                raise UserError(f"{what}; put it back, then run the same command again to continue") from None
             if reason := storage.refusal(error):
                 what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
                 raise UserError(f"{what}; make room, then run the same command again to continue") from None
@@ -73,22 +78,26 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
 
 def _run(
     config: ConfigDict,
-    workdir: str | os.PathLike,
+    workdir: epath.Path,
     profile: int,
     preemption: Preemption,
     stack: contextlib.ExitStack,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    storage.need_library(workdir)
-    workdir = epath.Path(workdir)
     configs.check(config)
     plain = configs.to_dict(config)
+    if jax.process_count() > 1:
+        agreement.same_start(plain, workdir, _latest(workdir), {"--profile": profile})
     if (results := run_folder.finished(workdir, plain)) is not None:
         return results
 
     job = _prepare(config, plain, workdir, profile)
+    if jax.process_count() > 1:
+        agreement.same_data(train=job.source, **{config.eval.split: job.evaluation.source(config.eval.split)})
     order = job.order.name if job.order else shuffle.ORDER
     known = job.facts | {"class_names": job.source.class_names, run_folder.ROW_ORDER: order}
+    if job.source.fingerprint:
+        known[run_folder.FINGERPRINT] = job.source.fingerprint
     lock = run_folder.claim(workdir, plain, known, _writes())
     if lock:
         stack.callback(lock.close)
@@ -133,7 +142,7 @@ def _train(job: "Job", preemption: Preemption, lock: RunLock | None, wandb: Wand
             evaluates = _due(step, every.eval) and step < total
             saves = _due(step, every.checkpoint) or step == total or preempted
             if lock:
-                lock.check()
+                lock.check(look=evaluates or saves)
             if evaluates or saves:
                 log.sync()  # waits for this update: a state with a loss that is not finite is never saved
             if evaluates:
@@ -261,7 +270,7 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
         evaluation=evaluation,
         every=every,
         profile=profile,
-        weights={} if _has_checkpoint(workdir) else starting_weights(config, recipe),
+        weights={} if _latest(workdir) is not None else starting_weights(config, recipe),
     )
 
 
@@ -295,13 +304,13 @@ def _checkpoints(job: Job) -> Checkpoints:
     return Checkpoints(job.workdir / "checkpoints", keep=job.config.checkpoint.keep, about=about)
 
 
-def _has_checkpoint(workdir: epath.Path) -> bool:
-    """Whether the run continues; then the weights that it started from are not needed any more."""
+def _latest(workdir: epath.Path) -> int | None:
+    """The newest checkpoint of a run that continues; the weights that it started from are not needed any more."""
     folder = workdir / "checkpoints"
     if not folder.is_dir():
-        return False
+        return None
     with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.latest is not None
+        return checkpoints.latest
 
 
 def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
@@ -323,6 +332,11 @@ def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]
     )
     state = checkpoints.restore(abstract)
     step = int(state.step)  # less than `latest` if that one is damaged
+    if step > job.recipe.total_steps:
+        raise UserError(
+            f"{checkpoints.directory}/{step} is no checkpoint of this run, which has {job.recipe.total_steps} steps; "
+            "move it away"
+        )
     logger.info("resuming %s from step %d", job.workdir, step)
     return state, step
 
@@ -365,8 +379,8 @@ def _trace(job: Job, step: int) -> profiles.Profile:
     )
 
 
-def _last_good(workdir: str | os.PathLike) -> str:
-    folder = epath.Path(workdir) / "checkpoints"
+def _last_good(workdir: epath.Path) -> str:
+    folder = workdir / "checkpoints"
     if not folder.exists():
         return "no checkpoint was saved yet"
     with Checkpoints(folder, read_only=True) as checkpoints:

@@ -185,12 +185,12 @@ def read_step_time(workdir: str | os.PathLike) -> dict[str, Any] | None:
     for process in ("", "process0"):
         path = epath.Path(workdir) / "profile" / process / FILE
         if path.exists():
-            return json.loads(path.read_text())
+            return storage.read_json(path, advice="remove it, then run the same command again")
     return None
 
 
 def _newest(folder: str) -> str | None:
-    found = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"))
+    found = storage.matching(folder, "plugins/profile/*/*.xplane.pb")
     return os.fspath(found[-1]) if found else None
 
 

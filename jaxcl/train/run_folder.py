@@ -26,6 +26,8 @@ from jaxcl.train import config_diff
 
 logger = logging.getLogger("jaxcl")
 ROW_ORDER = "row_order"  # key of data.json: name of the order in which training rows are drawn
+FINGERPRINT = "fingerprint"  # key of data.json: hash of the names, labels and content of the training data
+RESTORE = "restore a copy of it, or use another --workdir"
 PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -34,15 +36,18 @@ def finished(workdir: epath.Path, config: dict[str, Any]) -> dict[str, Any] | No
     if not (workdir / "results.json").exists():
         return None
     _same_config(workdir, config)
+    results = storage.read_json(
+        workdir / "results.json", advice="remove it, then run the same command again to evaluate the run once more"
+    )
     logger.info("%s is finished; its results are in results.json. Use another --workdir to run again.", workdir)
-    return json.loads((workdir / "results.json").read_text())
+    return results
 
 
 def _same_config(workdir: epath.Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    changed = config_diff.differences(json.loads(path.read_text()), config)
+    changed = config_diff.differences(storage.read_json(path, advice=RESTORE), config)
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
@@ -56,7 +61,7 @@ def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], wr
 
     Args:
       config: as plain containers.
-      facts: of the training data (`data_facts`), "class_names" and ROW_ORDER.
+      facts: of the training data (`data_facts`), "class_names", ROW_ORDER and, where it is known, FINGERPRINT.
       writes: whether this process writes to the folder; exactly one process does.
 
     Returns:
@@ -98,7 +103,7 @@ def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
     path = workdir / "data.json"
     if not path.exists():
         return
-    old, new = json.loads(path.read_text()), plain(facts)
+    old, new = storage.read_json(path, advice=RESTORE), plain(facts)
     before, now = old.pop(ROW_ORDER, None), new.pop(ROW_ORDER, None)
     if now is not None and before != now:
         raise UserError(
@@ -106,12 +111,18 @@ def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
             f"({before or 'that of an older jaxcl'} -> {now}), so continuing would "
             "repeat some images and skip others; use another --workdir (this one can still be evaluated)"
         )
-    for key in old.keys() & new.keys():
+    hashes = old.pop(FINGERPRINT, ""), new.pop(FINGERPRINT, "")  # versions before it wrote none
+    for key in sorted(old.keys() & new.keys()):
         if not _close(old[key], new[key]):
             raise UserError(
                 f"the data has changed since {workdir} was started, {key}: {old[key]} -> {new[key]}; "
                 "restore the data, or use another --workdir"
             )
+    if all(hashes) and hashes[0] != hashes[1]:
+        raise UserError(
+            f"the data has changed since {workdir} was started: as many images, but other names, labels or content of "
+            "some; restore the data, or use another --workdir"
+        )
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -140,16 +151,21 @@ def number(value: Any) -> Any:
     raise TypeError(f"cannot write {type(value).__name__} to JSON")
 
 
-def environment() -> dict[str, Any]:
-    """Packages, Python, devices and commit of this process."""
-    packages = {}
+def packages() -> dict[str, str]:
+    """The installed versions of PACKAGES."""
+    found = {}
     for name in PACKAGES:
         try:
-            packages[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Packages, Python, devices and commit of this process."""
     return {
-        "packages": packages,
+        "packages": packages(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

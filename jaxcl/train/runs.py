@@ -4,8 +4,9 @@ N images, D features.
 """
 
 import ast
+import contextlib
 import dataclasses
-import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,7 +31,9 @@ from jaxcl.method.state import TrainState
 from jaxcl.runtime import storage
 from jaxcl.runtime.options import OptionError, check, options_of, suggestion
 from jaxcl.train.checkpoint import Checkpoints
-from jaxcl.train.run_folder import ROW_ORDER
+from jaxcl.train.run_folder import FINGERPRINT, ROW_ORDER
+
+logger = logging.getLogger("jaxcl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +72,18 @@ class Run(Saved):
 def load_run(
     workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
 ) -> Run:
-    """Opens a run with its data. Arguments and errors are those of `open_run`; UserError too if data is missing."""
+    """Opens a run with its data. Arguments and errors as in `open_run`; also UserError if data is missing."""
     saved = open_run(workdir, source=source, step=step, options=options)
     config = saved.config
-    train = source_of(config, "train")
-    evaluation = Evaluation(config, saved.recipe, train=train, make_source=lambda split: source_of(config, split))
+    if source:
+        _fit_labels(config)
+    evaluation = Evaluation(
+        config,
+        saved.recipe,
+        train=source_of(config, "train"),
+        make_source=lambda split: source_of(config, split),
+        class_names=saved.class_names,
+    )
     return Run(**vars(saved), evaluation=evaluation)
 
 
@@ -94,26 +104,32 @@ def open_run(
         does not exist or cannot have this value.
     """
     storage.need_library(workdir)
-    workdir = epath.Path(workdir)
+    workdir = storage.expanded(workdir)
     files = {name: workdir / f"{name}.json" for name in ("config", "data")}
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{workdir} is not a run folder: it has no {path.name}; give the --workdir of a run")
-    plain, facts = (json.loads(path.read_text()) for path in files.values())
+    plain, facts = map(storage.read_json, files.values())
     class_names = facts.pop("class_names", None)
-    facts.pop(ROW_ORDER, None)  # only training needs it
+    for key in (ROW_ORDER, FINGERPRINT):  # only training needs them
+        facts.pop(key, None)
+    shape = facts.get("image_shape")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) for n in shape)):
+        raise UserError(f"{files['data']} is not one of jaxcl: image_shape is {shape}; restore a copy of it")
     environment = workdir / "environment.json"
-    config = configs.from_dict(plain)
+    with _of_jaxcl(files["config"]):
+        config = configs.from_dict(plain)
     config.report = False
     config.data.textures = ""  # only training needs them
     if source:
         config.data.source = source
         if keeps_size(source):
             # Otherwise files decode at their own size, larger than needed or smaller than the encoder's input.
-            config.data.files.image_size = config.data.files.image_size or facts["image_shape"][0]
+            config.data.files.image_size = config.data.files.image_size or shape[0]
     for option in options:
         _set(config.eval, option)
-    recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+    with _of_jaxcl(workdir):
+        recipe = build_recipe(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
     mesh = sharding.make_mesh()
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         if checkpoints.latest is None:
@@ -134,8 +150,30 @@ def open_run(
         step=step,
         mesh=mesh,
         class_names=None if class_names is None else tuple(class_names),
-        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        environment=storage.read_json(environment) if environment.is_file() else {},
     )
+
+
+def _fit_labels(config: ConfigDict) -> None:
+    """Drop what the run asked of the labels of its own data, where another source cannot give it."""
+    config.data.imbalance = ""  # of training images of CIFAR-100
+    if config.data.labels == "coarse":
+        config.data.labels = "fine"
+        if source_of(config, "train").coarse_names:
+            config.data.labels = "coarse"
+        else:
+            logger.info("%s has no coarse classes; it is evaluated on its own", config.data.source)
+
+
+@contextlib.contextmanager
+def _of_jaxcl(path: epath.Path) -> Iterator[None]:
+    """Turn what a foreign or damaged file causes into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not one of jaxcl, or damaged ({error}); restore a copy of it") from error
 
 
 def _set(options: ConfigDict, text: str) -> None:
@@ -156,7 +194,7 @@ def _set(options: ConfigDict, text: str) -> None:
 
 
 class Joined(EvalContext):
-    """Several runs as one encoder, their features side by side. Labels and options are those of the first run.
+    """Several runs as one encoder, their features side by side. Labels and options come from the first run.
 
     Raises:
       UserError: the runs do not have the same images.

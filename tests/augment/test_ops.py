@@ -1,5 +1,6 @@
 """Crops, flips, blur and the other operations, against Pillow or their definition in NumPy; distributions of draws."""
 
+import functools
 import itertools
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from sample_images import BYTE, keys, ks, photo, unit
 
+from jaxcl import augment
 from jaxcl.augment import color, ops
 from jaxcl.errors import UserError
 
@@ -244,3 +246,41 @@ def test_operations_vmap():
     flat = jax.jit(both)(images.reshape(6, 24, 20, 3), boxes, factors, order)
     nested = jax.jit(jax.vmap(both))(images, *(v.reshape(2, 3, 4) for v in (boxes, factors, order)))
     np.testing.assert_allclose(nested.reshape(flat.shape), flat, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width, ratio", [(64, 3, (8, 16)), (3, 64, (1 / 16, 1 / 8)), (1, 1, (3, 4))])
+def test_a_crop_has_a_pixel_at_least(height, width, ratio):
+    """cases A.12: no try fits, and the largest box inside the ratios rounds to nothing."""
+    boxes = np.asarray(ops.draw_resized_crop(keys(50), height, width, ratio=ratio))
+    top, left, h, w = boxes.T
+    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= height).all() and (left + w <= width).all()
+    image = np.random.default_rng(0).uniform(size=(50, height, width, 3)).astype(np.float32)
+    out = ops.resized_crop(jnp.asarray(image), jnp.asarray(boxes), 8)
+    assert np.isfinite(out).all() and out.min() >= 0 and out.max() <= 1
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_cubic_crop_is_pillows_bicubic(size):
+    """cases E, ResNet-18 presets. Grey levels are in the middle, since Pillow also clips between its two passes."""
+    image = pytest.importorskip("PIL.Image")
+    images = (96 + photo(4) // 4).astype(np.uint8)
+    boxes = np.array([[0, 0, 24, 20], [3, 5, 10, 7], [10, 1, 3, 18], [2, 0, 20, 20]])
+    crop = jax.jit(functools.partial(ops.resized_crop, cubic=True), static_argnums=2)
+    got = np.asarray(crop(unit(images), jnp.asarray(boxes), size))
+    for one, (top, left, h, w), out in zip(images, boxes, got, strict=True):
+        cut = image.fromarray(one).crop((left, top, left + w, top + h))
+        want = np.asarray(cut.resize((size, size), image.Resampling.BICUBIC)) / 255
+        np.testing.assert_allclose(out, want, atol=1.2 * BYTE)  # Pillow rounds to bytes twice
+    mirrored = crop(unit(images), jnp.asarray(boxes), size, flipped=jnp.ones(4, bool))
+    np.testing.assert_allclose(mirrored[:, :, ::-1], got, atol=1e-6)
+
+
+def test_a_cubic_view_stays_in_its_range():
+    """cases E: bicubic weights overshoot at edges."""
+    images = jnp.asarray(np.kron(np.indices((6, 6)).sum(0) % 2, np.ones((4, 4)))[None, ..., None] * np.ones(3))
+    pipeline = augment.random_view(24, (0.0,) * 3, (1.0,) * 3, interpolation="bicubic", jitter_p=0.0, grayscale=0.0)
+    out, _ = pipeline(keys(1), images.astype(jnp.float32))
+    assert out.min() == 0 and out.max() == 1
+    with pytest.raises(UserError):
+        augment.random_view(24, (0.0,) * 3, (1.0,) * 3, interpolation="nearest")

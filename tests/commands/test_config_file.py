@@ -167,6 +167,9 @@ def test_a_kind_brings_its_own_options():
     facts = dict(num_examples=64, image_shape=(16, 16, 3), num_classes=4, labelled=True, mean=tiny.MEAN, std=tiny.STD)
     assert build_recipe(c, **facts).model.encoder.depth == 3
     assert read(SIMCLR, "model.kind=resnet", "model.depth=18").model.stage_widths == read(SIMCLR).model.stage_widths
+    simsiam = f"{ROOT}/configs/simsiam.py"
+    old, new = read(simsiam).model, read(simsiam, "model.kind=vit").model
+    assert old.head_hidden_layers == new.head_hidden_layers == 2 and new.width == base.model("vit").width != old.width
     message = refused(SIMCLR, "model.kind=vit", "model.stage_sizes=(1,)")
     assert "model.stage_sizes" in message and "vit" in message and "mlp_width" in message
     message = refused(SIMCLR, "model.kind=vitt")

@@ -53,9 +53,13 @@ def test_barlow_twins_at_the_authors_scale():
     recipe = tiny.recipe(c, **IMAGENET, labelled=False)
     term = recipe.terms["barlow_twins"]
     assert (term.scale, term.off_diagonal_weight) == (1 / 32, 3.9e-3)
-    assert (c.optimizer.kind, c.optimizer.lr, c.optimizer.weight_decay) == ("lars", 1.6, 1e-6)
+    assert (c.optimizer.kind, c.optimizer.lr, c.optimizer.weight_decay) == (
+        "lars",
+        3.2,
+        1e-6,
+    ) and recipe.batch_size == 4096  # cases E.10
     assert (c.model.head_features, c.model.head_hidden, c.model.head_out_norm) == (8192, 8192, "none")
-    assert recipe.encoder_steps == 300 * (IMAGENET["num_examples"] // 2048) and not recipe.heads
+    assert recipe.encoder_steps == 300 * (IMAGENET["num_examples"] // recipe.batch_size) and not recipe.heads
 
 
 TYPES_OF_RUNG = (

@@ -137,3 +137,20 @@ def test_only_images_are_opened():
         with pytest.raises(Exception):  # noqa: B017 - Pillow raises all kinds
             images.decode(io.BytesIO(bad))
     assert "EPS" not in images.FORMATS
+
+
+def test_integers_of_32_bits_with_small_values():
+    """cases A.14: values up to 255 are 8 bits, not nearly black 16 bits."""
+    grey = np.arange(256, dtype=np.int32).reshape(16, 16)
+    assert (images.decode(encoded(Image.fromarray(grey), "TIFF")) == grey[..., None]).all()
+    dark = grey.astype(np.uint16)  # a file that says 16 bits means them
+    for kind in ("PNG", "TIFF"):
+        assert images.decode(encoded(Image.fromarray(dark), kind)).max() == 1
+
+
+def test_a_transparent_value_of_16_bits_is_white():
+    """cases A.14"""
+    deep = np.full((4, 6), 30_000, np.uint16)
+    deep[:, :2], deep[:, 2] = 0, 1
+    out = images.decode(encoded(Image.fromarray(deep), "PNG", transparency=0))
+    assert (out[:, :2] == 255).all() and (out[:, 2] == 0).all() and (out[:, 3:] == 117).all()

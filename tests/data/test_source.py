@@ -11,7 +11,7 @@ from jaxcl.errors import UserError
 
 ATTRIBUTES = (
     "name", "split", "in_memory", "images", "image_shape", "labels", "labelled", "class_names", "num_classes", "mean",
-    "std", "extras", "coarse_names", "fine_names", "group_names", "paths", "plain",
+    "std", "extras", "coarse_names", "fine_names", "group_names", "paths", "content", "fingerprint", "plain",
 )  # fmt: skip
 
 

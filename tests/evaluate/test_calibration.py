@@ -65,3 +65,18 @@ def test_perfect_worst_and_empty():
     assert expected_calibration_error(probs, np.full(4, -1)) == 0
     with pytest.raises(UserError, match="calibration: probs of shape"):
         reliability(probs, np.zeros(3, int))
+
+
+@pytest.mark.parametrize("num_bins", [0, -1, 2.5])
+def test_a_number_of_bins_that_is_none(num_bins):
+    """cases A.14"""
+    for call in (expected_calibration_error, reliability):
+        with pytest.raises(UserError, match="num_bins"):
+            call(np.full((4, 2), 0.5), np.zeros(4, int), num_bins=num_bins)
+
+
+def test_a_label_that_is_no_class():
+    """cases A.2; cases A.1: 2**32 would be class 0."""
+    for bad in (2, 2**32):
+        with pytest.raises(UserError, match="row 1"):
+            expected_calibration_error(np.full((4, 2), 0.5), np.array([0, bad, 1, -1]))

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from evaluations import evaluation, source
 
+from jaxcl.augment.base import Op
 from jaxcl.evaluate import EvalContext
 from jaxcl.evaluate import color as module
 
@@ -56,8 +57,8 @@ def test_an_encoder_that_sees_colour_and_one_that_does_not(sees, monkeypatch):
     assert metrics["r2"] < 0.05 if not sees else metrics["r2"] > 0.15  # of four, the others' is 0
 
 
-@dataclasses.dataclass(frozen=True)
-class DimmedOnly:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DimmedOnly(Op):
     name: str = "jitter"
 
     def __call__(self, keys, images):

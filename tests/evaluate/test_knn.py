@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
-from jaxcl.evaluate import knn_predict
+from jaxcl.evaluate import knn_predict, nearest_neighbours
 
 
 def slow_knn(bank, labels, queries, k, temperature, num_classes):
@@ -112,3 +112,36 @@ def test_mistakes():
         knn_predict(bank, labels[:5], queries, num_classes=4)
     with pytest.raises(UserError, match="k=0"):
         knn_predict(bank, labels, queries, k=0, num_classes=4)
+
+
+def test_labels_that_are_no_class():
+    """cases A.2"""
+    bank, labels, queries = data()
+    for bad in (labels + 3, labels.astype(np.int64) + 2**32):
+        with pytest.raises(UserError, match="bank_labels"):
+            knn_predict(bank, bad, queries, k=5, num_classes=4)
+    traced = jax.jit(lambda y: knn_predict(bank, y, queries, k=5, num_classes=4))
+    assert np.isnan(traced(np.full(40, 4))).all()
+
+
+def test_a_row_that_is_not_finite():
+    """cases A.7: it would be the nearest neighbour of every query."""
+    bank, labels, queries = data()
+    want = knn_predict(np.delete(bank, 7, 0), np.delete(labels, 7), queries, k=5, num_classes=4)
+    bank[7, 2] = np.nan
+    for call in (
+        lambda: knn_predict(bank, np.maximum(labels, 0), queries, k=5, num_classes=4),
+        lambda: nearest_neighbours(bank, queries, k=5),
+        lambda: knn_predict(queries, np.zeros(len(queries), int), bank, k=5, num_classes=4),
+    ):
+        with pytest.raises(UserError, match="row 7"):
+            call()
+    labels[7] = -1
+    np.testing.assert_allclose(knn_predict(bank, labels, queries, k=5, num_classes=4), want, rtol=1e-6)
+
+
+def test_temperature_is_checked():
+    """cases A.14"""
+    bank, labels, queries = data()
+    with pytest.raises(UserError, match="temperature"):
+        knn_predict(bank, labels, queries, temperature=np.float32(0), num_classes=4)

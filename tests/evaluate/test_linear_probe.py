@@ -95,3 +95,47 @@ def test_max_steps_is_kept():
 def test_mistakes():
     with pytest.raises(UserError, match="expected \\[rows, features\\] and \\[rows\\]"):
         fit_linear_probe(np.ones((5, 2)), np.zeros(4, int), num_classes=2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e-3, 1e25])
+def test_the_scale_of_features_changes_nothing(scale):
+    """cases A.10"""
+    features, labels = data()
+    wide = (np.asarray(features, np.float64) * scale).astype(np.float32)
+    want = probe_logits(fit_linear_probe(features, labels, num_classes=3), features)
+    got = probe_logits(fit_linear_probe(wide, labels, num_classes=3), wide)
+    np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+def test_constant_features_of_any_size_have_no_weight():
+    """cases A.10: a deviation that is rounding alone would amplify it."""
+    features, labels = data()
+    constant = np.full((len(features), 3), [1e-9, 0.1, 1e9], np.float32)
+    probe = fit_linear_probe(np.concatenate([features, constant], 1), labels, num_classes=3)
+    want = fit_linear_probe(features, labels, num_classes=3)
+    np.testing.assert_allclose(probe.weights[: features.shape[1]], want.weights, atol=2e-3)
+    np.testing.assert_array_equal(probe.weights[features.shape[1] :], 0)
+
+
+def test_labels_that_are_no_class():
+    """cases A.2"""
+    features, labels = data()
+    for bad in (3, 2**32):
+        with pytest.raises(UserError, match="labels has"):
+            fit_linear_probe(features, np.where(np.arange(len(labels)) == 7, bad, labels), num_classes=3)
+    with pytest.raises(UserError, match="type float64"):
+        fit_linear_probe(features, labels.astype(float), num_classes=3)
+    traced = jax.jit(lambda y: fit_linear_probe(features, y, num_classes=3))
+    assert np.isnan(traced(np.where(np.arange(len(labels)) == 7, 3, labels)).weights).all()
+    assert np.isfinite(traced(labels).weights).all()
+
+
+def test_rows_that_are_not_finite():
+    """cases A.7"""
+    features, labels = data()
+    features[5, 1] = np.inf
+    with pytest.raises(UserError, match="row 5"):
+        fit_linear_probe(features, labels, num_classes=3)
+    assert np.isnan(jax.jit(lambda x: fit_linear_probe(x, labels, num_classes=3))(features).weights).all()
+    labels[5] = -1
+    assert np.isfinite(fit_linear_probe(features, labels, num_classes=3).weights).all()

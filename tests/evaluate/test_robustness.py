@@ -1,5 +1,7 @@
 """FGSM and PGD on a classifier: the reference's images, pixel units, rows that are not attacked."""
 
+import functools
+
 import golden_net
 import jax
 import jax.numpy as jnp
@@ -115,3 +117,43 @@ def test_pgd_takes_its_steps_in_pixels():
         assert np.abs(got[0] - pixels[0]).max() <= 0.05 + 1e-6
     with pytest.raises(UserError, match="divide a value in 0..255 units by 255"):
         pgd_examples(logits_fn, pixels, labels, **options | dict(epsilon=4))
+
+
+def confident(margin, classes=4, seed=5):
+    """A linear classifier that gives each image's class the logit `margin` above all others."""
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(4, 4, 3, classes)).astype(np.float32)
+    pixels = rng.uniform(0.3, 0.7, size=(16, 4, 4, 3)).astype(np.float32)
+    labels = rng.integers(0, classes, 16)
+    lifted = np.eye(classes, dtype=np.float32)[labels]
+    clean = np.einsum("nhwc,hwck->nk", pixels, weights)
+    lift = lifted * (margin + clean.max(1, keepdims=True) - (clean * lifted).sum(1, keepdims=True))
+    return (lambda x: linear(weights)(x) + lift), weights, pixels, labels, clean + lift
+
+
+@pytest.mark.parametrize("margin", [1, 17, 50, 200, 1e4])
+def test_a_confident_classifier_is_attacked(margin):
+    """cases A.8: the own class's part of the gradient of the cross-entropy is 0 in float32, and then all of it."""
+    logits_fn, weights, pixels, labels, logits = confident(margin)
+    options = dict(epsilon=0.02, mean=0.0, std=1.0)
+    own = np.eye(4)[labels]
+    others = np.where(own > 0, -np.inf, logits.astype(np.float64))
+    others = np.exp(others - others.max(1, keepdims=True))
+    direction = np.einsum("nk,hwck->nhwc", others / others.sum(1, keepdims=True) - own, weights)
+    want = np.clip(pixels + 0.02 * np.sign(direction), 0, 1)
+    sure = np.abs(direction) > 1e-3
+    for attack in (fgsm_examples, functools.partial(pgd_examples, num_steps=1)):
+        got = np.asarray(attack(logits_fn, pixels, labels, **options))
+        np.testing.assert_allclose(got[sure], want[sure], atol=1e-6)
+
+
+def test_attack_on_labels_that_are_no_class_and_masked_classes():
+    """cases A.2, A.3"""
+    logits_fn, _, pixels, labels, _ = confident(1)
+    options = dict(epsilon=0.02, mean=0.0, std=1.0)
+    with pytest.raises(UserError, match="row 2"):
+        fgsm_examples(logits_fn, pixels, np.where(np.arange(16) == 2, 4, labels), **options)
+    masked = lambda x: jnp.where(jnp.arange(4) < 2, logits_fn(x), -jnp.inf)  # noqa: E731
+    assert np.isfinite(fgsm_examples(masked, pixels, labels % 2, **options)).all()
+    alone = lambda x: jnp.where(jnp.arange(4) < 1, logits_fn(x), -jnp.inf)  # noqa: E731
+    np.testing.assert_array_equal(fgsm_examples(alone, pixels, labels * 0, **options), pixels)

@@ -104,7 +104,8 @@ def context(sources, probe, features_of, *, stimuli="", side=4):
     test = sources["test"]
     return SimpleNamespace(
         options=SimpleNamespace(cue_conflict=stimuli),
-        recipe=SimpleNamespace(num_classes=test.num_classes, image_shape=(side, side, 3)),
+        recipe=SimpleNamespace(image_shape=(side, side, 3)),
+        num_classes=test.num_classes,
         source=sources.get,
         test=test,
         features_of=features_of,

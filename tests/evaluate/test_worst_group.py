@@ -237,7 +237,8 @@ def context(train, test, *, groups=True):
         source=sources.get,
         test=sources["test"],
         features={"train": train[0], "test": test[0]}.get,
-        recipe=SimpleNamespace(num_classes=2, seed=0),
+        recipe=SimpleNamespace(seed=0),
+        num_classes=2,
         fitted_probe=lambda: fit_linear_probe(train[0], train[1], num_classes=2),
     )
 

@@ -117,3 +117,33 @@ def test_more_axes():
 @pytest.mark.parametrize("labels", [np.zeros(4, int), np.zeros(3), np.zeros((3, 4), int), np.zeros((3, 3))], ids=str)
 def test_shapes_that_do_not_match(labels):
     assert_user_error(lambda: cross_entropy(np.ones((3, 4)), labels), "cross_entropy: ", "labels")
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_masked_classes(soft):
+    """cases A.3: -inf masks a class; torch gives the same loss and gradient."""
+    logits, labels = [[2, 1, -np.inf], [0.5, 1, -np.inf]], np.array([0, 1])
+    target = np.eye(3, dtype=np.float32)[labels] if soft else labels
+    value, grad = jax.value_and_grad(lambda x: cross_entropy(x, target))(jnp.array(logits))
+    np.testing.assert_allclose(value, 0.39366946, rtol=1e-6)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(grad, (p - np.eye(3)[labels]) / 2, atol=1e-7)
+    # A target above 0 of a masked class costs infinitely much, as in torch; it is not NaN.
+    assert cross_entropy(logits, target, label_smoothing=0.1) == np.inf
+    assert cross_entropy(logits, np.array([2, 1])) == np.inf
+
+
+def test_logits_whose_difference_overflows():
+    """cases A.3"""
+    logits = [[3e38, -3e38]]
+    for target in (np.array([0]), np.array([[1.0, 0.0]])):
+        value, grad = jax.value_and_grad(lambda x, t=target: cross_entropy(x, t))(jnp.array(logits))
+        assert value == 0 and not grad.any()
+    assert cross_entropy(logits, np.array([1])) == np.inf
+
+
+def test_the_gradient_of_soft_targets_is_kept():
+    """cases A.3"""
+    logits, target = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[1.0, 0.0, 0.0]])
+    grad = jax.grad(lambda t: cross_entropy(logits, t))(target)
+    np.testing.assert_allclose(grad, -jax.nn.log_softmax(logits), rtol=1e-6)

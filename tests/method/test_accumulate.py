@@ -3,13 +3,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from jaxcl import config as base
+from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.method import sharding
+from jaxcl.method.accumulate import gradients
 from jaxcl.method.init_state import init_state
 from jaxcl.method.recipe import Phase
 from jaxcl.method.update import compile_update
@@ -36,7 +39,7 @@ def config(micro_batch=0, norm="group", **options):
 
 
 @functools.cache
-def update_once(micro_batch, devices, norm="group"):
+def update_once(micro_batch, devices, norm="group", batch=tiny.batch):
     how = {"batch_norm": "micro_batch"} if norm == "batch" else {}
     recipe = tiny.recipe(config(micro_batch, norm, **how), num_devices=devices)
     mesh = sharding.make_mesh(devices)
@@ -45,7 +48,7 @@ def update_once(micro_batch, devices, norm="group"):
     queue = {**state.memory["queue"], "pointer": np.int32(0)}
     state = state.replace(step=np.int32(0), key=jax.random.key(0), memory={**state.memory, "queue": queue})
     update = compile_update(recipe, Phase("encoder"), replicated, rows)
-    new, metrics = update(sharding.device_put(state, replicated), sharding.device_put(tiny.batch(), rows))
+    new, metrics = update(sharding.device_put(state, replicated), sharding.device_put(batch(), rows))
     return jax.device_get((new.params, new.memory, metrics))
 
 
@@ -90,3 +93,40 @@ def test_what_is_refused():
     c.views.standard = base.view("standard")
     c.stages = (base.stage("saliency", rejected=""),)
     refuse(c, r"accumulate\.micro_batch with stages")
+
+
+@pytest.mark.parametrize("by_part", [False, True])
+def test_unequal_numbers_of_labelled_rows(by_part):
+    """cases A.9: the mean of the batch, not the mean of the micro-batches' means."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(12, 5)).astype(np.float32), rng.normal(size=(5, 3)).astype(np.float32)
+    labels = np.array([0, 1, -1, -1, 2, -1, -1, -1, 1, -1, 0, 2], np.int32)
+
+    def loss(w, rows, share=1.0):
+        x, y = rows
+        ce, square = losses.cross_entropy(x @ w, y), jnp.mean((x @ w) ** 2)
+        return ce * share + (square if by_part else 0.0), ce * share
+
+    def grad_fn(w, rows, stats, key, shares=None):
+        (value, ce), grad = jax.value_and_grad(loss, has_aux=True)(w, rows, shares["ce"] if shares else 1.0)
+        return (value, ({"ce": ce}, rows[1], stats)), grad
+
+    count = lambda rows: jnp.sum(rows[1] >= 0)  # noqa: E731
+    counts = (lambda rows: {"ce": count(rows)}) if by_part else count
+    options = dict(micro_batches=4, mesh=None, counts=counts)
+    value, metrics, outputs, _, grad = gradients(grad_fn, w, (x, labels), {}, jax.random.key(0), **options)
+    (want, ce), want_grad = jax.value_and_grad(loss, has_aux=True)(w, (x, labels))
+    np.testing.assert_allclose((value, metrics["ce"]), (want, ce), rtol=1e-5)
+    np.testing.assert_allclose(grad, want_grad, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(outputs, labels)
+
+
+def test_an_update_with_rows_without_label():
+    """cases A.9, through a whole update."""
+    batch = tiny.batch()
+    batch["label"] = np.where(np.arange(len(batch["label"])) % 4 < 2, batch["label"], -1)
+    batch["label"][0] = -1
+    copy = batch.copy  # one object, since `update_once` keeps its results
+    got, want = (update_once(m, 1, batch=copy) for m in (4, 0))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * max(1, np.abs(b).max()))

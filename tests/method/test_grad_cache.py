@@ -384,7 +384,7 @@ def test_batch_norm_without_grad_cache_is_not_refused():
 
 def test_a_view_of_another_length_is_refused_when_traced(net):
     model, params, stats, images = net
-    with pytest.raises(UserError, match="a pass of 32 rows in 2 equal parts does not divide into 4 micro-batches"):
+    with pytest.raises(UserError, match="a pass of 32 rows .* does not divide into 4 micro-batches"):
         grad_cache.encode(model, params, stats, images, chunks=4, groups=2)
 
 

@@ -18,12 +18,12 @@ from jaxcl.method.init_state import init_state
 from jaxcl.method.memory import EMA, enqueue
 from jaxcl.method.recipe import Phase
 from jaxcl.method.update import compile_update
-from jaxcl.models import Model, ProjectionHead
+from jaxcl.models import Encoder, Model, ProjectionHead
 
 NAMES = ("conv", "bn_scale", "bn_bias", "fc1_w", "fc1_b", "fc2_w", "fc2_b")
 
 
-class Encoder(nn.Module):
+class GoldenEncoder(Encoder):
     """conv 3x3 - batch norm - ReLU - pool: the encoder of the golden files."""
 
     features: int = 6
@@ -81,7 +81,7 @@ def moco_recipe(d, *, devices=1, groups=1):
     views = dict(zip(("view1", "view2", "negatives"), (Given(images[k]) for k in ("im_q", "im_k")), strict=False))
     views["negatives"] = Given(images["im_n"][:, :, 0])
     # In the golden files' precision of nothing: the recipe is ours, the network theirs.
-    model = Model(Encoder(), ProjectionHead(features=5, hidden_layers=1))
+    model = Model(GoldenEncoder(), ProjectionHead(features=5, hidden_layers=1))
     return dataclasses.replace(recipe, views=views, model=model)
 
 
@@ -194,6 +194,14 @@ def test_a_cosine_ends_at_one():
     assert part.before(memory, None, None) is memory
 
 
+def test_a_cosine_ends_where_it_is_told():
+    """cases E, ResNet-18 presets: MoCo-v2+ averages from 0.99 to 0.999."""
+    part = EMA(decay=0.9, decay_schedule="cosine", decay_end=0.98, order="after")
+    memory = {"params": np.zeros(1, np.float32)}
+    moved = [float(part._averaged(memory, np.ones(1), jnp.float32(p))["params"][0]) for p in (0, 0.5, 1)]
+    np.testing.assert_allclose(moved, [0.1, 0.06, 0.02], atol=1e-6)
+
+
 # ---- BYOL and SimSiam, with a head and a predictor that have batch norms
 
 
@@ -247,7 +255,7 @@ def _main(params):
     "change, text",
     [
         (lambda c: c.memory.queue.update(length=8), "memory.queue.length is 8; expected at least batch_size, 16"),
-        (lambda c: c.memory.queue.update(of="target/view3"), "which nothing makes"),
+        (lambda c: c.memory.queue.update(of="target/view3"), "memory.queue names view 'target/view3'"),
         (
             lambda c: delattr(c.memory, "queue"),
             "terms.moco reads memory.queue, which the config lacks",

@@ -323,3 +323,74 @@ def test_torch_adamw_decays_every_parameter(eps):
 )
 def test_mistakes_in_what_thanos_added(options, words):
     test_mistakes(options, words)
+
+
+@pytest.mark.parametrize(
+    "kind, warmup, low",
+    [
+        ("epoch_cosine", "10 epochs", True),
+        ("epoch_cosine", "9 epochs", True),  # it ends at the cosine's value, which is low by then
+        ("epoch_cosine", "10%", False),
+        ("cosine", "30 epochs", True),
+        ("cosine", "9 epochs", False),
+    ],
+)
+def test_a_warmup_as_long_as_the_run(caplog, kind, warmup, low):
+    """cases A.14: the rate would never come near lr."""
+    options = OptimizerOptions(lr=0.5, warmup=warmup, warmup_from=0.01, schedule=kind)
+    with caplog.at_level("WARNING", logger="jaxcl"):
+        schedule = make_schedule(options, name="optimizer", steps=50, steps_per_epoch=5, batch_size=4)
+    assert (values(schedule, 50).max() < 0.25) == low
+    assert any("optimizer.warmup" in r.getMessage() for r in caplog.records) == low
+
+
+def test_the_trust_coefficient_scales_the_step_of_matrices():
+    """cases E.3."""
+    plain, small = (run(OptimizerOptions(kind="lars", lr=0.4, **o), steps=1) for o in ({}, {"trust_coefficient": 0.02}))
+    for k, p in PARAMS.items():
+        factor = 20 if p.ndim > 1 else 1
+        np.testing.assert_allclose(small[k] - p, factor * (np.asarray(plain[k]) - p), rtol=1e-3, atol=1e-6)
+
+
+def larc(lr, steps, *, coefficient, decay, momentum=0.9):
+    """NVIDIA's LARC with clipping in front of torch's SGD, in float64; vectors by SGD without decay."""
+    params, buffers = dict(PARAMS), {k: np.zeros_like(p) for k, p in PARAMS.items()}
+    for step in range(steps):
+        for k, p in params.items():
+            g = gradients(step)[k]
+            if p.ndim > 1:
+                size, slope = np.linalg.norm(p), np.linalg.norm(g)
+                local = coefficient * size / (slope + decay * size + 1e-8)
+                g = min(local / lr[step], 1) * (g + decay * p)
+            buffers[k] = momentum * buffers[k] + g
+            params[k] = p - lr[step] * buffers[k]
+    return params
+
+
+@pytest.mark.parametrize("coefficient", [0.02, 50.0])  # below the clip and above it
+def test_clipped_lars_is_larc(coefficient):
+    """cases E.3."""
+    options = OptimizerOptions(
+        kind="lars", lr=0.4, weight_decay=0.1, clip_trust=True, trust_coefficient=coefficient, schedule="cosine"
+    )
+    schedule = make_schedule(options, name="optimizer", steps=4, steps_per_epoch=4, batch_size=1)
+    tx = make_optimizer(options, schedule)
+    params = {k: jnp.asarray(v, jnp.float32) for k, v in PARAMS.items()}
+    state = tx.init(params)
+    for step in range(3):
+        grads = {k: jnp.asarray(v, jnp.float32) for k, v in gradients(step).items()}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    rates = [0.4 * (1 + math.cos(math.pi * s / 4)) / 2 for s in range(3)]
+    want = larc(rates, 3, coefficient=coefficient, decay=0.1)
+    for k in PARAMS:
+        np.testing.assert_allclose(params[k], want[k], rtol=1e-5, atol=1e-6, err_msg=k)
+
+
+def test_clipped_lars_at_a_rate_of_zero_is_finite():
+    """cases E.3: a warm-up from 0, and a matrix of zeros."""
+    options = OptimizerOptions(kind="lars", clip_trust=True)
+    tx = make_optimizer(options, optax.constant_schedule(0.0))
+    params = {"a": jnp.ones((2, 2)), "b": jnp.zeros((2, 2))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates))

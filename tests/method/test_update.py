@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from jaxcl import losses
+from jaxcl.errors import UserError
 from jaxcl.losses.common import total
 from jaxcl.method import sharding
 from jaxcl.method.init_state import init_state
@@ -205,17 +206,22 @@ def test_terms_are_told_the_axis_and_given_the_rows_of_their_device(devices):
 
 
 def test_a_term_that_forgets_the_axis_is_noticed():
-    """The sum over one device's rows is not the loss of the batch: shard_map refuses to call it the same everywhere."""
+    """The sum over one device's rows is not the loss of the batch, and a vector is no loss. Cases D.1."""
 
     class Forgetful(Spy):
         def __call__(self, e, label, *, memory=None, axis_name=None):
             return jnp.sum(e["view1"].z)
 
-    recipe = dataclasses.replace(recipe_of("supcon"), terms={"spy": Forgetful([])})
-    state = jax.eval_shape(lambda: init_state(recipe))
+    class Vector(Spy):
+        def __call__(self, e, label, *, memory=None, axis_name=None):
+            return e["view1"].z[:, 0]
+
     batch = jax.eval_shape(lambda: {k: jnp.asarray(v) for k, v in tiny.batch().items()})
-    with pytest.raises(ValueError, match="out_specs"):
-        jax.eval_shape(make_update(recipe, PLAIN, sharding.make_mesh(8)), state, batch)
+    for term, devices, words in ((Forgetful, 8, "differs between devices"), (Vector, 1, "expected a scalar")):
+        recipe = dataclasses.replace(recipe_of("supcon"), terms={"spy": term()})
+        state = jax.eval_shape(lambda r=recipe: init_state(r))
+        with pytest.raises(UserError, match=f"terms.spy returned .*{words}"):
+            jax.eval_shape(make_update(recipe, PLAIN, sharding.make_mesh(devices)), state, batch)
 
 
 def test_of_a_sharded_batch_only_embeddings_are_gathered():

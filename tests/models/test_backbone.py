@@ -57,7 +57,7 @@ def saved(run):
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "made" / "here"
-    assert command.run(["export", f"--workdir={run}", f"--out={out}"]) == 0
+    assert command.main(["export", f"--workdir={run}", f"--out={out}"]) == 0
     return out
 
 
@@ -186,8 +186,8 @@ def test_a_run_whose_data_is_gone(tmp_path, caplog):
     with caplog.at_level("INFO", "jaxcl"):
         found = jaxcl.load_backbone(export(open_run(tmp_path / "run"), tmp_path / "out"))
     assert found.class_names == () and "without class names" in caplog.text
-    says("is not a run folder", command.run, ["export", f"--workdir={tmp_path}", f"--out={tmp_path}"])
-    says("no --out", command.run, ["export", f"--workdir={tmp_path}"])
+    says("is not a run folder", command.main, ["export", f"--workdir={tmp_path}", f"--out={tmp_path}"])
+    says("no --out", command.main, ["export", f"--workdir={tmp_path}"])
 
 
 def test_a_file_that_cannot_be_written(saved, tmp_path):

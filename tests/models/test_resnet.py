@@ -464,6 +464,7 @@ def test_padded_rows_change_nothing(padded, what):
         ("stage_widths", dict(stage_sizes=(1, 1), stage_widths=(8, 0))),
         ("strides", dict(stage_sizes=(1, 1), stage_widths=(8, 16), strides=(1, 0))),
         ("dtype", dict(dtype="float16")),
+        ("stem_padding", dict(stem="patch4", stem_padding=1)),
         ("head_features", dict(head_features=-1)),
         ("head_hidden_layers", dict(head_hidden_layers=-1)),
         ("head_norm", dict(head_norm="group")),
@@ -483,3 +484,54 @@ def test_unknown_tap(tap):
 def test_width_scales_every_stage():
     encoder = ResNetOptions(depth=18, width=0.25).make(jnp.float32)
     assert tuple(encoder.widths) == (16, 32, 64, 128) and encoder.features == 128
+
+
+# ---- what presets of other repositories need
+
+
+@pytest.mark.parametrize("depth, last", [(18, "bn2"), (50, "bn3")])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_last_norm_of_a_block_can_start_at_zero(depth, last, norm):
+    """cases E.5."""
+    sets = ("adv",) if norm == "batch" else ()
+    options = dataclasses.replace(TINY, depth=depth, norm=norm, norm_sets=sets)
+    shape, key = (8, 8, 3), jax.random.key(0)
+    usual, zero = (
+        make_model(dataclasses.replace(options, zero_init_residual=z)).init(key, shape)[0] for z in (False, True)
+    )
+    for path, x in jax.tree_util.tree_leaves_with_path(zero["encoder"]):
+        name = jax.tree_util.keystr(path)
+        ends = "'scale'" in name and f"'{last}" in name
+        before = dict(jax.tree_util.tree_leaves_with_path(usual["encoder"]))[path]
+        np.testing.assert_array_equal(x, np.zeros_like(x) if ends else before, err_msg=name)
+    kept = [k for k, _ in jax.tree_util.tree_leaves_with_path(zero["encoder"]) if f"'{last}" in jax.tree_util.keystr(k)]
+    assert len(kept) == (12 if sets else 6)  # scale and bias, of three blocks, of each set
+
+
+@pytest.mark.parametrize("stem, padding, sides", [("cifar", 2, (10, 5)), ("cifar", 0, (8, 4)), ("imagenet", 2, (2, 1))])
+def test_padding_of_the_stem(stem, padding, sides):
+    """cases E, ResNet-18 presets: two pixels around the image in front of a 3x3 stem."""
+    model = make_model(dataclasses.replace(TINY, stem=stem, stem_padding=padding))
+    params, stats = model.init(jax.random.key(0), (8, 8, 3))
+    maps = model.maps(params, stats, jnp.ones((1, 8, 8, 3)))
+    assert tuple(m.shape[1] for m in maps) == sides
+
+
+def test_a_head_on_features_of_unit_length():
+    """cases E.2: the embedding does not depend on the length of the features."""
+    model = make_model(dataclasses.replace(TINY, head_unit_input=True, head_hidden_layers=0))
+    params, stats = model.init(jax.random.key(0), (8, 8, 3))
+    h = jax.random.normal(jax.random.key(1), (4, model.features))
+    z = model.project(params, stats, h)
+    np.testing.assert_allclose(model.project(params, stats, 9 * h), z, rtol=1e-5)
+    dense = params["head"]["out"]["dense"]
+    rows = h / np.linalg.norm(h, axis=1, keepdims=True)
+    np.testing.assert_allclose(z, rows @ dense["kernel"] + dense["bias"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_last_batch_norm_with_a_scale_and_no_bias():
+    """cases E.9: SimCLR's projection head ends so."""
+    model = make_model(dataclasses.replace(TINY, head_norm="batch", head_out_norm="scale"))
+    params, _ = jax.eval_shape(lambda: model.init(jax.random.key(0), (8, 8, 3)))
+    assert set(params["head"]["out_bn"]) == {"scale"} and set(params["head"]["out"]["dense"]) == {"kernel"}
+    assert set(params["head"]["bn0"]) == {"scale", "bias"}

@@ -1,15 +1,17 @@
 """The lock of a run folder: who holds it, and whose lock no longer counts."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from jaxcl.errors import UserError
-from jaxcl.runtime import lock
+from jaxcl.runtime import lock, storage
 from jaxcl.runtime.lock import RunLock
 
 HOLD = """
@@ -111,3 +113,126 @@ def test_it_is_touched(tmp_path):
     else:
         pytest.fail("nobody touched it")
     first.close()
+
+
+RACE = """
+import sys, time
+from jaxcl.errors import UserError
+from jaxcl.runtime import lock, storage
+lock.time.time()
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    held = lock.RunLock(sys.argv[1])
+    print("held", flush=True)
+    sys.stdin.readline()
+except UserError:
+    print("refused", flush=True)
+"""
+
+
+def test_starts_at_one_moment(tmp_path):
+    """Cases C.6: of three that find a dead process's lock, or none, at one moment, exactly one gets the folder."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for i in range(6):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        if i % 2:
+            written(folder, started="1")
+        racers = [subprocess.Popen([sys.executable, "-c", RACE, str(folder)], **pipes) for _ in range(3)]
+        try:
+            assert [r.stdout.readline() for r in racers] == ["ready\n"] * 3
+            for r in racers:
+                r.stdin.write("go\n")
+                r.stdin.flush()
+            assert sorted(r.stdout.readline() for r in racers) == ["held\n", "refused\n", "refused\n"]
+        finally:
+            for r in racers:
+                r.kill()
+                r.communicate()
+        assert [p.name for p in folder.iterdir()] == [lock.NAME]
+
+
+def test_threads_that_take_over_at_one_moment(tmp_path, monkeypatch):
+    """Cases C.6: also where the file system cannot exclude others, never nobody."""
+    for alone in (True, False):
+        if not alone:
+            monkeypatch.setattr(lock, "fcntl", None)
+        written(tmp_path, started="1")
+        start, held = threading.Barrier(8), []
+
+        def take(start=start, held=held):
+            start.wait()
+            try:
+                held.append(RunLock(tmp_path))
+            except UserError:
+                pass
+
+        threads = [threading.Thread(target=take) for _ in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert len(held) == 1
+        held[0].check()
+        held[0].close()
+
+
+def test_writers_of_one_file(tmp_path):
+    """Cases C.6: any number of writers at one moment; the file is always one writer's, whole."""
+    path, errors = tmp_path / "file", []
+
+    def write(letter):
+        try:
+            for _ in range(30):
+                storage.write_whole(path, letter * 10000)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    text = path.read_text()
+    assert not errors and len(text) == 10000 and len(set(text)) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\xff\x00", b"[]", b'{"pid": 3, "ho', b'{"token": [1]}', b"[" * 100000])
+def test_a_file_that_is_no_lock(tmp_path, content, monkeypatch):
+    """Cases C.7, C.9: what a full disk left, or another program. It is taken over after a moment, not after 60 s."""
+    (tmp_path / lock.NAME).write_bytes(content)
+    monkeypatch.setattr(lock, "WRITE_SECONDS", 0.01)
+    with RunLock(tmp_path) as first:
+        with pytest.raises(UserError):
+            RunLock(tmp_path)
+        first.check()
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    """Cases C.7: a lock that cannot be written is not there."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("link", "fsync"):
+        with monkeypatch.context() as patched:
+            patched.setattr("pathlib.Path.write_text", full)
+            patched.setattr(lock.os, name, full)
+            with pytest.raises(OSError):
+                RunLock(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    """Cases C.6."""
+
+    def none(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(lock.os, "link", none)
+    with RunLock(tmp_path):
+        with pytest.raises(UserError):
+            RunLock(tmp_path)
+    assert list(tmp_path.iterdir()) == []

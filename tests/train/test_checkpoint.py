@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 
 import jax
 import numpy as np
@@ -62,6 +63,38 @@ def saved(tmp_path_factory):
         checkpoints.wait()
         assert checkpoints.latest == 7
     return folder
+
+
+ODD = ["[2024] photos", "a*b", "what?", "back\\slash", "100% #1", "new\nline", "~x", "{a,b}", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.mark.parametrize("name", ODD, ids=range(len(ODD)))
+def test_any_name_of_a_folder(name, tmp_path, monkeypatch):
+    """Cases B.2: what is saved in a folder of any name is read from it, also beside one that its name matches."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for i, folder in enumerate(("axb", "2 photos", name)):
+        with Checkpoints(tmp_path / folder / "checkpoints") as checkpoints:
+            checkpoints.save(1, state_of(seed=i, step=1))
+    with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 1
+        assert_same(checkpoints.restore(abstract()), state_of(seed=2, step=1))
+    manifest = json.loads((tmp_path / name / "checkpoints" / "1" / "manifest.json").read_text())
+    assert manifest["files"]
+
+
+@pytest.mark.parametrize("fault", ["metadata", "values"])
+def test_what_cannot_be_read_back_does_not_count(fault, tmp_path, monkeypatch):
+    """Cases B.2: a checkpoint gets its manifest only when it was read; otherwise the run ends in one line."""
+
+    def broken(*args, **options):
+        raise ValueError("no such array")
+
+    with pytest.raises(UserError) as error, Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, {"metadata": "metadata", "values": "load"}[fault], broken)
+        checkpoints.save(1, state_of(step=1))
+        checkpoints.wait()
+    assert "\n" not in str(error.value) and "no checkpoint was saved yet" in str(error.value)
+    assert not (tmp_path / "checkpoints" / "1" / "manifest.json").exists()
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_the_split(opened, runs):
 def test_the_command(runs, data, capsys, monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     argv = ["evaluate", f"--workdir={runs[0]}", "--suite=linear", f"--source=npz:{data[1]}", f"--out={out}"]
-    assert command.run(argv) == 0
+    assert command.main(argv) == 0
     printed, written = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert written["results"] == printed and set(printed) == {"linear"}
     assert written["source"] == f"npz:{data[1]}" and written["runs"][0]["step"] == 3
@@ -157,5 +157,80 @@ def test_mistakes(runs, data, tmp_path, opened):
     says("suite has 'classifier'", evaluate_runs, opened, ("classifier",))
     other = load_run(runs[1], source=f"npz:{data[1]}")
     says("were trained on different data", evaluate_runs, [opened[0], other])
-    says("no --workdir", command.run, ["evaluate"])
+    says("no --workdir", command.main, ["evaluate"])
     says("has no checkpoint of step 7", load_run, runs[0], step=7)
+
+
+def five_classes(path):
+    """64 + 20 images of five colours, one a class, as a data source."""
+    colours = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [120, 10, 120]])
+    arrays = {}
+    for part, count in (("train", 64), ("test", 20)):
+        labels = np.arange(count) % 5
+        noise = np.random.default_rng(count).integers(0, 30, (count, tiny.SIDE, tiny.SIDE, 3))
+        arrays |= {f"{part}_images": (colours[labels][:, None, None] + noise).astype(np.uint8)}
+        arrays |= {f"{part}_labels": labels}
+    np.savez(path, class_names=list("vwxyz"), **arrays)
+    return f"npz:{path}"
+
+
+CLASSIFIERS = ("knn", "linear", "logistic", "linear_sgd", "raw_pixels", "ood")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_data_of_other_classes(labelled, runs, tmp_path):
+    """Cases B.1: classes are those of the data evaluated, for a run on four classes and for one without labels."""
+    folder = runs[0]
+    if not labelled:
+        part = tiny.batch(64)
+        np.savez(tmp_path / "unlabelled.npz", images=part["image"])
+        c = tiny.config(stage=False, background=False)
+        del c.memory.probe
+        c.terms.supcon.labels, c.eval.batch_size, c.eval.knn_k = False, 16, 5
+        with c.ignore_type():
+            c.data.source = f"npz:{tmp_path}/unlabelled.npz"
+        folder = tmp_path / "run"
+        tiny.saved_run(folder, c, 0)
+    options = ("logistic_epochs=3", "sgd_epochs=1", "severities=()", "shuffle_grids=()", "fgsm=(4,)")
+    run = load_run(folder, source=five_classes(tmp_path / "five.npz"), options=options)
+    context = run.context()
+    assert run.recipe.num_classes == (4 if labelled else 0) and context.num_classes == 5
+    found = evaluate_runs([run], (*CLASSIFIERS, "classifier", "fgsm", "linear_fgsm", "calibration", "adversary"))
+    # The classifier of training knows other classes; a label means another class to it.
+    assert set(found) == {*CLASSIFIERS, "linear_fgsm"}
+    train, test = context.source("train"), context.test
+    x, y = context.features("train"), context.features("test")
+    probe = fit_linear_probe(x, train.labels, num_classes=5)
+    right = np.argmax(probe_logits(probe, y), -1) == test.labels
+    assert found["linear"]["accuracy"] == found["ood"]["accuracy"] == pytest.approx(right.mean()) and right.all()
+    assert found["knn"]["accuracy"] == found["raw_pixels"]["accuracy"] == 1
+
+
+def test_the_classifier_on_data_of_the_same_classes(data, tmp_path):
+    """Cases B.1: on another set the classifier of training counts where a number means the same class."""
+    c = tiny.config(stage=False, background=False)
+    with c.ignore_type():
+        c.data.source = f"npz:{data[0]}"
+    tiny.saved_run(tmp_path / "run", c, 0, class_names=[f"class {i}" for i in range(4)])
+    part = tiny.batch(32, seed=9)
+    sources = {}
+    for names in ("class 0,class 1,class 2,class 3", "b,c,d,e"):
+        sources[names] = f"npz:{tmp_path}/{names[:1]}.npz"
+        np.savez(sources[names][4:], images=part["image"], labels=part["label"], class_names=names.split(","))
+    few = part["label"] < 2
+    sources["two"] = f"npz:{tmp_path}/two.npz"
+    np.savez(sources["two"][4:], images=part["image"][few], labels=part["label"][few])
+    results = [evaluate_runs([load_run(tmp_path / "run", source=s)], ("classifier",)) for s in sources.values()]
+    assert [set(r) for r in results] == [{"classifier"}, set(), {"classifier"}]
+
+
+def test_coarse_labels_and_another_source(tmp_path):
+    """Cases B.1: a run on coarse labels is evaluated on a source that has none."""
+    part = tiny.batch(64)
+    np.savez(tmp_path / "d.npz", images=part["image"], labels=part["label"], coarse_labels=part["label"] // 2)
+    c = tiny.config(stage=False, background=False)
+    with c.ignore_type():
+        c.data.source, c.data.labels = f"npz:{tmp_path}/d.npz", "coarse"
+    tiny.saved_run(tmp_path / "run", c, 0)
+    assert load_run(tmp_path / "run", source=f"npz:{tmp_path}/d.npz").context().num_classes == 2
+    assert load_run(tmp_path / "run", source=five_classes(tmp_path / "five.npz")).context().num_classes == 5

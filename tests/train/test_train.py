@@ -26,7 +26,7 @@ from jaxcl.runtime.lock import RunLock
 from jaxcl.train import log, run_folder
 from jaxcl.train import loop as train
 from jaxcl.train.checkpoint import Checkpoints
-from jaxcl.train.runs import evaluate_runs, load_run
+from jaxcl.train.runs import evaluate_runs, load_run, open_run
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,46 @@ def test_a_run_under_another_order_of_the_rows_is_not_continued(tmp_path, npz):
     assert not (tmp_path / "lock.json").exists()
     found = evaluate_runs([load_run(tmp_path)])  # it can still be evaluated
     assert 0 <= found["classifier"]["accuracy"] <= 1
+
+
+def test_data_that_changed_in_the_same_folder(tmp_path, npz):
+    """Cases B.4: refused before anything is written; a folder of an older version has no hash and goes on."""
+    source = tmp_path / "data.npz"
+    arrays = dict(np.load(npz))
+    np.savez(source, **arrays)
+    c = config(npz=source)
+    workdir = tmp_path / "run"
+    known = {run_folder.ROW_ORDER: train.shuffle.ORDER, run_folder.FINGERPRINT: train.source_of(c, "train").fingerprint}
+    tiny.saved_run(workdir, c, **known)
+    before = (workdir / "data.json").read_bytes()
+    np.savez(source, **arrays | dict(train_labels=np.roll(arrays["train_labels"], 1)))
+    with pytest.raises(UserError) as error:
+        train.run(c, workdir)
+    assert "\n" not in str(error.value) and str(workdir) in str(error.value)
+    assert (workdir / "data.json").read_bytes() == before and not (workdir / "lock.json").exists()
+    assert 0 <= evaluate_runs([load_run(workdir)])["classifier"]["accuracy"] <= 1
+    facts = json.loads(before)
+    del facts[run_folder.FINGERPRINT]
+    run_folder.write_json(workdir / "data.json", facts)
+    now = facts | {run_folder.FINGERPRINT: train.source_of(c, "train").fingerprint}
+    run_folder.claim(workdir, json.loads((workdir / "config.json").read_text()), now, True).close()
+    assert json.loads((workdir / "data.json").read_text()) == now
+
+
+def test_a_workdir_in_the_home(undisturbed, npz, tmp_path, monkeypatch):
+    """Cases B.2: all of ~/[1] is in the home; from another folder the same command finds the finished run."""
+    for name in ("home", "here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    c = config(npz=npz)
+    train.run(c, "~/[1]")
+    assert list((tmp_path / "here").iterdir()) == []
+    assert record(tmp_path / "home" / "[1]") == record(undisturbed[0])
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.setattr(train, "source_of", None)  # whatever would begin to work fails
+    assert train.run(config(npz=npz), "~/[1]")["steps"] == STEPS
+    assert open_run("~/[1]").step == STEPS and list((tmp_path / "there").iterdir()) == []
 
 
 # ---- stopped and resumed

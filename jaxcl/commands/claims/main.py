@@ -84,6 +84,7 @@ from jaxcl.commands.sweep.runs import Run, plan
 from jaxcl.errors import UserError
 from jaxcl.report.metrics import read_metrics
 from jaxcl.report.progress import duration
+from jaxcl.runtime import storage
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.flags import Flags
 from jaxcl.runtime.options import suggestion
@@ -96,7 +97,7 @@ FLAGS.choice("source", "garments", SOURCES, "The data.")
 FLAGS.text("budget", "2 epochs", "Length of every run, any duration.")
 FLAGS.number("jobs", 2, "Runs at a time, which share the cores.")
 FLAGS.texts("set", "KEY=VALUE for every run, as for jaxcl sweep; may be given several times.")
-FLAGS.text("out", "", "A folder; default runs/claims, or runs/claims-smoke.")
+FLAGS.path("out", "", "A folder; default runs/claims, or runs/claims-smoke.")
 FLAGS.switch("smoke", "Two methods, two seeds, a few updates of a tiny encoder.")
 
 # What --smoke changes, so that everything runs although nothing is learned.
@@ -242,8 +243,6 @@ class Claims(sweep.Sweep):
         table = super().write_table()
         content = self.content()
         run_folder.write_json(self.out / "claims.json", content)
-        temporary = self.out / "claims.md.tmp"
-        temporary.write_text(claims_table.markdown(content), encoding="utf-8")
-        os.replace(temporary, self.out / "claims.md")
+        storage.write_whole(self.out / "claims.md", claims_table.markdown(content))
         write_claims(self.out, content)
         return table

@@ -87,7 +87,7 @@ class Method:
         return ":".join([path, ",".join(words)]) if words else path
 
 
-# An encoder that sees no labels does not change with the labels, so its FINE run also stands for COARSE.
+# An encoder that sees no labels does not change with the labels, so its FINE run also serves as COARSE.
 SELF = dict(labels=False, settings=(FINE,))
 NEGATIVES = dict(labels=False, settings=(FINE, SPURIOUS))
 METHODS: Mapping[str, Method] = {
@@ -198,8 +198,8 @@ class Claim:
 # How the authors' setting differs from a run here: data, network and budget.
 AUTHORS: Mapping[str, str] = {
     "ExCon": "The authors train a ResNet-50 for 200 epochs on CIFAR-100 (batches of 256, explanations from epoch 50) "
-    "and on Tiny ImageNet (batches of 128, from the start), SGD at 0.5, a classifier trained in epochs of its own "
-    "between those of the encoder, and report the best epoch on the test set.",
+    "and on Tiny ImageNet (batches of 128, from the start), SGD at 0.5, a classifier trained in separate epochs "
+    "between the epochs of the encoder, and report the best epoch on the test set.",
     "CLAE": "The authors train a ResNet-18 on CIFAR-10, CIFAR-100 and tinyImageNet: Plain and UEL for 301 epochs of "
     "SGD (100 on tinyImageNet), SimCLR for 100 epochs of Adam with batches of 256; the attack may leave [0, 1]; the "
     "best epoch on the test set is reported.",

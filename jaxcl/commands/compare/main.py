@@ -17,22 +17,22 @@ their results.json. A sweep gives up to three figures:
 
 import collections
 import logging
-import os
 import pathlib
 
 from jaxcl.commands.compare import runs, sweeps
 from jaxcl.errors import UserError
 from jaxcl.report import figures, invariance, negatives, transfer
+from jaxcl.runtime import storage
 from jaxcl.runtime.flags import Flags
 
 logger = logging.getLogger("jaxcl")
 
 FLAGS = Flags(__doc__)
-FLAGS.texts("workdir", "A run folder, or several with + between them, which are joined; once for each column.")
+FLAGS.paths("workdir", "A run folder, or several with + between them, which are joined; once for each column.")
 FLAGS.texts("name", "The name of each --workdir, in order; default: the name of its config.")
 FLAGS.text("source", "", "A data source as in a config; default: that of each run.")
-FLAGS.text("sweep", "", "The --out folder of a jaxcl sweep over a_lc, a_spread or alpha.")
-FLAGS.text("out", "", "A folder for the figures and the table.")
+FLAGS.path("sweep", "", "The --out folder of a jaxcl sweep over a_lc, a_spread or alpha.")
+FLAGS.path("out", "", "A folder for the figures and the table.")
 
 
 def main(argv: list[str]) -> int:
@@ -71,9 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    storage.write_whole(path, text)
     _log(path)
 
 

@@ -1,7 +1,6 @@
 """Runs side by side: what each encoder keeps of the fine classes, and a table of results."""
 
 import collections
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.transfer import Transfer
 from jaxcl.report.names import KNN, LINEAR, TRANSFER
+from jaxcl.runtime import storage
 from jaxcl.train.runs import Joined, load_run
 
 MEASURES = (TRANSFER, LINEAR, KNN)
@@ -18,7 +18,8 @@ MEASURES = (TRANSFER, LINEAR, KNN)
 
 def folders(text: str) -> list[pathlib.Path]:
     """ "A+B" -> two folders, unless a folder has that name."""
-    return [pathlib.Path(p) for p in ([text] if pathlib.Path(text).is_dir() else text.split("+"))]
+    pieces = [text] if pathlib.Path(text).is_dir() else text.split("+")
+    return [pathlib.Path(storage.expanded(piece)) for piece in pieces]
 
 
 def default_names(groups: Sequence[Sequence[pathlib.Path]]) -> list[str]:
@@ -34,7 +35,7 @@ def config_of(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json; give the --workdir of a run")
-    return json.loads(path.read_text())
+    return storage.read_json(path)
 
 
 def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -52,7 +53,7 @@ def evaluate(group: Sequence[pathlib.Path], source: str = "") -> tuple[dict[str,
     except NotApplicable as reason:
         raise UserError(f"{group[0]}: {reason}; a comparison needs fine classes inside coarse ones") from None
     path = group[0] / "results.json"
-    results = json.loads(path.read_text()) if len(group) == 1 and path.is_file() and not source else {}
+    results = storage.read_json(path) if len(group) == 1 and path.is_file() and not source else {}
     note = f"fine classes {sweep_table.number('accuracy', found['accuracy'])}%"
     return panels["transfer"] | {"note": note}, results | {"transfer": found}
 

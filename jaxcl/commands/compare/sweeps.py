@@ -1,6 +1,5 @@
 """The curves of a sweep, read from its table.json and the results of its runs."""
 
-import json
 import logging
 import os
 import pathlib
@@ -12,6 +11,7 @@ from jaxcl.commands.sweep import table as sweep_table
 from jaxcl.errors import UserError
 from jaxcl.report import names
 from jaxcl.report.transfer import Setting
+from jaxcl.runtime import storage
 
 logger = logging.getLogger("jaxcl")
 
@@ -124,7 +124,7 @@ def read_invariance(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     for row in _rows(folder):
         for run_folder in dict.fromkeys(folder / v["run"] for m in row["measures"].values() for v in m["values"]):
             path = run_folder / "results.json"
-            results = json.loads(path.read_text()) if path.is_file() else {}
+            results = storage.read_json(path) if path.is_file() else {}
             if found := results.get("invariance", {}).get("centred"):
                 tables.setdefault(_line(row, ()), []).append(found)
     if not tables:
@@ -147,7 +147,8 @@ def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
     path = folder / "table.json"
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a sweep: it has no table.json; give the --out of jaxcl sweep")
-    return json.loads(path.read_text())["rows"]
+    advice = "run jaxcl sweep again, which writes it"
+    return storage.read_json(path, "rows", advice=advice)["rows"]
 
 
 def _line(row: Mapping[str, Any], swept: tuple[str, ...]) -> str:
@@ -163,7 +164,7 @@ def _values(folder: pathlib.Path, row: Mapping[str, Any], measures: Sequence[str
     found = {}
     for run_folder in dict.fromkeys(folder / v["run"] for m in row["measures"].values() for v in m["values"]):
         path = run_folder / "results.json"
-        results = json.loads(path.read_text()) if path.is_file() else {}
+        results = storage.read_json(path) if path.is_file() else {}
         if (value := next((v for m in measures if (v := sweep_table.value(results, m)) is not None), None)) is not None:
             found[run_folder] = value
     return found
@@ -193,7 +194,7 @@ def _weights(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]] | None:
 def _setting(folder: pathlib.Path, config: Mapping[str, Any], term: Mapping[str, Any]) -> Setting | None:
     """What the theory needs; None where it does not cover the loss."""
     path = folder / "data.json"
-    classes = json.loads(path.read_text())["num_classes"] if path.is_file() else 0
+    classes = storage.read_json(path, "num_classes")["num_classes"] if path.is_file() else 0
     usual = term["norm"] == "unit" and not term.get("clip_positive") and not term.get("positives_in_denominator")
     if classes < 2 or config["batch_size"] <= classes or not usual:
         return None

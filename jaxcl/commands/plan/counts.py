@@ -44,7 +44,7 @@ def make_plan(
       most: devices in the last row of the weak-scaling table.
 
     Raises:
-      UserError: a config that cannot run on so many devices.
+      UserError: a config that cannot run on this number of devices.
     """
     chip = CHIPS[kind]
     recipe = build_recipe(config, **facts, num_devices=devices)

@@ -31,7 +31,7 @@ FLAGS = Flags(__doc__, config=True)
 FLAGS.number("devices", None, "Devices of the run.", at_least=1)
 FLAGS.text("kind", "v5p", f"The chip: {', '.join(CHIPS)}.")
 FLAGS.number("hosts", 0, "Hosts (processes); 0: as many as the chip's servers.", at_least=0)
-FLAGS.text("out", "", "A folder for plan.json and weak_scaling.png.")
+FLAGS.path("out", "", "A folder for plan.json and weak_scaling.png.")
 FLAGS.number("images", 0, "Training images, if the data are not on this machine.")
 FLAGS.number("side", 0, "Side of these images in pixels.")
 FLAGS.number("classes", 0, "Number of their classes.")
@@ -56,8 +56,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--kind is {given.kind!r}; expected one of {', '.join(CHIPS)}")
     fake_devices(max(given.most, given.devices))
     config = read_config(given.config, given.overrides)
-    from jaxcl.commands.plan import counts, figure, text  # late: JAX reads JAX_PLATFORMS when it is imported
+    from jaxcl import config as configs  # late: JAX reads JAX_PLATFORMS when it is imported
+    from jaxcl.commands.plan import counts, figure, text
 
+    configs.check(config)
     plan = counts.make_plan(
         config, facts(config, given), devices=given.devices, kind=given.kind, hosts=given.hosts, most=given.most
     )

@@ -4,7 +4,7 @@
     jaxcl sweep --config=configs/simclr.py --config=configs/clae.py:clean_pair --seeds=0,1,2 \\
         --set="eval.final=('knn','linear')" --grid=optimizer.lr=1e-3,3e-3 --out=runs/clae-table
 
-Each run is a process of its own, `python -m jaxcl.main`, with the run folder DIR/<setting>/seed-N and its output in
+Each run is a separate process, `python -m jaxcl.main`, with the run folder DIR/<setting>/seed-N and its output in
 seed-N.log beside the folder. All configs are read before the first run starts. All settings run with one seed before
 the next seed, so that an interrupted sweep has a complete table for the first seeds. The same command resumes: runs
 that have finished or diverged are not repeated. DIR/table.md and DIR/table.json are rewritten after every run.
@@ -16,7 +16,6 @@ command again.
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -36,6 +35,7 @@ from jaxcl.commands.sweep.runs import Run, plan
 from jaxcl.commands.sweep.table import Entry, Row
 from jaxcl.errors import Preempted, UserError
 from jaxcl.report.progress import duration
+from jaxcl.runtime import storage
 from jaxcl.runtime.flags import Flags
 from jaxcl.train import config_diff, run_folder
 
@@ -50,7 +50,7 @@ FLAGS.text(
     "measures", "", "Paths into results.json, separated by commas; default: accuracy of knn, linear, classifier."
 )
 FLAGS.number("jobs", 1, "Runs at a time, which share the cores; use 1 on an accelerator, since a run takes all of it.")
-FLAGS.text("out", "runs/sweep", "The folder of the sweep.")
+FLAGS.path("out", "runs/sweep", "The folder of the sweep.")
 
 PROGRAM = (sys.executable, "-m", "jaxcl.main")  # trains one config
 _POLL_SECONDS = 0.1
@@ -157,7 +157,7 @@ class Sweep:
     def _recorded(self, run: Run) -> Entry:
         """What an earlier sweep left. Raises: UserError if the folder holds a run of another config."""
         path = run.workdir / "config.json"
-        old = json.loads(path.read_text()) if path.exists() else run.config
+        old = storage.read_json(path, "eval") if path.exists() else run.config
         if changed := config_diff.differences(old, run.config):
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
@@ -174,7 +174,7 @@ class Sweep:
                 )  # fmt: skip
             return self._finished(run)
         if (mark := _mark(run)).exists():
-            record = json.loads(mark.read_text())
+            record = storage.read_json(mark, "config", "why", advice="remove it to repeat the run")
             if record["config"] == config_diff.fingerprint(run.config):
                 logger.info("%s diverged before (%s); remove %s to repeat it", run.title, record["why"], mark)
                 return self._entry(run, "diverged")
@@ -184,7 +184,8 @@ class Sweep:
         return Entry(run.seed, str(run.workdir.relative_to(self.out)), state, results)
 
     def _finished(self, run: Run) -> Entry:
-        return self._entry(run, "finished", json.loads((run.workdir / "results.json").read_text()))
+        path, advice = run.workdir / "results.json", "remove it to evaluate the run again"
+        return self._entry(run, "finished", storage.read_json(path, advice=advice))
 
     def _start(self, run: Run, slot: int, jobs: int) -> _Job:
         run.workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -275,9 +276,7 @@ class Sweep:
         content = sweep_table.table(rows, self.measures)
         about = self.origin()
         run_folder.write_json(self.out / "table.json", about | content)
-        temporary = self.out / "table.md.tmp"
-        temporary.write_text(sweep_table.page(about | content), encoding="utf-8")
-        os.replace(temporary, self.out / "table.md")
+        storage.write_whole(self.out / "table.md", sweep_table.page(about | content))
         return sweep_table.markdown(content)
 
     def origin(self) -> dict[str, Any]:
@@ -293,7 +292,7 @@ class Sweep:
     def _environments(self) -> list[dict[str, Any]]:
         """The recorded environments of the finished runs. Asking JAX here would take the accelerator from the runs."""
         paths = [r.workdir / "environment.json" for r, e in self.entries.items() if e.state == "finished"]
-        return [json.loads(p.read_text()) for p in paths if p.exists()]
+        return [storage.read_json(p) for p in paths if p.exists()]
 
 
 def _mark(run: Run) -> pathlib.Path:

@@ -99,6 +99,15 @@ class Term(Options, Contract):
         """
         raise NotImplementedError(f"{type(self).__name__} must define `__call__`")
 
+    def count(self, label: Array, where: Mapping[str, Array | None]) -> Array | None:
+        """Over how many rows the loss of a `per_image` term is a mean; None: always all of them.
+
+        Args:
+          label: int32 [B], -1 where unlabelled.
+          where: for each view, bool [B], its rows that exist; None: all do.
+        """
+        return None
+
     def similarities(
         self, e: dict[str, Embedding], count: int, memory: Mapping[str, Any]
     ) -> dict[str, list[Similarity]]:

@@ -50,6 +50,10 @@ class CrossEntropy(HeadTerm):
     head: str = "classifier"
     label_smoothing: Annotated[float, SHARE] = 0.0
 
+    def count(self, label: Array, where: Mapping[str, Array | None]) -> Array:
+        known = label >= 0
+        return sum(jnp.sum(known if where[v] is None else known & where[v]) for v in self.views)
+
     def __call__(
         self,
         e: dict[str, Embedding],
