@@ -234,7 +234,7 @@ class Queue(MemoryPart):
     """The last K embeddings of a view as unit columns [E,K], first in, first out: the negatives of MoCo.
 
     The batch is enqueued after the update, in order, on any number of devices. K need not be a multiple of the batch
-    size (unlike in the released code): slots wrap around.
+    size (unlike in the released code): slots wrap around. Rows that do not exist are left out.
     """
 
     of: str = "target/view2"  # the embedding that is enqueued
@@ -257,14 +257,22 @@ class Queue(MemoryPart):
         return memory["columns"]
 
     def after(self, memory: Tree, out: StepOutput) -> tuple[Tree, dict[str, Array]]:
-        return enqueue(memory, unit(jax.lax.stop_gradient(out.embeddings[self.of].z))), {}
+        e = out.embeddings[self.of]
+        return enqueue(memory, unit(jax.lax.stop_gradient(e.z)), e.where), {}
 
 
-def enqueue(memory: Tree, keys_BxE: Array) -> Tree:
-    """Write unit keys [B,E], B <= K, to slots pointer ... pointer + B - 1 (mod K) of {"columns" [E,K], "pointer"}."""
+def enqueue(memory: Tree, keys_BxE: Array, where: Array | None = None) -> Tree:
+    """Write unit keys [B,E], B <= K, to slots pointer ... pointer + B - 1 (mod K) of {"columns" [E,K], "pointer"}.
+
+    where: [B] bool, the rows that exist; only they take a slot, in order.
+    """
     columns_ExK, pointer = memory["columns"], memory["pointer"]
-    size = columns_ExK.shape[1]
+    size, count = columns_ExK.shape[1], len(keys_BxE)
     # A scatter, since dynamic_update_slice clamps at the end instead of wrapping around.
-    slots = (pointer + jnp.arange(len(keys_BxE))) % size
-    columns_ExK = columns_ExK.at[:, slots].set(keys_BxE.T.astype(columns_ExK.dtype))
-    return {"columns": columns_ExK, "pointer": (pointer + len(keys_BxE)) % size}
+    if where is None:
+        slots = (pointer + jnp.arange(count)) % size
+    else:
+        slots = jnp.where(where, (pointer + jnp.cumsum(where) - 1) % size, size)  # beyond the end: dropped
+        count = where.sum()
+    columns_ExK = columns_ExK.at[:, slots].set(keys_BxE.T.astype(columns_ExK.dtype), mode="drop")
+    return {"columns": columns_ExK, "pointer": ((pointer + count) % size).astype(pointer.dtype)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcl.augment import sampling
 from jaxcl.augment.quilting import pack
 from jaxcl.augment.sampling import Search, choose, make_search, sample_texture
 from jaxcl.errors import UserError
@@ -138,6 +139,15 @@ def test_an_image_depends_on_its_own_key_only():
     same = np.asarray(sample_texture(keys, images[[1, 1, 1]], **SMALL))
     np.testing.assert_array_equal(same[1], want[1])
     assert (same[0] != same[1]).any() and (same[1] != same[2]).any()
+
+
+def test_every_level_draws_for_itself(monkeypatch):
+    """cases F."""
+    given = []
+    monkeypatch.setattr(sampling, "_level", lambda key, source, *_: (given.append(jax.random.key_data(key)), source)[1])
+    search = make_search("", (32, 32, 3))
+    sampling._sampled(jax.random.key(0), jnp.asarray(colours(1, 32, 32)[0]), search)
+    assert len(given) == len(search.spacings) == 2 and (given[0] != given[1]).any()
 
 
 def test_sharded_over_devices():

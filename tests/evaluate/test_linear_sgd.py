@@ -62,3 +62,25 @@ def test_the_nonsemantic_protocol():
     np.testing.assert_allclose(got, [10, 10, 1, 1, 0.1, 0.01, 0.01], rtol=1e-5)
     assert protocol_of("folder:imagenet100", "moco").epochs == 100
     assert protocol_of("folder:imagenet100", "customary") == protocol_of("folder:imagenet100") == Protocol()
+
+
+def test_every_step_draws_views_anew(monkeypatch):
+    """Two epochs of six steps: each image of each step has a key of its own; cases F."""
+    seen = []
+
+    def recorded(keys, images):
+        jax.debug.callback(lambda data: seen.append(np.asarray(data)), jax.random.key_data(keys))
+        return images, {}
+
+    def encode(self, state, images):
+        h = images.mean((1, 2))
+        return h, h
+
+    monkeypatch.setattr(EvalContext, "encode", encode)
+    monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(module, "_training_view", lambda *_: recorded)
+    e, state, mesh = evaluation(final=("linear_sgd",), sgd_epochs=2)
+    e.final(state, mesh)
+    jax.effects_barrier()
+    rows = np.concatenate(seen)
+    assert len(rows) >= 2 * 48 and len(np.unique(rows, axis=0)) == 2 * 48

@@ -9,6 +9,7 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcl.models import ResNetOptions
 from jaxcl.models.adapter import Adapter
 from jaxcl.models.batch_norm import BatchNorm, normalize, zero_rows
 from jaxcl.models.heads import ProjectionHead
@@ -185,6 +186,37 @@ def test_rubbish_in_rows_that_do_not_count(network, shape):
     got, want = (jax.tree.leaves(t) for t in ((params, of_x[where], y[where], new), wanted))
     close(got, want, 2e-3)
     assert not np.any(of_x[~where])
+
+
+@pytest.mark.parametrize(
+    "network, shape",
+    [
+        (ResNetOptions(stage_sizes=(1, 1), stage_widths=(4, 6), depth=18).make(jnp.float32), (6, 6, 3)),
+        (ResNetOptions(stage_sizes=(1,), stage_widths=(4,), depth=50).make(jnp.float32), (6, 6, 3)),
+        (Adapter((4, 6), (2,), 10), (6, 6, 8)),
+    ],
+    ids=["resnet", "bottleneck", "adapter"],
+)
+def test_no_gradient_comes_from_rows_that_do_not_count(network, shape):
+    """A loss that reads them all has the gradient of one that reads the rows that count; cases F."""
+    where = np.array([True, False, True, True, True, False])
+    x = tiny.normal(6, *shape)
+    variables = tiny.fill(jax.eval_shape(lambda: network.init(jax.random.key(0), x)))
+    g = tiny.normal(6, network.features, seed=2)
+
+    @jax.jit
+    def run(x, g):
+        def total(params):
+            given = {**variables, "params": params}
+            y, new = network.apply(given, x, train=True, where=where, mutable=["batch_stats"])
+            return (y * g).sum(), (y, new)
+
+        return jax.grad(total, has_aux=True)(variables["params"])
+
+    grads, (y, new) = run(x, g)
+    assert not np.any(y[~where])
+    wanted, (_, same) = run(x, g * where[:, None])
+    close(*(jax.tree.leaves(t) for t in ((grads, new), (wanted, same))), 1e-5)
 
 
 def test_zero_rows():
