@@ -77,7 +77,7 @@ def test_every_step_draws_views_anew(monkeypatch):
         return h, h
 
     monkeypatch.setattr(EvalContext, "encode", encode)
-    monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(module, "protocol_of", lambda *_: Protocol(batch_size=8))
     monkeypatch.setattr(module, "_training_view", lambda *_: recorded)
     e, state, mesh = evaluation(final=("linear_sgd",), sgd_epochs=2)
     e.final(state, mesh)
