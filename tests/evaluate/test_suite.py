@@ -339,3 +339,22 @@ def test_a_validation_part_that_the_data_brings_along():
 
     with pytest.raises(UserError, match="no validation part"):  # before anything is compiled
         Evaluation(c, tiny.recipe(c), train=source("train"), make_source=make_source)
+
+
+def test_an_image_whose_features_are_not_finite(caplog):
+    """cases A.7: it is named, and what would be measured on it is left out."""
+    caplog.set_level("INFO", logger="jaxcl")
+
+    def named(split, labelled=True):
+        made = source(split, labelled)
+        return dataclasses.replace(made, extras={"name": np.array([f"{split}/{i}.png" for i in range(len(made))])})
+
+    e, state, mesh = evaluation(final=("knn", "linear", "collapse"), sources=named)
+    context = EvalContext(e, state, mesh, "test")
+    context.features("train"), context.features("test")
+    context._features["train", "h"][17, 2] = np.nan
+    context._finite.clear()
+    results = e.evaluate(("knn", "linear", "collapse"), context)
+    assert set(results) == {"collapse"}  # it reads the test images only
+    ((reason, names),) = left_out(caplog)
+    assert "train/17.png" in reason and names == ["knn", "linear"]
