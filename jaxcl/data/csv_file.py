@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from jaxcl.data.files import ImageFiles
-from jaxcl.data.listing import SPLIT_OF_WORD, Listing, columns, numbered
+from jaxcl.data.listing import SPLIT_OF_WORD, Listing, columns, numbered, untrained
 from jaxcl.data.paths import join, read_text, root_of, shown
 from jaxcl.errors import UserError
 
@@ -47,7 +47,8 @@ def listing_of(path: str) -> Listing:
     for i, place in enumerate(places):
         if not place:
             raise UserError(f"{spec}: image {i + 1} has no path")
-    notes = (f"ignored columns: {', '.join(map(shown, others))}",) if others else ()
+    notes = [f"ignored columns: {', '.join(map(shown, others))}"] if others else []
+    notes += untrained(np.array(splits, "U10"), known["label"], names["label"])
     return Listing(
         spec=spec,
         paths=[join(os.path.dirname(file) or ".", place) for place in places],
@@ -57,7 +58,7 @@ def listing_of(path: str) -> Listing:
         class_names=names["label"],
         coarse_names=names["coarse"],
         group_names=names["group"],
-        notes=notes,
+        notes=tuple(notes),
     )
 
 

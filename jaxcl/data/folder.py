@@ -10,17 +10,23 @@ from etils import epath
 
 from jaxcl.data.files import ImageFiles
 from jaxcl.data.images import SUFFIXES
-from jaxcl.data.listing import SPLIT_OF_WORD, Listing, columns
-from jaxcl.data.paths import is_idx, join, root_of, shown
+from jaxcl.data.listing import CERTAIN, Listing, columns, split_of, untrained
+from jaxcl.data.paths import is_idx, join, read_text, root_of, shown
 from jaxcl.errors import UserError
 from jaxcl.runtime.storage import is_remote
 
-_SYSTEM = ("__MACOSX", "@eaDir")  # copies and thumbnails that systems make; hidden folders are skipped too
+# Copies, thumbnails and waste that systems keep, some of them closed to users; hidden folders are skipped too.
+_SYSTEM = ("__MACOSX", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN", "RECYCLER")
+Name = tuple[str, ...]  # of a file: its path below the root, in pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder(ImageFiles):
     """Reads PATH/CLASS/..., or PATH/train/CLASS/..., PATH/test/CLASS/... (or val), or either without class folders.
+
+    Parts are called train, test, val or eval, also in longer names such as val2017 or test_images. Where all images of
+    a part lie in one folder that is no class of training, such as Tiny ImageNet's val/images, they have the classes
+    that a file val/...annotations.txt names, or no labels.
 
     Images deeper in a class folder belong to that class. Classes are numbered in the order of their names, as in
     torchvision. Images beside class folders are unlabelled, and so are all images if there is one class folder only.
@@ -36,7 +42,7 @@ class Folder(ImageFiles):
 def listing_of(path: str) -> Listing:
     """The images of a folder, in the order of their names. Errors: UserError for a path that is no readable folder."""
     spec, root = f"folder:{path}", root_of(path)
-    found, folders, others, idx = [], [], Counter(), False
+    found, folders, others, idx, lists = [], [], Counter(), False, {}
     for inside, names in _walk(spec, root):
         folders.append(inside)
         for name in names:
@@ -45,6 +51,8 @@ def listing_of(path: str) -> Listing:
                 continue
             if suffix in SUFFIXES:
                 found.append((*inside, name))
+            elif len(inside) == 1 and name.lower().endswith("annotations.txt"):
+                lists[inside[0]] = name
             else:
                 others[suffix or "no suffix"] += 1
                 idx = idx or is_idx(name)
@@ -58,14 +66,7 @@ def listing_of(path: str) -> Listing:
             "idx files (MNIST's format) are not read: save `images` and `labels` as an npz file and use npz:PATH"
         )
 
-    tops = {name[0] for name in found if len(name) > 1}
-    splits = {top: SPLIT_OF_WORD[top.lower()] for top in tops if top.lower() in SPLIT_OF_WORD}
-    if set(splits) != tops:
-        if "train" in splits.values() and len(splits) > 1:
-            stray = shown(min(tops - set(splits)))
-            names = " and ".join(sorted(map(shown, splits)))
-            raise UserError(f"{spec} holds {names} beside {stray}, which is no split of a set; move one or the other")
-        splits = {}  # a class of trains, or of tests
+    splits = _splits(spec, found)
     depth = 1 if splits else 0
     if splits:
         beside = len(found)
@@ -74,6 +75,16 @@ def listing_of(path: str) -> Listing:
             notes.append(f"{beside:,} images beside {', '.join(sorted(map(shown, splits)))} are ignored")
 
     labels = [name[depth] if len(name) > depth + 1 else "" for name in found]
+    trained = {label for name, label in zip(found, labels, strict=True) if splits.get(name[0]) == "train"} - {""}
+    for top in sorted(splits) if trained else ():
+        rows = [i for i, name in enumerate(found) if name[0] == top]
+        inside = {labels[i] for i in rows}
+        if len(inside) == 1 and not inside & trained and (top in lists or "" not in inside):
+            known = _classes_of(spec, join(root, f"{top}/{lists[top]}")) if top in lists else {}
+            for i in rows:
+                labels[i] = known.get(found[i][-1], "")
+            what = "has the classes of " + shown(lists[top]) if top in lists else "is no class of training"
+            notes.append(f"{shown('/'.join((top, *inside)).rstrip('/'))} {what}")
     classes = sorted(set(labels) - {""})
     if len(classes) == 1:
         notes.append(f"one folder of images, {shown(classes[0])}, gives no labels")
@@ -85,15 +96,47 @@ def listing_of(path: str) -> Listing:
         if without := labels.count(""):
             notes.append(f"{without:,} images lie in no class folder and have no label")
     code = {name: i for i, name in enumerate(classes)} | {"": -1}
+    numbers = np.array([code[label] for label in labels], np.int32)
+    parts = np.array([splits[name[0]] if splits else "train" for name in found], "U10")
+    class_names = tuple(map(shown, classes))
     return Listing(
         spec=spec,
         paths=[join(root, "/".join(name)) for name in found],
         names=[shown("/".join(name)) for name in found],
-        splits=np.array([splits[name[0]] if splits else "train" for name in found], "U10"),
-        columns=columns(len(found), label=np.array([code[label] for label in labels], np.int32)),
-        class_names=tuple(map(shown, classes)),
-        notes=tuple(notes),
+        splits=parts,
+        columns=columns(len(found), label=numbers),
+        class_names=class_names,
+        notes=(*notes, *untrained(parts, numbers, class_names)),
     )
+
+
+def _splits(spec: str, found: list[Name]) -> dict[str, str]:
+    """The split of each folder at the top; {} where these are classes, or there are none. Errors: UserError."""
+    tops = {name[0] for name in found if len(name) > 1}
+    splits = {top: split_of(top) for top in sorted(tops) if split_of(top)}
+    certain = {top for top in splits if top.lower() in CERTAIN}
+    train = next((top for top, split in splits.items() if split == "train"), None)
+    strays = sorted(tops - set(splits))
+    if not strays:
+        return splits if certain == tops or (train and len(set(splits.values())) > 1) else {}
+    if train and len(certain) > 1:
+        names = " and ".join(map(shown, splits))
+        raise UserError(
+            f"{spec} holds {names} beside {shown(strays[0])}, which is no split of a set; move one or the other"
+        )
+    inside = {top: {name[1] for name in found if name[0] == top and len(name) > 2} for top in tops}
+    if train in certain and (same := [top for top in strays if inside[top] & inside[train]]):
+        raise UserError(
+            f"{spec} holds {shown(train)} beside {shown(same[0])} with the same folders in them; parts of a set are "
+            "called train, test, val or eval: rename it, or, if both are classes, the folders in them"
+        )
+    return {}  # a class of trains, or of tests
+
+
+def _classes_of(spec: str, path: str) -> dict[str, str]:
+    """{file: class} of a list with a line for each image, such as Tiny ImageNet's. Errors: UserError."""
+    lines = [line.split("\t" if "\t" in line else None) for line in read_text(spec, path).splitlines()]
+    return {line[0].strip(): line[1].strip() for line in lines if len(line) > 1}
 
 
 def _walk(spec: str, root: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
@@ -119,6 +162,7 @@ def _walk(spec: str, root: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     for folder, subfolders, names in walked:
         base = folder.rstrip("/") if base is None else base
         inside = tuple(p for p in folder[len(base) :].split("/") if p)
+        subfolders[:] = [f for f in subfolders if not f.startswith(".") and f not in _SYSTEM]  # even if unreadable
         if any(p.startswith(".") or p in _SYSTEM for p in inside):
             subfolders.clear()
             continue

@@ -12,11 +12,13 @@ from jaxcl.runtime.storage import is_remote
 SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
-    "validation": ("val", "valid", "validation"),
+    "validation": ("val", "valid", "validation", "eval", "evaluation", "dev"),
 }
 _WHOLE = re.compile("0|-?[1-9][0-9]{,3999}")  # Python's int takes more: underscores, leading zeros, other digits
 _WHOLE_WITH_ZERO = re.compile(rf"({_WHOLE.pattern})\.0")
 SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+CERTAIN = frozenset(SPLIT_OF_WORD) - {"eval", "evaluation", "dev"}  # a folder of this name alone is a part of a set
+_FILLERS = frozenset("set sets split part data dataset image images img imgs photo photos pics seg".split())
 
 
 class Listing(NamedTuple):
@@ -71,6 +73,26 @@ def numbered(values: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
         names = sorted(given)
     code = {name: i for i, name in enumerate(names)} | {"": -1}
     return np.array([code[word] for word in words], np.int32), tuple(shown(name) for name in names)
+
+
+def split_of(name: str) -> str:
+    """The split that a folder's name means ("Train", "val2017", "test_images", "trainset"); "" for none."""
+    words = [word for word in re.split("[^a-z]+", name.lower()) if word]
+    words = [word.removesuffix("set") if word.removesuffix("set") in SPLIT_OF_WORD else word for word in words]
+    meant = [word for word in words if word not in _FILLERS]
+    return SPLIT_OF_WORD.get(meant[0], "") if len(meant) == 1 else ""
+
+
+def untrained(splits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> list[str]:
+    """A line for each split with classes of which there is no training image: they cannot be learned."""
+    trained = set(labels[splits == "train"].tolist()) - {-1}
+    lines = []
+    for split in ("validation", "test"):
+        odd = sorted(set(labels[splits == split].tolist()) - trained - {-1})
+        if odd and trained:
+            some = ", ".join(names[i] for i in odd[:5]) + (f" and {len(odd) - 5:,} more" if len(odd) > 5 else "")
+            lines.append(f"the {split} images have classes without a training image: {some}")
+    return lines
 
 
 def columns(count: int, **known: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 from typing import ClassVar
 
 import numpy as np
@@ -9,12 +10,14 @@ from etils import epath
 
 from jaxcl.data import fingerprint
 from jaxcl.data.kind import SourceKind
+from jaxcl.data.listing import untrained
 from jaxcl.data.moments import as_rgb, moments
 from jaxcl.data.selection import TEST_SPLIT, Select, hold_out
 from jaxcl.data.source import ArraySource
 from jaxcl.errors import UserError
 from jaxcl.runtime.storage import is_remote
 
+logger = logging.getLogger("jaxcl")
 # Integer columns beside the images, and the word for one of their values.
 COLUMNS = {"labels": "class", "coarse_labels": "coarse", "groups": "group"}
 
@@ -56,6 +59,11 @@ class Npz(SourceKind):
         for i, word in enumerate(COLUMNS.values(), 1):
             count = 1 + max(int(columns[i].max()) for columns in splits.values())
             names[word] = _names(path, f"{word}_names", arrays, count, word)
+        if "test" in splits and split == "train":
+            parts = np.repeat(("train", "test"), [len(splits[s][1]) for s in ("train", "test")])
+            labels = np.concatenate([splits[s][1] for s in ("train", "test")])
+            for line in untrained(parts, labels, names["class"]):
+                logger.info("npz:%s: %s", path, line)
         # Rows of a split are drawn from all images; only training asks whether they have changed.
         content = fingerprint.of_pixels(splits["train"][0]) if split == "train" else ""
         if "test" not in splits:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcl.data import folder, make_source
+from jaxcl.data import csv_file, folder, make_source
 from jaxcl.errors import UserError
 
 
@@ -158,3 +158,83 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "walk", disordered)
     assert list(listed(tmp_path)[0].items()) == list(expected.items())
+
+
+def tiny_imagenet(root):
+    """The layout as published -> the lines of its annotations."""
+    fill(root, "wnids.txt", *(f"test/images/test_{i}.JPEG" for i in range(3)))
+    for k, wnid in enumerate(("n01", "n02", "n03")):
+        fill(root, *(f"train/{wnid}/images/{wnid}_{i}.JPEG" for i in range(4)), f"train/{wnid}/{wnid}_boxes.txt")
+        fill(root, f"val/images/val_{k}.JPEG", f"val/images/val_{k + 3}.JPEG")
+    rows = [f"val_{i}.JPEG\tn0{i % 3 + 1}\t0\t32\t44\t62\n" for i in range(6)]
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
+
+
+def test_tiny_imagenet_as_published(tmp_path):
+    """Cases B.5: validation images have the classes of their list; they are the test part, as test has no labels."""
+    tiny_imagenet(tmp_path)
+    found, _ = listed(tmp_path)
+    assert folder.listing_of(str(tmp_path)).class_names == ("n01", "n02", "n03")
+    assert [found[f"val/images/val_{i}.JPEG"] for i in range(6)] == [("validation", f"n0{i % 3 + 1}") for i in range(6)]
+    assert found["train/n02/images/n02_3.JPEG"] == ("train", "n02") and found["test/images/test_0.JPEG"][1] == ""
+    test = make_source(f"folder:{tmp_path}", split="test")
+    assert test.labels.tolist() == [0, 1, 2, 0, 1, 2] and test.num_classes == 3
+    (tmp_path / "val" / "val_annotations.txt").unlink()
+    found, notes = listed(tmp_path)
+    assert {found[f"val/images/val_{i}.JPEG"] for i in range(6)} == {("validation", "")}
+    assert folder.listing_of(str(tmp_path)).class_names == ("n01", "n02", "n03")
+
+
+@pytest.mark.parametrize(
+    "train, other, part",
+    [
+        ("train", "eval", "validation"),
+        ("Train", "Evaluation", "validation"),
+        ("train2017", "val2017", "validation"),
+        ("train_images", "test_images", "test"),
+        ("trainset", "testset", "test"),
+        ("seg_train", "seg_test", "test"),
+        ("training_set", "test_set", "test"),
+        ("train", "dev", "validation"),
+    ],
+)
+def test_names_of_parts(train, other, part, tmp_path):
+    """Cases B.5: train/ beside eval/ are parts of a set, not its classes; longer names too."""
+    fill(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", f"{other}/a/3.png")
+    assert set(listed(tmp_path)[0].values()) == {("train", "a"), ("train", "b"), (part, "a")}
+
+
+def test_a_part_of_an_unknown_name(tmp_path):
+    """Cases B.5: beside train a folder with the same classes is no class; it is refused in one line."""
+    fill(tmp_path, "train/a/1.png", "train/b/2.png", "held_back/a/3.png")
+    with pytest.raises(UserError, match="held_back") as error:
+        folder.listing_of(str(tmp_path))
+    assert "\n" not in str(error.value)
+    for names in (("dev", "a"), ("train_station", "train"), ("test drive", "train"), ("eval",), ("images", "data")):
+        root = fill(tmp_path / "-".join(names), *(f"{name}/{i}.png" for name in names for i in range(2)))
+        assert folder.listing_of(str(root)).class_names == (tuple(sorted(names)) if len(names) > 1 else ())
+
+
+def test_a_class_without_training_images_is_named(tmp_path):
+    """Cases B.5: a class only in the test part is said, for folders and tables."""
+    fill(tmp_path, "train/a/1.png", "train/b/2.png", "test/a/3.png", "test/zebra/4.png", "val/b/1.png")
+    (note,) = (note for note in listed(tmp_path)[1] if "zebra" in note)
+    assert "test" in note
+    (tmp_path / "list.csv").write_text("path,label,split\ntrain/a/1.png,a,train\ntest/zebra/4.png,zebra,test\n")
+    assert any("zebra" in note for note in csv_file.listing_of(str(tmp_path / "list.csv")).notes)
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".Trash-0", "System Volume Information", "$RECYCLE.BIN"])
+def test_folders_of_the_system_are_not_opened(name, tmp_path, monkeypatch):
+    """Cases B.5: lost+found of a volume can be read by root only; nobody looks into it."""
+    fill(tmp_path, "a/1.png", "b/2.png", f"{name}/3.png")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    found, notes = listed(tmp_path)
+    assert list(found) == ["a/1.png", "b/2.png"] and not notes

@@ -187,3 +187,13 @@ def test_moments_by_numpy(shape):
         np.testing.assert_allclose(std, np.maximum(values.std(0), 1 / 255), rtol=1e-12)
         each = np.array([moments.channel_sums(image) for image in x])
         assert moments.moments_of_sums(x.size // shape[-1], each.sum(0)) == (mean, std)
+
+
+def test_a_class_of_an_npz_file_without_training_images_is_named(tmp_path, caplog):
+    """Cases B.5: as for folders and tables."""
+    images = np.zeros((4, 2, 2, 3), np.uint8)
+    labels = dict(train_labels=np.array([0, 1, 0, 1]), test_labels=np.array([0, 1, 2, -1]))
+    np.savez(tmp_path / "a.npz", train_images=images, test_images=images, class_names=["a", "b", "zebra"], **labels)
+    with caplog.at_level("INFO", logger="jaxcl"):
+        make_source(f"npz:{tmp_path}/a.npz")
+    assert "zebra" in caplog.text and len(caplog.records) == 1
