@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import jaxcl
+from jaxcl.runtime.cores import usable_cores
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -23,7 +24,7 @@ UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "
 
 def cores() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def machine(packages: tuple[str, ...]) -> dict[str, str]:

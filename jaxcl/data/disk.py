@@ -5,7 +5,6 @@ N rows of a set, n chosen rows, B batch, H height, W width, C channels.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -15,12 +14,9 @@ import numpy as np
 from jaxcl.data import fingerprint, hashing
 from jaxcl.data.moments import Moments, moments
 from jaxcl.data.source import SAMPLE, ArraySource, Batch, Source
+from jaxcl.runtime.cores import usable_cores
 
 IN_MEMORY_BYTES = 2**30  # sets that fit are decoded once
-# Pillow decodes outside the interpreter lock, so one thread per core: more threads cost processor time for handing over
-# the lock, and memory. Remote files are waited for, so more threads wait at the same time.
-THREADS = os.cpu_count() or 1
-WAITING_THREADS = min(64, max(8, THREADS))
 COLUMNS = ("label", "coarse", "group")  # labels of an image, -1 where unknown
 
 Row = tuple[np.ndarray, tuple[int, int, int]]  # image uint8 [H,W,3], its columns
@@ -30,7 +26,7 @@ class Reader:
     """The rows of a set, 0 to N - 1. A subclass defines the attributes, `__len__`, `__call__` and `columns`."""
 
     image_shape: tuple[int, int, int]
-    threads: int = THREADS
+    threads: int = 0  # that read it; 0: one for each core
     content: str = ""  # as of `Source`, of the whole set
     knows_labels: bool = True  # whether `columns` is cheap
     class_names: tuple[str, ...] = ()
@@ -90,8 +86,18 @@ def fits_in_memory(count: int, image_shape: tuple[int, int, int]) -> bool:
     return count * int(np.prod(image_shape)) <= IN_MEMORY_BYTES
 
 
-def in_threads(work, count: int, threads: int = THREADS) -> None:
-    """work(begin, end) over 0 to count, in blocks. Errors: the first that a block raises."""
+def waiting_threads() -> int:
+    """Threads that read remote files: they mostly wait, so there are more of them than cores."""
+    return min(64, max(8, usable_cores()))
+
+
+def in_threads(work, count: int, threads: int = 0) -> None:
+    """work(begin, end) over 0 to count, in blocks. Errors: the first that a block raises.
+
+    threads: 0: one for each usable core. Pillow decodes outside the interpreter lock; more threads would cost memory,
+    and processor time for handing over the lock.
+    """
+    threads = threads or usable_cores()
     size = max(1, min(256, -(-count // (4 * threads))))
     with ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(work, begin, min(begin + size, count)) for begin in range(0, count, size)]

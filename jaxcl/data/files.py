@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from jaxcl.data import fingerprint, hashing, images
-from jaxcl.data.disk import THREADS, DiskSource, Reader, Row, fits_in_memory, in_threads, source_in_memory
+from jaxcl.data.disk import DiskSource, Reader, Row, fits_in_memory, in_threads, source_in_memory
 from jaxcl.data.kind import Size, SourceKind
 from jaxcl.data.listing import SPLITS, Listing
 from jaxcl.data.moments import Moments, channel_sums, moments_of_sums
@@ -243,7 +243,7 @@ def _stamps(paths: list[str], bad: dict[int, str]) -> np.ndarray:
             raise ValueError("empty file")
         stamps[i] = about.st_size, about.st_mtime_ns
 
-    _each(look, range(len(paths)), bad, THREADS)
+    _each(look, range(len(paths)), bad, 0)
     return stamps
 
 

@@ -12,7 +12,6 @@ N images, S = 32 pixels a side, P = 28 pixels of a photo.
 
 import dataclasses
 import functools
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, ClassVar, Literal
 
@@ -24,6 +23,7 @@ from jaxcl.data.fashion_mnist import CLASSES, COARSE, COARSE_OF_CLASS, photos
 from jaxcl.data.kind import SourceKind
 from jaxcl.data.selection import Select
 from jaxcl.data.source import ArraySource
+from jaxcl.runtime.cores import usable_cores
 from jaxcl.runtime.options import SHARE
 
 SIZE = 32
@@ -90,7 +90,7 @@ class Garments(SourceKind):
             drawn = {k: v[block] for k, v in draws.items()}
             images[block], masks[block] = _compose(*photo, ids[block], drawn, split)
 
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy works outside the interpreter lock
+        with ThreadPoolExecutor(min(4, usable_cores())) as pool:  # NumPy works outside the interpreter lock
             list(pool.map(compose, range(0, len(rows), 512)))
         extras = {k: draws[k].astype(np.int32) for k in ("background", "fill", "tint")}
         extras |= {"mask": masks, "coarse": COARSE_OF_CLASS[labels]}

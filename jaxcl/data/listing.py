@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcl.data.disk import COLUMNS, THREADS, WAITING_THREADS
+from jaxcl.data.disk import COLUMNS, waiting_threads
 from jaxcl.data.paths import shown
 from jaxcl.runtime.storage import is_remote
 
@@ -46,8 +46,8 @@ class Listing(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """How many threads read it."""
-        return WAITING_THREADS if any(map(is_remote, self.paths)) else THREADS
+        """How many threads read it; 0: one for each core."""
+        return waiting_threads() if any(map(is_remote, self.paths)) else 0
 
     def take(self, rows: np.ndarray) -> "Listing":
         """The listing of these rows."""

@@ -21,6 +21,7 @@ from etils import epath
 
 from jaxcl.errors import UserError
 from jaxcl.runtime import distributed, storage
+from jaxcl.runtime.cores import usable_cores
 from jaxcl.runtime.lock import RunLock
 from jaxcl.train import config_diff
 
@@ -169,6 +170,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
+        "usable_cores": usable_cores(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "commit": _commit(),

@@ -36,6 +36,7 @@ from jaxcl.commands.sweep.table import Entry, Row
 from jaxcl.errors import Preempted, UserError
 from jaxcl.report.progress import duration
 from jaxcl.runtime import storage
+from jaxcl.runtime.cores import usable_cores
 from jaxcl.runtime.flags import Flags
 from jaxcl.train import config_diff, run_folder
 
@@ -331,4 +332,4 @@ def _machine(environments: Sequence[dict[str, Any]]) -> str:
     devices = collections.Counter(d for e in environments[:1] for d in e.get("devices", ()))
     versions = dict.fromkeys(f"jax {e['packages']['jax']}" for e in environments if "jax" in e.get("packages", {}))
     kinds = [f"{count} x {kind}" if count > 1 else kind for kind, count in devices.items()]
-    return ", ".join([processor, f"{os.cpu_count()} cores", *kinds, *versions])
+    return ", ".join([processor, f"{usable_cores()} cores", *kinds, *versions])
