@@ -109,6 +109,24 @@ def test_texture_makes_several_an_image():
     np.testing.assert_array_equal(crops, np.repeat(views["view2"].params["crop"], 3, axis=0))
 
 
+@pytest.mark.parametrize("stage", [PatchNegatives(count=2), TextureNegatives(count=2)], ids=["patches", "textures"])
+def test_negatives_of_rows_that_do_not_exist_do_not_exist(stage, monkeypatch):
+    """cases F."""
+    monkeypatch.setattr(quilting, "quilt", lambda keys, pixels, *rest: pixels)
+    recipe, state, batch = update_parts()
+    where = np.arange(16) % 3 > 0
+    recipe = dataclasses.replace(recipe, stages=(stage,), stage_kinds=("negatives",), stage_starts=(0,))
+
+    def wheres(state, batch):
+        made = make_views(recipe, state, batch, ("view1",))
+        made["view1"] = made["view1"]._replace(where=where)
+        views = run_stages(recipe, Phase("encoder", (0,)), state, batch, made)[0]
+        assert views["negatives"].where.shape == views["negatives"].image.shape[:1]
+        return views["negatives"].where
+
+    np.testing.assert_array_equal(jax.jit(wheres)(state, batch), np.repeat(where, 2))
+
+
 def test_texture_takes_the_textures_that_come_with_the_images():
     """Those of the batch itself, so that the view must be the query; in other rows, they must follow."""
     _, _, batch = update_parts()

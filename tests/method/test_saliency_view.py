@@ -85,6 +85,12 @@ VARIANTS = {
     "predicted": (dict(rejected="background", target="predicted"), -100),
     "input_gradient": (dict(rejected="background", method="input_gradient"), -100),
     "integrated_gradients": (dict(rejected="background", method="integrated_gradients"), -100),
+    "input_gradient of the predicted": (dict(rejected="background", method="input_gradient", target="predicted"), -100),
+    "integrated_gradients of the predicted": (
+        dict(rejected="background", method="integrated_gradients", target="predicted"),
+        -100,
+    ),
+    "input_gradient, other bn": (dict(rejected="background", method="input_gradient"), -100),
     "committed": (dict(commit_updates=True), 0),
     "committed, input_gradient": (dict(commit_updates=True, method="input_gradient"), 0),
     "threshold 1": (dict(rejected="background", threshold=1.0), -100),
@@ -103,7 +109,7 @@ def ran(request, golden):
     def run(views):
         outs = {}
         for name, (options, bias) in VARIANTS.items():
-            bn = other if name == "other bn" else "batch" if "committed" in name else own
+            bn = other if "other bn" in name else "batch" if "committed" in name else own
             outs[name] = SaliencyMask(bn=bn, **options)(context(d, bias=bias), views)._asdict()
         return outs
 
@@ -235,21 +241,39 @@ def test_target_switch(ran):
     assert (np.asarray(keep) != d["keep_mask"]).any()
 
 
-@pytest.mark.parametrize("method", ["input_gradient", "integrated_gradients"])
-def test_other_explainers(ran, method):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "input_gradient",
+        "integrated_gradients",
+        "input_gradient of the predicted",
+        "integrated_gradients of the predicted",
+        "input_gradient, other bn",
+    ],
+)
+def test_other_explainers(ran, name):
+    """Of the true class, and of the best other one for a classifier that is always wrong; by either statistics.
+
+    cases F.
+    """
     d, outs = ran
+    train = bool(d["bn_train_mode"]) != ("other bn" in name)
 
     @jax.jit
     def keep(images):
-        train = bool(d["bn_train_mode"])
-        maps = getattr(saliency, method)(lambda x: golden_net.logits(d, x, train=train), images, d["labels"])
+        logits = lambda x: golden_net.logits(d, x, train=train)  # noqa: E731
+        predicted = (logits(images) - 100 * jax.nn.one_hot(d["labels"], d["logits"].shape[1])).argmax(-1)
+        target = predicted if "predicted" in name else d["labels"]
+        maps = getattr(saliency, name.split()[0].strip(","))(logits, images, target)
         return saliency.keep_mask(saliency.normalize_map(maps), 0.5)
 
     want = np.asarray(keep(jnp.asarray(d["images"], jnp.float32)))
-    got = np.any(outs[method]["views"]["background"].image != 0, axis=-1)
+    got = np.any(outs[name]["views"]["background"].image != 0, axis=-1)
     assert 0 < want.mean() < 1
     assert (got != want).mean() < 1e-3  # a pixel at the threshold may fall either way in float32
     assert (want != d["keep_mask"]).any()
+    of_label = outs[name.split()[0].strip(",")]["views"]["background"].image
+    assert " " not in name or (outs[name]["views"]["background"].image != of_label).any()
 
 
 def test_thresholds_at_the_ends(ran):

@@ -12,6 +12,8 @@ from jaxcl.errors import UserError
 from jaxcl.method import sharding
 from jaxcl.method.registry import TERMS
 from jaxcl.method.terms import Embedding, Term
+from jaxcl.method.terms.heads import CrossEntropy, Reconstruction
+from jaxcl.method.terms.momentum import MoCo
 from jaxcl.method.terms.pairs import BarlowTwins, InstanceSpread, NTXent, OneWayInfoNCE
 from jaxcl.method.terms.spread import Attract, ClassConditionalInfoNCE, Spread
 from jaxcl.method.terms.supcon import SupCon
@@ -295,6 +297,36 @@ def test_half_precision_embeddings():
         want = by_hand(name, *(x.astype(jnp.float32) for x in z), None)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_head_terms_leave_out_rows_that_do_not_exist():
+    """One view whole, of the other one some rows: the mean over the rows that exist, by hand; cases F."""
+    where = np.array([True, False, True, True, False, True])
+    label = np.array([0, 1, 0, -1, 1, 1], np.int32)
+    z1, z2 = Z1, np.where(where[:, None], Z2, 1e2).astype(np.float32)
+    e = {
+        "view1": Embedding(None, None, None, Z2, {"head": z1}),
+        "view2": Embedding(None, None, where, Z1, {"head": z2}),
+    }
+    rows, labels = np.concatenate([Z1, Z2]), np.concatenate([label, label])
+    exists = np.concatenate([np.ones(N, bool), where])
+    known = exists & (labels >= 0)
+    log_share = rows - np.log(np.exp(rows).sum(1, keepdims=True))
+    want = -log_share[known, labels[known]].mean()
+    np.testing.assert_allclose(CrossEntropy(head="head")(e, jnp.asarray(label)), want, rtol=1e-5)
+    want = ((rows - np.concatenate([Z2, Z1]))[exists] ** 2).mean()
+    np.testing.assert_allclose(Reconstruction(head="head")(e, jnp.asarray(label)), want, rtol=1e-5)
+
+
+def test_queries_that_do_not_exist_do_not_count():
+    """MoCo over the queries that exist, by hand; cases F."""
+    where = np.array([True, False, True, True, False, True])
+    queue, query = tiny.normal(D, 7, seed=5), np.where(where[:, None], Z1, 1e2).astype(np.float32)
+    e = {"q": Embedding(None, query, where), "k": Embedding(None, Z2)}
+    got = MoCo(query="q", key="k", temperature=0.3)(e, jnp.asarray(LABEL), memory={"queue": queue})
+    q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (Z1[where], Z2[where]))
+    logits = np.concatenate([(q * k).sum(1, keepdims=True), q @ queue], axis=1) / 0.3
+    np.testing.assert_allclose(got, (np.log(np.exp(logits).sum(1)) - logits[:, 0]).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -220,6 +220,11 @@ def test_padded_rows_change_nothing():
     for x, y in zip(jax.tree.leaves(a_stats), jax.tree.leaves(b_stats), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
     assert np.abs(a - c)[where].max() > 0.1  # without the mask they would
+    # And as if they had not been there (cases F).
+    alone, alone_stats = run(latent[where], None)
+    np.testing.assert_allclose(a[where], alone, rtol=1e-4, atol=1e-4)
+    for x, y in zip(jax.tree.leaves(a_stats), jax.tree.leaves(alone_stats), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_hands_out_float32():

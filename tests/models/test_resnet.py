@@ -16,6 +16,7 @@ from jaxcl.method.memory import InitContext, LinearProbe
 from jaxcl.models import ProjectionHead, ResNetOptions, make_model
 from jaxcl.models.layers import MatmulConv, conv
 from jaxcl.models.norms import norm_groups
+from jaxcl.models.resnet import ResNet
 from jaxcl.models.resnet_blocks import BasicBlock, Bottleneck
 
 TINY = ResNetOptions(stage_sizes=(2, 1), stage_widths=(8, 16), stem="cifar", head_features=12)
@@ -446,6 +447,15 @@ def test_padded_rows_change_nothing(padded, what):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * scale)
         worst = max(worst, float(np.abs(np.asarray(c) - np.asarray(a)).max()) / scale)
     assert worst > 0.1  # without the mask they would
+
+
+def test_pooled_rows_that_do_not_exist_are_zero_and_so_is_their_gradient():
+    """The norms rely on both; cases F."""
+    where, maps = np.array([True, False, True]), tiny.normal(3, 2, 2, 4)
+    pooled, pull = jax.vjp(lambda x: ResNet._pool(x, dict(where=where)), maps)
+    (slope,) = pull(np.ones((3, 4), np.float32))
+    np.testing.assert_allclose(pooled, maps.mean((1, 2)) * where[:, None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, np.broadcast_to(where[:, None, None, None] / 4, maps.shape))
 
 
 # ---- mistakes

@@ -93,14 +93,14 @@ class Adversary(Stage):
         epsilon_C = jnp.asarray(self.epsilon) / std_C
         bounds = ((0 - mean_C) / std_C, (1 - mean_C) / std_C) if self.clip else None
 
-        def embed(image: Array, stats, aug_params: dict[str, Array]) -> tuple[Embedding, dict]:
-            mode = dict(train=True, norm_set=self.norm_set)
+        def embed(image: Array, stats, drawn: View) -> tuple[Embedding, dict]:
+            mode = dict(train=True, norm_set=self.norm_set, where=drawn.where)
             h, stats = context.model.encode(context.params, stats, image, **mode)
-            z, stats = context.model.embed(context.params, stats, h, aug_params=aug_params, **mode)
-            return Embedding(h, z), stats
+            z, stats = context.model.embed(context.params, stats, h, aug_params=drawn.params, **mode)
+            return Embedding(h, z, drawn.where), stats
 
         # The anchor is encoded by itself, so that its batch statistics are those of its own batch.
-        anchor, stats = embed(views[self.anchor].image, context.batch_stats, views[self.anchor].params)
+        anchor, stats = embed(views[self.anchor].image, context.batch_stats, views[self.anchor])
         fixed = {self.anchor: anchor}
         for name in context.reads(self.term):
             encoder, other = split_name(name)
@@ -108,7 +108,7 @@ class Adversary(Stage):
                 fixed[name] = context.embed(encoder, views[other], "" if encoder else self.norm_set)
 
         def loss(image: Array) -> Array:
-            return context.loss(self.term, {**fixed, self.into: embed(image, context.batch_stats, view.params)[0]})
+            return context.loss(self.term, {**fixed, self.into: embed(image, context.batch_stats, view)[0]})
 
         image = pgd(
             loss,
@@ -120,5 +120,5 @@ class Adversary(Stage):
             key=context.keys(f"{self.into}/start") if self.random_start else None,
         )
         if self.commit_updates:
-            _, stats = embed(view.image, stats, view.params)
+            _, stats = embed(view.image, stats, view)
         return StageOutput({self.into: View(image, view.params, view.where)}, stats if self.commit_updates else None)
