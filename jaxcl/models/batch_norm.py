@@ -80,7 +80,8 @@ def _forward(x, scale, bias, where, epsilon):
     # That difference loses the digits that the mean is longer than the deviation. Channels where it loses many, which
     # are rare, are summed once more, from x - mean.
     far = jnp.square(mean) > FAR**2 * var
-    var = jax.lax.cond(jnp.any(far), lambda: jnp.where(far, _centred(wide, mean, where) / n, var), lambda: var)
+    again = jax.lax.cond(jnp.any(far), lambda: _centred(wide, mean, where) / n, lambda: jnp.zeros_like(var))
+    var = jnp.where(far, again, var)
     inverse = jax.lax.rsqrt(var + epsilon)
     slope = inverse * scale
     y = wide * slope + _constant(bias - mean * slope, where, x.ndim)
