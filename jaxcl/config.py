@@ -60,6 +60,7 @@ class Files(Options):
     """`data.files`: of folder, csv, waterbirds, celeb_a and voc (whose default is 224)"""
 
     image_size: Size = 0  # side after resizing; 0: unchanged if all have one shape of at most 256, otherwise 64
+    max_pixels: Count = 2**30  # of an image; files with more count as bad, as an attack on the memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxcl.data import fingerprint, hashing, images
 from jaxcl.data.disk import DiskSource, Reader, Row, fits_in_memory, in_threads, source_in_memory
-from jaxcl.data.kind import Size, SourceKind
+from jaxcl.data.kind import Pixels, Size, SourceKind
 from jaxcl.data.listing import SPLITS, Listing
 from jaxcl.data.moments import Moments, channel_sums, moments_of_sums
 from jaxcl.data.paths import open_file, reason
@@ -42,6 +42,7 @@ class ImageFiles(SourceKind):
     Options:
       image_size: side to which images are resized (shorter side, then the centre). 0: they keep their size if
         they all have the same size of at most 256 pixels, otherwise 64.
+      max_pixels: of an image; files with more count as bad.
       on_bad_image: what happens to files that cannot be read: "raise" ends with their names, "skip" leaves them out
         and logs their names.
     """
@@ -53,6 +54,7 @@ class ImageFiles(SourceKind):
     default_size: ClassVar[int] = 0  # the meaning of image_size 0, where it is not the one below
 
     image_size: Size = 0
+    max_pixels: Pixels = images.MAX_PIXELS
     on_bad_image: Literal["raise", "skip"] = "raise"
 
     def listing(self, path: str) -> Listing:
@@ -73,7 +75,8 @@ class ImageFiles(SourceKind):
           UserError: no image, bad ones, or a split that the set does not have.
         """
         listing = self.listing(argument)
-        files = _checked(listing, self.image_size or self.default_size, skip=self.on_bad_image == "skip")
+        size, skip = self.image_size or self.default_size, self.on_bad_image == "skip"
+        files = _checked(listing, size, self.max_pixels, skip=skip)
         rows = files.rows_of(base_split)
         rows = rows[select(files.columns(rows)[0])]
         mean, std = files.moments_of_training()
@@ -96,7 +99,10 @@ class Files(Reader):
       sizes: bytes of each file, int64 [N], 0 for remote ones.
     """
 
-    def __init__(self, listing: Listing, sizes: np.ndarray, image_shape: tuple[int, int, int], size: int):
+    def __init__(
+        self, listing: Listing, sizes: np.ndarray, image_shape: tuple[int, int, int], size: int, max_pixels: int
+    ):
+        self._max_pixels = max_pixels
         self.listing, self.image_shape, self._size, self.threads = listing, image_shape, size, listing.threads
         self.class_names, self.coarse_names = listing.class_names, listing.coarse_names
         self.group_names = listing.group_names
@@ -123,7 +129,9 @@ class Files(Reader):
         with open_file(path) as stream:
             # One request per remote file. A local file is not read as a whole: if it is no image, it may be larger than
             # the memory.
-            image = images.decode(io.BytesIO(stream.read()) if is_remote(path) else stream, self._size)
+            image = images.decode(
+                io.BytesIO(stream.read()) if is_remote(path) else stream, self._size, self._max_pixels
+            )
         if image.shape != self.image_shape:
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}: set image_size")
         return image
@@ -213,19 +221,21 @@ class Files(Reader):
 _latest: tuple[bytes, Files] | None = None
 
 
-def _checked(listing: Listing, image_size: int, *, skip: bool) -> Files:
+def _checked(listing: Listing, image_size: int, max_pixels: int, *, skip: bool) -> Files:
     """The good files of a listing. Errors: UserError for bad ones without `skip`, or if none is good."""
     global _latest
     if not listing.paths:
         raise UserError(f"{listing.spec} holds no images{''.join(f'; {note}' for note in listing.notes)}")
     bad: dict[int, str] = {}
-    key = hashlib.blake2b(repr((listing.spec, image_size, skip, listing.names)).encode("utf-8", "surrogateescape"))
+    key = hashlib.blake2b(
+        repr((listing.spec, image_size, max_pixels, skip, listing.names)).encode("utf-8", "surrogateescape")
+    )
     stamps = _stamps(listing.paths, bad)
     for column in (listing.columns, listing.splits, stamps):
         key.update(column.tobytes())
     if _latest is None or _latest[0] != key.digest():
         _latest = None  # frees its images before the next ones are decoded
-        _latest = key.digest(), _check(listing, stamps[:, 0], image_size, skip, bad)
+        _latest = key.digest(), _check(listing, stamps[:, 0], image_size, max_pixels, skip, bad)
     return _latest[1]
 
 
@@ -247,13 +257,15 @@ def _stamps(paths: list[str], bad: dict[int, str]) -> np.ndarray:
     return stamps
 
 
-def _check(listing: Listing, sizes: np.ndarray, image_size: int, skip: bool, bad: dict[int, str]) -> Files:
+def _check(
+    listing: Listing, sizes: np.ndarray, image_size: int, max_pixels: int, skip: bool, bad: dict[int, str]
+) -> Files:
     spec, count = listing.spec, len(listing.paths)
     shapes = np.zeros((count, 2), np.int64)
 
     def header(i: int) -> None:
         with open_file(listing.paths[i]) as stream:
-            shapes[i] = images.shape(stream)
+            shapes[i] = images.shape(stream, max_pixels)
 
     # Headers are not needed where the size is given and every image is decoded anyway.
     if not image_size or not (skip or fits_in_memory(count, (image_size, image_size, 3))):
@@ -269,7 +281,7 @@ def _check(listing: Listing, sizes: np.ndarray, image_size: int, skip: bool, bad
         why = f" (of {seen}; data.files.image_size sets another)"
     shape = (size, size, 3) if size else (int(seen[0, 0]), int(seen[0, 1]), 3)
 
-    files = Files(listing, sizes, shape, size)
+    files = Files(listing, sizes, shape, size, max_pixels)
     if fits := files.fits(len(good)):
         files.images, files.sums = np.zeros((count, *shape), np.uint8), np.zeros((count, 2, 3), np.int64)
 

@@ -1,5 +1,11 @@
 """Decoding: an encoded image of any format becomes RGB of one size, uint8 [H,W,3]. H height, W width."""
 
+import contextlib
+import io
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
@@ -15,6 +21,10 @@ SUFFIXES = frozenset(_SUFFIXES.split())
 Image.init()  # here, since plugins would otherwise load in many threads at the same time
 FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
 
+MAX_PIXELS = 2**30  # of an image, by default: far above a panorama, below what fills a machine's memory
+SMALL = 2**20  # pixels; smaller images do not wait for others
+AT_ONE_TIME = 2**27  # pixels that are decoded at one time: half a gigabyte as RGB with its copy for Pillow
+_RAW_EXIF = b"Raw profile type exif"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,27 +36,32 @@ _TURNS = {
 }
 
 
-def shape(stream: IO[bytes]) -> tuple[int, int]:
-    """(height, width) of an upright image, from its header. Errors: any error of Pillow."""
-    with _open(stream) as image:
+def shape(stream: IO[bytes], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of an upright image, from its header. Errors: those of `decode`."""
+    with _open(stream, max_pixels) as image:
         width, height = image.size
-        # PNG and others store a rare orientation behind the pixels. `decode` reads it.
-        turned = image.format in ("JPEG", "MPO") and 5 <= _orientation(image) <= 8
-        return (width, height) if turned else (height, width)
+        # Pillow would decode a PNG to find an orientation behind its pixels; few have one, and the list of its parts
+        # tells. Pillow turns a TIFF itself.
+        known = image.format != "TIFF" and (image.format != "PNG" or _png_has_exif(stream))
+        return (width, height) if known and 5 <= _orientation(image) <= 8 else (height, width)
 
 
-def decode(stream: IO[bytes], size: int | None = None) -> np.ndarray:
+def decode(stream: IO[bytes], size: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The first frame as RGB, uint8 [H,W,3], or [size,size,3] by `resize_and_crop`.
 
     The EXIF orientation is applied. Greyscale is repeated, 16 bits are scaled to 8, CMYK is converted without colour
     profiles, and transparent pixels become white.
 
-    Errors: any error of Pillow; ValueError for pixels that are floating-point or beyond 16 bits.
+    Large images take turns, so that many threads need little more memory than the largest image.
+
+    Errors: any error of Pillow; ValueError for pixels that are floating-point, beyond 16 bits or too many.
     """
-    with _open(stream) as image:
+    with _open(stream, max_pixels) as image, contextlib.ExitStack() as stack:
         # A JPEG may be decoded at 1/2, 1/4 or 1/8, so that at least twice the size remains.
         drafted = image.draft(None, (2 * size, 2 * size)) if size else None
-        image.load()
+        stack.enter_context(_turns.take(image.width * image.height))
+        with _unlimited:
+            image.load()
         rgb = _rgb(image)
         if size:
             rgb = resize_and_crop(rgb, size, extent=drafted[1][2:] if drafted else None)
@@ -74,8 +89,83 @@ def resize_and_crop(
     return image.resize((size, size), Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR, box=box)
 
 
-def _open(stream: IO[bytes]) -> Image.Image:
-    return Image.open(stream, formats=FORMATS)
+def open_image(stream: IO[bytes] | str | os.PathLike, formats: Sequence[str] | None = FORMATS) -> Image.Image:
+    """`PIL.Image.open` without Pillow's own limit, which takes a panorama of 200 megapixels for an attack."""
+    with _unlimited:
+        return Image.open(stream, formats=formats)
+
+
+class _Unlimited:
+    """Lifts Pillow's limit, a variable of the whole process, while any thread opens an image."""
+
+    def __init__(self):
+        self._lock, self._inside, self._limit = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+class _Turns:
+    """At most `pixels` are decoded at one time, over all threads; a larger image is decoded alone."""
+
+    def __init__(self, pixels: int):
+        self._all, self._free, self._changed = pixels, pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        if pixels < SMALL:
+            yield
+            return
+        pixels = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_unlimited, _turns = _Unlimited(), _Turns(AT_ONE_TIME)
+
+
+def _open(stream: IO[bytes], max_pixels: int) -> Image.Image:
+    image = open_image(stream)
+    # The tiles of a TIFF are decoded as a whole, even if they are larger than the image.
+    pixels = max(a * b for a, b in (image.size, getattr(image, "_tile_size", (0, 0))))
+    if pixels > max_pixels:
+        image.close()
+        raise ValueError(f"{pixels:,} pixels, and data.files.max_pixels allows {max_pixels:,}")
+    return image
+
+
+def _png_has_exif(stream: IO[bytes]) -> bool:
+    """Whether a PNG has a part with EXIF, by the names of its parts. The position in the stream stays."""
+    before = stream.tell()
+    try:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return True
+            begin = stream.read(min(length, len(_RAW_EXIF))) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+            if begin == _RAW_EXIF:
+                return True
+            stream.seek(length + 4 - len(begin), io.SEEK_CUR)
+        return False
+    finally:
+        stream.seek(before)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -8,6 +8,7 @@ from jaxcl.data.source import Source
 from jaxcl.runtime.options import Options, Range
 from jaxcl.runtime.registry import Contract
 
+Pixels = Annotated[int, Range(1)]
 Size = Annotated[int, Range(0)]  # 0: the kind's default
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from jaxcl.data import fingerprint
 from jaxcl.data.cifar import MOMENTS
 from jaxcl.data.disk import COLUMNS, DiskSource, Reader, Row, in_threads, source_in_memory
-from jaxcl.data.images import resize_and_crop
+from jaxcl.data.images import open_image, resize_and_crop
 from jaxcl.data.kind import Size, SourceKind
 from jaxcl.data.label_levels import known_level
 from jaxcl.data.selection import TEST_SPLIT, Select, hold_out
@@ -121,7 +120,7 @@ class Records(Reader):
         return np.argsort(ids.astype(str), kind="stable")
 
     def _decode(self, example: dict) -> Row:
-        with Image.open(io.BytesIO(example[self._image])) as encoded:
+        with open_image(io.BytesIO(example[self._image]), formats=None) as encoded:
             rgb = encoded.convert("RGB")
         image = np.asarray(resize_and_crop(rgb, self._size) if self._size else rgb)
         if image.shape != self.image_shape:

@@ -10,11 +10,10 @@ import pathlib
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
 from jaxcl.data import fingerprint
-from jaxcl.data.images import decode, resize_and_crop
-from jaxcl.data.kind import Size, SourceKind
+from jaxcl.data.images import MAX_PIXELS, decode, open_image, resize_and_crop
+from jaxcl.data.kind import Pixels, Size, SourceKind
 from jaxcl.data.moments import moments
 from jaxcl.data.selection import Select
 from jaxcl.data.source import ArraySource
@@ -33,6 +32,7 @@ class Voc(SourceKind):
 
     Options:
       image_size: side to which images are resized, shorter side first, and cropped; 0: 224. Each pixel keeps one class.
+      max_pixels: of an image.
 
     Extras: "segmentation" int32 [N,S,S], the class of each pixel as its PNG numbers it, -1 where the PNG has 255.
     """
@@ -41,17 +41,18 @@ class Voc(SourceKind):
     config_keys: ClassVar[tuple[str, ...]] = ("files",)
 
     image_size: Size = 0
+    max_pixels: Pixels = MAX_PIXELS
 
     def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
         folder, spec, size = pathlib.Path(argument).expanduser(), f"voc:{argument}", self.image_size or DEFAULT_SIZE
         names = _names(folder, LISTS[base_split], spec)
         rows = select(np.full(len(names), -1, np.int32))
-        images, classes = _read(folder, [names[i] for i in rows], size, spec)
+        images, classes = _read(folder, [names[i] for i in rows], size, self.max_pixels, spec)
         if split == "train":
             mean, std = moments(images)
         else:
             sample = _names(folder, "train", spec)[:200]
-            mean, std = moments(_read(folder, sample, size, spec)[0])
+            mean, std = moments(_read(folder, sample, size, self.max_pixels, spec)[0])
         return ArraySource(
             images=images,
             labels=np.full(len(images), -1, np.int32),
@@ -77,17 +78,19 @@ def _names(folder: pathlib.Path, name: str, spec: str) -> list[str]:
     return names
 
 
-def _read(folder: pathlib.Path, names: list[str], size: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
+def _read(
+    folder: pathlib.Path, names: list[str], size: int, max_pixels: int, spec: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N,S,S,3] and classes int32 [N,S,S]."""
     images = np.empty((len(names), size, size, 3), np.uint8)
     classes = np.empty((len(names), size, size), np.int32)
     for i, name in enumerate(names):
         files = folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png"
         try:
-            with Image.open(files[1], formats=("PNG",)) as drawn, files[0].open("rb") as stream:
+            with open_image(files[1], formats=("PNG",)) as drawn, files[0].open("rb") as stream:
                 if drawn.mode not in ("P", "L"):
                     raise ValueError(f"classes are of mode {drawn.mode}; expected a palette or greyscale")
-                images[i] = decode(stream, size)
+                images[i] = decode(stream, size, max_pixels)
                 classes[i] = resize_and_crop(drawn, size, nearest=True)
         except Exception as error:  # Pillow may raise anything
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]

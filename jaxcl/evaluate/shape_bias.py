@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from jaxcl.data import ArraySource, Source
+from jaxcl.data.images import open_image
 from jaxcl.data.label_levels import coarse_of_fine
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels, from_files
@@ -159,7 +160,7 @@ def read_stimuli(folder: str, side: int) -> Source:
     images = np.empty((len(files), side, side, 3), np.uint8)
     for i, (path, _, _) in enumerate(files):
         try:
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
+            with open_image(path, formats=("PNG", "JPEG")) as image:
                 images[i] = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{path} cannot be read as an image ({error}); copy it again") from error

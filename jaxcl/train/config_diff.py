@@ -18,6 +18,7 @@ FREE_KEYS = (
     "sharding",
     "data.prefetch",
     "data.tfds.data_dir",
+    "data.files.max_pixels",  # which files are left out for it shows in the data itself
 )
 
 

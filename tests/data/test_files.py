@@ -344,3 +344,30 @@ def test_paths_in_a_bucket(classes, tmp_path, monkeypatch):
     assert table.class_names == ("cat", "dog", "emu") and len(table) == 6
     fails("holds no images", "folder:gs://bucket/nothing")
     fails("gs://bucket/none.csv cannot be read .no such file", "csv:gs://bucket/none.csv")
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "avif", "tiff", "jpg"])
+@pytest.mark.parametrize("bad", ["raise", "skip"])
+def test_turned_images_stored_at_one_size(kind, bad, tmp_path):
+    """Cases B.6: photos of a camera held both ways, all stored as 48 x 32: none is refused, none is lost."""
+    for i in range(6):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i % 2 else 1
+        Image.new("RGB", (48, 32), (40 * i, 100, 50)).save(tmp_path / f"{i}.{kind}", exif=exif.tobytes())
+    train, test = (make_source(f"folder:{tmp_path}", split=s, on_bad_image=bad) for s in ("train", "test"))
+    assert len(train) + len(test) == 6 and train.image_shape == (64, 64, 3)
+    for i in range(6):  # all turned alike: they keep their shape, upright
+        exif[0x0112] = 6
+        Image.new("RGB", (48, 32), (40 * i, 100, 50)).save(tmp_path / f"{i}.{kind}", exif=exif.tobytes())
+    assert make_source(f"folder:{tmp_path}", on_bad_image=bad).image_shape == (48, 32, 3)
+
+
+def test_the_limit_of_pixels_by_its_name(tmp_path):
+    """Cases B.8: refused in one line that names the option, or left out."""
+    for i in range(5):
+        Image.new("RGB", (20, 20 + 20 * (i == 4)), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    with pytest.raises(UserError, match=r"4\.png .*data\.files\.max_pixels") as error:
+        make_source(f"folder:{tmp_path}", max_pixels=500)
+    assert "\n" not in str(error.value)
+    options = dict(max_pixels=500, on_bad_image="skip")
+    assert sum(len(make_source(f"folder:{tmp_path}", split=s, **options)) for s in ("train", "test")) == 4

@@ -1,6 +1,9 @@
 """Encoded images of every kind become upright RGB of one size."""
 
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,19 +39,23 @@ def test_kinds(kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 def test_exif_orientation_is_applied(kind, orientation):
+    """Cases B.6: also to the shape that the header tells."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     # A viewer undoes the turn with which the camera stored the image.
     stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](QUARTERS)))
-    given = {"exif": exif.tobytes(), **({"quality": 95} if kind == "JPEG" else {})}
+    given = {
+        "exif": exif.tobytes(),
+        **({"quality": 95} if kind in ("JPEG", "AVIF") else {}),
+        **({"lossless": True} if kind == "WEBP" else {}),
+    }
     out = images.decode(encoded(stored, kind, **given))
     assert out.shape == QUARTERS.shape
     middles = (slice(8, None, 16), slice(12, None, 24))
     assert np.abs(out[middles].astype(int) - QUARTERS[middles]).max() <= 6
-    if kind == "JPEG":
-        assert images.shape(encoded(stored, kind, **given)) == (32, 48)
+    assert images.shape(encoded(stored, kind, **given)) == (32, 48)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -154,3 +161,62 @@ def test_a_transparent_value_of_16_bits_is_white():
     deep[:, :2], deep[:, 2] = 0, 1
     out = images.decode(encoded(Image.fromarray(deep), "PNG", transparency=0))
     assert (out[:, :2] == 255).all() and (out[:, 2] == 0).all() and (out[:, 3:] == 117).all()
+
+
+def test_exif_behind_the_pixels_of_a_png():
+    """Cases B.6: the names of the parts are read, not the pixels; without EXIF nothing is decoded."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(Image.fromarray(np.rot90(QUARTERS, 1).copy()), "PNG", exif=exif.tobytes()).getvalue()
+    place = turned.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(turned[place : place + 4], "big")
+    part, end = turned[place : place + length], turned.index(b"IEND") - 4
+    moved = turned[:place] + turned[place + length : end] + part + turned[end:]
+    assert images.shape(io.BytesIO(moved)) == (32, 48) == images.decode(io.BytesIO(moved)).shape[:2]
+    plain = encoded(QUARTERS, "PNG").getvalue()
+    damaged = plain[: plain.index(b"IDAT") + 8] + bytes(20) + plain[plain.index(b"IDAT") + 28 :]
+    assert images.shape(io.BytesIO(damaged)) == (32, 48)
+
+
+def test_a_panorama_is_read():
+    """Cases B.8: 200 megapixels are no attack; a JPEG is decoded at an eighth. Pillow's own limit stays what it was."""
+    limit = Image.MAX_IMAGE_PIXELS
+    ramp = np.linspace(0, 255, 12_500).astype(np.uint8)[:, None].repeat(16_000, 1)
+    stream = encoded(Image.fromarray(ramp), "JPEG", quality=60)
+    assert images.shape(stream) == (12_500, 16_000)
+    out = images.decode(stream, 64)
+    assert out.shape == (64, 64, 3) and abs(int(out[32, 32, 0]) - 127) <= 3
+    assert Image.MAX_IMAGE_PIXELS == limit
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_the_limit_of_pixels(kind, monkeypatch):
+    """Cases B.8: it has a name, and Pillow's does not count in any format."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 48 // 4)
+    stream = encoded(QUARTERS, kind)
+    assert images.decode(stream, 8).shape == (8, 8, 3) and images.shape(encoded(QUARTERS, kind)) == (32, 48)
+    for read in (images.shape, lambda s, limit: images.decode(s, 8, limit)):
+        with pytest.raises(ValueError, match="data.files.max_pixels"):
+            read(encoded(QUARTERS, kind), 32 * 48 - 1)
+        read(encoded(QUARTERS, kind), 32 * 48)
+
+
+def test_large_images_take_turns():
+    """Cases B.8: what is decoded at one time has a bound, whatever the number of threads; small images do not wait."""
+    turns, inside, most = images._Turns(4 * images.SMALL), [0], [0]
+    lock = threading.Lock()
+
+    def work(pixels):
+        with turns.take(pixels):
+            with lock:
+                inside[0] += pixels
+                most[0] = max(most[0], inside[0])
+            time.sleep(0.005)
+            with lock:
+                inside[0] -= pixels
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, [images.SMALL, 2 * images.SMALL, 3 * images.SMALL] * 8))
+    assert 3 * images.SMALL <= most[0] <= 4 * images.SMALL
+    with turns.take(100 * images.SMALL), turns.take(10):  # larger than all: alone
+        pass
