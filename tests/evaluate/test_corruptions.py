@@ -177,7 +177,75 @@ def test_glass_blur_copies_near_pixels_one_after_the_other():
     np.testing.assert_allclose(out, smooth(expected / 255), atol=2e-3)
 
 
+@pytest.mark.parametrize("name, low, high", [("motion_blur", -45, 45), ("snow", -135, -45)])
+def test_angles_are_uniform_over_the_published_range(name, low, high, monkeypatch):
+    """Eighths of the range hold an eighth of the angles each; cases F."""
+    angles = []
+    monkeypatch.setattr(corruptions, "_along", lambda x, angle, taps: (angles.append(angle), x)[1])
+    kind, side, images = corruptions._KINDS[name], 4, np.zeros((4000, 4, 4, 3), np.float32)
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), len(images))
+    values = kind.prepare(side, 0, *CONSTANTS[name][0][4])
+    kind.apply(keys, images, *(np.asarray(v, np.float32) for v in values))
+    (angle,) = angles
+    share = np.histogram(angle, bins=8, range=(low, high))[0] / len(images)
+    np.testing.assert_allclose(share, 1 / 8, atol=0.02)
+
+
 # ---- weather
+
+
+@pytest.mark.parametrize("severity", [1, 5])
+def test_snow_written_out(severity, monkeypatch):
+    """Flakes enlarged, cut off, blurred along an angle, and their half turn, on a paler image; cases F."""
+    mean, spread, zoom, threshold, radius, sigma, kept = CONSTANTS["snow"][0][severity - 1]
+    rng = np.random.default_rng(3)
+    noise, angle = rng.normal(size=(4, S, S, 1)), np.array([-130.0, -100, -80, -50], np.float32)
+    monkeypatch.setattr(
+        corruptions,
+        "_draws",
+        lambda draw, keys, shape, **_: angle if draw is jax.random.uniform else noise.astype(np.float32),
+    )
+    kind = corruptions._KINDS["snow"]
+    x = (IMAGES / 255).astype(np.float32)
+    values = [np.asarray(v, np.float32) for v in kind.prepare(S, 0, *CONSTANTS["snow"][0][severity - 1])]
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 4)
+    got = kind.apply(keys, x, *values)
+
+    flakes = mean + spread * noise[..., 0]
+    crop = int(np.ceil(S / zoom))
+    top = (S - crop) // 2
+    flakes = ndimage.zoom(flakes[:, top : top + crop, top : top + crop], (1, zoom, zoom), order=1)
+    trim = (flakes.shape[1] - S) // 2
+    flakes = flakes[:, trim : trim + S, trim : trim + S]
+    flakes = np.where(flakes < threshold, 0, flakes)
+    flakes = np.floor(np.clip(flakes, 0, 1) * 255 + 1e-3) / 255
+    blurred, taps = np.zeros_like(flakes), np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * sigma**2))
+    taps /= taps.sum()
+    for b in range(4):
+        for i, tap in enumerate(taps):
+            down, right = (int(np.ceil(i * f(np.deg2rad(angle[b])) - 0.5)) for f in (np.sin, np.cos))
+            rows, cols = (np.clip(np.arange(S) + move, 0, S - 1) for move in (down, right))
+            blurred[b] += tap * flakes[b][rows][:, cols]
+    grey = (x @ [0.299, 0.587, 0.114])[..., None]
+    want = kept * x + (1 - kept) * np.maximum(x, grey * 1.5 + 0.5)
+    want = want + blurred[..., None] + blurred[:, ::-1, ::-1, None]
+    np.testing.assert_allclose(got, want, atol=2e-3)  # a level of a flake may be rounded the other way
+    assert (np.abs(np.asarray(got) - want) > 1e-4).mean() < 0.05
+    assert np.abs(blurred - blurred[:, ::-1, ::-1]).max() > 0.05
+
+
+def test_fog_written_out(monkeypatch):
+    """Clouds added to the image, and the sum scaled so that its lightest value stays; cases F."""
+    noise = np.random.default_rng(4).uniform(-1, 1, (4, S, S)).astype(np.float32)
+    monkeypatch.setattr(corruptions, "_draws", lambda *_, **__: noise)
+    strength, decay = CONSTANTS["fog"][0][4]
+    x = (IMAGES / 255).astype(np.float32)
+    got = np.asarray(corruptions._fog(None, x, strength, decay))
+    haze = np.asarray(corruptions._plasma(noise, decay))
+    for b in range(4):
+        lightest = x[b].max()
+        want = (x[b] + strength * haze[b][..., None]) * lightest / (lightest + strength)
+        np.testing.assert_allclose(got[b], want, atol=1e-5)
 
 
 def test_clouds_are_diamonds_and_squares():
@@ -211,6 +279,57 @@ def test_brightness_is_more_value():
 
 
 # ---- digital
+
+
+@pytest.mark.parametrize("severity", [1, 5])
+def test_contrast_is_about_the_mean_of_each_channel(severity):
+    """Of colourful images, whose channels have means of their own; cases F."""
+    pixels, share = IMAGES / 255, CONSTANTS["contrast"][0][severity - 1]
+    mean = np.stack([[image[..., c].mean() for c in range(3)] for image in pixels])[:, None, None]
+    near("contrast", down((pixels - mean) * share + mean), severity)
+    assert np.ptp(mean[0]) > 0.05
+
+
+def test_impulses_are_salt_and_pepper_where_they_hit(monkeypatch):
+    """cases F."""
+    u = np.random.default_rng(5).random((2, *IMAGES.shape)).astype(np.float32)
+    given = iter(u)
+    monkeypatch.setattr(corruptions, "_draws", lambda *_: next(given))
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 4)
+    got = np.asarray(corruptions._impulse_noise(keys, IMAGES / np.float32(255), 0.3))
+    want = np.where(u[0] < 0.3, np.where(u[1] < 0.5, 1.0, 0.0), IMAGES / np.float32(255))
+    np.testing.assert_array_equal(got, want.astype(np.float32))
+
+
+def test_an_elastic_image_written_out(monkeypatch):
+    """Three corners move, and the image with them, then each pixel by its own field; cases F."""
+    strength, smoothness, shift = 1.5, 1.2, 0.9
+    rng = np.random.default_rng(6)
+    corner_draws, field_draws = (rng.uniform(-1, 1, shape).astype(np.float32) for shape in ((1, 3, 2), (1, S, S, 2)))
+    given = iter([corner_draws, field_draws])
+    monkeypatch.setattr(corruptions, "_draws", lambda *_, **__: next(given))
+    smooth = corruptions._gaussian(S, smoothness, "reflect", 3)
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 1)
+    x = (IMAGES[:1] / 255).astype(np.float32)
+    got = np.asarray(corruptions._elastic_transform(keys, x, strength, smooth.astype(np.float32), shift))[0]
+
+    middle, half = S // 2, S // 3
+    corners = np.array([[middle + half] * 2, [middle + half, middle - half], [middle - half] * 2], float)
+    forth = np.linalg.solve(np.c_[corners, np.ones(3)], corners + shift * corner_draws[0])  # (x, y, 1) -> moved
+    to = np.r_[forth.T, [[0, 0, 1]]]
+    back = np.linalg.inv(to)
+    y, across = np.mgrid[:S, :S].astype(float)
+    source = np.einsum("ij,jhw->ihw", back, np.stack([across, y, np.ones_like(y)]))
+    moved = np.stack(
+        [ndimage.map_coordinates(x[0, ..., c], [source[1], source[0]], order=1, mode="mirror") for c in range(3)], -1
+    )
+    field = [
+        strength * ndimage.gaussian_filter(field_draws[0, ..., i], smoothness, mode="reflect", truncate=3)
+        for i in range(2)
+    ]
+    places = [y + field[1], across + field[0]]
+    want = np.stack([ndimage.map_coordinates(moved[..., c], places, order=1, mode="reflect") for c in range(3)], -1)
+    np.testing.assert_allclose(got, want, atol=2e-3)
 
 
 @pytest.mark.parametrize("mode", ["mirror", "reflect"])

@@ -152,6 +152,33 @@ def test_the_epoch_is_chosen_on_the_validation_split(monkeypatch):
     assert TransferAugmented()(f)[0] == {"accuracy": 1, "last_accuracy": pytest.approx(0, abs=0.5), "best_epoch": 1}
 
 
+def test_the_epoch_is_the_first_of_the_best_on_the_rows_held_out(monkeypatch):
+    """Not on the test images, where another epoch is best, nor on the training ones; cases F."""
+    train, fine, test, test_fine = data(collapsed=False)
+    good = module.fit_linear_probe(train, fine, num_classes=4)
+    # A feature more, which is what the probe goes by: each split has its own, so each has its own best epoch.
+    where_right = {"train": 0, "validation": 1, "test": 2}
+
+    def split(x, name):
+        return np.concatenate([x, np.eye(3)[np.full(len(x), where_right[name])]], axis=1)
+
+    def probe(right):
+        """Knows the classes on the splits of these numbers, and says the last class on the others."""
+        last = np.full((3, 4), 0.0)
+        last[[i for i in range(3) if i not in right], 3] = 1e4
+        return LinearFit(np.concatenate([good.weights, last]).astype(np.float32), good.bias)
+
+    f = augmented(context(split(train, "train"), fine, split(test, "test"), test_fine), epochs=4, held_out="validation")
+    sources, features = f.source, f.features
+    f.source = lambda name: source(fine[:20]) if name == "validation" else sources(name)
+    f.features = lambda name: split(train[:20], "validation") if name == "validation" else features(name)
+    made = iter([(probe(right), None) for right in ((0, 2), (1,), (0, 1), (2,))])
+    monkeypatch.setattr(module, "_epoch", lambda *_: next(made))
+    metrics = TransferAugmented()(f)[0]
+    chance = (test_fine == 3).mean()
+    assert metrics == {"accuracy": pytest.approx(chance), "last_accuracy": 1, "best_epoch": 2}
+
+
 def test_an_epoch_is_adamw_written_out():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(300, 5)).astype(np.float32), np.arange(300) % 4

@@ -18,7 +18,9 @@ from jaxcl.evaluate import (
     probe_logits,
     robust_probe,
 )
+from jaxcl.evaluate import worst_group as module
 from jaxcl.evaluate.base import NotApplicable
+from jaxcl.evaluate.linear_probe import LinearFit
 from jaxcl.evaluate.worst_group import FITTED_ROWS, WorstGroup
 
 
@@ -161,6 +163,28 @@ def test_the_robust_probe_is_the_best_of_a_few_on_rows_held_out():
     # Too few rows to hold any out: the first choice.
     _, few = robust_probe(x[:4], np.array([0, 0, 1, 1]), np.arange(4), num_classes=2)
     assert few == {"eta": 0.0, "l2": 1e-3}
+
+
+def test_eta_and_l2_are_chosen_on_rows_that_no_fit_has_seen(monkeypatch):
+    """One choice knows its own rows by heart and fails on others; another is right on four fifths of any; cases F."""
+    rng = np.random.default_rng(0)
+    groups, labels = np.arange(200) % 2, rng.integers(0, 2, 200)
+    held, sign = hold_out(groups, 0.2, seed=5), 2 * labels - 1
+    noisy = np.where(rng.random(200) < 0.8, sign, -sign)
+    x = np.stack([sign, held * sign, noisy], 1).astype(np.float32)
+    by_heart, honest, asked = np.array([1.0, -2, 0]), np.array([0.0, 0, 1]), []
+
+    def fake(features, labels, groups, *, eta, l2, **options):
+        asked.append((len(features), eta, l2))
+        weight = honest if (eta, l2) == (0.01, 1e-2) else by_heart
+        return LinearFit(jnp.asarray(np.stack([0 * weight, weight], 1), jnp.float32), jnp.zeros(2))
+
+    monkeypatch.setattr(module, "group_dro", fake)
+    probe, chosen = robust_probe(x, labels, groups, num_classes=2, seed=5)
+    assert chosen == {"eta": 0.01, "l2": 1e-2}
+    np.testing.assert_array_equal(probe.weights[:, 1], honest)
+    # Every choice is fitted to the other rows, and only the last fit, of the choice, to all.
+    assert [n for n, *_ in asked] == [160] * 6 + [200] and asked[-1][1:] == (0.01, 1e-2)
 
 
 def test_dro_is_deterministic_and_ignores_what_is_unknown():

@@ -1,5 +1,6 @@
 """The choice of an implementation: its limits, their validation, and their effect on jit caches and threads."""
 
+import functools
 import threading
 
 import chex
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from loss_checks import assert_user_error
 
+from jaxcl import losses
 from jaxcl.losses import limits, plan, supcon
 
 
@@ -99,3 +101,42 @@ def test_a_new_thread_has_the_defaults():
         thread.start()
         thread.join()
     assert found == [plan.Limits()]
+
+
+def test_when_logits_are_bounded():
+    """Of unit vectors down to the temperature of the largest safe logit, if it is known; cases F."""
+    edge = 1 / plan.SAFE_LOGIT
+    for temperature in (edge, 0.1, 1.0, 1, np.float32(0.5)):
+        assert plan.is_bounded(True, temperature)
+        assert not plan.is_bounded(False, temperature)
+    for temperature in (0.99 * edge, 0.01, 1e-6, np.float32(0.01)):
+        assert not plan.is_bounded(True, temperature)
+    seen = []
+    jax.eval_shape(lambda t: (seen.append(plan.is_bounded(True, t)), t)[1], 0.5)
+    assert seen == [False]
+    assert np.exp(np.float32(plan.SAFE_LOGIT)) < np.finfo(np.float32).max / 2**24  # a sum of many still fits
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.005, 0.5])
+@pytest.mark.parametrize("name", ["nt_xent", "one_way_infonce", "supcon", "spread"])
+def test_small_temperatures_that_are_known(name, temperature):
+    """Logits up to 200, whose exponentials overflow: values in float32 are those in float64; cases F."""
+    rng = np.random.default_rng(0)
+    z = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 12, 6))]
+    z[1] = 0.7 * z[0] + 0.3 * z[1]
+    z[0][6:] = -z[0][:6]  # opposite vectors as well
+    loss = {
+        "nt_xent": losses.nt_xent,
+        "one_way_infonce": losses.one_way_infonce,
+        "supcon": lambda a, b, **o: losses.supcon(jax.numpy.stack([a, b], 1), np.arange(12) % 3, **o),
+        "spread": lambda a, b, **o: losses.spread(jax.numpy.stack([a, b]), np.arange(12) % 3, **o)[0],
+    }[name]
+    for how in ("dense", "tiled"):
+        f = functools.partial(loss, temperature=temperature, implementation=how)
+        with limits(tile=5):
+            got, slope = jax.value_and_grad(f)(*(x.astype(np.float32) for x in z))
+            with jax.enable_x64(True):
+                want, wanted = jax.value_and_grad(f)(*z)
+        assert got.dtype == np.float32 and want.dtype == np.float64
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5)
+        np.testing.assert_allclose(slope, wanted, rtol=5e-3, atol=5e-4 * np.abs(wanted).max())

@@ -132,6 +132,16 @@ def test_it_is_the_plain_update_in_float64():
     assert_same_update(results[1], results[0], 1e-9)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_norm_that_is_logged_is_that_of_the_gradient(method):
+    """Of all parameters, before any clip, decay or momentum; the loss is the weighted sum of the terms; cases F."""
+    state, metrics = plain_update(method)
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradient(state))))
+    assert norm > 1e-2
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], metrics["loss/supcon"] + 0.5 * metrics["loss/correlation"], rtol=1e-5)
+
+
 # ---- memory
 
 

@@ -241,6 +241,34 @@ def test_golden_schedules_of_moco(golden):
         np.testing.assert_allclose(values(schedule, 3 * epochs), np.repeat(d[name], 3), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_the_gradient_is_clipped_not_the_update(kind):
+    """Three steps written out: the clip comes before the decay, the momentum and the rate; cases F."""
+    options = dict(kind=kind, lr=0.1, momentum=0.9, betas=(0.8, 0.9), weight_decay=0.02, clip_norm=0.5)
+    got, params = run(OptimizerOptions(**options), steps=3), {k: v.copy() for k, v in PARAMS.items()}
+    m, v = {k: 0.0 for k in PARAMS}, {k: 0.0 for k in PARAMS}
+    for t in range(3):
+        norm = math.sqrt(sum((g**2).sum() for g in gradients(t).values()))
+        for k, g in gradients(t).items():
+            g = g * min(1, 0.5 / norm) + 0.02 * params[k]
+            if kind == "sgd":
+                m[k] = 0.9 * m[k] + g
+                params[k] = params[k] - 0.1 * m[k]
+                continue
+            m[k], v[k] = 0.8 * m[k] + 0.2 * g, 0.9 * v[k] + 0.1 * g**2
+            root = (v[k] / (1 - 0.9 ** (t + 1))) ** 0.5
+            params[k] = params[k] - 0.1 * m[k] / (1 - 0.8 ** (t + 1)) / (root + 1e-8)
+    for k, want in params.items():
+        np.testing.assert_allclose(got[k], want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_within_the_norm_is_not_clipped():
+    """cases F."""
+    options = dict(kind="sgd", lr=0.1, weight_decay=0.02)
+    for k, want in run(OptimizerOptions(**options)).items():
+        np.testing.assert_array_equal(run(OptimizerOptions(**options, clip_norm=100.0))[k], want)
+
+
 def test_clipping_is_of_the_global_norm():
     options = OptimizerOptions(kind="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
     got = run(options, steps=1)

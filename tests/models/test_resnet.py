@@ -212,9 +212,11 @@ def test_padding_is_symmetric_not_same():
     assert got.shape == same.shape and np.abs(got - same).max() > 0.1
 
 
-def test_imagenet_stem_is_seven_by_seven_and_a_padded_max_pool():
+@pytest.mark.parametrize("side", [17, 16])
+def test_imagenet_stem_is_seven_by_seven_and_a_padded_max_pool(side):
+    """On an odd side of the pool's input "SAME" would pad alike, on an even one not; cases F."""
     encoder = ResNetOptions(stem="imagenet", stage_sizes=(1,), stage_widths=(4,)).make(jnp.float32)
-    x = tiny.normal(2, 17, 17, 3)
+    x = tiny.normal(2, side, side, 3)
     variables = tiny.fill(jax.eval_shape(lambda: encoder.init(jax.random.key(1), x)))
     stem, norm = variables["params"]["stem_conv"]["kernel"], variables["params"]["stem_bn"]
     running = variables["batch_stats"]["stem_bn"]
@@ -227,8 +229,54 @@ def test_imagenet_stem_is_seven_by_seven_and_a_padded_max_pool():
     block_input, y = (np.asarray(a) for a in both(variables))
     y = (y - running["mean"]) / np.sqrt(running["var"] + 1e-5) * norm["scale"] + norm["bias"]
     padded = np.pad(np.maximum(y, 0), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    windows = [padded[:, i : i + 9 : 2, j : j + 9 : 2] for i in range(3) for j in range(3)]
+    last = padded.shape[1] - 2  # of the corners of windows, one beyond
+    windows = [padded[:, i : i + last : 2, j : j + last : 2] for i in range(3) for j in range(3)]
     np.testing.assert_allclose(block_input, np.max(windows, axis=0), rtol=1e-4, atol=1e-4)
+
+
+def window_sums(x, kernel, stride):
+    """A convolution [N,H,W,C] by its definition, in float64, with (side - 1) / 2 zeros all around."""
+    side = kernel.shape[0]
+    margin = (side - 1) // 2
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    h, w = (-(-(n - side + 1) // stride) for n in x.shape[1:3])
+    out = np.zeros((len(x), h, w, kernel.shape[-1]))
+    for i in range(side):
+        for j in range(side):
+            cut = x[:, i : i + stride * (h - 1) + 1 : stride, j : j + stride * (w - 1) + 1 : stride]
+            out += cut @ kernel[i, j]
+    return out
+
+
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("make", [BasicBlock, Bottleneck])
+def test_where_a_block_strides(make, stride, side):
+    """A basic block on its first 3x3, a bottleneck on its 3x3, and the shortcut on its 1x1; cases F."""
+    block, x = make(3, 4, stride), tiny.normal(2, side, side, 3)
+    frozen = dict(use_running_average=True, where=None)
+    variables = tiny.fill(jax.eval_shape(lambda: block.init(jax.random.key(0), x, frozen)))
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def layer(x, name, norm, stride=1):
+        y, p, s = window_sums(x, params[name]["kernel"], stride), params[norm], stats[norm]
+        return (y - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
+
+    strides = {BasicBlock: (stride, 1), Bottleneck: (1, stride, 1)}[make]
+    y = x
+    for i, own in enumerate(strides, 1):
+        y = layer(y if i == 1 else np.maximum(y, 0), f"conv{i}", f"bn{i}", own)
+    shortcut = x if "shortcut_conv" not in params else layer(x, "shortcut_conv", "shortcut_bn", stride)
+    got = jax.jit(lambda v, x: block.apply(v, x, frozen))(variables, x)
+    np.testing.assert_allclose(got, np.maximum(y + shortcut, 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_only_the_first_block_of_a_stage_strides(depth):
+    """And only from the second stage on; cases F."""
+    encoder = ResNetOptions(depth=depth).make(jnp.float32).bind({})
+    strides = [[block.stride for block in blocks] for blocks in encoder.stages]
+    assert [s[0] for s in strides] == [1, 2, 2, 2] and {n for s in strides for n in s[1:]} == {1}
 
 
 # ---- the cut at a tap
