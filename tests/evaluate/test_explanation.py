@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluations import encoded, evaluation, source
 
 from jaxcl import saliency
 from jaxcl.errors import UserError
 from jaxcl.evaluate import drop_increase, mask_agreement
+from jaxcl.evaluate import explanation as module
+from jaxcl.models import Model
 
 FIGURES = ("average_drop", "rate_of_drop", "average_increase", "rate_of_increase")
 
@@ -101,3 +104,34 @@ def test_mask_agreement_extremes():
     assert all(np.isnan(v) for v in nothing.values())
     with pytest.raises(UserError, match="mask_agreement: keep"):
         mask_agreement(true, true[..., :3], true)
+
+
+def test_metrics_explain_the_predicted_class_and_pictures_the_true_one(monkeypatch):
+    """In inference mode, both; the drop is of the class that was predicted before the mask; cases F."""
+    asked, modes, maps = [], [], module._maps
+
+    def recorded(context, state, image, target):
+        jax.debug.callback(lambda t: asked.append(np.asarray(t)), target)
+        return maps(context, state, image, target)
+
+    def split_at(self, *args, **options):
+        modes.append(options["train"])
+        return split(self, *args, **options)
+
+    split = Model.split_at
+    monkeypatch.setattr(Model, "split_at", split_at)
+    monkeypatch.setattr(module, "_maps", recorded)
+    e, state, mesh = evaluation(final=("explanation",), report=True)
+    results, panels = e.final(state, mesh)
+    jax.effects_barrier()
+    host = jax.device_get(state)
+    h, _ = encoded(e, state, "test")
+    logits = np.asarray(e.recipe.memory["probe"].logits(host.memory["probe"], h))
+    labels = source("test").labels
+    predicted = logits.argmax(-1)
+    assert (predicted != labels).any() and set(modes) == {False}
+    seen = {tuple(t[t >= 0]) for t in asked}  # padded rows have no label, but a prediction
+    first, rest = predicted[:16], predicted[16:]
+    assert tuple(first) in seen and any(t[: len(rest)] == tuple(rest) for t in seen)
+    assert tuple(labels[:16]) in seen
+    assert "explanation" in results and "saliency" in panels
