@@ -87,7 +87,7 @@ def _splits(run: Run, split: str) -> tuple[str, ...]:
         if source_of(split) is None:
             raise UserError(f"--split is {split!r}, which {run.config.data.source} does not have")
         return (split,)
-    found = ["train"]
+    found = [] if run.evaluation.training is None else ["train"]
     for name in ("validation", "test"):
         try:
             source_of(name)
@@ -110,6 +110,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"no --{name}; expected --workdir=RUN --out=features.npz")
     writer_for(given.out)
     compile_cache.turn_on()
-    opened = [load_run(folder, source=given.source, step=given.step) for folder in _folders(given.workdir)]
+    options = dict(source=given.source, step=given.step, any_part=True)
+    opened = [load_run(folder, **options) for folder in _folders(given.workdir)]
     embed(opened, given.out, split=given.split, layer=given.layer)
     return 0

@@ -83,8 +83,8 @@ def _find(path: Path) -> tuple[Path, tuple[int, str]]:
     found = [
         (path / sub, layout)
         for sub in FOLDERS
-        for layout, (train, _) in LAYOUTS.items()
-        if (path / sub / train[0]).is_file()
+        for layout, (train, test) in LAYOUTS.items()
+        if (path / sub / train[0]).is_file() or (path / sub / test).is_file()
     ]
     if not found:
         raise UserError(

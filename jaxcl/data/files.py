@@ -187,7 +187,7 @@ class Files(Reader):
         rows = {s: np.flatnonzero(self.listing.splits == s) for s in SPLITS}
         known = {s: bool((labels[r] >= 0).any()) for s, r in rows.items()}
         train = rows["train"]
-        if not len(train):
+        if split == "train" and not len(train):
             raise UserError(f"{spec} has no training images; it has {len(self)} of other splits")
         # A test split without labels (ImageNet's) measures nothing, so labelled validation images replace it.
         test = "test" if len(rows["test"]) and (known["test"] or not known["validation"]) else "validation"
@@ -196,19 +196,19 @@ class Files(Reader):
             if not len(own):
                 raise UserError(f"{spec} has no validation split besides its test split; set validation, such as 0.2")
             return own
-        if len(rows[test]):
+        if len(rows[test]) or (split == "train" and len(train) == 1):
             return train if split == "train" else rows[test]
+        if len(train) < 2:
+            raise UserError(f"{spec} has one image, which leaves nothing to test on; add images, or a test split")
         held = hold_out(labels[train], 0.1, seed=0, stream=TEST_SPLIT)
         if not held.any():  # classes of four images and fewer: a tenth of all images
             held[hashing.order(0, TEST_SPLIT, len(train))[: max(1, round(len(train) / 10))]] = True
-        if held.all():
-            raise UserError(f"{spec} has one image, which leaves nothing to test on; add images, or a test split")
         return train[held if split == "test" else ~held]
 
     def moments_of_training(self) -> Moments:
-        """`moments` of the training images: exact if the set is in memory, otherwise of a sample."""
+        """`moments` of the training images, or of all without any: exact in memory, otherwise of a sample."""
         if self._moments is None:
-            rows = self.rows_of("train")
+            rows = self.rows_of("train") if (self.listing.splits == "train").any() else np.arange(len(self))
             if self.images is None:
                 self._moments = self.moments(rows)
             else:

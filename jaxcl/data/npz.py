@@ -46,12 +46,12 @@ class Npz(SourceKind):
             if images is not None:
                 columns = [_column(path, f"{prefix}{key}", arrays, len(images)) for key in COLUMNS]
                 splits[name] = _checked(path, f"{prefix}images", images), *columns
-        if "train" not in splits:
+        if not splits or (base_split == "train" and "train" not in splits):
             raise UserError(
                 f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected images (and labels) or"
                 " train_images, train_labels, test_images, test_labels"
             )
-        if "test" in splits and splits["test"][0].shape[1:] != splits["train"][0].shape[1:]:
+        if len(splits) == 2 and splits["test"][0].shape[1:] != splits["train"][0].shape[1:]:
             shapes = [splits[s][0].shape[1:] for s in ("train", "test")]
             raise UserError(f"{path}: training images are {shapes[0]} and test images {shapes[1]}; they must agree")
 
@@ -59,7 +59,7 @@ class Npz(SourceKind):
         for i, word in enumerate(COLUMNS.values(), 1):
             count = 1 + max(int(columns[i].max()) for columns in splits.values())
             names[word] = _names(path, f"{word}_names", arrays, count, word)
-        if "test" in splits and split == "train":
+        if len(splits) == 2 and split == "train":
             parts = np.repeat(("train", "test"), [len(splits[s][1]) for s in ("train", "test")])
             labels = np.concatenate([splits[s][1] for s in ("train", "test")])
             for line in untrained(parts, labels, names["class"]):
@@ -75,7 +75,7 @@ class Npz(SourceKind):
                     " on; add test_images (and test_labels) to the file"
                 )
             splits = {s: tuple(x[rows] for x in splits["train"]) for s, rows in (("train", ~held), ("test", held))}
-        mean, std = moments(splits["train"][0])
+        mean, std = moments(splits["train" if "train" in splits else "test"][0])
         images, labels, coarse, groups = splits[base_split]
         rows = select(labels)
         channels = 3 // len(mean)

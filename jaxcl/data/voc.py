@@ -19,6 +19,7 @@ from jaxcl.data.selection import Select
 from jaxcl.data.source import ArraySource
 from jaxcl.errors import UserError
 
+LISTS_IN = "ImageSets/Segmentation"
 LISTS = {"train": "train", "test": "val"}  # split -> list of names
 DEFAULT_SIZE = 224
 VOID = 255  # a pixel that does not count, such as the border of an object
@@ -51,7 +52,9 @@ class Voc(SourceKind):
         if split == "train":
             mean, std = moments(images)
         else:
-            sample = _names(folder, "train", spec)[:200]
+            # A set may have one part only.
+            train = (folder / LISTS_IN / f"{LISTS['train']}.txt").is_file()
+            sample = _names(folder, LISTS["train" if train else base_split], spec)[:200]
             mean, std = moments(_read(folder, sample, size, self.max_pixels, spec)[0])
         return ArraySource(
             images=images,
@@ -68,7 +71,7 @@ class Voc(SourceKind):
 
 
 def _names(folder: pathlib.Path, name: str, spec: str) -> list[str]:
-    file = folder / "ImageSets" / "Segmentation" / f"{name}.txt"
+    file = folder / LISTS_IN / f"{name}.txt"
     try:
         names = file.read_text().split()
     except OSError:

@@ -39,6 +39,7 @@ class EvalSetup:
       recipe: the method, with the mean, std, image shape and number of classes of training. The data that is evaluated
         may have another number of classes: `EvalContext.num_classes`.
       training: the source whose batches the update sees. With texture negatives from files, batches hold these too.
+        None of data without training images, of which only features are read.
       selects_on: the split that checkpoints and settings are chosen on: "validation", or "test" without one.
       view: the standard view, [B,H,W,C] in [0,1] -> normalised [B,S,S,C].
       classifier: name of the memory part that classifies; None where the config has none.
@@ -50,7 +51,7 @@ class EvalSetup:
         config: ConfigDict,
         recipe: Recipe,
         *,
-        train: Source,
+        train: Source | None,
         make_source: Callable[[str], Source],
         class_names: Sequence[str] | None = None,
     ):
@@ -61,7 +62,7 @@ class EvalSetup:
         self.classifier = next((name for name, part in recipe.memory.items() if part.classifies), None)
         self.kinds: frozenset[str] = frozenset()
         self._class_names = None if class_names is None else tuple(class_names)
-        self._sources: dict[str, Source | None] = {"train": train.plain}
+        self._sources: dict[str, Source | None] = {"train": None if train is None else train.plain}
         self._compiled: dict[Any, Callable] = {}
 
     def source(self, split: str) -> Source | None:
@@ -130,7 +131,7 @@ class EvalContext:
     @property
     def num_classes(self) -> int:
         """Number of classes of the data that is evaluated; another one than the recipe's on data of another set."""
-        return max(self.source("train").num_classes, self.test.num_classes)
+        return max(source.num_classes for source in (self.source("train"), self.test) if source is not None)
 
     def normalize(self, pixels: Array) -> Array:
         """Pixels [B,H,W,C] in [0,1] -> images [B,S,S,C] as the encoder reads them."""

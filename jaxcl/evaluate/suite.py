@@ -46,7 +46,7 @@ class Evaluation(EvalSetup):
     Args:
       config: the whole config.
       recipe: of this config.
-      train: the training source.
+      train: the training source; None of data without training images, of which only features are read.
       make_source: reads another split of the data.
       class_names: of the data that the run was trained on; None: unknown, or those of `train`.
 
@@ -59,7 +59,7 @@ class Evaluation(EvalSetup):
         config: ConfigDict,
         recipe: Recipe,
         *,
-        train: Source,
+        train: Source | None,
         make_source: Callable[[str], Source],
         class_names: Sequence[str] | None = None,
     ):

@@ -249,6 +249,8 @@ class Job:
 def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, profile: int) -> Job:
     """Open the data, build the recipe and check everything that can be wrong. Raises: UserError."""
     source = source_of(config, "train")
+    if len(source) == 1:
+        source_of(config, "test")  # UserError if that one image is the whole set
     devices = config.devices or jax.device_count()
     if devices > jax.device_count():
         raise UserError(f"devices is {devices}, but there are {jax.device_count()}; use 0 for all of them")

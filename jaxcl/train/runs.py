@@ -70,17 +70,28 @@ class Run(Saved):
 
 
 def load_run(
-    workdir: str | os.PathLike, *, source: str = "", step: int | None = None, options: Sequence[str] = ()
+    workdir: str | os.PathLike,
+    *,
+    source: str = "",
+    step: int | None = None,
+    options: Sequence[str] = (),
+    any_part: bool = False,
 ) -> Run:
-    """Opens a run with its data. Arguments and errors as in `open_run`; also UserError if data is missing."""
+    """Opens a run with its data. Arguments and errors as in `open_run`; also UserError if data is missing.
+
+    any_part: the data may have no training images; its features can be read, split by split.
+    """
     saved = open_run(workdir, source=source, step=step, options=options)
-    config = saved.config
+    config, parts = saved.config, ("train", "test") if any_part else ("train",)
+    if any_part:
+        config.eval.split = "test"  # not used, but a split that results are measured on must be there
     if source:
-        _fit_labels(config)
+        _fit_labels(config, parts)
+    part, found = _first(config, parts)
     evaluation = Evaluation(
         config,
         saved.recipe,
-        train=source_of(config, "train"),
+        train=found if part == "train" else None,
         make_source=lambda split: source_of(config, split),
         class_names=saved.class_names,
     )
@@ -155,12 +166,23 @@ def open_run(
     )
 
 
-def _fit_labels(config: ConfigDict) -> None:
+def _first(config: ConfigDict, parts: Sequence[str]) -> tuple[str, Source]:
+    """The first of some splits that can be read. Raises UserError, of the first, if none can."""
+    errors = []
+    for part in parts:
+        try:
+            return part, source_of(config, part)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _fit_labels(config: ConfigDict, parts: Sequence[str]) -> None:
     """Drop what the run asked of the labels of its own data, where another source cannot give it."""
     config.data.imbalance = ""  # of training images of CIFAR-100
     if config.data.labels == "coarse":
         config.data.labels = "fine"
-        if source_of(config, "train").coarse_names:
+        if _first(config, parts)[1].coarse_names:
             config.data.labels = "coarse"
         else:
             logger.info("%s has no coarse classes; it is evaluated on its own", config.data.source)

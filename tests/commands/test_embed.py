@@ -118,6 +118,56 @@ def test_without_labels(opened, folders, photos, tmp_path):
         assert len(file["class_names"]) == 0 and len(file["paths"]) == 10
 
 
+def one_part(name, folder):
+    """-> a source that has only that, and the number of its images by split."""
+    kind, _, part = name.partition(" ")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3)).astype(np.uint8)
+    count, split = (1, "train") if part == "one" else (6, "test")  # validation images without others are for tests
+    folder.mkdir(exist_ok=True)
+    if kind == "npz":
+        np.savez(folder / "a.npz", **{"images" if part == "one" else "test_images": pixels[:count]})
+        return f"npz:{folder}/a.npz", {split: count}
+    inside = {"test": "test/", "val": "val/cat/"}.get(part, "") if kind == "folder" else ""
+    (folder / inside).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(pixels[i]).save(folder / inside / f"{i}.png")
+    if kind == "folder":
+        return f"folder:{folder}", {split: count}
+    (folder / "list.csv").write_text("path,split\n" + "".join(f"{i}.png,{part}\n" for i in range(count)))
+    return f"csv:{folder}/list.csv", {split: count}
+
+
+PARTS = ["folder one", "folder test", "folder val", "csv test", "csv val", "npz one", "npz test"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_sets_of_one_part_or_one_image(name, folders, tmp_path):
+    """Cases B.9: features need no other part; to evaluate without training images is refused in one line."""
+    source, counts = one_part(name, tmp_path / "set")
+    assert command.main(["embed", f"--workdir={folders[0]}", f"--source={source}", f"--out={tmp_path / 'f.npz'}"]) == 0
+    with np.load(tmp_path / "f.npz") as file:
+        splits = file["splits"].tolist()
+        assert {split: splits.count(split) for split in splits} == counts
+        assert file["features"].shape == (sum(counts.values()), 16) and np.isfinite(file["features"]).all()
+    if "train" not in counts:
+        with pytest.raises(UserError) as error:
+            load_run(folders[0], source=source)
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_whose_validation_split_another_set_lacks(folders, data, tmp_path):
+    """Cases B.9: the run was measured on validation images; the set to embed has none. A missing set is still said."""
+    c = tiny.config(stage=False, background=False)
+    with c.ignore_type():
+        c.data.source = f"npz:{data}"
+    c.data.validation, c.eval.split = 0.25, "validation"
+    tiny.saved_run(tmp_path / "run", c, 0)
+    source, _ = one_part("folder one", tmp_path / "photos")
+    argv = ["embed", f"--workdir={tmp_path}/run", f"--source={source}", f"--out={tmp_path / 'f.npz'}"]
+    assert command.main(argv) == 0
+    says("is not there", load_run, folders[0], source=f"folder:{tmp_path}/missing", any_part=True)
+
+
 def test_parquet(opened, folders, photos, tmp_path, monkeypatch):
     pq = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(feature_files, "ROW_GROUP", 20)

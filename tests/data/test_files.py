@@ -103,7 +103,8 @@ def test_sizes(tmp_path, classes, caplog):
 def test_few_images(tmp_path):
     fails("holds no images", f"folder:{tmp_path}")
     save(tmp_path / "0.png", 0)
-    fails("has one image, which leaves nothing to test on", f"folder:{tmp_path}")
+    fails("has one image, which leaves nothing to test on", f"folder:{tmp_path}", split="test")
+    assert len(make_source(f"folder:{tmp_path}")) == 1  # for its features
     save(tmp_path / "1.png", 1)
     save(tmp_path / "2.png", 2)
     train, test = (make_source(f"folder:{tmp_path}", split=split) for split in ("train", "test"))
