@@ -10,7 +10,13 @@ class Diverged(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The run was asked to end and saved a checkpoint. Exit code 75 (try again), so that a scheduler requeues it."""
+    """The run was asked to end and saved a checkpoint. Exit code 75 (try again), so that a scheduler requeues it.
+
+    Attributes:
+      at_once: the process ends without waiting for its threads, which may wait for data for ever.
+    """
+
+    at_once = False
 
 
 class LostHost(RuntimeError):

@@ -43,9 +43,9 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
     except tuple(CODES) as error:
         signals.say(str(error))
         code = code_of(error)
-        if isinstance(error, LostHost) or together.several():
+        if isinstance(error, LostHost) or together.several() or getattr(error, "at_once", False):
             sys.stderr.flush()
-            os._exit(code)  # a normal exit would wait for the lost process
+            os._exit(code)  # a normal exit would wait for the lost process, or for threads
     except Exception:
         if not together.several():
             raise

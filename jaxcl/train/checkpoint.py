@@ -5,13 +5,14 @@ A checkpoint holds the whole state. Its step is also the position in the data, s
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jaxcl.runtime import distributed, signals, storage
 
 logger = logging.getLogger("jaxcl")
 Tree = Any
+AGAIN = "run the same command again to continue"
 MANIFEST = "manifest.json"
 _KEY = "key_data"
 
@@ -301,6 +303,13 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
     return {".".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
+def stopped(where: str) -> Preempted:
+    """The error of a run that ends on request. Its threads may wait for a file system that does not answer."""
+    error = Preempted(f"stopped on request {where}; {AGAIN}")
+    error.at_once = True
+    return error
+
+
 class Preemption:
     """Notices SIGTERM, Ctrl-C and SIGHUP (a terminal that closes), on any host of a multi-process run.
 
@@ -339,7 +348,25 @@ class Preemption:
         if self._requests.repeated(signum):
             signals.end_at_once()
         if self._at_once and not asked:
-            raise Preempted("stopped on request outside of the training loop; run the same command again to continue")
+            raise stopped("outside of a training step")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, raise Preempted at once too: a wait for data in the loop may never end.
+
+        The caller still has the state of the step before. With several processes a wait is not interrupted: the others
+        are already in the next step.
+        """
+        if self._distributed:
+            yield
+            return
+        before, self._at_once = self._at_once, True
+        try:
+            if self._asked:
+                raise stopped("while it waited for data")
+            yield
+        finally:
+            self._at_once = before
 
     def loop_begins(self) -> None:
         """From now on the loop calls `reached` after every step."""

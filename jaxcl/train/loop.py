@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -28,12 +28,12 @@ from jaxcl.method.state import TrainState
 from jaxcl.method.update import compile_update
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
-from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.lock import RunLock
 from jaxcl.train import agreement, config_diff, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best, check_selection
-from jaxcl.train.checkpoint import Checkpoints, Preemption
+from jaxcl.train.checkpoint import AGAIN, Checkpoints, Preemption
+from jaxcl.train.intervals import Intervals, due, intervals_of
 from jaxcl.train.log import TrainLog
 from jaxcl.train.monitor import compile_monitor
 
@@ -123,41 +123,63 @@ def _train(job: "Job", preemption: Preemption, lock: RunLock | None, wandb: Wand
         trace = stack.enter_context(_trace(job, step))
         update_of = functools.cache(lambda phase: compile_update(recipe, phase, job.state_shardings, job.rows))
         monitor = compile_monitor(recipe, job.state_shardings, job.rows)
+
+        def save(step: int, state: TrainState) -> None:
+            log.flush()
+            checkpoints.save(step, state)
+
+        def stop(step: int, state: TrainState) -> NoReturn:
+            log.sync()
+            if step:
+                save(step, state)
+            checkpoints.wait()
+            error = Preempted(f"stopped at step {step} of {total} on request; {AGAIN}")
+            error.at_once = jax.process_count() == 1
+            raise error from None
+
+        def evaluate(step: int, state: TrainState) -> None:
+            try:
+                with log.paused(), preemption.waiting():
+                    metrics = job.evaluation.quick(job.gather(state), job.mesh)
+            except Preempted:
+                stop(step, state)  # the run evaluates this state when it continues
+            log.write(step, metrics)
+            best.offer(step, state, metrics)
+            log.start_clock(loader)
+
         log.start_clock(loader)
         preemption.loop_begins()
+        if due(step, every.eval) and 0 < step < total and not _evaluated(job.workdir, step):
+            evaluate(step, state)
         while step < total:
             update = update_of(recipe.phase(step))
             trace.before(step, state)
-            with trace.waiting():
-                batch = next(loader)
+            try:
+                with trace.waiting(), preemption.waiting():
+                    batch = next(loader)
+            except Preempted:
+                stop(step, state)
             with trace.update(step), jax.transfer_guard("disallow"):
                 state, metrics = update(state, batch)
-                if _due(step + 1, every.collapse):
+                if due(step + 1, every.collapse):
                     metrics |= monitor(state, batch)
             trace.after(step, update, state, batch)
             step += 1
             log.add(step, metrics, batch)
 
             preempted = preemption.reached(step)
-            evaluates = _due(step, every.eval) and step < total
-            saves = _due(step, every.checkpoint) or step == total or preempted
+            evaluates = due(step, every.eval) and step < total
+            saves = due(step, every.checkpoint) or step == total or preempted
             if lock:
                 lock.check(look=evaluates or saves)
             if evaluates or saves:
                 log.sync()  # waits for this update: a state with a loss that is not finite is never saved
             if evaluates:
-                with log.paused():
-                    metrics = job.evaluation.quick(job.gather(state), job.mesh)
-                log.write(step, metrics)
-                best.offer(step, state, metrics)
-                log.start_clock(loader)
+                evaluate(step, state)
             if saves:
-                log.flush()
-                checkpoints.save(step, state)
+                save(step, state)
             if preempted:
-                checkpoints.wait()
-                again = "run the same command again to continue"
-                raise Preempted(f"stopped at step {step} of {total} on request; {again}")
+                stop(step, state)
         preemption.loop_ended()
     return state
 
@@ -196,16 +218,6 @@ def _finish(job: "Job", state: TrainState, best: Best, *, started: float, traine
 
 
 # ---- what the loop works with
-
-
-@dataclasses.dataclass(frozen=True)
-class Intervals:
-    """Steps between two log lines, evaluations, collapse metrics and checkpoints; 0: never."""
-
-    log: int
-    eval: int
-    collapse: int
-    checkpoint: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +271,7 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
     evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: source_of(config, split))
     evaluation.check_options()
     check_selection(config)
-    every = _intervals(config, recipe)
+    every = intervals_of(config, recipe)
     if profile:
         profiles.check(profile, recipe.total_steps)
     return Job(
@@ -276,20 +288,6 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
         profile=profile,
         weights={} if _latest(workdir) is not None else starting_weights(config, recipe),
     )
-
-
-def _intervals(config: ConfigDict, recipe: Recipe) -> Intervals:
-    unit = dict(steps_per_epoch=recipe.steps_per_epoch, batch_size=recipe.batch_size, total=recipe.total_steps)
-    return Intervals(
-        log=max(1, to_steps(config.log_every, name="log_every", **unit)),
-        eval=to_steps(config.eval.every, name="eval.every", **unit),
-        collapse=to_steps(config.collapse_every, name="collapse_every", **unit),
-        checkpoint=to_steps(config.checkpoint.every, name="checkpoint.every", **unit),
-    )
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def _writes() -> bool:
@@ -345,6 +343,13 @@ def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]
     return state, step
 
 
+def _evaluated(workdir: epath.Path, step: int) -> bool:
+    """Whether the log has the evaluation of a step; a run of several processes does not look: it never stops in one."""
+    if jax.process_count() > 1:
+        return True
+    return any(row["step"] == step and any(k.startswith("eval/") for k in row) for row in report.read_metrics(workdir))
+
+
 def _log(job: Job, step: int, wandb: WandbRun | None) -> TrainLog:
     return TrainLog(
         job.recipe,
@@ -379,7 +384,7 @@ def _trace(job: Job, step: int) -> profiles.Profile:
         first=step,
         total=job.recipe.total_steps,
         kind=job.recipe.phase,
-        pauses=lambda step: any(_due(step, n) for n in every),
+        pauses=lambda step: any(due(step, n) for n in every),
     )
 
 

@@ -432,3 +432,33 @@ def test_a_full_disk_ends_the_run_in_one_line(undisturbed, npz, tmp_path, monkey
     assert [r["step"] for r in rows] == list(range(5, STEPS + 1))  # it was switched on at step 4
     order = Shuffled(64, batch_size=16, seed=0)
     assert [r["index"] for r in rows] == [order(r["step"] - 1).tolist() for r in rows]
+
+
+STALLED = """
+import concurrent.futures, os, signal, threading
+from jaxcl import main
+from jaxcl.data.source import ArraySource
+whole, seen, pool = ArraySource.batch, [], concurrent.futures.ThreadPoolExecutor(1)
+def batch(self, rows):
+    if self.split == STALLS and len(seen) >= AFTER:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        pool.submit(threading.Event().wait).result()
+    seen.append(1)
+    return whole(self, rows)
+ArraySource.batch = batch
+main.cli()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("stalls, after, step", [("train", 4, None), ("test", 0, 6)])
+def test_sigterm_while_data_does_not_come(npz, tmp_path, stalls, after, step):
+    """Cases C.3: a read that never returns, of a batch or in an evaluation. What was trained is saved, code 75."""
+    (tmp_path / "shrunk.py").write_text(CONFIG_FILE.format(npz=str(npz)))
+    program = f"STALLS, AFTER = {stalls!r}, {after}\n{STALLED}"
+    done = subprocess_run(["--config=shrunk.py", "--workdir=run"], tmp_path, ("-c", program), timeout=200)
+    assert done.returncode == 75 and "Traceback" not in done.stderr, done.stderr
+    saved = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved == step if step else saved > 0
+    assert done.stderr.strip().splitlines()[-1].startswith(f"jaxcl: stopped at step {saved} of {STEPS} ")
+    assert not (tmp_path / "run" / "lock.json").exists()
