@@ -6,7 +6,15 @@ class UserError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite. Exit code 3; a restart would only repeat it."""
+    """The loss is not finite. Exit code 3; a restart would only repeat it.
+
+    Attributes:
+      step: of the update that showed it, from 1; None if it is not known.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None):
+        super().__init__(message)
+        self.step = step
 
 
 class Preempted(RuntimeError):

@@ -139,37 +139,62 @@ def _classes_of(spec: str, path: str) -> dict[str, str]:
     return {line[0].strip(): line[1].strip() for line in lines if len(line) > 1}
 
 
-def _walk(spec: str, root: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+def _walk(spec: str, root: str) -> Iterator[tuple[Name, list[str]]]:
     """Every folder that is not hidden: its path below the root, in pieces, and the names of its files."""
-
     root = root.rstrip("/") or "/"
-
-    def failed(error: OSError) -> None:
-        raise UserError(f"{spec}: {shown(str(error.filename))} cannot be read ({error.strerror.lower()})")
-
-    if is_remote(root):
-        try:
-            walked = [(str(f), subfolders, names) for f, subfolders, names in epath.Path(root).walk()]
-        except Exception as error:  # the library of that bucket may raise anything
-            raise UserError(f"{spec} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    else:
-        if not os.path.isdir(root):
-            what = "is a file" if os.path.exists(root) else "is not there"
-            raise UserError(f"{spec}: {root} {what}; expected a folder of images, or of one folder per class")
-        walked = os.walk(root, followlinks=True, onerror=failed)
-    base = None  # the root as the walk writes it: the libraries of buckets may drop the "gs://"
-    above: dict[str, frozenset] = {}  # the real folders above each folder: links may form a circle
-    for folder, subfolders, names in walked:
-        base = folder.rstrip("/") if base is None else base
+    if not is_remote(root):
+        yield from _walk_disk(spec, root)
+        return
+    try:
+        walked = [(str(f), names) for f, _, names in epath.Path(root).walk()]
+    except Exception as error:  # the library of that bucket may raise anything
+        raise UserError(f"{spec} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    base = walked[0][0].rstrip("/") if walked else ""  # the libraries of buckets may drop the "gs://"
+    for folder, names in walked:
         inside = tuple(p for p in folder[len(base) :].split("/") if p)
-        subfolders[:] = [f for f in subfolders if not f.startswith(".") and f not in _SYSTEM]  # even if unreadable
-        if any(p.startswith(".") or p in _SYSTEM for p in inside):
-            subfolders.clear()
-            continue
-        if not is_remote(root):
-            real, parent = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
-            if real in parent:
-                subfolders.clear()
-                continue
-            above[folder] = parent | {real}
+        if not any(map(_skipped, inside)):
+            yield inside, names
+
+
+def _skipped(name: str) -> bool:
+    return name.startswith(".") or name in _SYSTEM
+
+
+def _walk_disk(spec: str, root: str) -> Iterator[tuple[Name, list[str]]]:
+    """`_walk` on a disk. A link is followed unless its folder is read anyway, or was, on the way of the same link."""
+    if not os.path.isdir(root):
+        what = "is a file" if os.path.exists(root) else "is not there"
+        raise UserError(f"{spec}: {root} {what}; expected a folder of images, or of one folder per class")
+    top = os.path.realpath(root)
+    # Each with its path below the root, its real path, and the real folders seen since the first link on its way.
+    todo: list[tuple[Name, str, set[str] | None]] = [((), top, None)]
+    while todo:
+        inside, real, seen = todo.pop()
+        names = []
+        try:
+            with os.scandir(real) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    if not entry.is_dir():
+                        names.append(entry.name)
+                    elif not _skipped(entry.name):
+                        target, within = os.path.join(real, entry.name), seen
+                        if entry.is_symlink():
+                            target = os.path.realpath(target)
+                            if _below(target, top):
+                                continue
+                            within = set() if seen is None else seen
+                        if within is not None:
+                            if target in within:
+                                continue
+                            within.add(target)
+                        todo.append(((*inside, entry.name), target, within))
+        except OSError as error:
+            shown_path = shown("/".join((root, *inside)))
+            raise UserError(f"{spec}: {shown_path} cannot be read ({(error.strerror or str(error)).lower()})") from None
         yield inside, names
+
+
+def _below(folder: str, top: str) -> bool:
+    """Whether a real folder is the top or lies below it where the walk comes by without a link."""
+    inside = os.path.relpath(folder, top).split("/")
+    return inside[0] != ".." and (inside == ["."] or not any(map(_skipped, inside)))

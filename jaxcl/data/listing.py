@@ -7,7 +7,10 @@ import numpy as np
 
 from jaxcl.data.disk import COLUMNS, waiting_threads
 from jaxcl.data.paths import shown
+from jaxcl.errors import UserError
 from jaxcl.runtime.storage import is_remote
+
+MANY_CLASSES = 25_000  # above those of ImageNet-21k; a table of classes by classes still fits into memory
 
 SPLITS = {
     "train": ("train", "training"),
@@ -93,6 +96,22 @@ def untrained(splits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) ->
             some = ", ".join(names[i] for i in odd[:5]) + (f" and {len(odd) - 5:,} more" if len(odd) > 5 else "")
             lines.append(f"the {split} images have classes without a training image: {some}")
     return lines
+
+
+def check_classes(where: str, count: int, images: int) -> None:
+    """Raise UserError if the labels ask for so many classes that they must be a mistake; before anything of that size.
+
+    Args:
+      where: the labels, for the message.
+      count: number of classes: the largest label plus 1.
+      images: number of labelled images.
+    """
+    most = max(MANY_CLASSES, 10 * images)
+    if count > most:
+        raise UserError(
+            f"{where} ask for {count:,} classes for {images:,} images, and at most {most:,} are taken; number the "
+            "classes from 0 without gaps, and mark images without a label by -1"
+        )
 
 
 def columns(count: int, **known: np.ndarray) -> np.ndarray:

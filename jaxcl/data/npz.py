@@ -10,7 +10,7 @@ from etils import epath
 
 from jaxcl.data import fingerprint
 from jaxcl.data.kind import SourceKind
-from jaxcl.data.listing import untrained
+from jaxcl.data.listing import check_classes, untrained
 from jaxcl.data.moments import as_rgb, moments
 from jaxcl.data.selection import TEST_SPLIT, Select, hold_out
 from jaxcl.data.source import ArraySource
@@ -56,8 +56,9 @@ class Npz(SourceKind):
             raise UserError(f"{path}: training images are {shapes[0]} and test images {shapes[1]}; they must agree")
 
         names = {}
-        for i, word in enumerate(COLUMNS.values(), 1):
+        for i, (key, word) in enumerate(COLUMNS.items(), 1):
             count = 1 + max(int(columns[i].max()) for columns in splits.values())
+            check_classes(f"{path}: {key}", count, sum(len(columns[i]) for columns in splits.values()))
             names[word] = _names(path, f"{word}_names", arrays, count, word)
         if len(splits) == 2 and split == "train":
             parts = np.repeat(("train", "test"), [len(splits[s][1]) for s in ("train", "test")])

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxcl.data.kind import SourceKind
 from jaxcl.data.label_levels import LEVELS, at_level
+from jaxcl.data.listing import check_classes
 from jaxcl.data.paths import is_idx
 from jaxcl.data.registry import SOURCES
 from jaxcl.data.selection import selector
@@ -123,6 +124,8 @@ def load(
     )
     base_split = "train" if split == "validation" and validation else split
     source = kind.load(argument, split=split, base_split=base_split, select=select)
+    if split == "train" and limit is None and kind.argument and len(source):  # the user's own files, all of them
+        check_classes(f"{spec}: labels", source.num_classes, len(source))
     if imbalance and (source.num_classes != 100 or not source.in_memory):
         raise UserError(f"{spec}: imbalance='cifar100u' is for CIFAR-100, and this has {source.num_classes} classes")
     return at_level(source, labels, spec=spec)

@@ -218,6 +218,8 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
         figure, titles = drawn if isinstance(drawn, Titled) else (drawn, ())
         figures.save(figure, folder / f"{name}.png")
     except Exception as error:  # one figure must not cost a long run its report
+        if storage.refusal(error):
+            raise  # the others cannot be written either
         logger.warning("the figure %r of the report could not be drawn", name, exc_info=True)
         said = f"This figure could not be drawn: {type(error).__name__}: {error}"
         return f'<section id="{name}"><h2>{escape(title)}</h2><p class=missing>{escape(said)}</p></section>'

@@ -92,7 +92,7 @@ class TrainLog:
         # The loss first, then the others: a gradient or the probe may diverge while the loss is still finite.
         for k in sorted(values, key=lambda k: k != "loss"):
             if not math.isfinite(values[k]):
-                raise Diverged(f"{k} is {values[k]} at step {step}")
+                raise Diverged(f"{k} is {values[k]} at step {step}", step=step)
         for k, v in (values | {k: v for k, v in metrics.items() if np.ndim(v)}).items():
             self._sums.setdefault(k, []).append(v)
         self._step = step

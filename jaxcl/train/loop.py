@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -64,8 +65,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
         try:
             return _run(config, workdir, profile, preemption, stack)
         except Diverged as error:
+            _set_ruined_aside(workdir, error.step)
             advice = "try a lower optimizer.lr, a warm-up or optimizer.clip_norm"
-            raise Diverged(f"{error}; {_last_good(workdir)} in {workdir}; {advice}") from None
+            raise Diverged(f"{error}; {_last_good(workdir)} in {workdir}; {advice}", step=error.step) from None
         except OSError as error:
             if not epath.Path(workdir).exists():
                 what = f"{workdir} was renamed or removed during the run"
@@ -126,6 +128,8 @@ def _train(job: "Job", preemption: Preemption, lock: RunLock | None, wandb: Wand
 
         def save(step: int, state: TrainState) -> None:
             log.flush()
+            if not _sound(state.params):
+                raise Diverged(f"the parameters are no longer finite at step {step}", step=step + 1)
             checkpoints.save(step, state)
 
         def stop(step: int, state: TrainState) -> NoReturn:
@@ -290,6 +294,12 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
     )
 
 
+@jax.jit
+def _sound(params: Any) -> jax.Array:
+    """Whether parameters can be trained further: none is NaN, or so large that its square is infinite."""
+    return jnp.isfinite(sum(jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32))) for x in jax.tree.leaves(params)))
+
+
 def _writes() -> bool:
     """Whether this process is the one that writes to the run folder."""
     return jax.process_index() == 0
@@ -386,6 +396,15 @@ def _trace(job: Job, step: int) -> profiles.Profile:
         kind=job.recipe.phase,
         pauses=lambda step: any(due(step, n) for n in every),
     )
+
+
+def _set_ruined_aside(workdir: epath.Path, step: int | None) -> None:
+    """Rename the checkpoint that the update `step` began with: its loss is not finite, so every start from it fails."""
+    if step is None or not _writes():
+        return
+    ruined = workdir / "checkpoints" / str(step - 1)
+    if ruined.is_dir():
+        storage.move_folder(ruined, ruined.with_name(f"ruined-{step - 1}"))
 
 
 def _last_good(workdir: epath.Path) -> str:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -238,3 +240,44 @@ def test_folders_of_the_system_are_not_opened(name, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", guarded)
     found, notes = listed(tmp_path)
     assert list(found) == ["a/1.png", "b/2.png"] and not notes
+
+
+def test_folders_that_link_to_each_other(tmp_path):
+    """Cases C.10: each image once, in no time, whether the links stay inside or lead out and back."""
+    for where in ("set", "away"):
+        for i in range(9):
+            fill(tmp_path, f"{where}/c{i}/{where}{i}.png")
+            for j in set(range(9)) - {i}:
+                (tmp_path / where / f"c{i}" / f"to{j}").symlink_to(tmp_path / where / f"c{j}")
+    begun = time.monotonic()
+    assert len(folder.listing_of(str(tmp_path / "set")).names) == 9
+    (tmp_path / "set" / "out").symlink_to(tmp_path / "away")
+    (tmp_path / "set" / "too").symlink_to(tmp_path / "away")
+    names = folder.listing_of(str(tmp_path / "set")).names
+    assert len(names) == 27 and len(set(names)) == 27
+    assert time.monotonic() - begun < 5
+
+
+def test_links_to_a_hidden_store(tmp_path):
+    """Cases C.10: folders that are only reached by a link are followed."""
+    for c in "ab":
+        fill(tmp_path, f".store/{c}/1.png")
+        (tmp_path / f"class_{c}").symlink_to(tmp_path / ".store" / c)
+    assert folder.listing_of(str(tmp_path)).names == ["class_a/1.png", "class_b/1.png"]
+
+
+def test_deeply_nested_folders(tmp_path):
+    """Cases C.10: the time grows with the number of folders, not with its square."""
+    fill(tmp_path, "a/1.png", "b/1.png")
+    here = os.open(tmp_path / "a", os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=here)
+        here, before = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(before)
+    os.close(here)
+    begun = time.monotonic()
+    try:
+        assert folder.listing_of(str(tmp_path)).names == ["a/1.png", "b/1.png"]
+        assert time.monotonic() - begun < 10
+    finally:  # pytest removes folders recursively, and Python's recursion is limited
+        subprocess.run(["rm", "-rf", str(tmp_path / "a" / "d")], check=True)

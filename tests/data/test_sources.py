@@ -5,6 +5,7 @@ import pytest
 from source_checks import fails
 
 from jaxcl.data import hashing, make_source, moments, selection
+from jaxcl.errors import UserError
 
 
 def write(path, **arrays):
@@ -197,3 +198,18 @@ def test_a_class_of_an_npz_file_without_training_images_is_named(tmp_path, caplo
     with caplog.at_level("INFO", logger="jaxcl"):
         make_source(f"npz:{tmp_path}/a.npz")
     assert "zebra" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("key", ["labels", "coarse_labels", "groups"])
+@pytest.mark.parametrize("largest", [2**20, 2**31 - 1])
+def test_one_large_label(tmp_path, key, largest):
+    """Cases C.4: a label that asks for millions of classes for 64 images is refused before any of them is made."""
+    arrays = {"images": np.zeros((64, 8, 8, 3), np.uint8), "labels": np.arange(64) % 4}
+    arrays[key] = np.where(np.arange(64) == 5, largest, arrays["labels"])
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError) as error:
+        make_source(f"npz:{tmp_path / 'x.npz'}")
+    assert str(error.value).startswith(f"{tmp_path / 'x.npz'}: {key}")
+    arrays[key] = np.where(np.arange(64) == 5, 21_840, arrays["labels"])  # ImageNet-21k, cut to few images
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert len(make_source(f"npz:{tmp_path / 'x.npz'}")) > 50

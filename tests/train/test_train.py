@@ -349,8 +349,25 @@ def test_divergence_just_after_an_evaluation(npz, tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(train, "compile_update", poisoned)
-    with pytest.raises(Diverged, match="loss is nan at step 7; .*checkpoint is step 6 "):
+    with pytest.raises(Diverged, match="loss is nan at step 7; .*checkpoint is step 3 "):
         train.run(c, tmp_path)
+    # Cases C.5: what step 6 saved has not stood the next update; it can still be examined.
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"3", "ruined-6"}
+
+
+@pytest.mark.parametrize("lr", [1e38, 1e25, 1e15])
+def test_no_start_from_ruined_parameters(npz, tmp_path, lr, monkeypatch):
+    """Cases C.5: the same command ends in the same way, and never begins with parameters that are ruined."""
+    c = config("supcon", npz=npz)
+    c.optimizer.kind, c.optimizer.lr, c.optimizer.schedule, c.optimizer.warmup = "sgd", lr, "constant", "0"
+    c.log_every, c.eval.every, c.checkpoint.every = "10 steps", "0 steps", "1 step"
+    for _ in range(2):
+        with pytest.raises(Diverged) as error:
+            train.run(c, tmp_path)
+        last = error.value.step
+        assert last <= 3 and "\n" not in str(error.value)
+        saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+        assert all(step < last - 1 for step in saved)  # the loss of the update after each was finite
 
 
 # ---- the reports and the other schedules
