@@ -1,4 +1,4 @@
-"""A wheel holds what a checkout holds: the configs, the embedded data, the type marker and the console script."""
+"""Cases B.11: A wheel holds what a checkout holds: the configs, the embedded data, the type marker and the console script."""
 
 import os
 import shutil
