@@ -56,7 +56,7 @@ def get_config(preset: str = ""):
     c.name = base.title("all in one", (dataset, scale, off), ("", "paper", ""))
     c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "explanation", "linear_fgsm", "calibration", "color")
     if dataset == "garments" or scale == "cpu":
-        c.duration = "4 epochs"
+        c.duration = "4 epochs, at least 200 steps"
         # At SupCon's own rate of 6e-3, SupCon with an adversary stays collapsed with some seeds.
         c.optimizer.lr = 3e-3
 

@@ -57,6 +57,8 @@ def get_config(preset: str = ""):
     usual = ("simclr", "garments", "paper", "adversarial", "labelled")
     c.name = base.title("clae", (method, dataset, scale, control, labels), usual)
 
+    c.eval.final += ("linear_fgsm", "linear_pgd")
+    c.eval.pgd = (4,)  # each strength takes as long as a third of the training
     (kind,) = c.terms
     options = {k: v for k, v in c.terms[kind].items() if k not in ("kind", "views", "weight")}
     del c.terms[kind]

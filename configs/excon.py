@@ -34,6 +34,7 @@ def get_config(preset: str = ""):
     c = base.extend(__file__, "supcon.py", f"{dataset},{schedule},{scale}")
     c.name = base.title(variant, (dataset, schedule, scale), ("garments", "online", "paper"))
 
+    c.eval.final += ("explanation", "fgsm")
     c.views.standard = base.view("standard")
     c.stages = (
         base.stage(

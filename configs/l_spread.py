@@ -88,7 +88,7 @@ def without_terms(dataset, scale, network, schedule):
     c.eval.final = ("knn", "linear", "transfer", "classifier", "collapse", "calibration")
     c.collapse_every = "25 steps" if small else "1 epoch"
     if small:
-        c.duration = "8 epochs"
+        c.duration = "8 epochs, at least 200 steps"
     return c
 
 

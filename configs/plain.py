@@ -48,8 +48,6 @@ def get_config(preset: str = ""):
     del c.terms.supcon
     c.terms.one_way_infonce = base.term("one_way_infonce", views=("view1", "view2"), temperature=0.1)
     c.model.head_hidden_layers = 0
-    c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "linear_fgsm", "linear_pgd", "calibration")
-    c.eval.pgd = (4,)  # each strength takes as long as a third of the training
     if dataset in AT_SCALE and scale == "paper":
         _paper(c, dataset)
     if labels == "unlabelled":

@@ -66,8 +66,6 @@ def get_config(preset: str = ""):
     c.passes = (base.encode("view1"), base.encode("view2"))  # each view normalised separately
     del c.terms.supcon
     c.terms.nt_xent = base.term("nt_xent", views=("view1", "view2"), temperature=0.5)
-    c.eval.final = ("knn", "linear", "raw_pixels", "classifier", "linear_fgsm", "linear_pgd", "calibration")
-    c.eval.pgd = (4,)  # each strength takes as long as a third of the training
     if recipe == "resnet18":
         _resnet18(c)
     elif dataset in AT_SCALE and scale == "paper":

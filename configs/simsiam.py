@@ -69,7 +69,7 @@ def without_term(dataset, scale, labels, recipe="own"):
         c.optimizer = base.options(
             base.OptimizerOptions, kind="sgd", lr=0.2, weight_decay=1e-4, schedule="cosine", warmup="10%"
         )
-        c.duration = "8 epochs"
+        c.duration = "8 epochs, at least 200 steps"
     elif recipe == "resnet18":
         _resnet18(c)
     else:

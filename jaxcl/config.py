@@ -30,6 +30,11 @@ from jaxcl.runtime.options import check as check_option
 from jaxcl.runtime.registry import Registry
 
 # Keys that hold parts, which are checked where they are made: {name: part}, lists of parts, and single parts.
+# Evaluators of a classifier that is trained beside the encoder, and attacks: not for a run without labels.
+OF_CLASSIFIERS = (
+    *("classifier", "calibration", "explanation"),
+    *("fgsm", "pgd", "linear_fgsm", "linear_pgd", "adversary"),
+)
 MAPPINGS, LISTS = ("views", "terms", "memory", "heads", "encoders"), ("stages", "passes")
 PARTS = ("model", "optimizer", "grad_cache", "accumulate")
 FREE_FORM = ("data.options",)  # checked by the source that takes them
@@ -104,7 +109,7 @@ class Eval(Options):
     every: str = "50%"  # the quick suite, any duration; 0: never before the end
     quick: tuple[str, ...] = ("knn", "classifier")  # at each `every`
     # Evaluators by name (`jaxcl evaluate --help` lists them), or package.module:Name.
-    final: tuple[str, ...] = ("knn", "linear", "raw_pixels", "classifier", "explanation", "fgsm", "calibration")
+    final: tuple[str, ...] = ("knn", "linear", "untrained", "raw_pixels", "majority", "classifier", "calibration")
     state: Literal["last", "best"] = "last"  # that the final suite measures; best: on validation images, as in best/
     split: Literal["test", "validation"] = "test"  # that the final suite is measured on; validation to choose settings
     batch_size: Count = 500
@@ -325,11 +330,11 @@ def memory(kind: str, *, optimizer: Mapping[str, Any] | None = None, **overrides
 
 
 def without_labels(c: ConfigDict) -> None:
-    """No classifier beside the encoder, and an evaluation that needs none: what lies near what."""
+    """No classifier beside the encoder, and an evaluation that needs none: what lies near what; nothing is attacked."""
     if "probe" in c.memory:
         del c.memory.probe
-    if "neighbours" not in c.eval.final:
-        c.eval.final += ("neighbours",)
+    kept = tuple(name for name in c.eval.final if name not in OF_CLASSIFIERS and name != "neighbours")
+    c.eval.final = ("neighbours", *kept)
 
 
 def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Cases B.11: A wheel holds what a checkout holds: the configs, the embedded data, the type marker and the console script."""
+"""Cases B.11: a wheel holds what a checkout holds: configs, embedded data, type marker and console script."""
 
 import os
 import shutil

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxcl.errors import UserError
-from jaxcl.runtime.options import Option, expected, quoted
+from jaxcl.runtime.options import SYNONYMS, Option, expected, quoted
 
 _KEY = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*")
 
@@ -194,6 +194,8 @@ def _find(config: ConfigDict, key: str) -> Any:
 def _known(config: ConfigDict, node: ConfigDict, above: str, word: str) -> str:
     """The key that was probably meant, or all keys of the node."""
     dot = "." if above else ""
+    if (synonym := SYNONYMS.get(word)) in node:
+        return f"did you mean {above}{dot}{synonym}?"
     if close := difflib.get_close_matches(word, list(node), n=1, cutoff=0.75):
         return f"did you mean {above}{dot}{close[0]}?"
     elsewhere = [key for key in _leaves(config) if key.rpartition(".")[2] == word]

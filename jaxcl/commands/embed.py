@@ -7,6 +7,10 @@ The file has one row per image, for all splits of the source (train, validation,
 features, the split, the row in it and, where known, the label, the class and the file. Several run folders, also
 written RUN+RUN, are one encoder with their features side by side. Features are written batch by batch; the file
 appears when it is complete.
+
+    npz:     features float32 [N,D], splits and index [N] (the row in its split); where known labels int32 [N] (-1:
+             none), class_names [K] and paths [N]; about, JSON
+    parquet: a column for each of features, split, index, label, class and path
 """
 
 import logging

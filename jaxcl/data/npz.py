@@ -37,9 +37,14 @@ class Npz(SourceKind):
 
     argument: ClassVar[str] = "PATH"
     config_keys: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str] = "npz"  # of the spec
+
+    def arrays(self, path: epath.Path) -> dict[str, np.ndarray]:
+        """The arrays of the set by the names above."""
+        return _read(path)
 
     def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:
-        path, arrays = argument, _read(epath.Path(argument).expanduser())
+        path, arrays = argument, self.arrays(epath.Path(argument).expanduser())
         splits = {}
         for name, prefix in (("train", "" if "images" in arrays else "train_"), ("test", "test_")):
             images = arrays.get(f"{prefix}images")
@@ -64,7 +69,7 @@ class Npz(SourceKind):
             parts = np.repeat(("train", "test"), [len(splits[s][1]) for s in ("train", "test")])
             labels = np.concatenate([splits[s][1] for s in ("train", "test")])
             for line in untrained(parts, labels, names["class"]):
-                logger.info("npz:%s: %s", path, line)
+                logger.info("%s:%s: %s", self.prefix, path, line)
         # Rows of a split are drawn from all images; only training asks whether they have changed.
         content = fingerprint.of_pixels(splits["train"][0]) if split == "train" else ""
         if "test" not in splits:
@@ -90,7 +95,7 @@ class Npz(SourceKind):
             coarse_names=names["coarse"],
             group_names=names["group"],
             content=content,
-            name=f"npz:{path}",
+            name=f"{self.prefix}:{path}",
             split=split,
         )
 

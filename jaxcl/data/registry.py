@@ -9,6 +9,7 @@ SOURCES = Registry(
         "garments": "jaxcl.data.garments:Garments",
         "fashion_mnist": "jaxcl.data.fashion_mnist:FashionMnist",
         "npz": "jaxcl.data.npz:Npz",
+        "idx": "jaxcl.data.idx:Idx",
         "cifar": "jaxcl.data.cifar:Cifar",
         "tfds": "jaxcl.data.tfds:Tfds",
         "folder": "jaxcl.data.folder:Folder",

@@ -53,6 +53,8 @@ class Evaluator(Contract, abc.ABC):
         the kind in `eval.features`. They are computed in the same pass over the images.
       metrics: its main results: key -> Metric. A key is dotted where results are nested ("test_shifted.accuracy");
         "*" matches any one part ("*.accuracy").
+      intervals: keys of results that are shares of the labelled test images. For each of them the suite adds
+        "KEY_interval", the two ends of its interval of 95 %.
 
     Example:
 
@@ -74,6 +76,7 @@ class Evaluator(Contract, abc.ABC):
     features_only: ClassVar[bool] = False
     feature_kinds: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[Mapping[str, Metric]] = {}
+    intervals: ClassVar[tuple[str, ...]] = ()
 
     def check(self, setup: EvalSetup) -> None:
         """Checks the options in `setup.options`, and the files they name, before training begins.
@@ -112,6 +115,25 @@ def from_files() -> Iterator[None]:
         yield
     except UserError as error:
         raise NotApplicable(str(error)) from error
+
+
+def share_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share of `count` independent trials, for example of an accuracy on `count` images.
+
+    Args:
+      share: in [0, 1].
+      count: number of trials, above 0.
+      z: half width in standard deviations; 1.96 for 95 %.
+
+    Returns:
+      (lower, upper) end, in [0, 1]. It is useful for few trials, and for shares of 0 and 1.
+
+    References:
+      Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.
+    """
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:

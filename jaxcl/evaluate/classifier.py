@@ -11,6 +11,7 @@ class Classifier(Evaluator):
 
     needs_classifier = True
     needs_labels = ("test",)
+    intervals = ("accuracy",)
     metrics = {"accuracy": Metric("Online classifier", meaning="the classifier trained along with the encoder")}
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:

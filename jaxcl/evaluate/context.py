@@ -101,7 +101,7 @@ class EvalContext:
       setup: what the contexts of a run share.
       recipe, options: as in `setup`.
       state, mesh: the state, replicated over the mesh.
-      test: the source that results are measured on.
+      split, test: the name of the split that results are measured on, and its source.
       batch_size: rows of a batch; a multiple of the number of devices.
     """
 
@@ -109,7 +109,7 @@ class EvalContext:
         self.setup, self.recipe, self.options = setup, setup.recipe, setup.options
         self.state, self.mesh = state, mesh
         self.test = setup.source(split)
-        self._split = split
+        self.split = split
         # All batches have one shape, and it divides over the mesh, whatever number the config gives.
         self.batch_size = -(-self.options.batch_size // mesh.size) * mesh.size
         self._features: dict[tuple[str, str], np.ndarray] = {}
@@ -122,7 +122,7 @@ class EvalContext:
     def held_out(self) -> str | None:
         """The split to choose settings on: "validation"; None without one, or where results are measured on it."""
         split = self.setup.selects_on
-        return split if split == "validation" and self._split != split else None
+        return split if split == "validation" and self.split != split else None
 
     def source(self, split: str) -> Source | None:
         """A split of the data; "test" is the split that results are measured on."""

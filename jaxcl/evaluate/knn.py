@@ -144,11 +144,42 @@ def _unit(x):
     return x / jnp.where(norm > 0, norm, 1)
 
 
+def neighbours_for(labels: np.ndarray, k: int) -> int:
+    """k, or the median number of images of a class if that is less: more neighbours are mostly of other classes.
+
+    Args:
+      labels: [N] int; negative ones do not count.
+      k: at least 1.
+    """
+    counts = np.bincount(labels[labels >= 0])
+    return max(1, min(k, int(np.median(counts[counts > 0])))) if counts.any() else k
+
+
+def knn_accuracy(context: EvalContext) -> tuple[float, int]:
+    """-> (accuracy on the labelled test images, k) by the options `eval.knn_*`."""
+    options, labels = context.options, context.source("train").labels
+    kind = options.knn_features or options.features
+    k = neighbours_for(labels, options.knn_k)
+    probabilities = knn_predict(
+        context.features("train", kind),
+        labels,
+        context.features("test", kind),
+        k=k,
+        temperature=options.knn_temperature,
+        num_classes=context.num_classes,
+    )
+    return accuracy(np.asarray(probabilities).argmax(-1), context.test.labels), k
+
+
 class KNN(Evaluator):
-    """Weighted nearest neighbours in the training features; `eval.knn_k`, `eval.knn_temperature`."""
+    """Weighted nearest neighbours in the training features; `eval.knn_temperature`, and at most `eval.knn_k` of them.
+
+    A class of median size bounds their number.
+    """
 
     needs_labels = ("train", "test")
     features_only = True
+    intervals = ("accuracy",)
     metrics = {
         "accuracy": Metric(
             "Nearest neighbours",
@@ -157,15 +188,5 @@ class KNN(Evaluator):
     }
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
-        options = context.options
-        kind = options.knn_features or options.features
-        probabilities = knn_predict(
-            context.features("train", kind),
-            context.source("train").labels,
-            context.features("test", kind),
-            k=options.knn_k,
-            temperature=options.knn_temperature,
-            num_classes=context.num_classes,
-        )
-        right = accuracy(np.asarray(probabilities).argmax(-1), context.test.labels)
-        return {"accuracy": right, "k": options.knn_k}, {}
+        right, k = knn_accuracy(context)
+        return {"accuracy": right, "k": k}, {}

@@ -12,6 +12,7 @@ class Linear(Evaluator):
 
     needs_labels = ("train", "test")
     features_only = True
+    intervals = ("accuracy",)
     metrics = {
         "accuracy": Metric(
             "Linear probe",

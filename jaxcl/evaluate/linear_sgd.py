@@ -90,6 +90,7 @@ class LinearSGD(Evaluator):
     """
 
     needs_labels = ("train", "test")
+    intervals = ("accuracy",)
     metrics = {
         "accuracy": Metric("Linear probe, SGD", meaning="a linear layer trained by SGD on features of augmented images")
     }

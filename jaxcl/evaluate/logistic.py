@@ -139,6 +139,7 @@ class Logistic(Evaluator):
 
     needs_labels = ("train", "test")
     features_only = True
+    intervals = ("accuracy",)
     metrics = {
         "accuracy": Metric("Logistic regression", meaning="a linear classifier on the frozen features, trained by Adam")
     }

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxcl.augment import denormalize
 from jaxcl.data import Source, has_own_validation
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels
+from jaxcl.evaluate.base import Evaluator, Metrics, NotApplicable, Panels, share_interval
 from jaxcl.evaluate.context import FEATURES, EvalContext, EvalSetup
 from jaxcl.evaluate.registry import make_suite
 from jaxcl.evaluate.rows import NotFinite
@@ -144,7 +144,7 @@ class Evaluation(EvalSetup):
                 left_out.setdefault(str(reason), []).append(name)
                 continue
             if metrics:
-                results[name] = metrics
+                results[name] = metrics | _intervals(evaluator, metrics, context)
             for panel, content in pictures.items():  # several evaluators may add to one panel
                 panels[panel] = panels.get(panel, {}) | content
         for reason, names in left_out.items():
@@ -153,6 +153,14 @@ class Evaluation(EvalSetup):
                 logger.info(line)
                 self._logged.add(line)
         return results, panels
+
+
+def _intervals(evaluator: Evaluator, metrics: Metrics, context: EvalContext) -> Metrics:
+    """The intervals of the shares that an evaluator names, as "KEY_interval"."""
+    count = int((context.test.labels >= 0).sum())
+    values = {key: metrics.get(key) for key in evaluator.intervals}
+    known = {key: v for key, v in values.items() if isinstance(v, float) and 0 <= v <= 1 and count}
+    return {f"{key}_interval": list(share_interval(v, count)) for key, v in known.items()}
 
 
 def training_views(context: EvalContext) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxcl.data import Source
 from jaxcl.data.label_levels import coarse_of_fine
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels, accuracy
 from jaxcl.evaluate.context import EvalContext
-from jaxcl.evaluate.knn import knn_predict
+from jaxcl.evaluate.knn import knn_predict, neighbours_for
 from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logits
 from jaxcl.losses import cross_entropy
 
@@ -34,6 +34,7 @@ class Transfer(Evaluator):
     """
 
     features_only = True
+    intervals = ("accuracy", "knn_accuracy")
     metrics = {
         "accuracy": Metric(
             "Fine classes, from coarse labels",
@@ -53,7 +54,7 @@ class Transfer(Evaluator):
             context.features("train"),
             fine,
             context.features("test"),
-            k=options.knn_k,
+            k=neighbours_for(fine, options.knn_k),
             temperature=options.knn_temperature,
             num_classes=len(names),
         )

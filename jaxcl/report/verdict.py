@@ -68,10 +68,28 @@ _PERCENT = (
         "overlap of the true object with the one found by a linear classifier on the map of the best stage",
     ),
     (
-        "Raw-pixel baseline",
+        "Baseline: untrained, linear probe",
+        (names.UNTRAINED,),
+        "",
+        "the same linear probe on the same network with random weights: what training has to beat",
+    ),
+    (
+        "Baseline: untrained, neighbours",
+        (names.UNTRAINED_KNN,),
+        "",
+        "nearest neighbours by the same network with random weights",
+    ),
+    (
+        "Baseline: raw pixels",
         (names.RAW_PIXELS,),
         "",
-        "the same linear probe on plain pixels: what the encoder has to beat",
+        "the same linear probe on plain pixels",
+    ),
+    (
+        "Baseline: largest class",
+        (names.MAJORITY,),
+        "",
+        "the share of test images in the class with the most training images",
     ),
     (
         "Accuracy, shifted test",
@@ -147,16 +165,18 @@ _ATTACKS = {
 def rows(results: Mapping[str, Any]) -> list[Row]:
     """The rows of the known metrics in `results`, in the order of the page."""
     found = []
-    pixels = number(results, names.RAW_PIXELS)
     for title, places, better, meaning in _PERCENT:
         value = next((v for v in (number(results, place) for place in places) if v is not None), None)
         if value is None:
             continue
         if title == "Shape bias" and _at(results, names.TEXTURE_TAUGHT) is False:
             meaning += "; here no texture was tied to a class in training, so it says little"
-        if title == "Linear probe" and pixels is not None:
-            meaning += f"; {_points(value - pixels)} raw pixels"
-        found.append(Row(title, percent(value), better, meaning))
+        place = next(place for place in places if number(results, place) is not None)
+        if title == "Linear probe":
+            for baseline, of in ((names.UNTRAINED, "the untrained encoder"), (names.RAW_PIXELS, "raw pixels")):
+                if (below := number(results, baseline)) is not None:
+                    meaning += f"; {_points(value - below)} {of}"
+        found.append(Row(title, percent(value) + interval(results, place), better, meaning))
     found += _neighbours(results)
     found += _worst_group(results)
     for attack in names.ATTACKS:
@@ -205,13 +225,49 @@ def sentence(config: Mapping[str, Any], results: Mapping[str, Any], images: Mapp
     seconds = total_seconds(results)
     if seconds is not None:
         said += f" in {duration(seconds)}"
-    linear, pixels, knn = (number(results, name) for name in (names.LINEAR, names.RAW_PIXELS, names.KNN))
+    linear, knn = number(results, names.LINEAR), number(results, names.KNN)
     if linear is not None:
-        said += f": a linear probe reaches {percent(linear)}"
-        said += f", {_points(linear - pixels)} raw pixels" if pixels is not None else ""
+        said += f": a linear probe reaches {percent(linear)}{interval(results, names.LINEAR)}"
+        for name, of in ((names.UNTRAINED, "the untrained encoder"), (names.RAW_PIXELS, "raw pixels")):
+            if (baseline := number(results, name)) is not None:
+                said += f", {_points(linear - baseline)} {of}"
+                break
     elif knn is not None:
-        said += f": nearest neighbours reach {percent(knn)}"
+        said += f": nearest neighbours reach {percent(knn)}{interval(results, names.KNN)}"
     return said + "."
+
+
+def interval(results: Mapping[str, Any], name: str) -> str:
+    """The interval of 95 % of a share, as " (45-66 %)"; "" where the results have none."""
+    ends = _at(results, f"{name}_interval")
+    if not isinstance(ends, (list, tuple)) or len(ends) != 2 or None in (pair := [_as_float(end) for end in ends]):
+        return ""
+    return f" ({100 * pair[0]:.1f} to {100 * pair[1]:.1f})"
+
+
+# In the last lines of a run: (title, name of the metric).
+_LAST_LINES = (
+    ("linear probe", names.LINEAR),
+    ("nearest neighbours", names.KNN),
+    ("untrained encoder, linear probe", names.UNTRAINED),
+    ("untrained encoder, neighbours", names.UNTRAINED_KNN),
+    ("raw pixels", names.RAW_PIXELS),
+    ("largest class", names.MAJORITY),
+)
+
+
+def main_accuracies(results: Mapping[str, Any]) -> list[str]:
+    """The main accuracies as lines for the terminal, each with its interval of 95 %; none without labels."""
+    found = [(title, name) for title, name in _LAST_LINES if number(results, name) is not None]
+    if not found:
+        return []
+    images = results.get("images") or {}
+    count = next((n for split, n in images.items() if split != "training"), None)
+    head = "accuracy" if count is None else f"accuracy on {count:,} test images"
+    width = max(len(title) for title, _ in found)
+    return [f"{head}, with the interval of 95 %:"] + [
+        f"  {title:<{width}}  {percent(number(results, name)):>6}{interval(results, name)}" for title, name in found
+    ]
 
 
 def number(results: Mapping[str, Any], name: str) -> float | None:

@@ -183,9 +183,23 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+# What other libraries call our options; the last part of a key.
+SYNONYMS = {
+    **dict.fromkeys(("learning_rate", "base_lr", "max_lr"), "lr"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "steps", "num_steps", "max_steps"), "duration"),
+    **dict.fromkeys(("bs", "batch", "batchsize"), "batch_size"),
+    **dict.fromkeys(("tau", "temp"), "temperature"),
+    **dict.fromkeys(("arch", "architecture", "backbone", "name"), "kind"),
+    **dict.fromkeys(("pretrained", "checkpoint", "init"), "weights"),
+}
+
+
 def suggestion(word: Any, known: Iterable[str]) -> str:
     """'; did you mean ...?', or the list of what is known."""
     known = list(known)
+    if SYNONYMS.get(str(word)) in known:
+        return f"; did you mean {SYNONYMS[str(word)]!r}?"
     close = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known) or 'none'}"
 

@@ -27,6 +27,7 @@ from jaxcl.method.initial_weights import starting_weights
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.state import TrainState
 from jaxcl.method.update import compile_update
+from jaxcl.report.verdict import main_accuracies
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.lock import RunLock
@@ -197,6 +198,7 @@ def _finish(job: "Job", state: TrainState, best: Best, *, started: float, traine
     results |= {
         "seed": config.seed,
         "config": config.name,
+        "images": _images(job),
         "steps": job.recipe.total_steps,
         "command": run_folder.command(),
         "versions": run_folder.environment()["packages"],
@@ -213,12 +215,21 @@ def _finish(job: "Job", state: TrainState, best: Best, *, started: float, traine
             results=results,
             metrics=report.read_metrics(workdir),
             panels=panels | {"step_time": profiles.read_step_time(workdir)},
-            images={"training": len(job.source), config.eval.split: len(job.evaluation.source(config.eval.split))},
+            images=results["images"],
         )
         results["seconds"]["report"] = round(time.monotonic() - begun, 1)
+    for line in main_accuracies(results):
+        logger.info(line)
+    if config.report:
         logger.info("report: %s", page)
     run_folder.write_json(workdir / "results.json", results)  # last: a run with this file is finished
     return results
+
+
+def _images(job: "Job") -> dict[str, int]:
+    """The number of images by split."""
+    split = job.config.eval.split
+    return {"training": len(job.source), split: len(job.evaluation.source(split))}
 
 
 # ---- what the loop works with

@@ -135,7 +135,9 @@ def test_options_of_a_foreign_source_are_free():
     "override, words",
     [
         ("batchsize=3", ["batchsize", "batch_size"]),
-        ("optimizer.learning_rate=1", ["optimizer.learning_rate", " lr,"]),  # nothing is close: all there are
+        ("optimizer.learning_rate=1", ["optimizer.learning_rate", "optimizer.lr?"]),  # the name of other libraries
+        ("epochs=3", ["epochs", "duration?"]),
+        ("optimizer.nothing_like_it=1", ["optimizer.nothing_like_it", " lr,"]),  # nothing is close: all there are
         ("temperature=0.1", ["temperature", "terms.supcon.temperature"]),  # a key of that name elsewhere
         ("views.view1.crop_aera=(0.1,1.0)", ["views.view1.crop_aera", "views.view1.crop_area"]),
         ("views.view3.grayscale=0.1", ["views.view3.grayscale", "views.view2"]),

@@ -110,7 +110,7 @@ def test_every_built_in_evaluator_can_be_made():
 
 def test_which_evaluators_take_joined_runs():
     assert {name for name in EVALUATORS if make_evaluator(name).features_only} == {
-        *("knn", "linear", "logistic", "raw_pixels", "transfer", "transfer_augmented"),
+        *("knn", "linear", "logistic", "raw_pixels", "majority", "transfer", "transfer_augmented"),
         *("worst_group", "collapse", "ood", "shape_bias"),
     }
 

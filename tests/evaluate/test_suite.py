@@ -53,6 +53,7 @@ def test_the_choice_of_features(options):
     train, test = features["train"][kind], features["test"][kind]
     fit = fit_logistic(train, labels, test=(test, test_labels), num_classes=4, epochs=12, seed=e.recipe.seed)
     accuracy = np.asarray(fit.test_accuracy)
+    assert 0 <= results["logistic"].pop("accuracy_interval")[0] <= accuracy[-1]
     assert results["logistic"] == {
         "accuracy": pytest.approx(accuracy[-1], abs=1e-6),
         "epochs": 12,

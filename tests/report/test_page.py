@@ -182,6 +182,10 @@ def test_verdict_rows():
     assert "Pointing hit" not in rows
     below = verdict.rows({"linear": {"accuracy": 0.4}, "raw_pixels": {"accuracy": 0.45}})
     assert "5.0 points below raw pixels" in below[0].meaning
+    both = {"linear": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}, "untrained": {"accuracy": 0.45}}
+    (linear, baseline) = verdict.rows(both)
+    assert linear.value == "50.0% (40.0 to 60.0)" and "5.0 points above the untrained encoder" in linear.meaning
+    assert baseline.value == "45.0%"
     (tenths,) = verdict.rows({"fgsm": {"0.5": {"accuracy": 0.3}}})
     assert tenths.value == "30.0%" and "0.5/255" in tenths.meaning
     odd = {
@@ -192,6 +196,18 @@ def test_verdict_rows():
         "explanation": 3,
     }
     assert verdict.rows(odd) == []
+
+
+def test_the_last_lines_of_a_run_name_the_main_accuracies():
+    results = {
+        "linear": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]},
+        "majority": {"accuracy": 0.25},
+        "images": {"training": 900, "test": 80},
+    }
+    head, linear, majority = verdict.main_accuracies(results)
+    assert "80 test images" in head
+    assert linear.split()[-4:] == ["50.0%", "(40.0", "to", "60.0)"] and majority.split()[-1] == "25.0%"
+    assert verdict.main_accuracies({"neighbours": {"cosine": 0.5}, "images": {"training": 3, "test": 1}}) == []
 
 
 @pytest.mark.parametrize(
