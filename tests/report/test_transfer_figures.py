@@ -259,7 +259,7 @@ def test_verdict_of_transfer_and_worst_group():
         "linear": {"accuracy": 0.6},
     }
     rows = {row.name: row for row in verdict.rows(results)}
-    names = ["Linear probe", "Fine classes, from coarse labels", "Raw-pixel baseline", "Worst group"]
+    names = ["Linear probe", "Fine classes, from coarse labels", "Baseline: raw pixels", "Worst group"]
     assert list(rows) == names
     assert rows["Fine classes, from coarse labels"].value == "77.1%" and "10.0 points" in rows["Linear probe"].meaning
     assert rows["Worst group"].value == "35.0%" and "15.0 points above the plain one" in rows["Worst group"].meaning
