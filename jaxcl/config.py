@@ -29,12 +29,13 @@ from jaxcl.runtime.options import POSITIVE, SHARE, Option, Options, Range, defau
 from jaxcl.runtime.options import check as check_option
 from jaxcl.runtime.registry import Registry
 
-# Keys that hold parts, which are checked where they are made: {name: part}, lists of parts, and single parts.
+OF_IMAGES = ("neighbours", "clusters")  # evaluators of what a set holds; they need no labels
 # Evaluators of a classifier that is trained beside the encoder, and attacks: not for a run without labels.
 OF_CLASSIFIERS = (
     *("classifier", "calibration", "explanation"),
     *("fgsm", "pgd", "linear_fgsm", "linear_pgd", "adversary"),
 )
+# Keys that hold parts, which are checked where they are made: {name: part}, lists of parts, and single parts.
 MAPPINGS, LISTS = ("views", "terms", "memory", "heads", "encoders"), ("stages", "passes")
 PARTS = ("model", "optimizer", "grad_cache", "accumulate")
 FREE_FORM = ("data.options",)  # checked by the source that takes them
@@ -118,6 +119,7 @@ class Eval(Options):
     knn_k: Count = 200
     knn_temperature: Annotated[float, POSITIVE] = 0.1
     neighbours: Count = 8  # shown for each image, by the evaluator of that name
+    clusters: Size = 0  # groups of alike images, by the evaluator of that name; 0: the square root of half the images
     duplicate_cosine: float = 0.95  # near-duplicates: features at least so similar,
     duplicate_pixels: float = 0.06  # and pixels no further apart, root mean square, as a share of their range
     logistic_epochs: Count = 1000
@@ -333,8 +335,8 @@ def without_labels(c: ConfigDict) -> None:
     """No classifier beside the encoder, and an evaluation that needs none: what lies near what; nothing is attacked."""
     if "probe" in c.memory:
         del c.memory.probe
-    kept = tuple(name for name in c.eval.final if name not in OF_CLASSIFIERS and name != "neighbours")
-    c.eval.final = ("neighbours", *kept)
+    kept = tuple(name for name in c.eval.final if name not in OF_CLASSIFIERS and name not in OF_IMAGES)
+    c.eval.final = (*OF_IMAGES, *kept)
 
 
 def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:

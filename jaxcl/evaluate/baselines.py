@@ -1,16 +1,12 @@
 """Baselines that an encoder must beat: pixels, an untrained encoder, the largest class. N images, D features."""
 
-import dataclasses
-
-import jax
 import numpy as np
 
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels, accuracy
+from jaxcl.evaluate.beginnings import UNTRAINED, at_the_beginning
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.knn import knn_accuracy
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
-from jaxcl.method import sharding
-from jaxcl.method.init_state import init_state
 
 
 class RawPixels(Evaluator):
@@ -67,16 +63,7 @@ class Untrained(Evaluator):
     }
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
-        recipe, replicated = context.recipe, sharding.replicated(context.mesh)
-
-        def variables(seed: jax.Array) -> tuple[dict, dict]:
-            state = init_state(recipe, seed)
-            return state.params, state.batch_stats
-
-        fresh = context.setup.compiled("untrained", lambda: jax.jit(variables, out_shardings=replicated))
-        params, batch_stats = fresh(np.uint32(recipe.seed))
-        state = dataclasses.replace(context.state, params=params, batch_stats=batch_stats)
-        untrained = EvalContext(context.setup, state, context.mesh, context.split)
+        untrained = at_the_beginning(context, UNTRAINED)
         logits = np.asarray(probe_logits(untrained.fitted_probe(), untrained.features("test")))
         right = accuracy(logits.argmax(-1), context.test.labels)
         return {"accuracy": right, "knn_accuracy": knn_accuracy(untrained)[0]}, {}

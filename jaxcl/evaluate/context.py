@@ -230,9 +230,9 @@ class EvalContext:
             self._finite.add((split, kind))
         return self._features[split, kind]
 
-    def features_of(self, source: Source) -> np.ndarray:
-        """float32 [N,D]: features of any other source, such as changed images, of the kind in `eval.features`."""
-        kind = self.options.features
+    def features_of(self, source: Source, kind: str = "") -> np.ndarray:
+        """float32 [N,D]: features of any other source, such as changed images; kind: "" for that in `eval.features`."""
+        kind = kind or self.options.features
         found = self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
         check_images(found, source, "changed")
         return found

@@ -3,20 +3,25 @@
 N images, Q queries, D features, k neighbours.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
 
-from jaxcl.data import Source
 from jaxcl.data.selection import cut_down
 from jaxcl.errors import UserError
-from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
+from jaxcl.evaluate.all_images import AllImages
+from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels
+from jaxcl.evaluate.beginnings import PRETRAINED, at_the_beginning, beginnings
 from jaxcl.evaluate.context import THUMBNAIL, EvalContext, EvalSetup
 from jaxcl.evaluate.duplicates import connected_groups, near_duplicates, normalized
 from jaxcl.evaluate.knn import nearest_neighbours
+from jaxcl.evaluate.rows import NotFinite
+
+logger = logging.getLogger("jaxcl")
 
 LISTED = 100  # near-duplicates in results.json
-PICTURED, MAPPED = 8, 1000  # queries in the report; images on its map
+PICTURED = 8  # queries in the report
 GROUPS, GROUP_SIZE = 12, 8  # groups of near-duplicates in the report, and images shown of each
 
 
@@ -72,7 +77,7 @@ class Neighbours(Evaluator):
         if known_Qxk.any():
             metrics["agreement"] = float(agree_Qxk[known_Qxk].mean())
 
-        both = _Both(train, test)
+        both = AllImages(context)
         thumbnails = np.concatenate([context.features(split, THUMBNAIL) for split in ("train", "test")])
         features = np.concatenate([bank_NxD, queries_QxD])
         limits = dict(cosine=options.duplicate_cosine, pixels=options.duplicate_pixels)
@@ -96,7 +101,7 @@ class Neighbours(Evaluator):
                 "names": [both.name(len(train) + q) for q in shown],
                 "found_names": [[both.name(row) for row in rows] for rows in rows_Qxk[shown]],
             },
-            "map": both.sample(MAPPED, features),
+            "map": _map(context, both, features),
         }
         if groups := connected_groups(found.pairs)[:GROUPS]:
             panels["near_duplicates"] = {
@@ -106,28 +111,20 @@ class Neighbours(Evaluator):
         return metrics, panels
 
 
-class _Both:
-    """Training and test images, numbered together: the test images follow the training images."""
-
-    def __init__(self, train: Source, test: Source):
-        self._train, self._test = train, test
-        self._names = [source.extras.get("name") for source in (train, test)]
-
-    def images(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [n,H,W,C]"""
-        n, out = len(self._train), np.empty((len(rows), *self._train.image_shape), np.uint8)
-        out[rows < n] = self._train.batch(rows[rows < n])["image"]
-        out[rows >= n] = self._test.batch(rows[rows >= n] - n)["image"]
-        return out
-
-    def name(self, row: int) -> str:
-        """The name of the file, or the split and the row in it."""
-        in_test = int(row >= len(self._train))
-        row = int(row) - in_test * len(self._train)
-        names = self._names[in_test]
-        return f"{'test' if in_test else 'training'} image {row}" if names is None else str(names[row])
-
-    def sample(self, count: int, features: np.ndarray) -> dict[str, Any]:
-        """A seeded random choice of all images."""
-        rows = np.sort(np.random.default_rng(0).permutation(len(features))[:count])
-        return {"features": features[rows], "images": self.images(rows), "names": [self.name(row) for row in rows]}
+def _map(context: EvalContext, both: AllImages, features: np.ndarray) -> dict[str, Any]:
+    """The panel of the map: some images, with the features of this encoder and of the same one before training."""
+    rows, labels = both.mapped(), both.labels
+    encoders = {}
+    for which in beginnings(context.setup.config):
+        try:
+            encoders[which] = both.features_of(at_the_beginning(context, which), rows)
+        except (NotApplicable, NotFinite) as reason:
+            logger.info("evaluation: the map shows no %s encoder: %s", which, reason)
+    trained = "continued" if PRETRAINED in encoders else "trained"
+    return {
+        "features": {trained: features[rows], **encoders},
+        "images": both.images(rows),
+        "names": [both.name(row) for row in rows],
+        "classes": [both.class_name(labels[row]) for row in rows] if (labels >= 0).any() else None,
+        "total": len(both),
+    }

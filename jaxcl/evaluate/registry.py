@@ -38,6 +38,7 @@ EVALUATORS = Registry(
         "worst_group": "jaxcl.evaluate.worst_group:WorstGroup",
         "collapse": "jaxcl.evaluate.collapse:Collapse",
         "neighbours": "jaxcl.evaluate.neighbours:Neighbours",
+        "clusters": "jaxcl.evaluate.clusters:Clusters",
         "ood": "jaxcl.evaluate.ood:OutOfDomain",
         "shape_bias": "jaxcl.evaluate.shape_bias:ShapeBias",
         "invariance": "jaxcl.evaluate.invariance:Invariance",

@@ -94,7 +94,7 @@ class Evaluation(EvalSetup):
         if not self.config.report:
             return results, {}
         panels["views"] = training_views(context)
-        if len(context.test) and ((context.test.labels >= 0).any() or "map" not in panels):
+        if len(context.test) and "map" not in panels:  # which shows these points and more
             n = min(len(context.test), MAPPED)
             with contextlib.suppress(NotFinite):  # the log says so
                 panels["embedding"] = {

@@ -92,11 +92,12 @@ def embedding(
     return figure
 
 
-def to_plane(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Place features in the plane by t-SNE: at most 1,500 of them, chosen at random.
+def to_plane(features: np.ndarray, seed: int = 0, *, limit: int | None = _TSNE_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Place features in the plane by t-SNE.
 
     Args:
       features: [n,...]; scaled to unit length and reduced to 50 principal components before t-SNE.
+      limit: of more features than these, so many are chosen at random.
 
     Returns:
       (rows of the features [m], their positions [m,2]).
@@ -107,8 +108,8 @@ def to_plane(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     features = np.asarray(features, np.float32)
     features = features.reshape(len(features), -1)
     rows = np.flatnonzero(np.isfinite(features).all(1))
-    if len(rows) > _TSNE_POINTS:
-        rows = rows[np.random.default_rng(seed).permutation(len(rows))[:_TSNE_POINTS]]
+    if limit is not None and len(rows) > limit:
+        rows = rows[np.random.default_rng(seed).permutation(len(rows))[:limit]]
     if len(rows) < 10:
         raise ValueError(f"Only {len(rows)} finite embeddings: too few for a picture.")
     features = features[rows]

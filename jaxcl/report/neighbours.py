@@ -1,11 +1,9 @@
-"""Figures of similar images: nearest neighbours, a map of thumbnails, and near-duplicates."""
+"""Figures of similar images: nearest neighbours, groups, near-duplicates, and images that are like no other."""
 
 from collections.abc import Sequence
 
-import matplotlib.figure
 import numpy as np
 
-from jaxcl.report.figures import to_plane
 from jaxcl.report.style import (
     BAD,
     DPI,
@@ -17,7 +15,6 @@ from jaxcl.report.style import (
     Titled,
     as_rgb,
     cell_size,
-    message,
     short,
     styled,
 )
@@ -27,7 +24,6 @@ _COLUMNS = 9
 _WIDE = round(WIDTH * DPI)
 _ROOM = (_WIDE - 2 * _MARGIN) // _COLUMNS - _GAP
 _LIMIT, _BETWEEN = 160, 40
-_THUMBNAIL, _MAP_HEIGHT = 54, 1300
 
 
 @styled
@@ -72,38 +68,6 @@ def neighbour_grid(
 
 
 @styled
-def thumbnail_map(
-    features: np.ndarray, images: np.ndarray, names: Sequence[str], *, seed: int = 0
-) -> Titled | matplotlib.figure.Figure:
-    """Draw a t-SNE picture of the features with the images at their positions; images without room are dots.
-
-    Args:
-      features: [n,D].
-      images: [n,H,W,C].
-      names: [n], in full.
-      seed: of t-SNE and of the order in which images are placed.
-    """
-    try:
-        rows, points = to_plane(features, seed)
-    except ValueError as reason:
-        return message(str(reason))
-    sheet = Sheet(_WIDE, _MAP_HEIGHT)
-    size = cell_size(as_rgb(images[:1]).shape[1:3], _THUMBNAIL, _THUMBNAIL)
-    low, extent = points.min(0), np.maximum(np.ptp(points, axis=0), 1e-9)
-    inside = np.array([_WIDE, _MAP_HEIGHT]) - 2 * _MARGIN - size
-    places = _MARGIN + (points - low) / extent * inside  # of the upper left corners
-    sheet.axes.scatter(*(places + np.array(size) / 2).T, s=5, color="#b6bec7", linewidths=0, zorder=-1)
-    drawn = np.zeros((0, 2))
-    for i in np.random.default_rng(seed).permutation(len(rows)):
-        if (np.abs(drawn - places[i]) < np.array(size) + 2).all(1).any():
-            continue
-        drawn = np.concatenate([drawn, places[i : i + 1]])
-        x, y = (round(v) for v in places[i])
-        sheet.image(as_rgb(images[rows[i]]), x, y, size, title=names[rows[i]])
-    return sheet.titled()
-
-
-@styled
 def duplicate_grid(images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> Titled:
     """Draw groups of near-duplicates, one after another.
 
@@ -129,6 +93,49 @@ def duplicate_grid(images: Sequence[np.ndarray], names: Sequence[Sequence[str]])
             sheet.text(x + c * step, y + size[1] + _TEXT // 2, shortened(called[c], step), color=MUTED, fontsize=7.5)
         if more := len(called) - len(group):
             sheet.text(x + len(group) * step, y + size[1] / 2, f"and {more:,} more", color=MUTED, fontsize=8)
+    return sheet.titled()
+
+
+@styled
+def cluster_grid(
+    images: Sequence[np.ndarray], names: Sequence[Sequence[str]], sizes: Sequence[int], more: int
+) -> Titled:
+    """Draw one row per group of images.
+
+    Args:
+      images: [n,H,W,C] of each group, the most typical first; the first eight are shown.
+      names: [n] of each group, in full.
+      sizes: number of images of each group.
+      more: number of groups that are not drawn.
+    """
+    columns, label = _COLUMNS - 1, 150
+    groups = [as_rgb(group)[:columns] for group in images]
+    size = cell_size(groups[0].shape[1:3], _ROOM, _LIMIT)
+    step, high = max(size[0], 96) + _GAP, size[1] + 2 * _GAP
+    sheet = Sheet(_WIDE, 2 * _MARGIN + len(groups) * high + (_TEXT if more else 0))
+    for g, (group, called, count) in enumerate(zip(groups, names, sizes, strict=True)):
+        y = _MARGIN + g * high
+        sheet.text(_MARGIN, y + size[1] / 2 - 12, f"group {g + 1}", weight="bold", fontsize=9)
+        sheet.text(_MARGIN, y + size[1] / 2 + 14, f"{count:,} images", color=MUTED, fontsize=8)
+        for c, image in enumerate(group):
+            sheet.image(image, _MARGIN + label + c * step, y, size, title=called[c])
+    if more:
+        sheet.text(_MARGIN, _MARGIN + len(groups) * high + _TEXT / 2, f"and {more:,} smaller groups", color=MUTED)
+    return sheet.titled()
+
+
+@styled
+def odd_grid(images: np.ndarray, names: Sequence[str], odd: np.ndarray) -> Titled:
+    """Draw images [n,H,W,C] with their names and how odd each is, [n]."""
+    images = as_rgb(images)
+    size = cell_size(images.shape[1:3], _ROOM, _LIMIT)
+    step, high = max(size[0], 96) + _GAP, size[1] + _GAP + _TEXT
+    columns = max(1, (_WIDE - 2 * _MARGIN) // step)
+    sheet = Sheet(_WIDE, 2 * _MARGIN + -(-len(images) // columns) * high)
+    for i, image in enumerate(images):
+        x, y = _MARGIN + i % columns * step, _MARGIN + i // columns * high
+        sheet.image(image, x, y, size, title=f"{names[i]}, {odd[i]:.3f}")
+        sheet.text(x, y + size[1] + _TEXT // 2, shortened(names[i], step), color=MUTED, fontsize=7.5)
     return sheet.titled()
 
 

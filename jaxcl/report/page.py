@@ -1,9 +1,16 @@
-"""The report of a run: an HTML page and its figures in `report/`. It opens from disk and runs no scripts."""
+"""The report of a run: `report/index.html`, one file that opens from disk and loads nothing, and its figures beside it.
 
+Its only script is that of the map (`report.explorer`).
+"""
+
+import base64
+import csv
 import html
+import io
 import json
 import logging
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +19,49 @@ import numpy as np
 from etils import epath
 
 from jaxcl.report import figures, neighbours, similarities, step_time, transfer, verdict
+from jaxcl.report.explorer import explorer
 from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI, Titled
 from jaxcl.runtime import storage
 
 logger = logging.getLogger("jaxcl")
 
-# Panel -> (title, caption, how the panel's data is drawn), in the order of the page.
-_SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | Titled]]] = {
+# Panel -> (title, caption, how the panel's data is drawn, as a figure or as HTML), in the order of the page.
+_SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | Titled | str]]] = {
+    # First what the owner of the images came for.
+    "map": (
+        "A map of the images",
+        "Images that lie close together look alike to the encoder; distances between islands mean little (t-SNE). "
+        "Choose an image, or search for one by name, to see the images most similar to it: by this encoder and, where "
+        "they are there, by the pretrained one that it started from and by an untrained one.",
+        lambda panel: explorer(**panel),
+    ),
+    "clusters": (
+        "Groups",
+        "Images that are alike to the encoder (k-means on the features), the largest group first; in each row the most "
+        "typical ones. Point at an image to see its name. images.csv, beside this page, has the group of every image.",
+        lambda panel: neighbours.cluster_grid(**panel),
+    ),
+    "neighbours": (
+        "Nearest neighbours",
+        "Some test images, and the training images whose features are most similar. What they have in common is what "
+        "the encoder relies on: the object itself, or only colour, light and background. If classes are known, a blue "
+        "frame marks the same class and an orange frame another one. Point at an image to see its name.",
+        lambda panel: neighbours.neighbour_grid(**panel),
+    ),
+    "near_duplicates": (
+        "Near-duplicates",
+        "Groups of images that are alike both to the encoder and pixel by pixel: copies, other sizes or compressions "
+        "of one image, or frames of one scene. Copies in both the training and the test split make results look too "
+        "good; many copies of one image give it too much weight in training.",
+        lambda panel: neighbours.duplicate_grid(**panel),
+    ),
+    "odd": (
+        "Odd ones out",
+        "The images that are least like any other one, the oddest first: broken or misplaced files, rare things, or "
+        "things that the encoder does not know.",
+        lambda panel: neighbours.odd_grid(**panel),
+    ),
     "curves": (
         "Training",
         "Light lines are single measurements, strong lines their running mean; the number is the last value. The loss "
@@ -34,27 +76,6 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | 
         "the augmentation is too strong; if two rows look the same, there is little to learn from the pair. Only "
         "negatives should have lost the object and kept its texture.",
         lambda panel: figures.view_grid(panel["images"], panel.get("labels")),
-    ),
-    "neighbours": (
-        "Nearest neighbours",
-        "Some test images, and the training images whose features are most similar. What they have in common is what "
-        "the encoder relies on: the object itself, or only colour, light and background. If classes are known, a blue "
-        "frame marks the same class and an orange frame another one. Point at an image to see its name.",
-        lambda panel: neighbours.neighbour_grid(**panel),
-    ),
-    "map": (
-        "A map of the images",
-        "A t-SNE picture of the features, with the images themselves where there is room and dots elsewhere. Images "
-        "that lie close together look alike to the encoder; distances between islands mean little. Point at an image "
-        "to see its name.",
-        lambda panel: neighbours.thumbnail_map(**panel),
-    ),
-    "near_duplicates": (
-        "Near-duplicates",
-        "Groups of images that are alike both to the encoder and pixel by pixel: copies, other sizes or compressions "
-        "of one image, or frames of one scene. Copies in both the training and the test split make results look too "
-        "good; many copies of one image give it too much weight in training.",
-        lambda panel: neighbours.duplicate_grid(**panel),
     ),
     "similarities": (
         "Near and far",
@@ -137,6 +158,8 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | 
     ),
 }
 
+_OF_THE_OWNER = ("map", "clusters", "neighbours", "near_duplicates", "odd")
+
 
 def write_report(
     workdir: str | os.PathLike,
@@ -162,8 +185,9 @@ def write_report(
       panels: name -> the data of its figure; each may be missing:
         "views": {"images": {view: [n,H,W,C]}, "labels": [n]}; "saliency", "adversary", "embedding", "confusion": the
         arguments of `saliency_grid`, `adversary_grid`, `embedding` and `confusion`; "neighbours", "map",
-        "near_duplicates": the arguments of `neighbour_grid`, `thumbnail_map` and `duplicate_grid`; "transfer": a panel
-        of `fine_embedding`; "invariance": the panel of `invariance`; "ood": the rows of `out_of_domain`; "reliability",
+        "near_duplicates", "clusters", "odd": the arguments of `neighbour_grid`, `explorer`, `duplicate_grid`,
+        `cluster_grid` and `odd_grid`; "table": {"columns", "rows"} of images.csv; "transfer": a panel of
+        `fine_embedding`; "invariance": the panel of `invariance`; "ood": the rows of `out_of_domain`; "reliability",
         "reliability_fgsm" (on attacked images), "robustness": the argument of the function with that name;
         "step_time": the contents of step_time.json (`jaxcl.train.profile`).
       images: number of images by split, for example {"training": 10000, "test": 2000}.
@@ -176,19 +200,21 @@ def write_report(
     for name in _SECTIONS:  # figures of an earlier report must not stay without their section
         (folder / f"{name}.png").unlink(missing_ok=True)
     measured = panels.get("step_time")
-    panels = {k: v for k, v in panels.items() if k != "step_time"}
+    table = panels.get("table")
+    if table:
+        storage.write_whole(folder / "images.csv", _csv(**table))
+    panels = {k: v for k, v in panels.items() if k not in ("step_time", "table")}
     panels = {"curves": metrics, "similarities": similarities.rows(metrics), **panels}
     for name in panels.keys() - _SECTIONS.keys():
         logger.warning("the report has no section for the panel %r", name)
-    sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]
+    sections = {name: _section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))}
 
     title = verdict.title(config) or storage.folder(workdir).name
     command = results.get("command") or environment.get("command")
     lead = verdict.sentence(config, results, images or {})
     body = [
         f"<header><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p></header>",
-        _verdict_table(results),
-        *sections,
+        *_in_order(_verdict_table(results), sections, results),
         step_time.section(measured) if measured else "",
         _table_section("All results", verdict.flatten({k: v for k, v in results.items() if k != "command"})),
         "<section><h2>How it was made</h2>",
@@ -207,6 +233,20 @@ def write_page(path: str | os.PathLike, title: str, body: str, style: str = "") 
     return path
 
 
+def _in_order(short: str, sections: Mapping[str, str], results: Mapping[str, Any]) -> list[str]:
+    """The table of the main results comes first if it has an accuracy; otherwise after the images of their owner."""
+    if verdict.main_accuracies(results) or "map" not in sections:
+        return [short, *sections.values()]
+    own = [name for name in sections if name in _OF_THE_OWNER]
+    return [*(sections[name] for name in own), short, *(sections[name] for name in sections if name not in own)]
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out).writerows([columns, *rows])
+    return out.getvalue()
+
+
 def _present(panel: Any) -> bool:
     return panel is not None and len(panel) > 0
 
@@ -215,8 +255,10 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
     title, caption, draw = _SECTIONS[name]
     try:
         drawn = draw(panel)
+        if isinstance(drawn, str):
+            return _whole(name, title, caption, drawn)
         figure, titles = drawn if isinstance(drawn, Titled) else (drawn, ())
-        figures.save(figure, folder / f"{name}.png")
+        png = figures.save(figure, folder / f"{name}.png").read_bytes()
     except Exception as error:  # one figure must not cost a long run its report
         if storage.refusal(error):
             raise  # the others cannot be written either
@@ -225,7 +267,8 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
         return f'<section id="{name}"><h2>{escape(title)}</h2><p class=missing>{escape(said)}</p></section>'
     # The page shows fewer pixels than the file has: sharp on dense screens. CSS shrinks it on narrow ones.
     width, height = (round(inches * DPI / 1.8) for inches in figure.get_size_inches())
-    picture = f'<img src="{name}.png" width="{width}" height="{height}" alt="{escape(title)}">'
+    source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"  # the page is one file
+    picture = f'<img src="{source}" width="{width}" height="{height}" alt="{escape(title)}">'
     if titles:  # positions are shares of the figure's size, which depends on the screen
         over = "".join(
             f'<i title="{escape(text)}" style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;'
@@ -234,8 +277,11 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
         )
         picture = f"<div class=titled>{picture}{over}</div>"
     below = _file_names(panel["names"]) if name == "near_duplicates" else ""
-    head = f"<h2>{escape(title)}</h2><p>{escape(caption)}</p>"
-    return f'<section id="{name}">{head}<figure>{picture}</figure>{below}</section>'
+    return _whole(name, title, caption, f"<figure>{picture}</figure>{below}")
+
+
+def _whole(name: str, title: str, caption: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{escape(title)}</h2><p>{escape(caption)}</p>{body}</section>'
 
 
 def _file_names(groups: Sequence[Sequence[str]]) -> str:
@@ -309,56 +355,15 @@ def escape(text: Any) -> str:
     return html.escape(str(text), quote=True)
 
 
-_CSS = """
-:root{color-scheme:light dark;--ink:#1c2733;--muted:#5c6773;--line:#dfe3e8;--page:#fff;--box:#f5f7f9;
---accent:#0072b2}
-@media(prefers-color-scheme:dark){:root{--ink:#e8ecf0;--muted:#a3adb8;--line:#38424d;--page:#14191f;--box:#1d242c;
---accent:#56b4e9}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:948px;padding:32px 24px 64px;background:var(--page);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sans-serif}
-h1{font-size:2rem;line-height:1.2;margin:0 0 8px;overflow-wrap:anywhere}
-h2{font-size:1.3rem;margin:0 0 8px}
-h3{font-size:1rem;margin:16px 0 4px}
-.lead{font-size:1.1rem;color:var(--muted);margin:0;overflow-wrap:anywhere}
-section{margin-top:48px}
-section>p{max-width:72ch;margin:0 0 16px;color:var(--muted)}
-figure{margin:0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:16px;text-align:center}
-img{max-width:100%;height:auto;vertical-align:middle}
-.titled{position:relative;display:inline-block;max-width:100%}
-.titled i{position:absolute}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.94rem}
-th,td{text-align:left;vertical-align:top;padding:8px 16px 8px 0;border-bottom:1px solid var(--line)}
-th{font-weight:600}
-thead th{color:var(--muted);font-weight:400;font-size:.85rem}
-.value{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.value{font-weight:700;font-size:1.1rem;color:var(--accent);line-height:1.4}
-.better{color:var(--muted);white-space:nowrap}
-@media(min-width:700px){.verdict th{white-space:nowrap}}
-.all th,.all td{padding:3px 16px 3px 0;font-weight:400}
-.plain{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-.steps th,.steps td{padding:3px 16px 3px 0;font-weight:400}
-.steps td.value{font-size:inherit}
-.steps tr:last-child th{font-weight:600}
-.share{width:40%;white-space:nowrap;font-variant-numeric:tabular-nums}
-.share i{display:inline-block;height:.7em;margin-right:8px;min-width:1px;max-width:75%;background:var(--accent)}
-.missing{border-left:4px solid #d55e00;padding:8px 16px;background:var(--box)}
-pre{background:var(--box);border:1px solid var(--line);border-radius:8px;padding:12px 16px;overflow-x:auto;
-font:13.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
-overflow-wrap:anywhere;margin:4px 0}
-details{margin-top:16px}
-summary{cursor:pointer;font-weight:600}
-@media(max-width:699px){body{padding:16px 12px 48px}figure{padding:8px}
-.verdict thead{display:none}.verdict tr{display:grid;grid-template-columns:1fr auto auto;padding:8px 0;
-border-bottom:1px solid var(--line)}.verdict th,.verdict td{border:0;padding:0 0 0 12px}.verdict th{padding:0}
-.verdict td:last-child{grid-column:1/-1;padding:2px 0 0;color:var(--muted)}}
-"""
+_CSS = pathlib.Path(__file__).with_suffix(".css").read_text("utf-8")
+
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: file: 'self'; \
+style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style>

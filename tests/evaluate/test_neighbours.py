@@ -10,8 +10,11 @@ from evaluations import encoded, evaluation, source
 from jaxcl.errors import UserError
 from jaxcl.evaluate import duplicates as module
 from jaxcl.evaluate import near_duplicates, nearest_neighbours
+from jaxcl.evaluate.beginnings import at_the_beginning
+from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.duplicates import thumbnail
-from jaxcl.report.neighbours import neighbour_grid, thumbnail_map
+from jaxcl.report.explorer import explorer
+from jaxcl.report.neighbours import neighbour_grid
 
 
 def unit(x):
@@ -149,7 +152,17 @@ def test_the_evaluator(labelled):
     np.testing.assert_array_equal(shown["found"][0], source("train").images[order[q]])
     assert shown["found_names"][0] == [f"train/<{i}>.jpg" for i in order[q]]
     assert panels["near_duplicates"]["names"] == [["train/<3>.jpg", "test/<0>.jpg"]]
-    assert len(panels["map"]["names"]) == 68
+    shown = panels["map"]
+    assert len(shown["names"]) == 68 and list(shown["features"]) == ["trained", "untrained"]
+    both = [encoded(e, state, split, *images)[0] for split, images in TRAIN_AND_TEST]
+    np.testing.assert_allclose(shown["features"]["trained"], np.concatenate(both), rtol=1e-4, atol=1e-5)
+    fresh = at_the_beginning(EvalContext(e, state, mesh, "test"), "untrained")
+    both = np.concatenate([fresh.features("train"), fresh.features("test")])
+    np.testing.assert_allclose(shown["features"]["untrained"], both, rtol=1e-4, atol=1e-5)
+    assert (shown["classes"] is not None) == labelled
+
+
+TRAIN_AND_TEST = (("train", ()), ("test", (lambda x: named("test", True).images,)))
 
 
 def test_two_training_images_and_one_to_test_on():
@@ -161,7 +174,8 @@ def test_two_training_images_and_one_to_test_on():
     assert "near_duplicates" not in panels and panels["neighbours"]["found"].shape[:2] == (1, 2)
     assert panels["neighbours"]["names"] == ["test image 0"]
     neighbour_grid(**panels["neighbours"])
-    assert "too few" in thumbnail_map(**panels["map"]).texts[0].get_text()
+    with pytest.raises(ValueError, match="too few"):
+        explorer(**panels["map"])
 
 
 def few(split, labelled):

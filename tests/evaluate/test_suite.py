@@ -138,8 +138,9 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
     with caplog.at_level("INFO", logger="jaxcl"):
         assert e.quick(state, mesh) == {} == e.quick(state, mesh)
         results, panels = e.final(state, mesh)
-    assert set(results) == {"collapse", "neighbours"}  # what needs no label
-    assert set(panels) == {"views", "neighbours", "map"}  # the map of images stands for the one of points
+    assert set(results) == {"collapse", "neighbours", "clusters"}  # what needs no label
+    # The map of images stands for the one of points.
+    assert set(panels) == {"views", "neighbours", "map", "clusters", "odd", "table"}
     kinds = {"effective_rank", "uniformity"}  # what needs no label
     assert set(results["collapse"]) == {f"{k}_{name}" for k in "hz" for name in kinds}
     made = {name: make_evaluator(name) for name in EVERYTHING}

@@ -1,7 +1,6 @@
 """Pictures of neighbours: every image is where its title is, and odd sets have a picture too."""
 
 import numpy as np
-import pytest
 
 from jaxcl.report import neighbours
 
@@ -39,25 +38,18 @@ def test_neighbours_stand_beside_their_image():
                 assert pixels_at(drawn, title) == colours[r, c].tolist()
 
 
-def test_the_map_shows_images_where_their_features_lie():
-    images, colours = flat(60)
-    features = np.repeat(np.eye(3), 20, 0) * 5 + RNG.normal(size=(60, 3)) * 0.1  # three heaps
-    drawn = neighbours.thumbnail_map(features, images, [f"{i}" for i in range(60)])
-    place = {int(t[4]): np.array(t[:2]) for t in drawn.titles}
-    assert 3 <= len(place) <= 60 and {i // 20 for i in place} == {0, 1, 2}
-    for i in place:
-        assert pixels_at(drawn, str(i)) == colours[i].tolist()
-        for j in place:  # none covers another
-            assert i == j or (np.abs(place[i] - place[j]) >= np.array([t[2:4] for t in drawn.titles][0]) - 1e-3).any()
-    middles = [np.mean([p for i, p in place.items() if i // 20 == heap], 0) for heap in range(3)]
-    for i, p in place.items():
-        assert np.argmin([np.abs(p - m).sum() for m in middles]) == i // 20
-
-
-@pytest.mark.parametrize("features", [np.zeros((20, 4)), np.ones((2, 4)), np.full((20, 4), np.nan)])
-def test_a_map_of_nothing_says_why(features):
-    figure = neighbours.thumbnail_map(features, flat(len(features))[0], ["x"] * len(features))
-    assert figure.texts[0].get_text()
+def test_clusters_are_rows_and_odd_ones_have_their_names():
+    parts = [flat(n) for n in (8, 3)]
+    names = [[f"{g}/{i}.png" for i in range(len(images))] for g, (images, _) in enumerate(parts)]
+    drawn = neighbours.cluster_grid([images for images, _ in parts], names, [20, 3], 4)
+    for called, (_, colours) in zip(names, parts, strict=True):
+        for name, colour in zip(called, colours, strict=True):
+            assert pixels_at(drawn, name) == colour.tolist()
+    images, colours = flat(20)
+    odd = np.linspace(1, 0.5, 20)
+    drawn = neighbours.odd_grid(images, [f"{i}.png" for i in range(20)], odd)
+    for i in range(20):
+        assert pixels_at(drawn, f"{i}.png, {odd[i]:.3f}") == colours[i].tolist()
 
 
 def test_groups_of_near_duplicates():

@@ -1,6 +1,9 @@
 """The page stands alone, says and escapes what it was given, and survives a panel that cannot be drawn."""
 
+import base64
+import csv
 import html.parser
+import io
 import json
 import subprocess
 import sys
@@ -33,8 +36,16 @@ def _panels(n=12, classes=4):
             "names": [EVIL, "$5 'note'"],
             "found_names": [[EVIL, "a", 'b"c']] * 2,
         },
-        "map": {"features": rng.normal(size=(n, 8)), "images": images, "names": [f"{EVIL}/{i}.jpg" for i in range(n)]},
+        "map": {
+            "features": {"continued": rng.normal(size=(n, 8)), EVIL: rng.normal(size=(n, 3))},
+            "images": images,
+            "names": [f"{EVIL}/{i}.jpg" for i in range(n)],
+            "classes": names * 3,
+            "groups": labels.tolist(),
+        },
+        "clusters": {"images": [images[:2], images[:3]], "names": [["a", EVIL], ["b"] * 3], "sizes": [9, 3], "more": 2},
         "near_duplicates": {"images": [images[:2], images[:3]], "names": [["a", EVIL], ["b", "c", "d/猫.png"]]},
+        "odd": {"images": images[:3], "names": [EVIL, "b", "c"], "odd": heat[0, 0, :3]},
         "saliency": {
             "image": images,
             "map": heat,
@@ -98,13 +109,14 @@ class _Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.tags, self.titles, self.text, self.open = [], [], [], "", []
+        self.links, self.tags, self.titles, self.sections, self.text, self.open = [], [], [], [], "", []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.sections += [value for name, value in attrs if name == "id" and tag == "section"]
         self.links += [value for name, value in attrs if name in ("src", "href")]
         self.titles += [value for name, value in attrs if name == "title"]
         if tag not in ("meta", "img"):
@@ -134,30 +146,49 @@ def full(tmp_path_factory):
     )
 
 
-def test_page_needs_nothing_but_its_folder(full):
+def test_the_page_is_one_file(full):
     text = full.read_text(encoding="utf-8")
     page = _Page(text)
     assert full.name == "index.html" and full.parent.name == "report"
-    assert "script" not in page.tags and "link" not in page.tags
-    assert not any(word in text for word in ("http:", "https:", "url(", "@import"))
-    pictures = [*page.links]
-    assert pictures == [f"{p}.png" for p in ("curves", *_panels())]
+    assert page.tags.count("script") == 2 and "link" not in page.tags  # the map: its data, and what draws it
+    assert not any(word in text for word in ("http:", "https:", "url(", "@import", "fetch(", "XMLHttpRequest"))
+    drawn = [name for name in page.sections if name != "map"]
+    assert sorted(page.sections) == sorted(["curves", *_panels()])
+    pictures = [f"{name}.png" for name in drawn]
     assert {p.name for p in full.parent.iterdir()} == {"index.html", *pictures}
+    for name, link in zip(pictures, page.links, strict=True):
+        kind, _, content = link.partition(",")
+        assert kind == "data:image/png;base64" and base64.b64decode(content) == (full.parent / name).read_bytes()
     for name in pictures:
         pixels = imread(full.parent / name)
         assert 500 <= pixels.shape[1] <= 1640 and pixels[..., :3].std() > 0.02  # something is drawn
 
 
+def test_what_the_owner_of_the_images_came_for_comes_first(tmp_path):
+    panels = {k: v for k, v in _panels().items() if k in ("map", "clusters", "odd", "views", "near_duplicates")}
+    panels["table"] = {"columns": ("file", "group"), "rows": [("a,b.png", 1), ('"c".png', 2)]}
+    given = dict(config={}, environment={}, metrics=[], panels=panels)
+    page = write_report(tmp_path, results={"neighbours": {"cosine": 0.5}}, **given)
+    sections = _Page(page.read_text(encoding="utf-8")).sections
+    assert sections[:4] == ["map", "clusters", "near_duplicates", "odd"] and sections[-1] == "views"
+    text = page.read_text(encoding="utf-8")
+    assert text.index('id="odd"') < text.index("table class=verdict") < text.index('id="views"')
+    table = list(csv.reader(io.StringIO((page.parent / "images.csv").read_text())))
+    assert table == [["file", "group"], ["a,b.png", "1"], ['"c".png', "2"]]
+    text = write_report(tmp_path, results=_RESULTS, **given).read_text(encoding="utf-8")  # there are labels
+    assert text.index("table class=verdict") < text.index('id="map"')
+
+
 def test_page_escapes_everything_it_is_given(full):
     text = full.read_text(encoding="utf-8")
-    assert "<script" not in text and "alert(&quot;x&quot;)" in text
+    assert f"<{EVIL[1:9]}alert" not in text and "alert(&quot;x&quot;)" in text
     page = _Page(text)
     for place in (f"--config={EVIL}", f"strange.note{EVIL}", f"devices{EVIL}"):
         assert place in page.text
     assert page.text.count(EVIL) >= 4
     assert "a, " + EVIL in page.text  # of the near-duplicates
     titles = page.titles
-    assert f"{EVIL}/3.jpg" in titles and f'b"c, cosine {_panels()["neighbours"]["cosine"][0, 2]:.3f}' in titles
+    assert EVIL in titles and f'b"c, cosine {_panels()["neighbours"]["cosine"][0, 2]:.3f}' in titles
 
 
 def test_page_says_the_results(full):
@@ -244,7 +275,7 @@ def test_a_broken_panel_is_named_and_a_stale_picture_goes(tmp_path, caplog):
         panels={"confusion": {"matrix": "nonsense"}, "robustness": {"classifier, FGSM": {"4": 0.5}}, "unheard_of": [1]},
     )
     parsed = _Page(page.read_text(encoding="utf-8"))
-    assert parsed.links == ["curves.png", "robustness.png"]
+    assert parsed.sections == ["curves", "confusion", "robustness"] and len(parsed.links) == 2
     assert "could not be drawn: " in parsed.text and not (tmp_path / "report" / "confusion.png").exists()
     assert "'confusion'" in caplog.text and "'unheard_of'" in caplog.text
 

@@ -1,5 +1,6 @@
 """The first command of the README, on generated photos: an unlabelled folder is trained on and its neighbours shown."""
 
+import csv
 import html.parser
 import json
 import resource
@@ -66,8 +67,13 @@ def check(folder, pairs):
     assert {tuple(sorted(pair)) for pair in pairs} <= found and results["copies"] == len(found)
     assert results["cosine"] > results["any_cosine"]
     page = _Titles((folder / "report" / "index.html").read_text())
-    assert {"views", "neighbours", "map", "near_duplicates"} <= set(page.sections)
-    for section in ("neighbours", "map", "near_duplicates"):
+    assert page.sections[:5] == ["map", "clusters", "neighbours", "near_duplicates", "odd"] and "views" in page.sections
+    with (folder / "report" / "images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["file"] for row in rows}) and {name for pair in pairs for name in pair} <= {
+        row["file"] for row in rows
+    }
+    for section in ("neighbours", "clusters", "near_duplicates", "odd"):
         assert (folder / "report" / f"{section}.png").stat().st_size > 3000
     assert any(name in page.titles for pair in pairs for name in pair)
     assert sum("cosine" in title for title in page.titles) >= 8

@@ -1,0 +1,51 @@
+"""The encoder as it was before training, beside which a trained one is shown."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.errors import UserError
+from jaxcl.evaluate.base import NotApplicable
+from jaxcl.evaluate.context import EvalContext
+from jaxcl.method import sharding
+from jaxcl.method.init_state import init_state
+from jaxcl.method.initial_weights import starting_weights
+
+PRETRAINED, UNTRAINED = "pretrained", "untrained"
+
+
+def beginnings(config: ConfigDict) -> tuple[str, ...]:
+    """Which of the two there are: the weights that the config names, and random ones."""
+    return ((PRETRAINED,) if config.model.get("weights") else ()) + (UNTRAINED,)
+
+
+def at_the_beginning(context: EvalContext, which: str) -> EvalContext:
+    """The context of the same images and of an encoder that was not trained on them.
+
+    Args:
+      context: of the trained encoder.
+      which: "untrained", the random weights that training from scratch begins with, whatever `model.weights` is; or
+        "pretrained", the weights that it names.
+
+    Raises:
+      NotApplicable: the pretrained weights cannot be read any more.
+    """
+    recipe, weights = context.recipe, {}
+    if which == PRETRAINED:
+        try:
+            weights = starting_weights(context.setup.config, recipe)
+        except UserError as error:
+            raise NotApplicable(f"the weights that training began with cannot be read any more ({error})") from error
+
+    def variables(seed: jax.Array, weights: Any) -> tuple[dict, dict]:
+        state = init_state(recipe, seed, weights)
+        return state.params, state.batch_stats
+
+    replicated = sharding.replicated(context.mesh)
+    fresh = context.setup.compiled(which, lambda: jax.jit(variables, out_shardings=replicated))
+    params, batch_stats = fresh(np.uint32(recipe.seed), weights)
+    state = dataclasses.replace(context.state, params=params, batch_stats=batch_stats)
+    return EvalContext(context.setup, state, context.mesh, context.split)
