@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxcl import saliency
 from jaxcl.augment import denormalize, to_float
+from jaxcl.data.selection import cut_down
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import EvalContext, EvalSetup
@@ -206,11 +207,12 @@ def _explained(context: EvalContext, truth: np.ndarray | None) -> dict[str, Any]
         show = lambda x: denormalize(x, recipe.mean, recipe.std).clip(0, 1)  # noqa: E731
         return {"image": show(image), "map": maps, "keep": keep, "masked": show(masked), "accepted": accepted}
 
-    some = min(len(test), PICTURED)
-    out = context.first(test.take(np.arange(some)) if test.in_memory else test, some, "explained", explain)
-    of_each = (np.flatnonzero(out["accepted"] == accepted)[:SHOWN] for accepted in (True, False))
-    chosen = np.sort(np.concatenate(list(of_each)))
+    rows = cut_down(test.labels, PICTURED, seed=0)  # of all classes: files mostly come in the order of theirs
+    out = context.collect(test.take(rows), "explained", explain)
+    labels = test.labels[rows]
+    of_each = [np.flatnonzero(out["accepted"] == accepted) for accepted in (True, False)]
+    chosen = np.sort(np.concatenate([some[cut_down(labels[some], SHOWN, seed=0)] for some in of_each]))
     out = {k: v[chosen] for k, v in out.items()}
-    out["true_mask"] = None if truth is None or truth.shape[1:] != out["map"].shape[1:] else truth[chosen]
-    out["names"] = [test.class_names[i] if i >= 0 else "" for i in test.batch(chosen)["label"]]
+    out["true_mask"] = None if truth is None or truth.shape[1:] != out["map"].shape[1:] else truth[rows[chosen]]
+    out["names"] = [test.class_names[i] if i >= 0 else "" for i in labels[chosen]]
     return out

@@ -135,3 +135,20 @@ def test_metrics_explain_the_predicted_class_and_pictures_the_true_one(monkeypat
     assert tuple(first) in seen and any(t[: len(rest)] == tuple(rest) for t in seen)
     assert tuple(labels[:16]) in seen
     assert "explanation" in results and "saliency" in panels
+
+
+def test_pictures_are_of_all_classes(monkeypatch):
+    """Files come in the order of their classes: the first ones are of one class."""
+
+    def in_order(split, labelled=True):
+        s = source(split, labelled)
+        return s if split == "train" else s.take(np.argsort(s.labels, kind="stable"))
+
+    monkeypatch.setattr("jaxcl.evaluate.explanation.PICTURED", 8)
+    e, state, mesh = evaluation(final=("explanation",), report=True, sources=in_order)
+    _, panels = e.final(state, mesh)
+    assert set(panels["saliency"]["names"]) == set("abcd")
+    test = in_order("test")
+    for image, name in zip(panels["saliency"]["image"], panels["saliency"]["names"], strict=True):
+        near = np.abs(test.images / 255 - image).max((1, 2, 3)) < 1e-4
+        assert test.class_names[test.labels[int(np.flatnonzero(near)[0])]] == name
