@@ -57,13 +57,16 @@ def _same_config(workdir: epath.Path, config: dict[str, Any]) -> None:
         )
 
 
-def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool) -> RunLock | None:
+def claim(
+    workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool, *, record: bool = True
+) -> RunLock | None:
     """Make the run folder, or check that it holds this run, and lock it.
 
     Args:
       config: as plain containers.
       facts: of the training data (`data_facts`), "class_names", ROW_ORDER and, where it is known, FINGERPRINT.
       writes: whether this process writes to the folder; exactly one process does.
+      record: write config.json, data.json and environment.json; without it, a run stays as it was.
 
     Returns:
       The lock, in the process that writes; None in the others.
@@ -84,9 +87,10 @@ def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], wr
     def write() -> str:
         try:
             held.append(RunLock(workdir))
-            write_json(workdir / "config.json", config)
-            write_json(workdir / "data.json", facts)
-            write_json(workdir / "environment.json", environment())
+            if record:
+                write_json(workdir / "config.json", config)
+                write_json(workdir / "data.json", facts)
+                write_json(workdir / "environment.json", environment())
         except (OSError, UserError) as error:
             for lock in held:
                 lock.close()
