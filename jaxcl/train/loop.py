@@ -20,7 +20,7 @@ from jaxcl.method.update import compile_update
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import agreement, diverged, run_folder
+from jaxcl.train import agreement, code, diverged, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import AGAIN, Checkpoints, Preemption
@@ -197,7 +197,7 @@ def _finish(job: Job, state: TrainState, best: Best, *, started: float, trained:
         "config": config.name,
         "steps": job.recipe.total_steps,
         "command": run_folder.command(),
-        "versions": run_folder.environment()["packages"],
+        "versions": code.packages(),
         "seconds": {"train": round(trained - started, 1), "evaluate": round(time.monotonic() - trained, 1)},
     }
     if not writes():
@@ -207,7 +207,7 @@ def _finish(job: Job, state: TrainState, best: Best, *, started: float, trained:
         page = report.write_report(
             workdir,
             config=job.plain,
-            environment=run_folder.environment(),
+            environment=run_folder.environment(job.plain),
             results=results,
             metrics=report.read_metrics(workdir),
             panels=panels | {"step_time": profiles.read_step_time(workdir)},

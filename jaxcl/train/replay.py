@@ -190,7 +190,7 @@ def _compile_examination(job: Job, phase: Phase) -> Callable[[TrainState, Batch]
 
 
 def norm_by_layer(tree: Any) -> dict[str, jax.Array]:
-    """{"encoder/stages_0_0/conv1": L2 norm of its arrays, ...}, float32; it overflows only where an entry does."""
+    """{"encoder/stages_0_0/conv1": L2 norm of its arrays, ...}, float32; their squares may overflow."""
     layers: dict[str, list[jax.Array]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")

@@ -29,14 +29,14 @@ def npz(tmp_path_factory):
     return tiny.colours(tmp_path_factory.mktemp("data") / "colours.npz")
 
 
-def short(name, npz, steps=3, every=2):
+def short(name, npz, steps=3, every=2, start="0"):
     """A config of the project on the tiny network, without evaluations."""
     c = shrink(config_module(name).get_config(), npz)
     for view in c.views.values():
         for key in {"jitter_p", "grayscale"} & set(view):
             view[key] = 0.0  # colour compiles slowly
     for stage in c.stages:
-        stage.start = "50%"
+        stage.start = start
         if "tap" in stage:
             stage.tap = "stage1"
     c.duration, c.checkpoint.every, c.devices = f"{steps} steps", f"{every} steps", 1
@@ -60,14 +60,17 @@ def rows_of(step, seed=0):
 # ---- healthy updates
 
 
-@pytest.mark.parametrize("name", ["excon", "clae", "moco"])
-def test_any_update_again(name, npz, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, start, steps",
+    [("excon", "50%", {3: 2, 2: 0}), ("clae", "0", {3: 2}), ("moco", "0", {3: 2})],
+)
+def test_any_update_again(name, start, steps, npz, tmp_path, capsys):
     """From a checkpoint and from the start: every metric is that of the run to the bit, and the run stays as it was."""
-    c = short(name, npz)
+    c = short(name, npz, start=start)
     train.run(c, tmp_path)
     before = contents(tmp_path)
     capsys.readouterr()
-    for step, begin in ((3, 2), (2, 0)):
+    for step, begin in steps.items():
         found = replay.run(c, tmp_path, step)
         (row,) = (row for row in read_metrics(tmp_path) if row["step"] == step)
         assert found["metrics"]["loss"] == row["loss"]
@@ -75,7 +78,7 @@ def test_any_update_again(name, npz, tmp_path, capsys):
         assert set(found["recorded"]["same"]) == numbers and found["recorded"]["differ"] == {}
         assert found["from"]["step"] == begin and found["batch"]["index"] == rows_of(step)
         assert found["first"] is None and len(found["arrays"]) > 50
-        assert len(found["phase"]["stages"]) == (len(c.stages) if step == 3 else 0)
+        assert len(found["phase"]["stages"]) == (0 if (start, step) == ("50%", 2) else len(c.stages))
         # The other program: the same up to rounding.
         loss = sum(term["weight"] * term["value"] for term in found["terms"].values())
         assert loss == pytest.approx(found["metrics"]["loss"], rel=1e-4)
@@ -225,7 +228,7 @@ def test_the_layer_is_named(path, name, way, npz, tmp_path):
     assert (found["first"]["name"], found["first"]["pass"]) == (name, way)
     assert found["first"]["not_finite"] > 0 and found["from"] == {"step": 3, "folder": "checkpoints"}
     assert open_run(tmp_path).step == 3
-    assert found["layers"]["/".join(path[:-1])]["gradient"] in ("nan", "inf") or found["layers"]
+    assert found["layers"]["/".join(path[:-1])]["parameter"] == "inf"  # of finite entries, but beyond float32
 
 
 def test_a_parameter_that_is_not_finite_comes_before_all(npz, tmp_path):
