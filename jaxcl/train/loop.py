@@ -4,7 +4,9 @@ import contextlib
 import functools
 import logging
 import os
+import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -68,6 +70,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
             if reason := storage.refusal(error):
                 what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
                 raise UserError(f"{what}; make room, then run the same command again to continue") from None
+            if pathlib.PurePath(workdir) in pathlib.PurePath(str(error.filename or "")).parents:
+                # Something else has its name, or it is another user's.
+                what = f"{error.filename}: {(error.strerror or str(error)).lower()}"
+                raise UserError(f"{what}; move it away, then run the same command again to continue") from None
             raise
 
 
@@ -123,11 +129,16 @@ def _train(
         update_of = functools.cache(lambda phase: compile_update(recipe, phase, job.state_shardings, job.rows))
         monitor = compile_monitor(recipe, job.state_shardings, job.rows)
 
+        def look(step: int, state: TrainState) -> None:
+            """Raise Diverged unless a run can go on from this state; before anything is saved."""
+            ruined = [part for part, count in jax.device_get(_ruined(state)).items() if count]
+            if ruined:
+                what = f"the {ruined[0]} are no longer finite at step {step}"
+                raise Diverged(what, step=step + 1, update=step, metrics=log.newest)
+
         def save(step: int, state: TrainState) -> None:
             log.flush()
-            if not _sound(state.params):
-                what = f"the parameters are no longer finite at step {step}"
-                raise Diverged(what, step=step + 1, update=step, metrics=log.newest)
+            look(step, state)
             checkpoints.save(step, state)
 
         def stop(step: int, state: TrainState) -> NoReturn:
@@ -140,6 +151,7 @@ def _train(
             raise error from None
 
         def evaluate(step: int, state: TrainState) -> None:
+            look(step, state)
             try:
                 with log.paused(), preemption.waiting():
                     metrics = job.evaluation.quick(job.gather(state), job.mesh)
@@ -223,9 +235,22 @@ def _finish(job: Job, state: TrainState, best: Best, *, started: float, trained:
 
 
 @jax.jit
-def _sound(params: Any) -> jax.Array:
-    """Whether parameters can be trained further: none is NaN, or so large that its square is infinite."""
-    return jnp.isfinite(sum(jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32))) for x in jax.tree.leaves(params)))
+def _ruined(state: TrainState) -> dict[str, jax.Array]:
+    """How many arrays of each part of a state no run can go on from: NaN, or so large that their square is infinite.
+
+    Memory, which may be anybody's, may hold infinities.
+    """
+
+    def count(bad: Callable[[jax.Array], jax.Array], tree: Any) -> jax.Array:
+        arrays = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return sum((bad(x).any() for x in arrays), jnp.zeros((), jnp.int32))
+
+    return {
+        "parameters": count(lambda x: ~jnp.isfinite(jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))), state.params),
+        "batch statistics": count(lambda x: ~jnp.isfinite(x), state.batch_stats),
+        "optimizer's sums": count(lambda x: ~jnp.isfinite(x), state.opt_state),
+        "arrays in memory": count(jnp.isnan, state.memory),
+    }
 
 
 def _evaluated(workdir: epath.Path, step: int) -> bool:

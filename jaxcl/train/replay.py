@@ -8,6 +8,7 @@ gradients and watches the arrays inside (`jaxcl.method.watch`), whose last bits 
 K watched arrays.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -32,7 +33,7 @@ from jaxcl.method.watch import Watched, watched
 from jaxcl.report.metrics import as_json
 from jaxcl.runtime import storage
 from jaxcl.train import agreement, diverged, run_folder
-from jaxcl.train.checkpoint import Checkpoints
+from jaxcl.train.checkpoint import Checkpoints, Preemption
 from jaxcl.train.intervals import due
 from jaxcl.train.job import Job, latest, prepare, same_data, writes
 from jaxcl.train.monitor import compile_monitor
@@ -80,19 +81,24 @@ def run(config: ConfigDict, workdir: str | os.PathLike, step: int) -> dict[str, 
     if not 1 <= step <= job.recipe.total_steps:
         raise UserError(f"--replay is {step}, but the run has the updates 1 to {job.recipe.total_steps}")
     same_data(job)
-    lock = run_folder.claim(workdir, plain, job.known, writes(), record=False)
-    try:
+    with contextlib.ExitStack() as stack:
+        preemption = Preemption(at_once=True)
+        stack.callback(preemption.close)
+        preemption.loop_ended()  # there is nothing to save
+        if lock := run_folder.claim(workdir, plain, job.known, writes(), record=False):
+            stack.callback(lock.close)
         found = _replay(job, step)
         if writes():
+            print(table(found), flush=True)
             path = workdir / diverged.FOLDER / f"replay_{step}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            run_folder.write_json(path, found)
-            print(table(found))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                run_folder.write_json(path, found)
+            except OSError as error:
+                why = storage.refusal(error) or error.strerror or error
+                raise UserError(f"cannot write {os.fspath(path)}: {why}; the table is above") from None
             print(f"written to {os.fspath(path)}", flush=True)
         return found
-    finally:
-        if lock:
-            lock.close()
 
 
 def _replay(job: Job, step: int) -> dict[str, Any]:
@@ -223,9 +229,12 @@ def _arrays(found: list[Watched], largest: np.ndarray, faults: np.ndarray) -> li
 
 def _recorded(job: Job, step: int) -> dict[str, Any]:
     """The metrics that the run kept of this update alone."""
-    path = diverged.batch_file(job.workdir, step)
+    path, advice = diverged.batch_file(job.workdir, step), "remove it"
     if path.is_file():
-        return storage.read_json(path, "metrics", advice="remove it")["metrics"]
+        found = storage.read_json(path, "metrics", advice=advice)["metrics"]
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is not one of jaxcl: its metrics are no object; {advice}")
+        return found
     if job.every.log > 1:  # the lines are means over several updates
         return {}
     rows = [row for row in report.read_metrics(job.workdir) if row["step"] == step and "lr" in row]
@@ -236,9 +245,10 @@ def _compared(recorded: dict[str, Any], metrics: dict[str, Any]) -> dict[str, An
     same, differ = [], {}
     for name in sorted(recorded.keys() & metrics.keys()):
         there, here = recorded[name], metrics[name]
-        if isinstance(there, list) or isinstance(here, list):  # histograms are rounded when they are written
+        try:
+            there = float(there)
+        except (TypeError, ValueError):  # histograms are rounded when they are written
             continue
-        there = float(there)
         if there == here or (math.isnan(there) and math.isnan(here)):
             same.append(name)
         else:

@@ -151,7 +151,7 @@ def _close(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_close, a, b))
     if isinstance(a, float) or isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-6)
+        return all(isinstance(x, (int, float)) for x in (a, b)) and math.isclose(a, b, rel_tol=1e-6)
     return a == b
 
 

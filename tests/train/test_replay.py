@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from processes import ROOT, cli, one_line
 from train_checks import config_module, shrink
 
@@ -18,6 +19,7 @@ from jaxcl.report import read_metrics
 from jaxcl.runtime.lock import RunLock
 from jaxcl.train import loop as train
 from jaxcl.train import replay
+from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import Checkpoints
 from jaxcl.train.runs import open_run
 
@@ -203,6 +205,41 @@ def test_the_state_that_was_saved_before_it(npz, tmp_path, monkeypatch):
     found = replay.run(c, tmp_path, 3)
     assert found["from"] == kept["state"] and found["first"] is None
     assert list(found["recorded"]["differ"]) == ["loss"] and "grad_norm" in found["recorded"]["same"]
+
+
+@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state", "memory"])
+def test_no_part_of_what_is_saved_is_ruined(part, npz, tmp_path, monkeypatch):
+    """Cases C.5: losses are still finite when the state is saved, but no run could go on from it."""
+    c = short("supcon", npz, steps=4)
+
+    def nothing_learned(*_):
+        def update(state, batch):
+            with jax.transfer_guard("allow"):
+                step = int(state.step) + 1
+                state = state.replace(step=np.int32(step))
+                if step == 2:
+                    spoil = lambda x: x * np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else x  # noqa: E731
+                    state = state.replace(**{part: jax.tree.map(spoil, getattr(state, part))})
+                return jax.device_put(state), {"loss": np.float32(1)}
+
+        return update
+
+    monkeypatch.setattr(train, "compile_update", nothing_learned)
+    monkeypatch.setattr(train, "compile_monitor", lambda *_: lambda state, batch: {})
+    with pytest.raises(Diverged) as error:
+        train.run(c, tmp_path)
+    assert error.value.update == 2 and error.value.step == 3 and "\n" not in str(error.value)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert json.loads((tmp_path / "nan" / "batch_2.json").read_text())["metrics"] == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, None])
+def test_no_state_is_the_best_by_a_score_that_is_none(npz, tmp_path, score):
+    """Cases C.5."""
+    c = short("supcon", npz)
+    c.data.validation = 0.25
+    Best(epath.Path(tmp_path), c).offer(2, None, {} if score is None else {"eval/knn_accuracy": score})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
