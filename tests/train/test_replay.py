@@ -133,8 +133,7 @@ def begun(folder, c, change=lambda params: params):
     (folder / "config.json").write_text((folder / "first" / "config.json").read_text())
     data = json.loads((folder / "first" / "data.json").read_text()) | {"row_order": shuffle.ORDER}
     (folder / "data.json").write_text(json.dumps(data))
-    positive = jax.tree.map(np.abs, (state.opt_state, state.memory))
-    state = state.replace(params=change(state.params), opt_state=positive[0], memory=positive[1])
+    state = state.replace(params=change(state.params))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(3, jax.device_put(state))
     return state
