@@ -31,7 +31,7 @@ class Watched:
       name: "SCOPE: LAYER" of the code that made it, such as "encode view1: ResNet/stages_0_0/conv1"; of an input or an
         output, its path in their tree.
       backward: made by the backward pass.
-      operation: of XLA, that made it; "" of an input.
+      operation: of JAX, that made it, such as "dot_general"; "" of an input.
       shape: of the array.
     """
 
@@ -102,8 +102,9 @@ def _chosen(jaxpr: Any, inputs: list[str], outputs: list[str]) -> list[tuple[Wat
                 name = ": ".join(filter(None, _place(stack)))
                 if output := output_of.get(var):
                     name = f"{name} -> {output}" if name else output
-                watch = Watched(name or eqn.primitive.name, "transpose(" in stack, eqn.primitive.name, var.aval.shape)
-                chosen.append((watch, var))
+                operation = eqn.params.get("name") if eqn.primitive.name in ("jit", "pjit") else None
+                operation = operation or eqn.primitive.name
+                chosen.append((Watched(name or operation, "transpose(" in stack, operation, var.aval.shape), var))
     return chosen
 
 

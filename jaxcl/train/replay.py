@@ -107,7 +107,7 @@ def _replay(job: Job, step: int) -> dict[str, Any]:
     state, begin = _state(job, folder, step)
     where = {"step": begin, "folder": "" if folder is None or not begin else os.fspath(folder.relative_to(job.workdir))}
     logger.info(
-        "replaying update %d from the state of step %d (%s); %d updates before it are repeated",
+        "replaying update %d from the state of step %d (%s), which takes %d updates before it",
         *(step, begin, where["folder"] or "a fresh one", step - 1 - begin),
     )
     update_of = functools.cache(lambda phase: compile_update(recipe, phase, job.state_shardings, job.rows))
@@ -280,12 +280,13 @@ def table(found: dict[str, Any]) -> str:
     if first is None:
         lines.append(f"all {len(found['arrays'])} arrays of the update are finite")
     else:
-        shape = " x ".join(map(str, first["shape"])) or "a scalar"
+        shape, size = " x ".join(map(str, first["shape"])) or "a scalar", math.prod(first["shape"])
         made = f", by {first['operation']}" if first["operation"] else ""
-        lines.append(f"first array that is not finite: {first['name']} ({first['pass']}{made}; {shape})")
-        lines.append(
-            f"  {first['not_finite']:,} of its entries are not; {count} arrays of {len(found['arrays'])} have such"
-        )
+        lines += [
+            f"first array that is not finite: {first['name']}",
+            f"  in the {first['pass']} pass{made}; {shape}; {first['not_finite']:,} of {size:,} entries",
+            f"  after it {count - 1} of the {len(found['arrays'])} arrays have such entries",
+        ]
     return "\n".join(lines)
 
 
