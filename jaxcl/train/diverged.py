@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from jaxcl.errors import Diverged
 from jaxcl.report.metrics import as_json
 from jaxcl.runtime import storage
 from jaxcl.train import run_folder
-from jaxcl.train.checkpoint import Checkpoints
-from jaxcl.train.job import Job
+from jaxcl.train.job import Job, writes
 
 logger = logging.getLogger("jaxcl")
 FOLDER = "nan"
@@ -29,9 +29,17 @@ KEY_KIND = "threefry2x32"  # as in `init_state`
 
 
 def keep(job: Job, error: Diverged) -> None:
-    """Write what is known of the update, and set the ruined state aside; call it in the process that writes."""
-    if error.step is None or error.update is None:
-        return
+    """Write what is known of the update, and set the ruined state aside; on all processes, of which one writes.
+
+    The others wait for it: a process that ends first would be missed, and the exit code say so.
+    """
+    if writes() and error.step is not None and error.update is not None:
+        _keep(job, error)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jaxcl diverged")
+
+
+def _keep(job: Job, error: Diverged) -> None:
     try:
         _set_aside(job.workdir, error.step - 1)
         folder, saved = saved_before(job.workdir, error.update)
@@ -95,12 +103,15 @@ def about(job: Job, step: int) -> dict[str, Any]:
 
 
 def saved_before(workdir: epath.Path, step: int) -> tuple[epath.Path | None, int]:
-    """(folder of checkpoints, step) of the newest saved state from which update `step` can be made; (None, 0): none."""
+    """(folder of checkpoints, step) of the newest saved state from which update `step` can be made; (None, 0): none.
+
+    It only lists folders, so one process may ask alone. Orbax decides whether a checkpoint is complete.
+    """
     found: list[tuple[int, epath.Path]] = []
     for folder in (workdir / FOLDER / "checkpoints", workdir / "checkpoints"):
         if folder.is_dir():
-            with Checkpoints(folder, read_only=True) as checkpoints:
-                found += [(saved, folder) for saved in checkpoints.steps if saved < step]
+            steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+            found += [(saved, folder) for saved in steps if saved < step]
     if not found:
         return None, 0
     saved, folder = max(found, key=lambda pair: pair[0])

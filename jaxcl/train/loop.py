@@ -106,8 +106,7 @@ def _run(
     try:
         state = _train(job, profile, preemption, lock, wandb, best)
     except Diverged as error:
-        if writes():
-            diverged.keep(job, error)
+        diverged.keep(job, error)
         raise
     results = _finish(job, state, best, started=started, trained=time.monotonic())
     if wandb:

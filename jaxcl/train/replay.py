@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
@@ -31,7 +30,7 @@ from jaxcl.method.state import TrainState
 from jaxcl.method.update import compile_update, make_update
 from jaxcl.method.watch import Watched, watched
 from jaxcl.report.metrics import as_json
-from jaxcl.runtime import storage
+from jaxcl.runtime import distributed, storage
 from jaxcl.train import agreement, diverged, run_folder
 from jaxcl.train.checkpoint import Checkpoints, Preemption
 from jaxcl.train.intervals import due
@@ -103,9 +102,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, step: int) -> dict[str, 
 
 def _replay(job: Job, step: int) -> dict[str, Any]:
     recipe, phase = job.recipe, job.recipe.phase(step - 1)
-    folder, begin = diverged.saved_before(job.workdir, step)
-    state, begin = _state(job, folder, step)
-    where = {"step": begin, "folder": "" if folder is None or not begin else os.fspath(folder.relative_to(job.workdir))}
+    state, begin, folder = _state(job, step)
+    where = {"step": begin, "folder": folder}
     logger.info(
         "replaying update %d from the state of step %d (%s), which takes %d updates before it",
         *(step, begin, where["folder"] or "a fresh one", step - 1 - begin),
@@ -137,13 +135,19 @@ def _replay(job: Job, step: int) -> dict[str, Any]:
     return as_json(content)
 
 
-def _state(job: Job, folder: epath.Path | None, step: int) -> tuple[TrainState, int]:
-    """The nearest state before an update that is undamaged, else a fresh one; -> (state, its step)."""
-    if folder is None:
-        return job.fresh_state(), 0
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        state = checkpoints.restore(job.abstract_state, at_most=step - 1)
-    return state, int(state.step)
+def _state(job: Job, step: int) -> tuple[TrainState, int, str]:
+    """The nearest state before an update; -> (state, its step, its folder in the run's: "" for a fresh one)."""
+
+    def find() -> str:
+        folder, _ = diverged.saved_before(job.workdir, step)
+        return "" if folder is None else os.fspath(folder.relative_to(job.workdir))
+
+    if folder := distributed.agreed(find):
+        with Checkpoints(job.workdir / folder, read_only=True) as checkpoints:
+            if any(saved < step for saved in checkpoints.steps):
+                state = checkpoints.restore(job.abstract_state, at_most=step - 1)
+                return state, int(state.step), folder
+    return job.fresh_state(), 0, ""
 
 
 def _forward(job: Job, state: TrainState, begin: int, end: int, update_of: Callable, loader: Any) -> TrainState:

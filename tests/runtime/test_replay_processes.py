@@ -34,12 +34,21 @@ def ended(workdir, *flags):
 
 
 @pytest.mark.slow
+def test_parameters_that_are_not_finite(tmp_path):
+    """Cases C.2, C.5: found when they are to be saved; both processes end with the code of a loss that is not finite."""
+    codes, said = ended(tmp_path, "--config.checkpoint.every=1 step")
+    assert codes == [3, 3], "\n=====\n".join(said)
+    kept = json.loads((tmp_path / "nan" / "batch_1.json").read_text())
+    assert kept["batch"]["index"] == Shuffled(64, batch_size=16, seed=0)(0).tolist()
+
+
+@pytest.mark.slow
 def test_two_processes(tmp_path):
-    codes, said = ended(tmp_path)
+    codes, said = ended(tmp_path, "--config.checkpoint.every=0")
     assert codes == [3, 3], "\n=====\n".join(said)
     kept = json.loads((tmp_path / "nan" / "batch_2.json").read_text())
     assert kept["batch"]["index"] == Shuffled(64, batch_size=16, seed=0)(1).tolist()
-    codes, said = ended(tmp_path, "--replay=2")
+    codes, said = ended(tmp_path, "--config.checkpoint.every=0", "--replay=2")
     assert codes == [0, 0], "\n=====\n".join(said)
     assert ["first array" in text for text in said] == [True, False]
     found = json.loads((tmp_path / "nan" / "replay_2.json").read_text())
