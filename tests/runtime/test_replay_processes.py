@@ -35,7 +35,7 @@ def ended(workdir, *flags):
 
 @pytest.mark.slow
 def test_parameters_that_are_not_finite(tmp_path):
-    """Cases C.2, C.5: found when they are to be saved; both processes end with the code of a loss that is not finite."""
+    """Cases C.2, C.5: found before they are saved; both processes end with the code of a divergence."""
     codes, said = ended(tmp_path, "--config.checkpoint.every=1 step")
     assert codes == [3, 3], "\n=====\n".join(said)
     kept = json.loads((tmp_path / "nan" / "batch_1.json").read_text())
