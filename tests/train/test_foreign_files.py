@@ -12,6 +12,7 @@ from etils import epath
 from train_checks import config
 
 from jaxcl.commands.compare import runs as compared
+from jaxcl.commands.compare import sweeps
 from jaxcl.data import shuffle, source_of
 from jaxcl.errors import UserError
 from jaxcl.models import weights
@@ -166,6 +167,14 @@ def test_a_folder_in_the_place_of_a_file(npz, tmp_path, name):
     with pytest.raises(UserError) as error:
         loop.run(c, tmp_path)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [3, [3], [{}], [{"config": "a", "grid": {}, "measures": 1}]])
+def test_a_table_of_a_sweep_of_another_type(tmp_path, rows):
+    """Cases C.9: compare reads it."""
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(UserError, match=str(tmp_path / "table.json")):
+        sweeps.read_invariance(tmp_path)
 
 
 def test_a_folder_that_links_to_itself(tmp_path):
