@@ -59,7 +59,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, step: int) -> dict[str, 
         "metrics": by the run's own program. "recorded": {"same": names, "differ": {name: the run's value}}, as far as
         the run kept metrics of this update alone.
         "terms": {name: {"value", "weight"}}.
-        "layers": {layer: {"gradient", "parameter", "update": L2 norms}}, in the order of the parameters' tree.
+        "layers": {layer: {"gradient", "parameter", "update": L2 norms}}, in the order of the parameters' tree; {} in a
+        phase that trains only the probe.
         "first": the first array that is not finite, in the order of the program, or None.
         "arrays": all K, as {"name", "pass": "forward" | "backward", "operation", "shape", "largest": finite magnitude,
         "not_finite": number of entries}.
@@ -191,6 +192,7 @@ def _compile_examination(job: Job, phase: Phase) -> Callable[[TrainState, Batch]
                 "update": norms["update"][layer],
             }
             for layer, norm in norm_by_layer(state.params).items()
+            if norms["gradient"]  # none in a phase that trains only the probe
         }
         return {"terms": out["terms"], "layers": layers, "largest": largest, "faults": faults}
 
@@ -265,9 +267,12 @@ def _compared(recorded: dict[str, Any], metrics: dict[str, Any]) -> dict[str, An
 
 def table(found: dict[str, Any]) -> str:
     """What `run` found, for a terminal: terms, metrics, norms by layer (largest gradient first), the first fault."""
-    rows: list[tuple[str, ...]] = [("term", "value", "weight", "")]
-    rows += [(name, _number(term["value"]), _number(term["weight"]), "") for name, term in found["terms"].items()]
-    rows += [("", "", "", ""), ("metric", "value", "recorded", "")]
+    rows: list[tuple[str, ...]] = []
+    if found["terms"]:
+        rows.append(("term", "value", "weight", ""))
+        rows += [(name, _number(term["value"]), _number(term["weight"]), "") for name, term in found["terms"].items()]
+        rows.append(("", "", "", ""))
+    rows.append(("metric", "value", "recorded", ""))
     for name, value in found["metrics"].items():
         if not isinstance(value, list):
             differs = found["recorded"]["differ"].get(name)
@@ -278,7 +283,10 @@ def table(found: dict[str, Any]) -> str:
         layers = sorted(found["layers"].items(), key=lambda item: -_rank(item[1]["gradient"]))
         rows += [(name, *(_number(norms[k]) for k in ("gradient", "parameter", "update"))) for name, norms in layers]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    stages = ", ".join(found["phase"]["stages"])
+    count, learns = len(found["batch"]["index"]), found["phase"]["learns"]
+    lines = [f"update {found['step']} trains the {learns} on {count:,} images{stages and f', after {stages}'}", ""]
+    lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     first, count = found["first"], sum(row["not_finite"] > 0 for row in found["arrays"])
     lines.append("")
     if first is None:
