@@ -31,9 +31,9 @@ def npz(tmp_path_factory):
     return tiny.colours(tmp_path_factory.mktemp("data") / "colours.npz")
 
 
-def short(name, npz, steps=3, every=2, start="0"):
+def short(name, npz, steps=3, every=2, start="0", preset=""):
     """A config of the project on the tiny network, without evaluations."""
-    c = shrink(config_module(name).get_config(), npz)
+    c = shrink(config_module(name).get_config(preset), npz)
     for view in c.views.values():
         for key in {"jitter_p", "grayscale"} & set(view):
             view[key] = 0.0  # colour compiles slowly
@@ -92,6 +92,19 @@ def test_any_update_again(name, start, steps, npz, tmp_path, capsys):
         shown = capsys.readouterr().out
         assert all(word in shown for word in (*found["terms"], *found["layers"], *found["metrics"]))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_an_update_that_trains_only_the_probe(npz, tmp_path, capsys):
+    """The updates before it are of two programs; it has neither terms nor gradients of the encoder."""
+    c = short("supcon", npz, steps=4, every=3, preset="garments,alternating")
+    train.run(c, tmp_path)
+    for step, begin in ((8, 6), (5, 0)):
+        found = replay.run(c, tmp_path, step)
+        assert found["phase"]["learns"] == "probe" and found["from"]["step"] == begin
+        assert (found["terms"], found["layers"], found["first"]) == ({}, {}, None)
+        assert "probe/loss" in found["recorded"]["same"] and found["recorded"]["differ"] == {}
+        assert "probe/loss" in capsys.readouterr().out
 
 
 def test_what_cannot_be_replayed(npz, tmp_path, monkeypatch, capsys):
