@@ -52,6 +52,7 @@ def child(argv: list[str]) -> None:
     def clocks() -> None:
         from jax import monitoring
 
+        from jaxcl.train import job
         from jaxcl.train import loop as train
         from jaxcl.train.log import TrainLog
 
@@ -64,9 +65,12 @@ def child(argv: list[str]) -> None:
 
         monitoring.register_event_duration_secs_listener(heard)
         monitoring.register_event_listener(counted)
-        for part, names in {PARTS[1]: ("source_of",), PARTS[2]: ("state_shardings", "_initial_state")}.items():
-            for name in names:
-                setattr(train, name, _timed(getattr(train, name), seconds, part))
+        for place, name, part in (
+            (job, "source_of", PARTS[1]),
+            (job, "state_shardings", PARTS[2]),
+            (job.Job, "initial_state", PARTS[2]),
+        ):
+            setattr(place, name, _timed(getattr(place, name), seconds, part))
         run, read = train.run, TrainLog._read
 
         def run_clocked(*args, **kwargs):

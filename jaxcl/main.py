@@ -10,6 +10,7 @@ kind of a part, such as --config.model.kind=vit, brings the options of that kind
 
 The same command with the same --workdir resumes a run. Exit codes: 0 finished; 2 a mistake to correct; 3 the loss
 diverged; 75 stopped on request (SIGTERM, Ctrl-C, SIGHUP), or another process was lost: run the same command again.
+After a loss that is not finite, the same command with --replay=STEP runs that update again and shows where it begins.
 """
 
 import pathlib
@@ -37,6 +38,14 @@ FLAGS.number(
     "Trace this many updates, after the first few, into WORKDIR/profile; 10 are enough.",
     at_least=1,
 )
+FLAGS.number(
+    "replay",
+    None,
+    "Train nothing: run this one update of the run again, from the nearest state that was saved before it, and show "
+    "every loss term, metric, the gradient norm by layer and the first array that is not finite; also written to "
+    "WORKDIR/nan/replay_STEP.json.",
+    at_least=1,
+)
 
 
 def _default_workdir(argument: str) -> pathlib.Path:
@@ -51,15 +60,24 @@ def main(argv: list[str]) -> int:
     given = FLAGS.parse(argv)
     if given.config is None:
         raise UserError("no --config; for example --config=configs/excon.py")
+    if given.replay and given.profile:
+        raise UserError(
+            "--profile and --replay were given; a replay trains nothing that could be traced: use one of them"
+        )
     config = read_config(given.config, given.overrides)
     if given.distributed == "off":
         compile_cache.turn_on()
     distributed.join(given.distributed, timeout=given.join_timeout, heartbeat=given.heartbeat_timeout)
     from jaxcl.train import loop as train  # late, so that a mistake in the flags is reported without this import
+    from jaxcl.train import replay
 
     together.listen()
+    workdir = given.workdir or _default_workdir(given.config)
     try:
-        train.run(config, given.workdir or _default_workdir(given.config), profile=given.profile or 0)
+        if given.replay:
+            replay.run(config, workdir, given.replay)
+        else:
+            train.run(config, workdir, profile=given.profile or 0)
     except Exception as error:
         if isinstance(error, (UserError, Diverged, Preempted)):
             if isinstance(error, UserError):  # the others reach all processes

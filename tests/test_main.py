@@ -1,6 +1,8 @@
 """The command that trains: one line for every mistake, exit codes, help."""
 
+import errno
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -16,6 +18,7 @@ from jaxcl import main
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.runtime import entry, huge_pages
 from jaxcl.train import loop as train
+from jaxcl.train import replay, runs
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,35 @@ def test_exit_codes(monkeypatch, capsys, tmp_path):
     assert cli(["train", EXCON, "--workdir=here", "--profile=4"], monkeypatch, capsys) == (0, "", "")
     assert seen == [(3, pathlib.Path("runs/supcon-cifar10"), 0), (0, "here", 4)]
     assert sys.argv[1:] == [EXCON, "--workdir=here", "--profile=4"]  # what the run folder records
+    monkeypatch.setattr(replay, "run", lambda config, workdir, step: seen.append((config.seed, workdir, step)))
+    assert cli(["train", EXCON, "--workdir=here", "--replay=7"], monkeypatch, capsys) == (0, "", "")
+    assert seen[2:] == [(0, "here", 7)]
+
+
+def test_a_full_disk_in_any_command(monkeypatch, capsys):
+    """Cases C.7: one line and code 2, not a traceback; another error of the system is not hidden."""
+
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "/out/table.md")
+
+    def other(argv):
+        raise OSError(errno.EIO, "Input/output error", "/out/table.md")
+
+    monkeypatch.setattr(sys, "argv", ["jaxcl"])
+    with pytest.raises(SystemExit) as end:
+        entry.leave(full)
+    assert end.value.code == 2 and "/out/table.md: no space left" in one_line(capsys.readouterr().err)
+    with pytest.raises(OSError, match="Input/output"):
+        entry.leave(other)
+
+
+def test_results_that_cannot_be_written(monkeypatch, capsys, tmp_path):
+    """Cases C.7: after an evaluation; what was measured is on the terminal."""
+    for name, found in (("load_run", None), ("evaluate_runs", {}), ("summary", {"results": {"knn": 0.5}})):
+        monkeypatch.setattr(runs, name, lambda *_, found=found, **__: found)
+    out = tmp_path / "nothing" / "x.json"
+    code, said, err = cli(["evaluate", "--workdir=x", f"--out={out}"], monkeypatch, capsys)
+    assert code == 2 and str(out) in one_line(err) and json.loads(said) == {"knn": 0.5}
 
 
 @pytest.mark.parametrize("program", [("-m", "jaxcl.main"), ("-m", "jaxcl", "train")])

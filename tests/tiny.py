@@ -35,6 +35,8 @@ def fill(shapes, seed=0):
             out = 1 + 0.2 * np.abs(noise)
         else:
             out = 0.1 * noise
+        if any(getattr(key, "name", "") == "nu" for key in path):  # Adam's means of squares
+            out = np.abs(out)
         return np.asarray(out, x.dtype)
 
     return jax.tree_util.tree_map_with_path(value, shapes)

@@ -111,12 +111,15 @@ def _what(error: Exception) -> str:
 
 
 def _where(error: Exception, path: pathlib.Path) -> str:
-    """File and line of an error: the last line of the config file that was running."""
-    if isinstance(error, SyntaxError) and error.filename:
+    """File and line of an error: of wrong syntax, else the last line of the config file that was running.
+
+    A file that is no text has no line.
+    """
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return f"{os.path.basename(error.filename)}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
-    return f"{os.path.basename((own or frames)[-1].filename)}, line {(own or frames)[-1].lineno}"
+    return f"{path.name}, line {own[-1].lineno}" if own else path.name
 
 
 # ---- overrides

@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from jaxcl.errors import UserError
-from jaxcl.runtime import compile_cache
+from jaxcl.runtime import compile_cache, storage
 from jaxcl.runtime.flags import Flags
 from jaxcl.train import run_folder
 
@@ -45,5 +45,8 @@ def main(argv: list[str]) -> int:
     found = runs.summary(opened, runs.evaluate_runs(opened, suite, split=given.split))
     print(json.dumps(found["results"], indent=2, default=run_folder.number))
     if given.out:
-        run_folder.write_json(pathlib.Path(given.out), found)
+        try:
+            run_folder.write_json(pathlib.Path(given.out), found)
+        except OSError as error:
+            raise UserError(f"cannot write {given.out}: {storage.refusal(error) or error.strerror or error}") from error
     return 0

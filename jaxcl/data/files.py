@@ -100,9 +100,16 @@ class Files(Reader):
     """
 
     def __init__(
-        self, listing: Listing, sizes: np.ndarray, image_shape: tuple[int, int, int], size: int, max_pixels: int
+        self,
+        listing: Listing,
+        sizes: np.ndarray,
+        image_shape: tuple[int, int, int],
+        size: int,
+        max_pixels: int,
+        *,
+        skip: bool,
     ):
-        self._max_pixels = max_pixels
+        self._max_pixels, self._skip = max_pixels, skip
         self.listing, self.image_shape, self._size, self.threads = listing, image_shape, size, listing.threads
         self.class_names, self.coarse_names = listing.class_names, listing.coarse_names
         self.group_names = listing.group_names
@@ -118,9 +125,14 @@ class Files(Reader):
         try:
             return self.decode(row), tuple(self.listing.columns[:, row])
         except Exception as error:
+            # With 'skip' every image was decoded when the set was read, so this one could be read then.
+            advice = (
+                "it could be read when this command began: restore it, then run the same command again"
+                if self._skip
+                else "mend or remove it, or set data.on_bad_image to 'skip' and start again"
+            )
             raise UserError(
-                f"{self.listing.spec}: {self.listing.names[row]} cannot be read ({reason(error)}); mend or remove it,"
-                " or set data.on_bad_image to 'skip' and start again"
+                f"{self.listing.spec}: {self.listing.names[row]} cannot be read ({reason(error)}); {advice}"
             ) from error
 
     def decode(self, row: int) -> np.ndarray:
@@ -281,7 +293,7 @@ def _check(
         why = f" (of {seen}; data.files.image_size sets another)"
     shape = (size, size, 3) if size else (int(seen[0, 0]), int(seen[0, 1]), 3)
 
-    files = Files(listing, sizes, shape, size, max_pixels)
+    files = Files(listing, sizes, shape, size, max_pixels, skip=skip)
     if fits := files.fits(len(good)):
         files.images, files.sums = np.zeros((count, *shape), np.uint8), np.zeros((count, 2, 3), np.int64)
 

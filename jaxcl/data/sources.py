@@ -126,6 +126,9 @@ def load(
     source = kind.load(argument, split=split, base_split=base_split, select=select)
     if split == "train" and limit is None and kind.argument and len(source):  # the user's own files, all of them
         check_classes(f"{spec}: labels", source.num_classes, len(source))
+        for key in ("coarse", "group"):
+            if len(values := source.extras.get(key, ())):
+                check_classes(f"{spec}: values of {key}", int(values.max()) + 1, len(source))
     if imbalance and (source.num_classes != 100 or not source.in_memory):
         raise UserError(f"{spec}: imbalance='cifar100u' is for CIFAR-100, and this has {source.num_classes} classes")
     return at_level(source, labels, spec=spec)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 
-_MARK = "scope:"
-_MARKED = re.compile(_MARK + r"([^/()\"]+)")
+MARK = "scope:"
+_MARKED = re.compile(MARK + r"([^/()\"]+)")
 # Operations that only contain others.
 _AROUND = re.compile(r"\s(while|conditional|call)\(")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -22,7 +22,7 @@ BACKWARD = ", backward"
 
 def scope(name: str):
     """A context manager: operations traced within belong to this scope. Of nested scopes the outermost counts."""
-    return jax.named_scope(_MARK + re.sub(r"[/()\"]", ".", name))
+    return jax.named_scope(MARK + re.sub(r"[/()\"]", ".", name))
 
 
 def scope_of(op_name: str) -> str:

@@ -34,7 +34,9 @@ Metrics = dict[str, Array]
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None, *, runs_here: bool = True) -> Update:
+def make_update(
+    recipe: Recipe, phase: Phase, mesh: Mesh | None = None, *, runs_here: bool = True, details: bool = False
+) -> Update:
     """The pure update of one phase of the schedule; jit it with donation, as `compile_update` does.
 
     Args:
@@ -42,10 +44,11 @@ def make_update(recipe: Recipe, phase: Phase, mesh: Mesh | None = None, *, runs_
       mesh: the mesh over which the batch is sharded; None for a batch on one device.
       runs_here: False if the update is only traced or compiled for other devices: forms that suit this process's
         devices are then not chosen.
+      details: the metrics also have "details": {"terms": each term's value, "gradients": of all parameters}.
     """
     if phase.learns == "probe":
-        return _probe_update(recipe, mesh)
-    return _encoder_update(recipe, phase, mesh, runs_here)
+        return _probe_update(recipe, mesh, details)
+    return _encoder_update(recipe, phase, mesh, runs_here, details)
 
 
 def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding) -> Update:
@@ -61,7 +64,7 @@ def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding)
     )
 
 
-def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: bool) -> Update:
+def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: bool, details: bool) -> Update:
     active = recipe.term_names(phase)
     term_values, head_views = make_terms(recipe, mesh, active), recipe.head_views(active)
     views_in_terms = {e for n in active for e in recipe.terms[n].images}
@@ -132,6 +135,8 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         metrics |= memory_metrics
         if len(terms) > 1:
             metrics |= {f"loss/{n}": value for n, value in terms.items()}
+        if details:
+            metrics["details"] = {"terms": terms, "gradients": grads}
         return state.replace(
             step=state.step + 1,
             params=params,
@@ -179,7 +184,7 @@ def _represented(recipe: Recipe, embeddings: dict[str, Embedding], view: str) ->
     return Embedding(jnp.concatenate([x.h for x in e], -1), jnp.concatenate([x.z for x in e], -1), e[0].where)
 
 
-def _probe_update(recipe: Recipe, mesh: Mesh | None = None) -> Update:
+def _probe_update(recipe: Recipe, mesh: Mesh | None, details: bool) -> Update:
     """A step in which only memory parts learn: the encoder is frozen and normalises by its running statistics."""
     learners = {name: part for name, part in recipe.memory.items() if part.schedule != "online"}
 
@@ -194,6 +199,8 @@ def _probe_update(recipe: Recipe, mesh: Mesh | None = None) -> Update:
             with scope(f"memory {name}"):
                 memory[name], part_metrics = part.learn(memory[name], e, batch["label"], recipe.memory_tx.get(name))
             metrics |= part_metrics
+        if details:
+            metrics["details"] = {"terms": {}, "gradients": {}}
         return state.replace(step=state.step + 1, memory=memory), metrics
 
     return update

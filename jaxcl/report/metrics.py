@@ -48,7 +48,7 @@ class JsonLines:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one object, which has a "step"."""
-        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+        self._file.write(json.dumps(as_json(line), allow_nan=False) + "\n")
         self._file.flush()
         if self._mirror:
             self._mirror.upload(UPLOAD_SECONDS)
@@ -255,16 +255,16 @@ def _scalar(name: str, value: Any) -> float:
     return float(str(array[()])) if array.dtype == np.float32 else float(array)
 
 
-def _plain(value: Any) -> Any:
-    """The value in types that JSON can hold."""
+def as_json(value: Any) -> Any:
+    """The value in types that JSON can hold; numbers that are not finite as "nan", "inf" and "-inf"."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [as_json(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if hasattr(value, "tolist"):  # NumPy and device arrays and scalars
-        return _plain(value.tolist())
+        return as_json(value.tolist())
     return str(value)

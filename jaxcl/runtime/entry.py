@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -11,8 +13,9 @@ from typing import NoReturn
 from absl import logging as absl_logging
 
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
-from jaxcl.runtime import distributed, huge_pages, signals, together
+from jaxcl.runtime import distributed, huge_pages, signals, storage, together
 
+EXIT_SECONDS = 10.0  # for threads to end after Ctrl-C; one may wait for a file system for ever
 CODES = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
 
 
@@ -40,13 +43,17 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
         code = 130
         if together.several():
             os._exit(code)
+        threading.Thread(target=_end, args=(code,), name="jaxcl-end", daemon=True).start()
     except tuple(CODES) as error:
         signals.say(str(error))
         code = code_of(error)
         if isinstance(error, LostHost) or together.several() or getattr(error, "at_once", False):
             sys.stderr.flush()
             os._exit(code)  # a normal exit would wait for the lost process, or for threads
-    except Exception:
+    except Exception as error:
+        if (reason := storage.refusal(error)) and isinstance(error, OSError) and not together.several():
+            signals.say(f"cannot write {_place(error)}: {reason}; make room, then run the same command again")
+            sys.exit(2)
         if not together.several():
             raise
         traceback.print_exc()
@@ -55,6 +62,16 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
     finally:
         signals.own_process = False
     sys.exit(code)
+
+
+def _place(error: OSError) -> str:
+    return str(error.filename or error.filename2 or "a file")
+
+
+def _end(code: int) -> None:
+    """End this process, if it has not ended by itself."""
+    time.sleep(EXIT_SECONDS)
+    os._exit(code)
 
 
 def code_of(error: BaseException) -> int:

@@ -31,6 +31,7 @@ from jaxcl.runtime import storage
 logger = logging.getLogger("jaxcl")
 NAME = "lock.json"
 TOUCH_SECONDS, STILL_SECONDS = 10.0, 60.0
+ALONE_SECONDS = 5.0  # to wait for a process that takes a lock over; it needs milliseconds
 WRITE_SECONDS = 1.0  # until a lock that cannot be read is complete, where a file system writes it in two steps
 _held: set[str] = set()  # tokens of the locks of this process
 
@@ -223,14 +224,24 @@ def _alone(folder: epath.Path) -> Iterator[bool]:
         yield False
         return
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except OSError:  # NFS and Lustre, depending on how they are mounted
-            alone = False
-        yield alone
+        yield _locked(file)
     finally:
         os.close(file)
+
+
+def _locked(file: int) -> bool:
+    """Wait for the others, but not for ever: one of them may be suspended. Whether the lock is ours."""
+    until = time.monotonic() + ALONE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+        except OSError:  # NFS and Lustre, depending on how they are mounted
+            return False
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:

@@ -148,12 +148,23 @@ def read_json(path: str | os.PathLike, *keys: str, advice: str = "restore a copy
 
 
 def files(root: epath.Path) -> Iterator[epath.Path]:
-    """All files below a folder, in any order."""
-    for path in root.iterdir():
-        if path.is_dir():
-            yield from files(path)
-        else:
-            yield path
+    """All files below a folder, in any order; links are followed, and a folder that is reached twice is read once."""
+    if is_remote(root):
+        for path in root.iterdir():
+            yield from files(path) if path.is_dir() else [path]
+        return
+    seen: set[tuple[int, int]] = set()
+    for folder, below, names in os.walk(root, followlinks=True, onerror=_raise):
+        about = os.stat(folder)
+        if (here := (about.st_dev, about.st_ino)) in seen:
+            below.clear()
+            continue
+        seen.add(here)
+        yield from (epath.Path(folder) / name for name in names)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:

@@ -4,19 +4,15 @@ Each process reads its own, so a host with another file or another flag would tr
 """
 
 import hashlib
-import pathlib
-import platform
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-import jaxcl
 from jaxcl.data import Source
 from jaxcl.runtime import together
-from jaxcl.train import config_diff, run_folder
+from jaxcl.train import code, config_diff
 
 SAMPLE = 512  # images of a set that is not in memory
 HERE = ("data.prefetch", "data.tfds.data_dir")  # keys of the config that may differ between processes
@@ -31,14 +27,13 @@ def same_start(config: dict[str, Any], workdir: epath.Path, latest: int | None, 
       flags: of the command line, by name.
     """
     facts = {name: value for name, value in config_diff.flatten(config).items() if name not in HERE}
-    packages = run_folder.packages() | {"python": ".".join(platform.python_version_tuple()[:2])}
+    packages = code.packages() | {"python": code.python_version()}
     numbers = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable")
     facts |= {
         **flags,
         **{f"version of {name}": version for name, version in packages.items()},
         **{name: getattr(jax.config, name) for name in numbers},
-        "code of jaxcl": _code(pathlib.Path(jaxcl.__file__).parent.rglob("*.py")),
-        "code of the parts": _code(_parts(config)),
+        **{f"code of {name}": digest for name, digest in code.hashes(config).items()},
     }
     together.same(facts, "start all processes with the same command, packages and code")
     there = {
@@ -85,14 +80,3 @@ def _hash(*content: Any) -> str:
 
 def _digest(path: epath.Path) -> str:
     return _hash(path.read_bytes()) if path.exists() else ""
-
-
-def _code(files: Any) -> str:
-    return _hash(*(path.read_bytes() for path in sorted(files)))
-
-
-def _parts(config: dict[str, Any]) -> set[pathlib.Path]:
-    """The files of the user's own parts ("package.module:Name") that are loaded."""
-    modules = {str(v).partition(":")[0] for v in config_diff.flatten(config).values() if ":" in str(v)}
-    files = {getattr(sys.modules.get(name), "__file__", None) for name in modules}
-    return {pathlib.Path(file) for file in files if file}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -29,11 +30,15 @@ class Best:
         if self._on and self._file.exists():
             advice = "remove it, and the best state is looked for from now on"
             self._record = storage.read_json(self._file, "step", "validation_accuracy", advice=advice)
+            if any(type(self._record[key]) not in (int, float) for key in ("step", "validation_accuracy")):
+                raise UserError(f"{self._file} is not one of jaxcl: a value in it is no number; {advice}")
 
     def offer(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         """Save the state if its accuracy in `metrics` (from `Evaluation.quick`) is higher than that of all before."""
         score = metrics.get("eval/classifier_accuracy", metrics.get("eval/knn_accuracy"))
-        if not self._on or score is None or (self._record and score <= self._record["validation_accuracy"]):
+        if not self._on or score is None or not np.isfinite(score):
+            return
+        if self._record and score <= self._record["validation_accuracy"]:
             return
         with Checkpoints(self._path, keep=1) as checkpoints:
             checkpoints.save(step, state)

@@ -155,19 +155,21 @@ class Checkpoints:
         whole = [s for s in self.steps if (self.directory / str(s) / MANIFEST).exists()]
         return f"the last good checkpoint is step {whole[-1]}" if whole else "no checkpoint was saved yet"
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+    def restore(self, abstract: TrainState, step: int | None = None, *, at_most: int | None = None) -> TrainState:
         """Read a state, onto any number of devices.
 
         Args:
           abstract: arrays or ShapeDtypeStructs with the shapes and shardings of the state.
           step: of the checkpoint; None: the newest that is undamaged. Damaged ones are set aside, with a warning.
+          at_most: consider no newer ones.
 
         Raises:
           UserError: the checkpoint is of another model, the one of `step` is damaged, or all are.
         """
         storage.plain_link(self.directory)
         damaged: dict[int, str] = {}
-        for candidate in sorted(self.steps, reverse=True) if step is None else [step]:
+        steps = [s for s in reversed(self.steps) if at_most is None or s <= at_most]
+        for candidate in steps if step is None else [step]:
             where = self.directory / str(candidate)
             fault = distributed.agreed(lambda where=where: _fault(where))
             if not fault:

@@ -44,6 +44,7 @@ class TrainLog:
         self._recipe, self._interval = recipe, interval
         self._pending: tuple[int, dict[str, jax.Array]] | None = None  # step and metrics of the newest update
         self._sums: dict[str, list[Any]] = {}
+        self.newest: dict[str, Any] = {}  # metrics of the last update that were read
         self._step = first_step
         self._writer = self._examples = None
         with contextlib.ExitStack() as stack:  # closes from the last to the first, even if one of them fails
@@ -92,7 +93,8 @@ class TrainLog:
         # The loss first, then the others: a gradient or the probe may diverge while the loss is still finite.
         for k in sorted(values, key=lambda k: k != "loss"):
             if not math.isfinite(values[k]):
-                raise Diverged(f"{k} is {values[k]} at step {step}", step=step)
+                raise Diverged(f"{k} is {values[k]} at step {step}", step=step, metrics=metrics)
+        self.newest = metrics
         for k, v in (values | {k: v for k, v in metrics.items() if np.ndim(v)}).items():
             self._sums.setdefault(k, []).append(v)
         self._step = step

@@ -25,6 +25,7 @@ from jaxcl.runtime import storage
 logger = logging.getLogger("jaxcl")
 WARM = 3  # first updates of a process, which are not traced: they compile and touch memory for the first time
 FILE = "step_time.json"
+NUMBERS = ("seconds", "data", "rest")  # keys of it
 _WAIT = "jaxcl: wait for data"
 _NAMES_IN_KEY = "jax_compilation_cache_include_metadata_in_key"
 OTHER, UNNAMED = "other programs", "in no scope"
@@ -185,7 +186,15 @@ def read_step_time(workdir: str | os.PathLike) -> dict[str, Any] | None:
     for process in ("", "process0"):
         path = epath.Path(workdir) / "profile" / process / FILE
         if path.exists():
-            return storage.read_json(path, advice="remove it, then run the same command again")
+            advice = "remove it, then run the same command again"
+            found = storage.read_json(path, "updates", "device", "parts", *NUMBERS, advice=advice)
+            parts, updates = found["parts"], found["updates"]
+            whole = isinstance(parts, dict) and isinstance(updates, list) and len(updates) == 2
+            if not whole or not all(
+                isinstance(x, (int, float)) for x in (*parts.values(), *(found[k] for k in NUMBERS))
+            ):
+                raise UserError(f"{os.fspath(path)} is not one of jaxcl; {advice}")
+            return found
     return None
 
 

@@ -12,7 +12,6 @@ import pathlib
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -23,13 +22,12 @@ from jaxcl.errors import UserError
 from jaxcl.runtime import distributed, storage
 from jaxcl.runtime.cores import usable_cores
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import config_diff
+from jaxcl.train import code, config_diff
 
 logger = logging.getLogger("jaxcl")
 ROW_ORDER = "row_order"  # key of data.json: name of the order in which training rows are drawn
 FINGERPRINT = "fingerprint"  # key of data.json: hash of the names, labels and content of the training data
 RESTORE = "restore a copy of it, or use another --workdir"
-PACKAGES = ("jaxcl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def finished(workdir: epath.Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -57,13 +55,16 @@ def _same_config(workdir: epath.Path, config: dict[str, Any]) -> None:
         )
 
 
-def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool) -> RunLock | None:
+def claim(
+    workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], writes: bool, *, record: bool = True
+) -> RunLock | None:
     """Make the run folder, or check that it holds this run, and lock it.
 
     Args:
       config: as plain containers.
       facts: of the training data (`data_facts`), "class_names", ROW_ORDER and, where it is known, FINGERPRINT.
       writes: whether this process writes to the folder; exactly one process does.
+      record: write config.json, data.json and environment.json; without it, a run stays as it was.
 
     Returns:
       The lock, in the process that writes; None in the others.
@@ -84,9 +85,12 @@ def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], wr
     def write() -> str:
         try:
             held.append(RunLock(workdir))
-            write_json(workdir / "config.json", config)
-            write_json(workdir / "data.json", facts)
-            write_json(workdir / "environment.json", environment())
+            here = environment(config)
+            _say_other_code(workdir, here)
+            if record:
+                write_json(workdir / "config.json", config)
+                write_json(workdir / "data.json", facts)
+                write_json(workdir / "environment.json", here)
         except (OSError, UserError) as error:
             for lock in held:
                 lock.close()
@@ -97,6 +101,22 @@ def claim(workdir: epath.Path, config: dict[str, Any], facts: dict[str, Any], wr
     if error := distributed.agreed(write if writes else str):
         raise UserError(error)
     return held[0] if held else None
+
+
+def _say_other_code(workdir: epath.Path, here: dict[str, Any]) -> None:
+    """Log a line if a run that has a checkpoint was made by other code: it goes on, but not to the same bits."""
+    path, saved = workdir / "environment.json", workdir / "checkpoints"
+    if not (path.exists() and saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir())):
+        return
+    try:
+        found = code.changes(storage.read_json(path), here)
+    except UserError:  # it is only for people, and written again
+        return
+    if found:
+        logger.warning(
+            "%s goes on under other code than it was made with: %s; numbers may differ from those of one run",
+            *(workdir, ", ".join(found)),
+        )
 
 
 def _same_data(workdir: epath.Path, facts: dict[str, Any]) -> None:
@@ -131,7 +151,7 @@ def _close(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_close, a, b))
     if isinstance(a, float) or isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-6)
+        return all(isinstance(x, (int, float)) for x in (a, b)) and math.isclose(a, b, rel_tol=1e-6)
     return a == b
 
 
@@ -152,21 +172,10 @@ def number(value: Any) -> Any:
     raise TypeError(f"cannot write {type(value).__name__} to JSON")
 
 
-def packages() -> dict[str, str]:
-    """The installed versions of PACKAGES."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def environment() -> dict[str, Any]:
-    """Packages, Python, devices and commit of this process."""
+def environment(config: dict[str, Any]) -> dict[str, Any]:
+    """Packages, Python, devices, commit and hashes of the code of this process. config: as plain containers."""
     return {
-        "packages": packages(),
+        "packages": code.packages(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
@@ -174,6 +183,7 @@ def environment() -> dict[str, Any]:
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "commit": _commit(),
+        "code": code.hashes(config),
     }
 
 

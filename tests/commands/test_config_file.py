@@ -57,6 +57,26 @@ def test_files_that_do_not_run(body, words, here):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    "body, place",
+    [
+        (b"a = = 1\n", "mine.py, line 1"),
+        (b"a = 1\n\0\n", "mine.py"),
+        (b"a = 1\nb = '\xff'\n", "mine.py, line 2"),
+        (b"def f():\n  a\n b\n", "mine.py, line 3"),
+        (b"a = " + b"-" * 100000 + b"1\n", "mine.py"),
+        (b"a = 1\nexec('1 /')\n", "mine.py, line 2"),
+        (b"import broken_module_of_mine\n", "broken_module_of_mine.py, line 2"),
+    ],
+)
+def test_wrong_syntax_is_found_in_the_file(body, place, here, monkeypatch):
+    """Cases C.11: the config or what it imports, never a file of Python's own import."""
+    (here / "mine.py").write_bytes(body)
+    (here / "broken_module_of_mine.py").write_text("x = 1\ny = = 2\n")
+    monkeypatch.syspath_prepend(here)
+    assert refused("mine.py").endswith(f"({place})")
+
+
 def test_a_preset_of_a_file_without(here):
     (here / "mine.py").write_text(START + "def get_config():\n    return base.default()\n")
     assert read("mine.py").seed == 0

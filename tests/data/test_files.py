@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import pathlib
 import shutil
 import time
 
@@ -243,6 +244,22 @@ def test_damage_behind_the_header_of_a_set_on_disk(damaged, monkeypatch):
         levels(source)
     assert "\n" not in str(caught.value)
     assert len(make_source(f"folder:{folder}", on_bad_image="skip")) == 18
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_an_image_that_is_lost_later(tmp_path, monkeypatch, policy):
+    """Cases C.11: the advice is never an option that is set already."""
+    for i in range(6):
+        save(tmp_path / f"{i}.png")
+    monkeypatch.setattr("jaxcl.data.disk.IN_MEMORY_BYTES", 0)
+    source = make_source(f"folder:{tmp_path}", on_bad_image=policy)
+    for path in source.paths:
+        pathlib.Path(path).write_bytes(b"x")
+    with pytest.raises(UserError) as error:
+        source.batch(np.arange(len(source)))
+    text = str(error.value)
+    assert ".png cannot be read (" in text and "\n" not in text
+    assert ("on_bad_image" in text) == (policy == "raise")
 
 
 def test_nothing_but_bad_images(tmp_path):

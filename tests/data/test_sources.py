@@ -5,6 +5,8 @@ import pytest
 from source_checks import fails
 
 from jaxcl.data import hashing, make_source, moments, selection
+from jaxcl.data.kind import SourceKind
+from jaxcl.data.source import ArraySource
 from jaxcl.errors import UserError
 
 
@@ -198,6 +200,27 @@ def test_a_class_of_an_npz_file_without_training_images_is_named(tmp_path, caplo
     with caplog.at_level("INFO", logger="jaxcl"):
         make_source(f"npz:{tmp_path}/a.npz")
     assert "zebra" in caplog.text and len(caplog.records) == 1
+
+
+class Odd(SourceKind):
+    """A set of somebody's own, whose coarse classes or groups have a value that cannot be meant."""
+
+    argument = "KEY"
+
+    def load(self, argument, *, split, base_split, select):
+        values = np.where(np.arange(8) == 5, 2**31 - 1, 0).astype(np.int32)
+        return ArraySource(
+            images=np.zeros((8, 4, 4, 3), np.uint8), labels=np.zeros(8, np.int32), class_names=("a",),
+            mean=(0.5,) * 3, std=(0.5,) * 3, extras={argument: values}, coarse_names=("b",), group_names=("c",),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["coarse", "group"])
+def test_one_large_value_of_a_set_of_ones_own(key):
+    """Cases C.4."""
+    with pytest.raises(UserError) as error:
+        make_source(f"{__name__}:Odd:{key}")
+    assert key in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["labels", "coarse_labels", "groups"])

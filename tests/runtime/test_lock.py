@@ -236,3 +236,19 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
         with pytest.raises(UserError):
             RunLock(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="flock")
+def test_a_process_that_is_suspended_while_it_takes_over(tmp_path, monkeypatch):
+    """Cases C.3, C.6: the others wait for it a while, not for ever."""
+    monkeypatch.setattr(lock, "ALONE_SECONDS", 0.3)
+    written(tmp_path, started="1")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        lock.fcntl.flock(folder, lock.fcntl.LOCK_EX)
+        with RunLock(tmp_path) as held:
+            held.check()
+            with pytest.raises(UserError):
+                RunLock(tmp_path)
+    finally:
+        os.close(folder)

@@ -103,3 +103,22 @@ def test_a_parent_passes_requests_on(number, monkeypatch, capfdbinary):
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     assert len(capfdbinary.readouterr().err.splitlines()) == 1
+
+
+STUCK = f"""
+import concurrent.futures, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+from jaxcl.runtime import entry
+entry.EXIT_SECONDS = 0.5
+entry.huge_pages.ask = lambda **_: None
+def main(argv):
+    concurrent.futures.ThreadPoolExecutor(1).submit(threading.Event().wait)
+    raise KeyboardInterrupt
+entry.leave(main)
+"""
+
+
+def test_ctrl_c_ends_a_command_whose_threads_wait_for_ever():
+    """Cases C.3: any command that reads a disk which does not answer."""
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.splitlines() == ["jaxcl: stopped by Ctrl-C"]

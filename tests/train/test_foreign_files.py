@@ -8,15 +8,19 @@ import zipfile
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from train_checks import config
 
 from jaxcl.commands.compare import runs as compared
+from jaxcl.commands.compare import sweeps
 from jaxcl.data import shuffle, source_of
 from jaxcl.errors import UserError
 from jaxcl.models import weights
 from jaxcl.runtime import storage
 from jaxcl.train import loop
+from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import MANIFEST, Checkpoints
+from jaxcl.train.profile import read_step_time
 from jaxcl.train.run_folder import ROW_ORDER
 from jaxcl.train.runs import open_run
 
@@ -118,6 +122,71 @@ def test_json_of_another_program(run, name, content):
     with pytest.raises(UserError) as error:
         open_run(run)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{"step": "3", "validation_accuracy": 0.5}, {"step": 3, "validation_accuracy": {}}])
+def test_a_best_state_of_another_type(tmp_path, npz, content):
+    """Cases C.9."""
+    c = config(npz=npz)
+    c.data.validation = 0.25
+    (tmp_path / "best.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=str(tmp_path / "best.json")):
+        Best(epath.Path(tmp_path), c)
+
+
+def test_facts_of_another_type(run, npz):
+    """Cases C.9: data.json is whole, but a number in it is a text."""
+    path = run / "data.json"
+    facts = json.loads(path.read_text()) | {ROW_ORDER: shuffle.ORDER}
+    path.write_text(json.dumps(facts | {"mean": ["a", "b", "c"]}))
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match="mean"):
+        loop.run(config(npz=npz), run)
+
+
+@pytest.mark.parametrize("key, value", [("parts", 3), ("seconds", "1"), ("updates", [1]), ("parts", {"augment": "a"})])
+def test_times_of_another_type(tmp_path, key, value):
+    """Cases C.9: the profile, when the report is written."""
+    (tmp_path / "profile").mkdir()
+    whole = {"seconds": 1.0, "parts": {"augment": 0.5}, "data": 0.0, "rest": 0.5, "updates": [4, 6], "device": "cpu"}
+    path = tmp_path / "profile" / "step_time.json"
+    path.write_text(json.dumps(whole))
+    assert read_step_time(tmp_path) == whole
+    path.write_text(json.dumps(whole | {key: value}))
+    with pytest.raises(UserError, match=str(path)):
+        read_step_time(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "examples.jsonl"])
+def test_a_folder_in_the_place_of_a_file(npz, tmp_path, name):
+    """Cases C.9."""
+    c = config(npz=npz)
+    c.log_examples = True
+    begun(tmp_path, c)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError) as error:
+        loop.run(c, tmp_path)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [3, [3], [{}], [{"config": "a", "grid": {}, "measures": 1}]])
+def test_a_table_of_a_sweep_of_another_type(tmp_path, rows):
+    """Cases C.9: compare reads it."""
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(UserError, match=str(tmp_path / "table.json")):
+        sweeps.read_invariance(tmp_path)
+
+
+def test_a_folder_that_links_to_itself(tmp_path):
+    """Cases C.10: in a checkpoint, whose files are hashed."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "z").write_text("")
+    (tmp_path / "a" / "x").write_text("")
+    (tmp_path / "a" / "b" / "loop").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "a" / "out").symlink_to(tmp_path / "c", target_is_directory=True)
+    found = [str(p.relative_to(tmp_path / "a")) for p in storage.files(epath.Path(tmp_path / "a"))]
+    assert sorted(found) == ["out/z", "x"]
 
 
 @pytest.mark.parametrize(

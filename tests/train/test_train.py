@@ -17,6 +17,7 @@ from jax import monitoring
 from processes import ROOT, subprocess_run
 from train_checks import STEPS, config, config_module, final_state, record, writer_that
 
+from jaxcl.data import shuffle, source_of
 from jaxcl.data.shuffle import Shuffled
 from jaxcl.errors import Diverged, Preempted, UserError
 from jaxcl.method import sharding
@@ -123,7 +124,7 @@ def test_a_traced_run_learns_the_same_and_measures_every_scope(undisturbed, npz,
 def test_a_finished_run_returns_at_once(undisturbed, npz, monkeypatch, caplog):
     workdir, results = undisturbed
     before = (workdir / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(train, "source_of", None)  # whatever would begin to work fails
+    monkeypatch.setattr(train, "prepare", None)  # whatever would begin to work fails
     with caplog.at_level("INFO", logger="jaxcl"):
         again = train.run(config(npz=npz), workdir)
     assert again == json.loads(json.dumps(results, default=float))
@@ -163,7 +164,7 @@ def test_data_that_changed_in_the_same_folder(tmp_path, npz):
     np.savez(source, **arrays)
     c = config(npz=source)
     workdir = tmp_path / "run"
-    known = {run_folder.ROW_ORDER: train.shuffle.ORDER, run_folder.FINGERPRINT: train.source_of(c, "train").fingerprint}
+    known = {run_folder.ROW_ORDER: shuffle.ORDER, run_folder.FINGERPRINT: source_of(c, "train").fingerprint}
     tiny.saved_run(workdir, c, **known)
     before = (workdir / "data.json").read_bytes()
     np.savez(source, **arrays | dict(train_labels=np.roll(arrays["train_labels"], 1)))
@@ -175,7 +176,7 @@ def test_data_that_changed_in_the_same_folder(tmp_path, npz):
     facts = json.loads(before)
     del facts[run_folder.FINGERPRINT]
     run_folder.write_json(workdir / "data.json", facts)
-    now = facts | {run_folder.FINGERPRINT: train.source_of(c, "train").fingerprint}
+    now = facts | {run_folder.FINGERPRINT: source_of(c, "train").fingerprint}
     run_folder.claim(workdir, json.loads((workdir / "config.json").read_text()), now, True).close()
     assert json.loads((workdir / "data.json").read_text()) == now
 
@@ -191,7 +192,7 @@ def test_a_workdir_in_the_home(undisturbed, npz, tmp_path, monkeypatch):
     assert list((tmp_path / "here").iterdir()) == []
     assert record(tmp_path / "home" / "[1]") == record(undisturbed[0])
     monkeypatch.chdir(tmp_path / "there")
-    monkeypatch.setattr(train, "source_of", None)  # whatever would begin to work fails
+    monkeypatch.setattr(train, "prepare", None)  # whatever would begin to work fails
     assert train.run(config(npz=npz), "~/[1]")["steps"] == STEPS
     assert open_run("~/[1]").step == STEPS and list((tmp_path / "there").iterdir()) == []
 
@@ -352,7 +353,8 @@ def test_divergence_just_after_an_evaluation(npz, tmp_path, monkeypatch):
     with pytest.raises(Diverged, match="loss is nan at step 7; .*checkpoint is step 3 "):
         train.run(c, tmp_path)
     # Cases C.5: what step 6 saved has not stood the next update; it can still be examined.
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"3", "ruined-6"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"3"}
+    assert {p.name for p in (tmp_path / "nan" / "checkpoints").iterdir()} == {"6"}
 
 
 @pytest.mark.parametrize("lr", [1e38, 1e25, 1e15])

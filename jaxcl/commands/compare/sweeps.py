@@ -125,7 +125,8 @@ def read_invariance(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
         for run_folder in dict.fromkeys(folder / v["run"] for m in row["measures"].values() for v in m["values"]):
             path = run_folder / "results.json"
             results = storage.read_json(path) if path.is_file() else {}
-            if found := results.get("invariance", {}).get("centred"):
+            invariance = results.get("invariance")
+            if isinstance(invariance, dict) and (found := invariance.get("centred")):
                 tables.setdefault(_line(row, ()), []).append(found)
     if not tables:
         raise NothingToDraw(
@@ -148,7 +149,13 @@ def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a sweep: it has no table.json; give the --out of jaxcl sweep")
     advice = "run jaxcl sweep again, which writes it"
-    return storage.read_json(path, "rows", advice=advice)["rows"]
+    rows = storage.read_json(path, "rows", advice=advice)["rows"]
+    kinds = {"config": str, "grid": dict, "measures": dict}
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items()) for row in rows
+    ):
+        raise UserError(f"{path} is not one of jaxcl sweep; {advice}")
+    return rows
 
 
 def _line(row: Mapping[str, Any], swept: tuple[str, ...]) -> str:

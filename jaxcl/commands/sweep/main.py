@@ -55,6 +55,7 @@ FLAGS.path("out", "runs/sweep", "The folder of the sweep.")
 
 PROGRAM = (sys.executable, "-m", "jaxcl.main")  # trains one config
 _POLL_SECONDS = 0.1
+_SAVE_SECONDS = 120.0  # for a run to save, after an error in this process
 _RESULTS_BESIDE_EVALUATORS = ("best", "seconds", "steps")
 
 
@@ -144,7 +145,11 @@ class Sweep:
             finally:
                 for job in running:  # only after an error in this process, such as a full disk
                     job.process.terminate()
-                    job.process.wait()
+                for job in running:
+                    try:  # it saves first; one that waits for a disk never does
+                        job.process.wait(_SAVE_SECONDS)
+                    except subprocess.TimeoutExpired:
+                        job.process.kill()
         for line in self._failures:
             print(f"jaxcl: {line}", file=sys.stderr)
         if self._mistakes:
