@@ -1,6 +1,6 @@
-"""Checks that a run that is killed many times equals an undisturbed run.
+"""Kills: a run that is killed many times must equal an undisturbed run.
 
-    python -m benchmarks.survival [--kills=50] [--devices=1,2,4] [--seed=0] [--out=FOLDER]
+    python -m benchmarks.survival --only=kills --kills=50 --devices=1,2,4
 
 It runs processes of the real command on a tiny network, with fake CPU devices. They get TERM or KILL, drawn at random,
 while they start, between two steps, or during a save; then the same command continues the run. There is one leg for
@@ -10,7 +10,6 @@ number of devices they must be equal to the bit. With several, sums are taken in
 apply.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -20,11 +19,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from benchmarks.survival.registry import LOST, WELL, Trial, fault
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOSS_TOLERANCE = 1e-5  # relative, at every step
 # Relative to the largest entry of a tensor. The optimiser has a larger one, because its average of gradients depends on
 # every ReLU that a last bit switches.
@@ -157,8 +158,6 @@ def undisturbed(folder: pathlib.Path, devices: int, steps: int) -> float:
 
 def compare(killed: pathlib.Path, alone: pathlib.Path, exact: bool) -> dict[str, float]:
     """The largest deviations. Errors: Unequal."""
-    import numpy as np
-
     a, b = (rows(f / "examples.jsonl") for f in (killed, alone))
     if a != b:
         raise Unequal(f"{killed}: its examples differ from those of {alone}")
@@ -168,7 +167,14 @@ def compare(killed: pathlib.Path, alone: pathlib.Path, exact: bool) -> dict[str,
     loss = max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a, b, strict=True))
     if (exact and a != b) or loss > LOSS_TOLERANCE:
         raise Unequal(f"{killed}: losses differ by {loss:.2g} from {alone}")
-    far, wanted = {"loss": loss}, final_state(alone)
+    return {"loss": loss} | compare_states(killed, alone, exact)
+
+
+def compare_states(killed: pathlib.Path, alone: pathlib.Path, exact: bool) -> dict[str, float]:
+    """The largest deviations of the final states. Errors: Unequal."""
+    import numpy as np
+
+    far, wanted = {}, final_state(alone)
     for field, leaves in final_state(killed).items():
         for x, y in zip(leaves, wanted[field], strict=True):
             if (exact or field not in STATE_TOLERANCE) and not np.array_equal(x, y):
@@ -280,28 +286,15 @@ def survive(
     return legs
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--devices", default="1,2,4", help="fake CPU devices, at most 8")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn moments; the progress of processes varies")
-    parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--out", default="", help="folder that keeps run folders and logs")
-    arguments = parser.parse_args()
-    os.environ.update({k: v for k, v in environment().items() if k.startswith(("JAX", "XLA"))})
-    devices = [int(n) for n in arguments.devices.split(",")]
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        out = pathlib.Path(arguments.out or temporary)
-        try:
-            legs = survive(arguments.kills, devices, out, seed=arguments.seed, steps=arguments.steps)
-        except Unequal as error:
-            print(f"NOT EQUAL: {error}")
-            return 1
-    total = sum(sum(leg.counts.values()) for leg in legs)
-    print(f"{total} kills in {time.monotonic() - begun:.0f} s: all runs equal undisturbed ones")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@fault("kills", "TERM and KILL at random moments, also during saves, until the run has reached its end")
+def tries(lab: Any, rounds: int) -> Iterator[Trial]:
+    """One leg for each number of devices, and one with restarts on all of them."""
+    folder = lab.place("kills")
+    try:
+        legs = survive(lab.kills or 3 * rounds, lab.devices, folder, seed=lab.seed, steps=lab.steps)
+    except Unequal as error:
+        yield Trial("killed", LOST, str(error))
+        return
+    for leg in legs:
+        for what, count in leg.counts.items():
+            yield from [Trial(f"{what}, {leg.name}", WELL)] * count
