@@ -114,6 +114,7 @@ class Lab:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            preexec_fn=_listening,
         )
 
     def run(self, arguments: Sequence[str], **options: Any) -> Ended:
@@ -184,6 +185,12 @@ class Lab:
         if ended.code:
             return f"continuing it ended with {ended.code}: {last_line(ended)}"
         return self.same_end(folder)
+
+
+def _listening() -> None:
+    """Ctrl-C and SIGHUP reach a process also where this one was started by nohup, or in the background of a script."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def environment() -> dict[str, str]:

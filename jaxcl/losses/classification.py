@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxcl.errors import UserError
 from jaxcl.losses.common import Array, AxisName, number, total, widened
-from jaxcl.losses.labels import as_array, class_numbers, flags
+from jaxcl.losses.labels import as_array, checked_numbers, flags
 
 
 def cross_entropy(
@@ -41,7 +41,9 @@ def cross_entropy(
     Example:
       loss = losses.cross_entropy(logits, labels, label_smoothing=0.1)
     """
-    logits, labels = jnp.asarray(logits), as_array(labels)
+    # What is an array goes to the program as it is: `jnp.asarray` takes as long as small losses do.
+    logits = logits if hasattr(logits, "dtype") else jnp.asarray(logits)
+    labels = as_array(labels)
     soft = jnp.issubdtype(labels.dtype, jnp.floating)
     if logits.ndim < 1 or labels.shape != (logits.shape if soft else logits.shape[:-1]):
         raise UserError(
@@ -51,7 +53,7 @@ def cross_entropy(
     smoothing = number(label_smoothing)
     if smoothing is not None and not 0 <= smoothing <= 1:
         raise UserError(f"cross_entropy: label_smoothing={smoothing}, expected a number from 0 to 1")
-    labels = jnp.asarray(labels) if soft else class_numbers("cross_entropy", labels, logits.shape[-1], where)
+    labels = labels if soft else checked_numbers("cross_entropy", labels, logits.shape[-1], where)
     return _cross_entropy(logits, labels, flags(where), label_smoothing, axis_name=axis_name)
 
 

@@ -6,12 +6,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
-from jaxcl.runtime import distributed, huge_pages, signals, together
+from jaxcl.runtime import distributed, huge_pages, signals, storage, together
 
 CODES = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
 
@@ -46,12 +46,18 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
         if isinstance(error, LostHost) or together.several() or getattr(error, "at_once", False):
             sys.stderr.flush()
             os._exit(code)  # a normal exit would wait for the lost process, or for threads
-    except Exception:
-        if not together.several():
+    except Exception as error:
+        if isinstance(error, OSError) and (reason := storage.refusal(error)):
+            signals.say(f"cannot write {error.filename or 'a file'}: {reason}; make room, then run the command again")
+            code = 2
+        elif not together.several():
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        else:
+            traceback.print_exc()
+            code = 1
+        if together.several():
+            sys.stderr.flush()
+            os._exit(code)
     finally:
         signals.own_process = False
     sys.exit(code)
@@ -76,3 +82,13 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\b")
     # Orbax prints pages about a save that failed; jaxcl prints one line.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.unraisablehook = _except_late_answers
+
+
+def _except_late_answers(unraisable: Any) -> None:
+    """`sys.unraisablehook` without what TensorStore's threads print when a save failed: nobody awaits their answers."""
+    last = unraisable.exc_traceback
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__") != "asyncio.base_events":
+        sys.__unraisablehook__(unraisable)

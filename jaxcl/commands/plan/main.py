@@ -17,6 +17,7 @@ from typing import Any
 from jaxcl.commands.config_file import read_config
 from jaxcl.commands.plan.chips import CHIPS
 from jaxcl.errors import UserError
+from jaxcl.runtime import storage
 from jaxcl.runtime.flags import Flags
 
 # Sets that are rarely on the machine that plans: name -> (images, side in pixels as stored here, classes).
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
     if given.out:
         out = pathlib.Path(given.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        storage.write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
         figure.draw(plan, out / "weak_scaling.png")
     return 0
 
