@@ -48,6 +48,10 @@ class Lab:
         self._worker: subprocess.Popen | None = None
         self._count = 0
         os.environ.update({k: v for k, v in environment().items() if k.startswith(("JAX", "XLA"))})
+        # Processes inherit that a signal is ignored, as in the background of a script, but not how it is handled.
+        for number in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
 
     def close(self) -> None:
         """End the worker."""
@@ -114,7 +118,6 @@ class Lab:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            preexec_fn=_listening,
         )
 
     def run(self, arguments: Sequence[str], **options: Any) -> Ended:
@@ -185,12 +188,6 @@ class Lab:
         if ended.code:
             return f"continuing it ended with {ended.code}: {last_line(ended)}"
         return self.same_end(folder)
-
-
-def _listening() -> None:
-    """Ctrl-C and SIGHUP reach a process also where this one was started by nohup, or in the background of a script."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxcl.errors import Preempted, UserError
 from jaxcl.method.state import TrainState
 from jaxcl.runtime import distributed, signals, storage
+from jaxcl.train.step_names import ReadableSteps
 
 logger = logging.getLogger("jaxcl")
 Tree = Any
@@ -61,13 +62,14 @@ class Checkpoints:
     ):
         self.directory = storage.folder(directory)
         self._read_only, self._about = read_only, dict(about or {})
-        training = ocp.training
+        training, self._names = ocp.training, ReadableSteps()
         self._checkpointer = training.Checkpointer(
             storage.plain_link(self.directory),
             # The loop decides when to save. Orbax's defaults are to save when idle and to keep everything.
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=not read_only,  # left behind by a save that was killed
+            step_name_format=self._names,
         )
         self._finishing: threading.Thread | None = None
         self._read_one = False
@@ -76,13 +78,12 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps of the complete checkpoints, ascending."""
-        return tuple(sorted(c.step for c in self._checkpointer.checkpoints))
+        return tuple(sorted({c.step for c in self._checkpointer.checkpoints} | self._names.unreadable.keys()))
 
     def save(self, step: int, state: TrainState) -> None:
         """Copy the state to the host and write it in the background. Saving a step twice does nothing."""
@@ -169,7 +170,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for candidate in sorted(self.steps, reverse=True) if step is None else [step]:
             where = self.directory / str(candidate)
-            fault = distributed.agreed(lambda where=where: _fault(where))
+            odd = self._names.unreadable.get(candidate, "")
+            fault = distributed.agreed(lambda where=where, odd=odd: odd or _fault(where))
             if not fault:
                 try:
                     state = self._load(candidate, abstract)

@@ -224,7 +224,17 @@ def lose_unsealed(folder):
     shutil.rmtree(folder / "state" / "ocdbt.process_0")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose, lose_unsealed])
+def other_types(folder):
+    """Orbax reads this file of every step before it opens any."""
+    (folder / "_CHECKPOINT_METADATA").write_text('{"init_timestamp_nsecs": {"a": 1}}')
+
+
+def no_object_unsealed(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "_CHECKPOINT_METADATA").write_text("[1, 2]")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lose, lose_unsealed, other_types, no_object_unsealed])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, damage, caplog):
     damage(copy / "7")
     with Checkpoints(copy) as checkpoints, caplog.at_level("WARNING", logger="jaxcl"):
