@@ -60,14 +60,20 @@ FEW = ("empty", "cut in half", "of another program")  # for commands that read t
 # ---- trials
 
 
-def resume(lab: Lab, what: str, damage: Callable[[pathlib.Path], None], only_state: bool = False) -> Trial:
-    """Damage a copy of the run that was stopped half way, and continue it."""
+def resume(lab: Lab, what: str, damage: Callable[[pathlib.Path], None], record: str = "") -> Trial:
+    """Damage a copy of the run that was stopped half way, and continue it.
+
+    Args:
+      record: the damaged file is this one of RECORDS: it cannot become what it was, but what is in it must be kept.
+    """
     work = lab.copy(lab.half)
     damage(work)
-    before = contents(work)
+    before, kept = contents(work), _foreign(work / record) if record else b""
     ended = lab.quick(training(work))
     if ended.code == 0:
-        wrong = lab.same_end(work, only_state=only_state)
+        wrong = lab.same_end(work, only_state=bool(record))
+        if kept and not any(kept == p.read_bytes() for p in work.glob("*.jsonl")):
+            wrong = wrong or "its content is gone"
         found = Trial(what, LOST, wrong) if wrong else _judged(what, told(ended, 0))
     elif lost := gone(before, work):
         found = Trial(what, LOST, f"{lost} is gone; {told(ended, 2)}")
@@ -76,6 +82,12 @@ def resume(lab: Lab, what: str, damage: Callable[[pathlib.Path], None], only_sta
     if found.outcome == WELL:
         shutil.rmtree(work)
     return found
+
+
+def _foreign(path: pathlib.Path) -> bytes:
+    """The content of a file that has no record in it; b"" if it has one, was cut, or is no file."""
+    content = path.read_bytes() if path.is_file() else b""
+    return b"" if b'"step": ' in content and b'"one"' not in content or not content.strip(b"\0") else content
 
 
 def again(lab: Lab, what: str, damage: Callable[[pathlib.Path], None]) -> Trial:
@@ -113,14 +125,18 @@ def _judged(what: str, wrong: str) -> Trial:
 
 def trials(lab: Lab, name: str, find: Callable[[pathlib.Path], pathlib.Path]) -> Iterator[Trial]:
     """All damages of one file, met by each command."""
-    for kind, damage in DAMAGES.items():
+
+    def of_another_run(path: pathlib.Path) -> None:
+        shutil.copyfile(find(lab.other), path)
+
+    for kind, damage in (DAMAGES | {"of another run": of_another_run}).items():
 
         def at(work: pathlib.Path, damage: Callable = damage) -> None:
             if os.path.lexists(path := find(work)):
                 damage(path)
 
         if os.path.lexists(find(lab.half)):
-            yield resume(lab, f"{name} {kind}, continued", at, name in RECORDS)
+            yield resume(lab, f"{name} {kind}, continued", at, name if name in RECORDS else "")
         if name in ("config.json", "data.json", "results.json", "lock.json"):
             yield again(lab, f"{name} {kind}, started again at its end", at)
         for command in COMMANDS:
@@ -153,7 +169,7 @@ FILES: dict[str, Callable[[pathlib.Path], pathlib.Path]] = {
 def _register(name: str, find: Callable[[pathlib.Path], pathlib.Path]) -> None:
     part = "" if name.endswith(("n", "l")) and "manifest" not in name else " of the newest checkpoint"
 
-    @fault(f"file:{name}", f"{name}{part} damaged in {len(DAMAGES)} ways; continued, evaluated, embedded, exported")
+    @fault(f"file:{name}", f"{name}{part} damaged in {len(DAMAGES) + 1} ways; continued, evaluated, embedded, exported")
     def tries(lab: Lab, rounds: int) -> Iterator[Trial]:
         yield from trials(lab, name, find)
 
@@ -175,6 +191,39 @@ def lock(lab: Lab, rounds: int) -> Iterator[Trial]:
         yield resume(lab, f"lock.json {kind}, continued", made(damage))
         yield again(lab, f"lock.json {kind}, started again at its end", made(damage))
         yield read(lab, f"lock.json {kind}, evaluate", "evaluate", made(damage))
+
+
+FOLDERS: dict[str, Callable[[pathlib.Path], pathlib.Path]] = {
+    "the run folder": lambda work: work,
+    **{name: lambda work, name=name: work / name for name in ("checkpoints", "tensorboard")},
+    "the newest checkpoint": lambda work: work / "checkpoints" / str(steps_of(work)[-1]),
+}
+
+
+@fault("file:permission", "files that may not be read, and folders that may not be written to; continued, evaluated")
+def permission(lab: Lab, rounds: int) -> Iterator[Trial]:
+    for name, find in (FILES | FOLDERS).items():
+        for command in ("train", "evaluate"):
+            what, work = f"{name} without permission, {command}", lab.copy(lab.half if command == "train" else lab.done)
+            if not os.path.lexists(path := find(work)):
+                continue
+            mode, before = path.stat().st_mode, contents(work)
+            path.chmod(0o555 if path.is_dir() else 0)
+            if command == "train":
+                ended, content = lab.quick(training(work), denied=True), ""
+            else:
+                ended, content = lab.answer(command, work, denied=True)
+            # It may have been set aside.
+            path = next((p for p in (path, path.with_name(f"damaged-{path.name}")) if p.exists()), None)
+            if path:
+                path.chmod(mode)
+            wrong, lost = told(ended, 0, 2), gone(before, work) if ended.code else ""
+            if ended.code == 0 and command == "train":
+                lost = lab.same_end(work, only_state=name in RECORDS)
+            elif ended.code == 0 and content not in [lab.right(command, lab.done, s) for s in steps_of(lab.done)[-2:]]:
+                lost = "another result"
+            yield Trial(what, LOST if lost else BADLY if wrong else WELL, lost or wrong)
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _stray_checkpoint(work: pathlib.Path) -> None:

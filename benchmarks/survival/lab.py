@@ -21,6 +21,8 @@ from benchmarks.survival.kills import ROOT
 STEPS = 24  # a checkpoint every 4; the folder "half" was stopped after 12
 PATIENCE = 240.0  # seconds that a process may take
 MAY_GO = ("lock.json",)  # files that a command may remove
+_BOTH = "-dac_override,-dac_read_search"
+OBEY = ("setpriv", f"--inh-caps={_BOTH}", f"--bounding-set={_BOTH}")  # root without its way past permissions
 COMMANDS = ("evaluate", "embed", "export")  # that read a run folder
 
 
@@ -45,7 +47,7 @@ class Lab:
 
     def __init__(self, out: pathlib.Path, seed: int = 0):
         self.out, self.seed, self.rng = out, seed, random.Random(seed)
-        self._worker: subprocess.Popen | None = None
+        self._workers: dict[bool, subprocess.Popen] = {}
         self._count = 0
         os.environ.update({k: v for k, v in environment().items() if k.startswith(("JAX", "XLA"))})
         # Processes inherit that a signal is ignored, as in the background of a script, but not how it is handled.
@@ -54,13 +56,13 @@ class Lab:
                 signal.signal(number, lambda *_: None)
 
     def close(self) -> None:
-        """End the worker."""
-        if self._worker:
-            self._worker.stdin.close()
+        """End the workers."""
+        for worker in self._workers.values():
+            worker.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._worker.wait(timeout=20)
-            self._worker.kill()
-            self._worker = None
+                worker.wait(timeout=20)
+            worker.kill()
+        self._workers = {}
 
     # ---- folders
 
@@ -89,6 +91,17 @@ class Lab:
             at = {"event": "os.mkdir", "name": "checkpoints/12", "do": "TERM"}
             ended = self.run(training(folder), at=at)
             assert ended.code == 75, (ended.code, ended.error)
+        return folder
+
+    @functools.cached_property
+    def other(self) -> pathlib.Path:
+        """A run of another config."""
+        folder = self.out / "other"
+        if not (folder / "results.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            odd = ("seed=1", "data.limit=48", "optimizer.lr=0.001", "model.stage_widths=(12,)", "name='other'")
+            ended = self.run(training(folder, *(f"--config.{o}" for o in odd)))
+            assert ended.code == 0, ended.error
         return folder
 
     def copy(self, of: pathlib.Path, to: pathlib.Path | None = None) -> pathlib.Path:
@@ -124,11 +137,17 @@ class Lab:
         """Run `jaxcl ARGUMENTS` to its end, as `start`."""
         return wait(self.start(arguments, **options))
 
-    def quick(self, arguments: Sequence[str]) -> Ended:
-        """Run `jaxcl ARGUMENTS` in a process that is already there; as `run`, but only for commands that end."""
-        if self._worker is None or self._worker.poll() is not None:
-            self._worker = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.survival.worker"],
+    def quick(self, arguments: Sequence[str], *, denied: bool = False) -> Ended:
+        """Run `jaxcl ARGUMENTS` in a process that is already there; as `run`, but only for commands that end.
+
+        Args:
+          denied: in a process that obeys permissions, also where this one is root's.
+        """
+        worker = self._workers.get(denied)
+        if worker is None or worker.poll() is not None:
+            obey = list(OBEY) if denied and os.geteuid() == 0 else []
+            worker = self._workers[denied] = subprocess.Popen(
+                [*obey, sys.executable, "-m", "benchmarks.survival.worker"],
                 cwd=ROOT,
                 env=environment() | {"JAXCL_HUGE_PAGES": "off"},
                 stdin=subprocess.PIPE,
@@ -137,10 +156,10 @@ class Lab:
                 text=True,
             )
         begun, files = time.monotonic(), {k: str(self.out / f"worker.{k}") for k in ("out", "error")}
-        self._worker.stdin.write(json.dumps({"arguments": list(map(str, arguments))} | files) + "\n")
-        self._worker.stdin.flush()
-        answer = self._worker.stdout.readline().strip()
-        code = int(answer) if answer else self._worker.wait()
+        worker.stdin.write(json.dumps({"arguments": list(map(str, arguments))} | files) + "\n")
+        worker.stdin.flush()
+        answer = worker.stdout.readline().strip()
+        code = int(answer) if answer else worker.wait()
         texts = (pathlib.Path(files[k]).read_text(errors="replace") for k in ("out", "error"))
         return Ended(code, *texts, time.monotonic() - begun)
 
@@ -160,15 +179,17 @@ class Lab:
             return f"it cannot be read: {type(error).__name__}: {error}"
         return "" if ours == wanted else "its results.json differs"
 
-    def answer(self, command: str, folder: pathlib.Path, *more: str) -> tuple[Ended, str]:
+    def answer(self, command: str, folder: pathlib.Path, *more: str, denied: bool = False) -> tuple[Ended, str]:
         """Run a command that reads a run folder; -> (its end, a hash of what it gave)."""
         out = self.place("out")
         arguments = [command, f"--workdir={folder}", *more]
         if command == "evaluate":
-            ended = self.quick([*arguments, "--suite=knn"])
+            ended = self.quick([*arguments, "--suite=knn"], denied=denied)
             return ended, ended.out.strip()
         path = out.with_suffix({"embed": ".npz", "export": ".safetensors"}[command])
-        ended = self.quick([*arguments, f"--out={path}", *(["--split=test"] if command == "embed" else [])])
+        ended = self.quick(
+            [*arguments, f"--out={path}", *(["--split=test"] if command == "embed" else [])], denied=denied
+        )
         return ended, _content(path) if path.exists() else ""
 
     @functools.cache  # noqa: B019 - a lab lives as long as the program

@@ -82,7 +82,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\b")
     # Orbax prints pages about a save that failed; jaxcl prints one line.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    sys.unraisablehook = _except_late_answers
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _except_late_answers
 
 
 def _except_late_answers(unraisable: Any) -> None:

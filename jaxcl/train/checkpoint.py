@@ -131,7 +131,7 @@ class Checkpoints:
         if fault:
             raise UserError(
                 f"the checkpoint of step {step} in {self.directory} was written, but cannot be read back ({fault}); "
-                f"{self.last_good()}; use another --workdir, on another disk"
+                f"{last_good(self.directory, self.steps)}; use another --workdir, on another disk"
             )
 
     def _finish(self) -> None:
@@ -147,14 +147,9 @@ class Checkpoints:
         if not reason:
             return error
         return UserError(
-            f"cannot save a checkpoint in {self.directory}: {reason}; {self.last_good()}; make room, "
-            "then run the same command again to continue"
+            f"cannot save a checkpoint in {self.directory}: {reason}; {last_good(self.directory, self.steps)}; "
+            "make room, then run the same command again to continue"
         )
-
-    def last_good(self) -> str:
-        """The checkpoint that a run can continue from, as part of a message."""
-        whole = [s for s in self.steps if (self.directory / str(s) / MANIFEST).exists()]
-        return f"the last good checkpoint is step {whole[-1]}" if whole else "no checkpoint was saved yet"
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """Read a state, onto any number of devices.
@@ -239,6 +234,12 @@ class Checkpoints:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def last_good(directory: epath.Path, steps: Sequence[int]) -> str:
+    """The checkpoint that a run can continue from, as part of a message."""
+    whole = [s for s in sorted(steps) if (directory / str(s) / MANIFEST).exists()]
+    return f"the last good checkpoint is step {whole[-1]}" if whole else "no checkpoint was saved yet"
 
 
 def _hashes(folder: epath.Path) -> dict[str, list]:

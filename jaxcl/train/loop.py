@@ -33,10 +33,11 @@ from jaxcl.runtime.lock import RunLock
 from jaxcl.train import agreement, config_diff, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best, check_selection
-from jaxcl.train.checkpoint import AGAIN, Checkpoints, Preemption
+from jaxcl.train.checkpoint import AGAIN, Checkpoints, Preemption, last_good
 from jaxcl.train.intervals import Intervals, due, intervals_of
 from jaxcl.train.log import TrainLog
 from jaxcl.train.monitor import compile_monitor
+from jaxcl.train.step_names import complete_steps
 
 logger = logging.getLogger("jaxcl")
 
@@ -318,11 +319,7 @@ def _checkpoints(job: Job) -> Checkpoints:
 
 def _latest(workdir: epath.Path) -> int | None:
     """The newest checkpoint of a run that continues; the weights that it started from are not needed any more."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        return None
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.latest
+    return max(complete_steps(workdir / "checkpoints"), default=None)
 
 
 def _initial_state(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
@@ -409,7 +406,4 @@ def _set_ruined_aside(workdir: epath.Path, step: int | None) -> None:
 
 def _last_good(workdir: epath.Path) -> str:
     folder = workdir / "checkpoints"
-    if not folder.exists():
-        return "no checkpoint was saved yet"
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.last_good()
+    return last_good(folder, complete_steps(folder))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
 from orbax.checkpoint import path as ocp_path
 
 
@@ -34,3 +35,11 @@ class ReadableSteps:
 
     def find_step(self, base_path: Any, step: int) -> Any:
         return self._names.find_step(base_path, step)
+
+
+def complete_steps(folder: epath.Path) -> tuple[int, ...]:
+    """Steps of the complete checkpoints in a folder, ascending; of one process, while Orbax makes all of them wait."""
+    if not folder.is_dir():
+        return ()
+    names = ReadableSteps()
+    return tuple(sorted({found.step for found in names.find_all(folder)} | names.unreadable.keys()))
