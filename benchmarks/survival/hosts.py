@@ -105,6 +105,8 @@ def code(lab: Lab, rounds: int) -> Iterator[Trial]:
 @fault("hosts:flags", "two processes with other flags or run folders")
 def flags(lab: Lab, rounds: int) -> Iterator[Trial]:
     yield differ(lab, "--profile", "--profile", (), ("--profile=2",))
+    wide = {"environ": {"JAX_ENABLE_X64": "1"}}
+    yield differ(lab, "JAX_ENABLE_X64", "jax_enable_x64", options=[{}, wide])
     held = lab.copy(lab.half)
     yield differ(lab, "--workdir", "--workdir", (), (f"--workdir={held}",))
 

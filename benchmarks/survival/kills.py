@@ -1,6 +1,6 @@
 """Kills: a run that is killed many times must equal an undisturbed run.
 
-    python -m benchmarks.survival --only=kills --kills=50 --devices=1,2,4
+    python -m benchmarks.survival --kinds=kills --kills=50 --devices=1,2,4
 
 It runs processes of the real command on a tiny network, with fake CPU devices. They get TERM or KILL, drawn at random,
 while they start, between two steps, or during a save; then the same command continues the run. There is one leg for
@@ -291,7 +291,7 @@ def tries(lab: Any, rounds: int) -> Iterator[Trial]:
     """One leg for each number of devices, and one with restarts on all of them."""
     folder = lab.place("kills")
     try:
-        legs = survive(lab.kills or 3 * rounds, lab.devices, folder, seed=lab.seed, steps=lab.steps)
+        legs = survive(lab.kills or 12 * rounds, lab.devices, folder, seed=lab.seed, steps=lab.steps)
     except Unequal as error:
         yield Trial("killed", LOST, str(error))
         return

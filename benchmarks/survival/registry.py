@@ -4,6 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 WELL, BADLY, LOST = "well", "badly", "lost"
+KINDS = {
+    "kills": "killed at random moments",
+    "disk": "a full disk at one kind of write",
+    "file": "files of a run folder that are damaged, foreign, in the way or not permitted",
+    "stall": "reads that never return",
+    "hosts": "hosts that differ, a mistake on one of them, a taken port",
+    "starts": "several starts at one moment",
+    "signal": "signals that ask a run to end",
+}
 
 
 class Trial(NamedTuple):
@@ -34,7 +43,7 @@ def fault(name: str, about: str) -> Callable[[Callable], Callable]:
     """Register the function below as the trials of a fault. Names are KIND or KIND:WHAT."""
 
     def register(tries: Callable) -> Callable:
-        assert name not in FAULTS, name
+        assert name not in FAULTS and name.partition(":")[0] in KINDS, name
         FAULTS[name] = Fault(name, about, tries)
         return tries
 
@@ -53,6 +62,6 @@ def chosen(words: str) -> list[Fault]:
     for word in words.split(","):
         those = [f for f in FAULTS.values() if word in (f.name, f.name.partition(":")[0])]
         if not those:
-            raise SystemExit(f"--only={word}: expected some of {', '.join(FAULTS)}, or the part before :")
+            raise SystemExit(f"--kinds={word}: expected some of {', '.join(FAULTS)}, or the part before :")
         found += [f for f in those if f not in found]
     return found
