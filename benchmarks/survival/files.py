@@ -217,9 +217,12 @@ def permission(lab: Lab, rounds: int) -> Iterator[Trial]:
             path = next((p for p in (path, path.with_name(f"damaged-{path.name}")) if p.exists()), None)
             if path:
                 path.chmod(mode)
-            wrong, lost = told(ended, 0, 2), gone(before, work) if ended.code else ""
-            if ended.code == 0 and command == "train":
-                lost = lab.same_end(work, only_state=name in RECORDS)
+            wrong, lost = told(ended, 0, 2), ""
+            if command == "train":  # with permission again
+                code = lab.quick(training(work)).code if ended.code else 0
+                lost = f"exit code {code}" if code else lab.same_end(work, only_state=name in RECORDS)
+            elif gone(before, work):
+                lost = f"{gone(before, work)} is gone"
             elif ended.code == 0 and content not in [lab.right(command, lab.done, s) for s in steps_of(lab.done)[-2:]]:
                 lost = "another result"
             yield Trial(what, LOST if lost else BADLY if wrong else WELL, lost or wrong)

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -158,8 +159,13 @@ class Lab:
         begun, files = time.monotonic(), {k: str(self.out / f"worker.{k}") for k in ("out", "error")}
         worker.stdin.write(json.dumps({"arguments": list(map(str, arguments))} | files) + "\n")
         worker.stdin.flush()
-        answer = worker.stdout.readline().strip()
-        code = int(answer) if answer else worker.wait()
+        if select.select([worker.stdout], [], [], PATIENCE)[0]:
+            answer = worker.stdout.readline().strip()
+            code = int(answer) if answer else worker.wait()
+        else:
+            worker.kill()
+            worker.wait()
+            code = None
         texts = (pathlib.Path(files[k]).read_text(errors="replace") for k in ("out", "error"))
         return Ended(code, *texts, time.monotonic() - begun)
 

@@ -186,6 +186,13 @@ def refusal(error: BaseException | None) -> str:
     return ""
 
 
+def inside(path: Any, root: str | os.PathLike) -> bool:
+    """Whether a path, such as the `filename` of an OSError, is in a local folder."""
+    if path is None or isinstance(path, int) or is_remote(root):
+        return False
+    return pathlib.Path(folder(root)) in pathlib.Path(os.path.abspath(os.fsdecode(path))).parents
+
+
 def need_library(path: str | os.PathLike) -> None:
     """Raise UserError if the library for such a path is not installed."""
     if not is_remote(path):

@@ -61,6 +61,10 @@ class Checkpoints:
         about: Mapping[str, Any] | None = None,
     ):
         self.directory = storage.folder(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(
+                f"{self.directory} is no folder; move it away, and put the checkpoints back if there are some"
+            )
         self._read_only, self._about = read_only, dict(about or {})
         training, self._names = ocp.training, ReadableSteps()
         self._checkpointer = training.Checkpointer(

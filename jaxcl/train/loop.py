@@ -76,6 +76,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
             if reason := storage.refusal(error):
                 what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
                 raise UserError(f"{what}; make room, then run the same command again to continue") from None
+            if storage.inside(error.filename, workdir):  # something else is in its place, or it may not be used
+                what = f"cannot use {error.filename}: {(error.strerror or str(error)).lower()}; {_last_good(workdir)}"
+                raise UserError(f"{what}; mend that, then run the same command again to continue") from None
             raise
 
 
