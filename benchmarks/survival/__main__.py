@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after them, no further fault is tried")
     parser.add_argument("--kills", type=int, default=0, help="default: twelve a round")
     parser.add_argument("--devices", default="1,2,4", help="fake CPU devices of the kills, at most 8")
-    parser.add_argument("--steps", type=int, default=96, help="updates of the run that is killed")
+    parser.add_argument("--steps", type=int, default=48, help="updates of the run that is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn moments; the progress of processes varies")
     parser.add_argument("--out", default="", help="a folder that keeps faults.json, run folders and logs")
     parser.add_argument(

@@ -44,7 +44,7 @@ class Lab:
       seed: of what is drawn.
     """
 
-    kills, devices, steps = 0, (1, 2, 4), 96  # of the fault "kills"
+    kills, devices, steps = 0, (1, 2, 4), 48  # of the fault "kills"
 
     def __init__(self, out: pathlib.Path, seed: int = 0):
         self.out, self.seed, self.rng = out, seed, random.Random(seed)
@@ -100,7 +100,7 @@ class Lab:
         folder = self.out / "other"
         if not (folder / "results.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            odd = ("seed=1", "data.limit=48", "optimizer.lr=0.001", "model.stage_widths=(12,)", "name='other'")
+            odd = ("seed=1", "data.limit=48", "optimizer.lr=0.001", "model.head_features=24", "name='other'")
             ended = self.run(training(folder, *(f"--config.{o}" for o in odd)))
             assert ended.code == 0, ended.error
         return folder

@@ -54,11 +54,11 @@ def cross_entropy(
     if smoothing is not None and not 0 <= smoothing <= 1:
         raise UserError(f"cross_entropy: label_smoothing={smoothing}, expected a number from 0 to 1")
     labels = labels if soft else checked_numbers("cross_entropy", labels, logits.shape[-1], where)
-    return _cross_entropy(logits, labels, flags(where), label_smoothing, axis_name=axis_name)
+    return _cross_entropy(logits, labels, flags(where), label_smoothing if smoothing != 0 else None, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames="axis_name")
-def _cross_entropy(logits, labels, where, label_smoothing, *, axis_name):
+@functools.partial(jax.jit, static_argnums=4)
+def _cross_entropy(logits, labels, where, label_smoothing, axis_name):
     (logits,) = widened(logits)
     soft, num_classes = jnp.issubdtype(labels.dtype, jnp.floating), logits.shape[-1]
     valid = jnp.ones(logits.shape[:-1], bool) if soft else labels >= 0
@@ -73,7 +73,10 @@ def _cross_entropy(logits, labels, where, label_smoothing, *, axis_name):
         number_N = jnp.where(valid, labels, 0)
         picked = jnp.take_along_axis(log_probs, number_N[..., None], axis=-1, mode="clip")[..., 0]
         picked *= jnp.where(number_N >= num_classes, jnp.nan, 1)  # its gradient too
-    loss = -_weighted(1 - label_smoothing, picked) - _weighted(label_smoothing, jnp.mean(log_probs, axis=-1))
+    if label_smoothing is None:
+        loss = -picked
+    else:
+        loss = -_weighted(1 - label_smoothing, picked) - _weighted(label_smoothing, jnp.mean(log_probs, axis=-1))
     loss_sum, count = jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(valid, dtype=jnp.int32)
     return total(loss_sum, axis_name) / jnp.maximum(total(count, axis_name), 1)
 

@@ -97,15 +97,15 @@ def checked_numbers(what: str, labels: Any, num_classes: int, where: Any = None)
     counted = None if where is None else concrete(where)
     if counted is not None and counted.shape == values.shape:
         values = np.where(counted.astype(bool), values, -1)
-    if (where is None or counted is not None) and values.max() >= num_classes:
+    # `reduce` and not `max`, which is a function of Python, and takes as long as the rest of this one.
+    if (where is None or counted is not None) and np.maximum.reduce(values, axis=None) >= num_classes:
         row = int(np.argmax(values.ravel() >= num_classes))
         raise UserError(
             f"{what}: labels has {values.ravel()[row]} in row {row}, expected at most {num_classes - 1} for "
             f"{num_classes} classes, or -1 for no label"
         )
-    if values.dtype == object or (values.dtype.itemsize > 4 and values.min() < INT32.min):  # it would be another class
-        return np.maximum(values, -1).astype(np.int32)
-    return labels
+    odd = values.dtype == object or (values.dtype.itemsize > 4 and np.minimum.reduce(values, axis=None) < INT32.min)
+    return np.maximum(values, -1).astype(np.int32) if odd else labels  # narrowed, it would be another class
 
 
 def flags(x: Any) -> jax.Array | None:

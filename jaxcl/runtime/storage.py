@@ -187,9 +187,11 @@ def refusal(error: BaseException | None) -> str:
 
 
 def inside(path: Any, root: str | os.PathLike) -> bool:
-    """Whether a path, such as the `filename` of an OSError, is in a local folder."""
+    """Whether a path, such as the `filename` of an OSError, is in a local folder, or a name in an open folder."""
     if path is None or isinstance(path, int) or is_remote(root):
         return False
+    if os.path.basename(path) == path and not os.path.lexists(path):  # `shutil.rmtree` opens each folder
+        return True
     return pathlib.Path(folder(root)) in pathlib.Path(os.path.abspath(os.fsdecode(path))).parents
 
 
