@@ -1,7 +1,7 @@
 """Losses and attacks of this copy of jaxcl against those of another copy, such as an older commit, in one run.
 
     git worktree add --detach /tmp/before COMMIT
-    python -m benchmarks.against /tmp/before [--rounds=41] [--only=NAME,...] [--out=FILE.json] [--write_docs]
+    python -m benchmarks.against /tmp/before [--rounds=41] [--only=REGEX] [--out=FILE.json] [--write_docs]
 
 Three processes, each on one core: this copy, the other one, and the other one once more, which tells how much two
 equal programs differ here. A round asks each of them in turn for a burst of each task, so what else the machine does
@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -56,11 +57,11 @@ class Copy:
         self._process.wait()
 
 
-def measure(other: pathlib.Path, rounds: int, seconds: float, only: list[str]) -> dict[str, dict[str, list[float]]]:
+def measure(other: pathlib.Path, rounds: int, seconds: float, only: str) -> dict[str, dict[str, list[float]]]:
     """{task: {"this", "other", "again": CPU seconds of a call, by round}}."""
     core = max(os.sched_getaffinity(0))
     copies = {"this": Copy(ROOT, core), "other": Copy(other, core), "again": Copy(other, core)}
-    names = [t for t in copies["this"].ask("tasks", 0) if not only or t in only]
+    names = [t for t in copies["this"].ask("tasks", 0) if re.search(only, t)]
     found = {task: {name: [] for name in copies} for task in names}
     for task in names:
         for copy in copies.values():
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("other", type=pathlib.Path, help="folder of the other copy, a clone or a worktree")
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--seconds", type=float, default=0.05, help="of a burst")
-    parser.add_argument("--only", default="", help="some tasks, separated by commas")
+    parser.add_argument("--only", default="", help="a regular expression for the tasks")
     parser.add_argument("--out", type=pathlib.Path, help="JSON of all bursts")
     parser.add_argument("--write_docs", action="store_true", help="put the table into docs/benchmarks.md")
     given = parser.parse_args()
@@ -119,8 +120,7 @@ def main() -> None:
         "rounds": given.rounds,
         "machine": machine(("jax", "jaxlib")),
     }
-    only = given.only.split(",") if given.only else []
-    state["times"] = measure(given.other.resolve(), given.rounds, given.seconds, only)
+    state["times"] = measure(given.other.resolve(), given.rounds, given.seconds, given.only)
     state["load"] = [load, os.getloadavg()[0]]
     if given.out:
         storage.write_whole(given.out, json.dumps(state) + "\n")

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -116,6 +117,7 @@ def main() -> int:
             lab.kills, lab.steps = given.kills, given.steps
             lab.devices = tuple(int(n) for n in given.devices.split(","))
             lab.out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(lab.out / "trials", ignore_errors=True)  # of an earlier call
             try:
                 for fault in faults:
                     if fault.name in found or time.monotonic() - begun > given.seconds:

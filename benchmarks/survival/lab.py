@@ -21,7 +21,7 @@ from benchmarks.survival.kills import ROOT
 
 STEPS = 24  # a checkpoint every 4; the folder "half" was stopped after 12
 PATIENCE = 240.0  # seconds that a process may take
-MAY_GO = ("lock.json",)  # files that a command may remove
+MAY_GO = ("lock.json", "environment.json")  # files that a command may remove, or write anew when it starts
 _BOTH = "-dac_override,-dac_read_search"
 OBEY = ("setpriv", f"--inh-caps={_BOTH}", f"--bounding-set={_BOTH}")  # root without its way past permissions
 COMMANDS = ("evaluate", "embed", "export")  # that read a run folder

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcl.errors import UserError
 from jaxcl.losses.common import Array, AxisName, number, total, widened
@@ -65,18 +66,21 @@ def _cross_entropy(logits, labels, where, label_smoothing, axis_name):
     if where is not None:
         valid &= where.astype(bool)
     logits = jnp.where(valid[..., None], logits, 0)  # padding may be NaN, and 0 * NaN would make the gradient NaN
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
     if soft:
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
         target = jnp.where(valid[..., None], labels, 0).astype(logits.dtype)
         picked = jnp.sum(_weighted(target, log_probs), axis=-1)
     else:
+        # The terms of log_softmax, without its array of the size of the logits.
+        largest = lax.stop_gradient(jnp.max(logits, axis=-1))
+        log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
         number_N = jnp.where(valid, labels, 0)
-        picked = jnp.take_along_axis(log_probs, number_N[..., None], axis=-1, mode="clip")[..., 0]
+        picked = jnp.take_along_axis(logits, number_N[..., None], axis=-1, mode="clip")[..., 0] - largest - log_sum
         picked *= jnp.where(number_N >= num_classes, jnp.nan, 1)  # its gradient too
-    if label_smoothing is None:
-        loss = -picked
-    else:
-        loss = -_weighted(1 - label_smoothing, picked) - _weighted(label_smoothing, jnp.mean(log_probs, axis=-1))
+    loss = -picked
+    if label_smoothing is not None:
+        mean = jnp.mean(log_probs if soft else logits - (largest + log_sum)[..., None], axis=-1)
+        loss = -_weighted(1 - label_smoothing, picked) - _weighted(label_smoothing, mean)
     loss_sum, count = jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(valid, dtype=jnp.int32)
     return total(loss_sum, axis_name) / jnp.maximum(total(count, axis_name), 1)
 

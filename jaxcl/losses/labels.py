@@ -89,7 +89,8 @@ def checked_numbers(what: str, labels: Any, num_classes: int, where: Any = None)
       UserError: labels that are not integers, or one that is not below `num_classes`.
     """
     labels = as_array(labels)
-    if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype in (bool, object)):
+    # `kind` is fast; types that only JAX has are of kind "V".
+    if labels.dtype.kind not in "iubO" and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UserError(f"{what}: labels of type {labels.dtype}, expected integers: a class from 0, or -1 for no label")
     values = concrete(labels)
     if values is None or not values.size:
@@ -104,8 +105,9 @@ def checked_numbers(what: str, labels: Any, num_classes: int, where: Any = None)
             f"{what}: labels has {values.ravel()[row]} in row {row}, expected at most {num_classes - 1} for "
             f"{num_classes} classes, or -1 for no label"
         )
-    odd = values.dtype == object or (values.dtype.itemsize > 4 and np.minimum.reduce(values, axis=None) < INT32.min)
-    return np.maximum(values, -1).astype(np.int32) if odd else labels  # narrowed, it would be another class
+    if values.itemsize > 4 and (values.dtype.kind == "O" or np.minimum.reduce(values, axis=None) < INT32.min):
+        return np.maximum(values, -1).astype(np.int32)  # narrowed, it would be another class
+    return labels
 
 
 def flags(x: Any) -> jax.Array | None:
