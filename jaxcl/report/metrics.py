@@ -230,11 +230,16 @@ def _rows(text: bytes) -> list[dict[str, Any]]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """The record of one line; None if it is none."""
+    row = _value(line)
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _value(line: bytes) -> Any:
+    """What a line holds; None if it is not JSON."""
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _keep_until(path: epath.Path, first_step: int) -> None:
@@ -248,7 +253,7 @@ def _keep_until(path: epath.Path, first_step: int) -> None:
         raise UserError(f"{path} cannot be read: {why}; move it away, then run the same command again") from None
     *lines, last = before.split(b"\n")
     # A kill in the middle of a write leaves a line without an end; a loss of power may leave zeros.
-    torn = any(map(_row, lines)) or last[:1] in (b"", b"{", b"\0")
+    torn = any(map(_row, [*lines, last])) or (last[:1] in (b"", b"{", b"\0") and _value(last) is None)
     if not torn or any(line.strip() and not _row(line) for line in lines):
         aside = path.with_name(f"damaged-{path.name}")
         storage.write_whole(aside, before)

@@ -69,7 +69,15 @@ def test_torn_line_is_skipped_when_reading_and_fresh_start_forgets(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "odd", [b'{"name": "left-pad"}\n', b"\x80\xff" * 9, b"[" * 100_000, b"[1, 2]\n", b'{"step": "one"}\n']
+    "odd",
+    [
+        b'{"name": "left-pad"}\n',
+        b'{"name": "left-pad"}',
+        b"\x80\xff" * 9,
+        b"[" * 100_000,
+        b"[1, 2]\n",
+        b'{"step": "one"}\n',
+    ],
 )
 def test_what_is_no_record_is_kept(tmp_path, odd, caplog):
     """Cases C.9: another program's file, or a damaged one, is not overwritten."""
