@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcl.errors import UserError
 from jaxcl.losses.common import Array, AxisName, number, total, widened
-from jaxcl.losses.labels import as_array, class_numbers, flags
+from jaxcl.losses.labels import as_array, checked_numbers, flags
 
 
 def cross_entropy(
@@ -41,7 +42,9 @@ def cross_entropy(
     Example:
       loss = losses.cross_entropy(logits, labels, label_smoothing=0.1)
     """
-    logits, labels = jnp.asarray(logits), as_array(labels)
+    # What is an array goes to the program as it is: `jnp.asarray` takes as long as small losses do.
+    logits = logits if hasattr(logits, "dtype") else jnp.asarray(logits)
+    labels = as_array(labels)
     soft = jnp.issubdtype(labels.dtype, jnp.floating)
     if logits.ndim < 1 or labels.shape != (logits.shape if soft else logits.shape[:-1]):
         raise UserError(
@@ -51,27 +54,33 @@ def cross_entropy(
     smoothing = number(label_smoothing)
     if smoothing is not None and not 0 <= smoothing <= 1:
         raise UserError(f"cross_entropy: label_smoothing={smoothing}, expected a number from 0 to 1")
-    labels = jnp.asarray(labels) if soft else class_numbers("cross_entropy", labels, logits.shape[-1], where)
-    return _cross_entropy(logits, labels, flags(where), label_smoothing, axis_name=axis_name)
+    labels = labels if soft else checked_numbers("cross_entropy", labels, logits.shape[-1], where)
+    return _cross_entropy(logits, labels, flags(where), label_smoothing if smoothing != 0 else None, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames="axis_name")
-def _cross_entropy(logits, labels, where, label_smoothing, *, axis_name):
+@functools.partial(jax.jit, static_argnums=4)
+def _cross_entropy(logits, labels, where, label_smoothing, axis_name):
     (logits,) = widened(logits)
     soft, num_classes = jnp.issubdtype(labels.dtype, jnp.floating), logits.shape[-1]
     valid = jnp.ones(logits.shape[:-1], bool) if soft else labels >= 0
     if where is not None:
         valid &= where.astype(bool)
     logits = jnp.where(valid[..., None], logits, 0)  # padding may be NaN, and 0 * NaN would make the gradient NaN
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
     if soft:
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
         target = jnp.where(valid[..., None], labels, 0).astype(logits.dtype)
         picked = jnp.sum(_weighted(target, log_probs), axis=-1)
     else:
+        # The terms of log_softmax, without its array of the size of the logits.
+        largest = lax.stop_gradient(jnp.max(logits, axis=-1))
+        log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
         number_N = jnp.where(valid, labels, 0)
-        picked = jnp.take_along_axis(log_probs, number_N[..., None], axis=-1, mode="clip")[..., 0]
+        picked = jnp.take_along_axis(logits, number_N[..., None], axis=-1, mode="clip")[..., 0] - largest - log_sum
         picked *= jnp.where(number_N >= num_classes, jnp.nan, 1)  # its gradient too
-    loss = -_weighted(1 - label_smoothing, picked) - _weighted(label_smoothing, jnp.mean(log_probs, axis=-1))
+    loss = -picked
+    if label_smoothing is not None:
+        mean = jnp.mean(log_probs if soft else logits - (largest + log_sum)[..., None], axis=-1)
+        loss = -_weighted(1 - label_smoothing, picked) - _weighted(label_smoothing, mean)
     loss_sum, count = jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(valid, dtype=jnp.int32)
     return total(loss_sum, axis_name) / jnp.maximum(total(count, axis_name), 1)
 

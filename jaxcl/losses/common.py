@@ -30,9 +30,12 @@ def widened(*arrays: Any) -> list[jax.Array]:
 
 def concrete(x: Any) -> np.ndarray | None:
     """The values of `x` on the host; None where they are traced, or partly on other hosts."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (jax.tree.leaves(x) if isinstance(x, (list, tuple)) else [x])):
-        return None
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if isinstance(x, np.ndarray):
+        return x
+    if isinstance(x, (list, tuple)):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x)):
+            return None
+    elif isinstance(x, jax.Array) and (isinstance(x, jax.core.Tracer) or not x.is_fully_addressable):
         return None
     return np.asarray(x)
 

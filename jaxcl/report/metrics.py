@@ -6,6 +6,7 @@ kill then loses only lines after the last checkpoint, whose steps are repeated a
 """
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxcl.errors import UserError
 from jaxcl.runtime import storage
 
+logger = logging.getLogger("jaxcl")
 FILE_NAME = "metrics.jsonl"
 UPLOAD_SECONDS = 30.0
 # JSON has no literals for these. As strings they are valid JSON, and pandas still reads the column as numbers.
@@ -221,23 +224,40 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _rows(text: bytes) -> list[dict[str, Any]]:
-    """The complete lines; a kill in the middle of a write leaves at most one that is not."""
-    rows = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    """The lines that are records."""
+    return [row for row in map(_row, text.splitlines()) if row]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The record of one line; None if it is none."""
+    row = _value(line)
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _value(line: bytes) -> Any:
+    """What a line holds; None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _keep_until(path: epath.Path, first_step: int) -> None:
-    """Rewrite `path` atomically with only the steps 1..first_step."""
+    """Rewrite `path` atomically with only the steps 1..first_step. What are no records is kept in a file beside it."""
     if not path.exists():
         return
-    before = path.read_bytes()
+    try:
+        before = path.read_bytes()
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UserError(f"{path} cannot be read: {why}; move it away, then run the same command again") from None
+    *lines, last = before.split(b"\n")
+    # A kill in the middle of a write leaves a line without an end; a loss of power may leave zeros.
+    torn = any(map(_row, [*lines, last])) or (last[:1] in (b"", b"{", b"\0") and _value(last) is None)
+    if not torn or any(line.strip() and not _row(line) for line in lines):
+        aside = path.with_name(f"damaged-{path.name}")
+        storage.write_whole(aside, before)
+        logger.warning("%s has lines that are no records; it is kept as %s, and the records go on", path, aside.name)
     # A run that starts afresh writes its step 0 again too.
     rows = [row for row in _rows(before) if first_step > 0 and row["step"] <= first_step]
     after = "".join(json.dumps(row) + "\n" for row in rows).encode()

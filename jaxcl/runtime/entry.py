@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
@@ -51,14 +51,17 @@ def leave(main: Callable[[list[str]], int], *, script: bool = False) -> NoReturn
             sys.stderr.flush()
             os._exit(code)  # a normal exit would wait for the lost process, or for threads
     except Exception as error:
-        if (reason := storage.refusal(error)) and isinstance(error, OSError) and not together.several():
+        if isinstance(error, OSError) and (reason := storage.refusal(error)):
             signals.say(f"cannot write {_place(error)}: {reason}; make room, then run the same command again")
-            sys.exit(2)
-        if not together.several():
+            code = 2
+        elif not together.several():
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        else:
+            traceback.print_exc()
+            code = 1
+        if together.several():
+            sys.stderr.flush()
+            os._exit(code)
     finally:
         signals.own_process = False
     sys.exit(code)
@@ -93,3 +96,14 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\b")
     # Orbax prints pages about a save that failed; jaxcl prints one line.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _except_late_answers
+
+
+def _except_late_answers(unraisable: Any) -> None:
+    """`sys.unraisablehook` without what TensorStore's threads print when a save failed: nobody awaits their answers."""
+    last = unraisable.exc_traceback
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__") != "asyncio.base_events":
+        sys.__unraisablehook__(unraisable)

@@ -66,6 +66,8 @@ class RunLock:
             with _alone(self._path.parent) as alone:
                 if _read(self._path) != found:
                     continue  # somebody else took over, or it was only half written
+                if self._path.is_dir():
+                    raise UserError(f"{self._path} is a folder, and no lock; move it away, then run the command again")
                 storage.write_whole(self._path, json.dumps(self._mine))
             if not alone:  # then the later file stays, and the other process sees it
                 time.sleep(0.2)
@@ -249,7 +251,7 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        return {} if os.path.islink(path) else None  # a link to nothing stays; a lock of somebody else goes by itself
     except (OSError, ValueError, RecursionError):
         return {}
     whole = isinstance(content, dict) and all(isinstance(content.get(k), str) for k in ("host", "token"))

@@ -105,8 +105,10 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):  # a write names no file
+            error.filename = os.fspath(path)
         raise
 
 
@@ -193,6 +195,15 @@ def refusal(error: BaseException | None) -> str:
             return match[0].lower()
         todo += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
     return ""
+
+
+def inside(path: Any, root: str | os.PathLike) -> bool:
+    """Whether a path, such as the `filename` of an OSError, is in a local folder, or a name in an open folder."""
+    if path is None or isinstance(path, int) or is_remote(root):
+        return False
+    if os.path.basename(path) == path and not os.path.lexists(path):  # `shutil.rmtree` opens each folder
+        return True
+    return pathlib.Path(folder(root)) in pathlib.Path(os.path.abspath(os.fsdecode(path))).parents
 
 
 def need_library(path: str | os.PathLike) -> None:

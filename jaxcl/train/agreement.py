@@ -79,4 +79,4 @@ def _hash(*content: Any) -> str:
 
 
 def _digest(path: epath.Path) -> str:
-    return _hash(path.read_bytes()) if path.exists() else ""
+    return _hash(path.read_bytes()) if path.is_file() else ""

@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxcl.errors import Preempted, UserError
 from jaxcl.method.state import TrainState
 from jaxcl.runtime import distributed, signals, storage
+from jaxcl.train.step_names import ReadableSteps
 
 logger = logging.getLogger("jaxcl")
 Tree = Any
@@ -60,14 +61,19 @@ class Checkpoints:
         about: Mapping[str, Any] | None = None,
     ):
         self.directory = storage.folder(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(
+                f"{self.directory} is no folder; move it away, and put the checkpoints back if there are some"
+            )
         self._read_only, self._about = read_only, dict(about or {})
-        training = ocp.training
+        training, self._names = ocp.training, ReadableSteps()
         self._checkpointer = training.Checkpointer(
             storage.plain_link(self.directory),
             # The loop decides when to save. Orbax's defaults are to save when idle and to keep everything.
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=not read_only,  # left behind by a save that was killed
+            step_name_format=self._names,
         )
         self._finishing: threading.Thread | None = None
         self._read_one = False
@@ -76,13 +82,12 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps of the complete checkpoints, ascending."""
-        return tuple(sorted(c.step for c in self._checkpointer.checkpoints))
+        return tuple(sorted({c.step for c in self._checkpointer.checkpoints} | self._names.unreadable.keys()))
 
     def save(self, step: int, state: TrainState) -> None:
         """Copy the state to the host and write it in the background. Saving a step twice does nothing."""
@@ -130,7 +135,7 @@ class Checkpoints:
         if fault:
             raise UserError(
                 f"the checkpoint of step {step} in {self.directory} was written, but cannot be read back ({fault}); "
-                f"{self.last_good()}; use another --workdir, on another disk"
+                f"{last_good(self.directory, self.steps)}; use another --workdir, on another disk"
             )
 
     def _finish(self) -> None:
@@ -146,14 +151,9 @@ class Checkpoints:
         if not reason:
             return error
         return UserError(
-            f"cannot save a checkpoint in {self.directory}: {reason}; {self.last_good()}; make room, "
-            "then run the same command again to continue"
+            f"cannot save a checkpoint in {self.directory}: {reason}; {last_good(self.directory, self.steps)}; "
+            "make room, then run the same command again to continue"
         )
-
-    def last_good(self) -> str:
-        """The checkpoint that a run can continue from, as part of a message."""
-        whole = [s for s in self.steps if (self.directory / str(s) / MANIFEST).exists()]
-        return f"the last good checkpoint is step {whole[-1]}" if whole else "no checkpoint was saved yet"
 
     def restore(self, abstract: TrainState, step: int | None = None, *, at_most: int | None = None) -> TrainState:
         """Read a state, onto any number of devices.
@@ -171,7 +171,8 @@ class Checkpoints:
         steps = [s for s in reversed(self.steps) if at_most is None or s <= at_most]
         for candidate in steps if step is None else [step]:
             where = self.directory / str(candidate)
-            fault = distributed.agreed(lambda where=where: _fault(where))
+            odd = self._names.unreadable.get(candidate, "")
+            fault = distributed.agreed(lambda where=where, odd=odd: odd or _fault(where))
             if not fault:
                 try:
                     state = self._load(candidate, abstract)
@@ -239,6 +240,12 @@ class Checkpoints:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def last_good(directory: epath.Path, steps: Sequence[int]) -> str:
+    """The checkpoint that a run can continue from, as part of a message."""
+    whole = [s for s in sorted(steps) if (directory / str(s) / MANIFEST).exists()]
+    return f"the last good checkpoint is step {whole[-1]}" if whole else "no checkpoint was saved yet"
 
 
 def _hashes(folder: epath.Path) -> dict[str, list]:

@@ -24,6 +24,7 @@ from jaxcl.train import agreement, config_diff, run_folder
 from jaxcl.train.best import check_selection
 from jaxcl.train.checkpoint import Checkpoints
 from jaxcl.train.intervals import Intervals, intervals_of
+from jaxcl.train.step_names import complete_steps
 
 logger = logging.getLogger("jaxcl")
 
@@ -186,11 +187,7 @@ def same_data(job: Job) -> None:
 
 def latest(workdir: epath.Path) -> int | None:
     """The newest checkpoint of a run that continues; the weights that it started from are not needed any more."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        return None
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.latest
+    return max(complete_steps(workdir / "checkpoints"), default=None)
 
 
 def writes() -> bool:

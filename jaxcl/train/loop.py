@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -26,11 +25,12 @@ from jaxcl.runtime.lock import RunLock
 from jaxcl.train import agreement, code, diverged, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best
-from jaxcl.train.checkpoint import AGAIN, Checkpoints, Preemption
+from jaxcl.train.checkpoint import AGAIN, Preemption, last_good
 from jaxcl.train.intervals import due
 from jaxcl.train.job import Job, latest, prepare, same_data, writes
 from jaxcl.train.log import TrainLog
 from jaxcl.train.monitor import compile_monitor
+from jaxcl.train.step_names import complete_steps
 
 logger = logging.getLogger("jaxcl")
 
@@ -71,10 +71,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, profile: int = 0) -> 
             if reason := storage.refusal(error):
                 what = f"cannot write in {workdir}: {reason}; {_last_good(workdir)}"
                 raise UserError(f"{what}; make room, then run the same command again to continue") from None
-            if pathlib.PurePath(workdir) in pathlib.PurePath(str(error.filename or "")).parents:
-                # Something else has its name, or it is another user's.
-                what = f"{error.filename}: {(error.strerror or str(error)).lower()}"
-                raise UserError(f"{what}; move it away, then run the same command again to continue") from None
+            if storage.inside(error.filename, workdir):  # something else is in its place, or it may not be used
+                what = f"cannot use {error.filename}: {(error.strerror or str(error)).lower()}; {_last_good(workdir)}"
+                raise UserError(f"{what}; mend that, then run the same command again to continue") from None
             raise
 
 
@@ -296,7 +295,4 @@ def _trace(job: Job, count: int, step: int) -> profiles.Profile:
 
 def _last_good(workdir: epath.Path) -> str:
     folder = workdir / "checkpoints"
-    if not folder.exists():
-        return "no checkpoint was saved yet"
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.last_good()
+    return last_good(folder, complete_steps(folder))

@@ -38,6 +38,12 @@ def finished(workdir: epath.Path, config: dict[str, Any]) -> dict[str, Any] | No
     results = storage.read_json(
         workdir / "results.json", advice="remove it, then run the same command again to evaluate the run once more"
     )
+    for key, own in (("config", config["name"]), ("seed", config["seed"])):
+        if results.get(key, own) != own:
+            raise UserError(
+                f"{workdir / 'results.json'} is of another run, {key}: {results[key]} and not {own}; move it away, "
+                "then run the same command again"
+            )
     logger.info("%s is finished; its results are in results.json. Use another --workdir to run again.", workdir)
     return results
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxcl.errors import UserError
 from jaxcl.report import MetricsWriter, Progress, read_metrics
 from jaxcl.report.progress import duration
 
@@ -65,6 +66,36 @@ def test_torn_line_is_skipped_when_reading_and_fresh_start_forgets(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1]
     MetricsWriter(tmp_path, tensorboard=False).close()
     assert read_metrics(tmp_path) == [] and read_metrics(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"name": "left-pad"}\n',
+        b'{"name": "left-pad"}',
+        b"\x80\xff" * 9,
+        b"[" * 100_000,
+        b"[1, 2]\n",
+        b'{"step": "one"}\n',
+    ],
+)
+def test_what_is_no_record_is_kept(tmp_path, odd, caplog):
+    """Cases C.9: another program's file, or a damaged one, is not overwritten."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(odd)
+    with caplog.at_level("WARNING", logger="jaxcl"), MetricsWriter(tmp_path, tensorboard=False, first_step=3) as writer:
+        writer.write(4, {"loss": 1.0})
+    assert [r["step"] for r in read_metrics(tmp_path)] == [4]
+    (kept,) = [p for p in tmp_path.iterdir() if p != path]
+    assert kept.read_bytes() == odd
+    (record,) = caplog.records
+    assert kept.name in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_a_folder_in_its_place_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        MetricsWriter(tmp_path, tensorboard=False, first_step=3)
 
 
 def test_refuses_what_is_not_a_metric(tmp_path):

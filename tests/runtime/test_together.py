@@ -76,6 +76,14 @@ def test_hosts_of_another_config(tmp_path, arrays, key, values):
         assert line.startswith(f"{key.removeprefix('--config.')} is ") and all(v in line for v in values)
 
 
+@pytest.mark.slow
+def test_hosts_of_another_folder(tmp_path, arrays):
+    """Cases C.1: one of them has a checkpoint; looking for it must not make the others wait."""
+    (tmp_path / "other" / "checkpoints" / "4").mkdir(parents=True)
+    for line in ended(tmp_path, [arrays, arrays], own=[[], [f"--workdir={tmp_path / 'other'}"]]):
+        assert line.startswith("--workdir is ")
+
+
 @pytest.mark.parametrize("what", ["pixels", pytest.param("labels", marks=pytest.mark.slow)])
 def test_hosts_of_other_data(tmp_path, arrays, what):
     """Cases C.1: other images or labels at the same path."""

@@ -19,6 +19,7 @@ from jaxcl.errors import Preempted, UserError
 from jaxcl.method import sharding
 from jaxcl.method.init_state import init_state
 from jaxcl.train.checkpoint import Checkpoints, Preemption
+from jaxcl.train.step_names import complete_steps
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def saved(tmp_path_factory):
     """A folder with steps 3 and 7, written from eight devices."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.latest is None
+        assert checkpoints.latest is None and complete_steps(folder / "none") == ()
         for step in (3, 7):
             checkpoints.save(step, state_of(seed=step, step=step, devices=8))
         checkpoints.wait()
@@ -224,11 +225,21 @@ def lose_unsealed(folder):
     shutil.rmtree(folder / "state" / "ocdbt.process_0")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose, lose_unsealed])
+def other_types(folder):
+    """Orbax reads this file of every step before it opens any."""
+    (folder / "_CHECKPOINT_METADATA").write_text('{"init_timestamp_nsecs": {"a": 1}}')
+
+
+def no_object_unsealed(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "_CHECKPOINT_METADATA").write_text("[1, 2]")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lose, lose_unsealed, other_types, no_object_unsealed])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, damage, caplog):
     damage(copy / "7")
     with Checkpoints(copy) as checkpoints, caplog.at_level("WARNING", logger="jaxcl"):
-        assert checkpoints.latest == 7
+        assert checkpoints.latest == 7 and complete_steps(copy) == (3, 7)
         assert_same(checkpoints.restore(abstract()), state_of(seed=3, step=3))
         (line,) = [r.getMessage() for r in caplog.records if r.name == "jaxcl"]
         assert f"{copy}/7 is damaged" in line and "\n" not in line

@@ -92,6 +92,16 @@ def test_training_goes_on_in_it(run, npz, name, bad):
     assert str(error.value).startswith(f"{run / name}.json cannot be read") and files(run) == before
 
 
+@pytest.mark.parametrize("key, value", [("seed", 9), ("config", "another")])
+def test_results_of_another_run(run, npz, key, value):
+    """Cases C.9: they are not given out as this run's."""
+    (run / "results.json").write_text(json.dumps({key: value}))
+    before = files(run)
+    with pytest.raises(UserError, match="results.json"):
+        loop.run(config(npz=npz), run)
+    assert files(run) == before
+
+
 @pytest.mark.parametrize("bad", ["cut", "binary", "list"])
 @pytest.mark.parametrize("name", ["config", "data", "environment"])
 def test_it_is_opened(run, name, bad):
