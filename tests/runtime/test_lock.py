@@ -252,3 +252,20 @@ def test_a_process_that_is_suspended_while_it_takes_over(tmp_path, monkeypatch):
                 RunLock(tmp_path)
     finally:
         os.close(folder)
+
+
+def test_a_link_to_nothing_is_no_lock(tmp_path):
+    """Cases C.9: it can neither be read nor made; the run takes its place, and does not try for ever."""
+    (tmp_path / lock.NAME).symlink_to(tmp_path / "nothing")
+    with RunLock(tmp_path, still=0.1):
+        assert not (tmp_path / lock.NAME).is_symlink()
+        with pytest.raises(UserError):
+            RunLock(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_its_place_is_refused(tmp_path):
+    (tmp_path / lock.NAME).mkdir()
+    with pytest.raises(UserError, match=lock.NAME):
+        RunLock(tmp_path, still=0.1)
+    assert (tmp_path / lock.NAME).is_dir()

@@ -239,6 +239,39 @@ def test_a_stray_checkpoint_before_and_during_a_run(npz, tmp_path, kind):
     assert not stray.exists() and stray.with_name("damaged-9999").exists()
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "checkpoints", "metrics.jsonl"])
+def test_something_else_in_the_place_of(npz, tmp_path, name):
+    """Cases C.9: one line by its path, and the records of the run stay."""
+    c = config(npz=npz)
+    begun(tmp_path, c)
+    (tmp_path / "examples.jsonl").write_text('{"step": 1}\n')
+    if name == "checkpoints":
+        (tmp_path / name).rename(tmp_path / "kept")
+        (tmp_path / name).write_text("notes")
+    elif name == "tensorboard":
+        (tmp_path / name).write_text("notes")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError) as error:
+        loop.run(c, tmp_path)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / name).is_dir() == (name == "metrics.jsonl")
+    assert (tmp_path / "examples.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_which_errors_are_of_the_run_folder(tmp_path):
+    for path, wanted in {
+        tmp_path / "run" / "tensorboard" / "events": True,
+        tmp_path / "data.npz": False,
+        tmp_path / "run": False,
+        "_METADATA": True,  # a name in an open folder
+        3: False,
+        None: False,
+    }.items():
+        path = str(path) if isinstance(path, type(tmp_path)) else path
+        assert storage.inside(path, tmp_path / "run") == wanted
+
+
 def test_a_later_checkpoint_that_appears(tmp_path, saved, npz, monkeypatch):
     """Cases C.9: what Orbax declines to save is never taken for saved."""
     run = open_run(saved)
