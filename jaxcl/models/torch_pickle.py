@@ -4,9 +4,9 @@ A pickle is a program for a small stack machine. This one knows only the instruc
 imports nothing and calls nothing that the file names: an OrderedDict becomes a dict, a tensor becomes a view of the
 bytes of its storage, and everything else is refused by its name.
 
-Two formats are known. Since torch 1.6 a file is a zip archive: NAME/data.pkl, and NAME/data/KEY for each storage. Before
-(and with `_use_new_zipfile_serialization=False`) it is a row of pickles, a magic number, the version, facts of the machine,
-the object and the keys of its storages, after which each storage follows as its length and its bytes.
+Two formats are known. Since torch 1.6 a file is a zip archive: NAME/data.pkl, and NAME/data/KEY for each storage.
+Before (and with `_use_new_zipfile_serialization=False`) it is a row of pickles, a magic number, the version, facts of
+the machine, the object and the keys of its storages, after which each storage follows as its length and its bytes.
 """
 
 import io

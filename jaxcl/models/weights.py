@@ -1,11 +1,13 @@
-"""Weights of encoders as safetensors files: write them, read them, and fit them to an encoder.
+"""Weights of encoders in files: write them as safetensors, read them, and fit them to an encoder.
 
-The header of a file holds a description in JSON, `about`: the layout of the tensors ("jaxcl" or "torch"), the encoder's
-architecture, its preprocessing and its provenance. In layout jaxcl the tensors are the variables of one encoder by the
-paths of flax's trees ("params.stem_conv.kernel"); in layout torch they are a state dict (`models.torch_layout`). A file
-without a description is read too if an encoder's torch layout recognises it.
+`models.pretrained` says which texts name files that can be read. The header of a file holds a description in JSON,
+`about`: the layout of the tensors ("jaxcl" or "torch"), the encoder's architecture, its preprocessing and its
+provenance. In layout jaxcl the tensors are the variables of one encoder by the paths of flax's trees
+("params.stem_conv.kernel"); in layout torch they are a state dict (`models.torch_layout`). A file without a description
+is read too if an encoder's torch layout recognises it.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,32 +22,42 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcl.errors import UserError
+from jaxcl.models import torch_pickle
 from jaxcl.models.model import Model
+from jaxcl.models.preprocessing import Preprocessing, of_export
+from jaxcl.models.pretrained import SUFFIX, WORDS, Checkpoint, file_of, find
 from jaxcl.models.registry import MODELS
 from jaxcl.models.torch_layout import TorchLayout, Variables
 from jaxcl.models.trees import ENCODER, encoder_stats
 from jaxcl.runtime import storage
 
 Tree = Any
-SUFFIX = ".safetensors"
-DEFAULT_NAME = "backbone" + SUFFIX
 LAYOUTS = ("jaxcl", "torch")
 _KEY = "jaxcl"  # in the header
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class Weights(NamedTuple):
-    """The content of a file.
+    """The content of a checkpoint.
 
     Attributes:
       variables: of one encoder, float32.
       about: the description in the file, {} without one.
       kind: without a description, the kind of encoder whose torch layout recognised the file; otherwise "".
+      config: the hub's description of the network, {} without one.
+      preprocessing: of the images that the weights were trained on; None: not known.
+      origin: where the weights are from: "weights", "revision" and "licence" where they are known, and "sha256" of
+        each file.
+      file: the first one, for messages.
     """
 
     variables: Variables
     about: dict[str, Any]
     kind: str = ""
+    config: Mapping[str, Any] = {}
+    preprocessing: Preprocessing | None = None
+    origin: Mapping[str, Any] = {}
+    file: str = ""
 
 
 def flat(params: Tree, stats: Tree) -> Variables:
@@ -57,12 +69,6 @@ def nested(variables: Variables) -> tuple[Tree, Tree]:
     """Variables by dotted names -> (parameters, batch statistics)."""
     tree = unflatten_dict(variables, sep=".")
     return tree["params"], tree.get("batch_stats", {})
-
-
-def file_of(path: str | os.PathLike) -> epath.Path:
-    """The file that a path means: itself, or the backbone in a folder."""
-    path = storage.folder(path)
-    return path if path.name.endswith(SUFFIX) else path / DEFAULT_NAME
 
 
 def torch_layout(kind: str) -> TorchLayout:
@@ -117,27 +123,71 @@ def _beside(path: epath.Path) -> epath.Path:
 
 
 def read(path: str | os.PathLike, *, kind: str = "") -> Weights:
-    """Read a file of weights.
+    """Read the weights of an encoder.
 
     Args:
-      path: the file, or a folder with an export.
+      path: a word, a model of the hub, a folder or a file, as `models.pretrained` describes them.
       kind: of the encoder that the weights are for; a file without a description is tried in its torch layout first.
 
     Raises:
       UserError: the file is missing or damaged, or its names are unknown.
     """
-    path = file_of(path)
-    storage.need_library(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise UserError(f"weights {path} cannot be read ({why}); expected a file by jaxcl export") from error
-    if content[:2] in (b"PK", b"\x80\x02"):
-        raise UserError(
-            f"{path} is a pickle of torch, which may run code when it is read; convert it where you trust it, with "
-            "safetensors.torch.save_file(model.state_dict(), PATH)"
-        )
+    found = find(path)
+    tensors, about, hashes = _content(found)
+    file = found.files[0]
+    origin = {"weights": found.word, "revision": found.revision, "licence": found.licence}
+    origin = {k: v for k, v in origin.items() if v} | {"sha256": hashes}
+    known = found.preprocessing or of_export(str(file), about)
+
+    def weights(arrays: Variables, kind: str = "", preprocessing: Preprocessing | None = None) -> Weights:
+        return Weights(arrays, about, kind, found.config, known or preprocessing, origin, str(file))
+
+    if about.get("layout") == "jaxcl":
+        return weights(_arrays(file, tensors))
+    if about.get("layout") == "torch" and "architecture" in about:
+        layout = torch_layout(about["architecture"].get("kind"))
+        return weights(layout.from_torch(_arrays(file, tensors, layout)))
+    for name, layout in _torch_layouts(kind):
+        if layout.recognises(tensors):
+            variables = layout.from_torch(_arrays(file, tensors, layout))
+            return weights(variables, name, layout.preprocessing(variables))
+    some = ", ".join(sorted(tensors)[:3]) or "nothing"
+    networks = [layout.network for _, layout in _torch_layouts(kind)]
+    raise UserError(f"{file} holds {some}, ...; expected an export of jaxcl, or {' or '.join(networks)}")
+
+
+def _content(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """-> (tensors by name, the description of the first file, the hash of each file by its name)"""
+    tensors, about, hashes = {}, {}, {}
+    for path in found.files:
+        storage.need_library(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise UserError(
+                f"weights {path} cannot be read ({why}); expected a folder or file by jaxcl export, a .safetensors or "
+                f".pth file, hf:ORG/NAME, or {' or '.join(WORDS)}"
+            ) from error
+        hashes[path.name] = hashlib.sha256(content).hexdigest()
+        if torch_pickle.looks_like(content):
+            # In the form of safetensors' own.
+            tensors |= {
+                k: dict(dtype=_dtype(v), shape=v.shape, data=v)
+                for k, v in torch_pickle.read(content, str(path)).items()
+            }
+        else:
+            new, known = _safetensors(path, content)
+            tensors, about = tensors | new, about or known
+    return tensors, about, hashes
+
+
+def _dtype(array: np.ndarray) -> str:
+    return next((name for name, kind in _FLOATS.items() if array.dtype == kind), str(array.dtype))
+
+
+def _safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """-> (tensors by name, the description)"""
     try:
         tensors = dict(safetensors.deserialize(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -146,17 +196,7 @@ def read(path: str | os.PathLike, *, kind: str = "") -> Weights:
             raise ValueError(f"the description {_KEY} is not one of jaxcl")
     except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no safetensors file, or damaged ({error})") from error
-    if about.get("layout") == "jaxcl":
-        return Weights(_arrays(path, tensors), about)
-    if about.get("layout") == "torch" and "architecture" in about:
-        layout = torch_layout(about["architecture"].get("kind"))
-        return Weights(layout.from_torch(_arrays(path, tensors, layout)), about)
-    for name, layout in _torch_layouts(kind):
-        if layout.recognises(tensors):
-            return Weights(layout.from_torch(_arrays(path, tensors, layout)), about, name)
-    some = ", ".join(sorted(tensors)[:3]) or "nothing"
-    networks = [layout.network for _, layout in _torch_layouts(kind)]
-    raise UserError(f"{path} holds {some}, ...; expected an export of jaxcl, or {' or '.join(networks)}")
+    return tensors, about
 
 
 def _arrays(path: epath.Path, tensors: Mapping[str, Any], layout: TorchLayout | None = None) -> Variables:
@@ -166,8 +206,10 @@ def _arrays(path: epath.Path, tensors: Mapping[str, Any], layout: TorchLayout | 
             continue
         if tensor["dtype"] not in _FLOATS:
             raise UserError(f"{path}: {name} is {tensor['dtype']}; expected one of {', '.join(_FLOATS)}")
-        array = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]])
-        arrays[name] = array.reshape(tensor["shape"]).astype(np.float32)
+        array = tensor["data"]
+        if not isinstance(array, np.ndarray):
+            array = np.frombuffer(array, _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
+        arrays[name] = array.astype(np.float32, order="C")
     return arrays
 
 
@@ -178,7 +220,9 @@ def architecture(weights: Weights) -> dict[str, Any]:
       UserError: no encoder has such weights, or the description lacks the options.
     """
     if weights.kind:
-        return {"kind": weights.kind, **torch_layout(weights.kind).architecture(weights.variables)}
+        layout = torch_layout(weights.kind)
+        said = layout.architecture_from_config(weights.config) if weights.config else None
+        return {"kind": weights.kind, **layout.architecture(weights.variables), **(said or {})}
     if "architecture" not in weights.about:
         raise UserError("it names no architecture")
     return weights.about["architecture"]
