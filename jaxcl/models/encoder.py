@@ -162,9 +162,8 @@ class EncoderOptions(Options, Contract):
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
     # Start from these: a word, hf:ORG/NAME, a folder or a file (`jaxcl.models.pretrained`).
     weights: str = ""
-    input_size: Annotated[int, Range(0)] = (
-        0  # side to which images are resized on the device, before the encoder; 0: none
-    )
+    # Side to which images are resized on the device, before the encoder; 0: they stay as they are.
+    input_size: Annotated[int, Range(0)] = 0
     input_interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of that, antialiased
 
     def make(self, dtype: Any) -> Encoder:

@@ -11,15 +11,10 @@ from typing import Any, NamedTuple
 from jaxcl.errors import UserError
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "box")  # Pillow's names
-FITS = ("crop", "squash")
-_RESAMPLE = {
-    0: "box",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-    4: "box",
-    5: "bilinear",
-}  # of Pillow; 0, 5: the nearest
+FITS = ("crop", "squash", "letterbox")
+# Pillow's numbers. The nearest (0) and Hamming's filter (5) have the one that is closest to them.
+_RESAMPLE = {0: "box", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "bilinear"}
+CLASSIFIERS = ("fc", "classifier", "classifier.1", "head", "head.fc")  # names of the last layer in torch
 
 
 class Preprocessing(NamedTuple):
@@ -30,7 +25,7 @@ class Preprocessing(NamedTuple):
       image_size: side in pixels.
       interpolation: bilinear, bicubic, lanczos or box, as Pillow names them.
       fit: how a photo becomes a square. crop: its shorter side is resized, and the centre cut out; squash: both sides
-        are resized.
+        are resized; letterbox: its longer side is, and the rest is filled up.
     """
 
     mean: tuple[float, ...]
@@ -38,6 +33,9 @@ class Preprocessing(NamedTuple):
     image_size: int
     interpolation: str = "bilinear"
     fit: str = "crop"
+
+
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)
 
 
 def checked(where: str, mean: Any, std: Any, image_size: Any, interpolation: Any, fit: Any) -> Preprocessing:
@@ -116,5 +114,5 @@ def of_export(where: str, about: Mapping[str, Any]) -> Preprocessing | None:
     known = about.get("preprocessing", {})
     if not isinstance(known, Mapping) or not {"size", "mean", "std"} <= known.keys():
         return None
-    rest = known.get("interpolation", "bilinear"), known.get("fit", "crop")
+    rest = known.get("interpolation", "bilinear"), known.get("fit", "squash")
     return checked(where, known["mean"], known["std"], known["size"], *rest)

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxcl.errors import UserError
 from jaxcl.models.resnet_blocks import DEPTHS, STEMS
+from jaxcl.models.preprocessing import IMAGENET, Preprocessing
 from jaxcl.models.torch_layout import TorchLayout, Variables
 
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -53,6 +54,7 @@ class ResNetLayout(TorchLayout):
     """Between a ResNet's variables and the state dict of torchvision's."""
 
     network: ClassVar[str] = "a ResNet by torchvision's names (conv1.weight, bn1.weight, layer1.0.conv1.weight, ...)"
+    usual_preprocessing: ClassVar[Preprocessing | None] = IMAGENET
 
     def recognises(self, names: Iterable[str]) -> bool:
         return {"conv1.weight", "bn1.weight"} <= set(map(_torchvision, names))
@@ -130,7 +132,7 @@ class ResNetLayout(TorchLayout):
 
     def architecture_from_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """What tensors do not tell, in transformers' config.json: where the strides are."""
-        if config.get("model_type") != "resnet":
+        if config.get("model_type") != "resnet" or not isinstance(config.get("depths"), list):
             return None
         if config.get("downsample_in_bottleneck"):
             raise UserError("it has the strides of bottlenecks on their first convolutions; expected them on the 3x3")

@@ -20,9 +20,11 @@ class TorchLayout(Contract):
 
     Attributes:
       network: the network in torch and some of its names, for messages.
+      usual_preprocessing: of weights that do not tell theirs but classify ImageNet's 1,000 classes; None: it varies.
     """
 
     network: ClassVar[str] = ""
+    usual_preprocessing: ClassVar[Preprocessing | None] = None
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether a file with tensors of these names, and no word about itself, is in this layout."""
@@ -43,6 +45,10 @@ class TorchLayout(Contract):
     def architecture(self, variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The options of the encoder with these variables, found by names and shapes. Raises UserError for none."""
         raise NotImplementedError(f"{type(self).__name__} must define `architecture`")
+
+    def assumed(self, variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Those of the options of `architecture` that the tensors do not tell, so that they are taken as usual."""
+        return {}
 
     def architecture_from_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The options that the config.json beside published weights tells; None for a network of another kind.

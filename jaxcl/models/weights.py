@@ -24,12 +24,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxcl.errors import UserError
 from jaxcl.models import torch_pickle
 from jaxcl.models.model import Model
-from jaxcl.models.preprocessing import Preprocessing, of_export
+from jaxcl.models.preprocessing import CLASSIFIERS, Preprocessing, of_export
 from jaxcl.models.pretrained import SUFFIX, WORDS, Checkpoint, file_of, find
 from jaxcl.models.registry import MODELS
 from jaxcl.models.torch_layout import TorchLayout, Variables
 from jaxcl.models.trees import ENCODER, encoder_stats
 from jaxcl.runtime import storage
+from jaxcl.runtime.options import quoted
 
 Tree = Any
 LAYOUTS = ("jaxcl", "torch")
@@ -46,8 +47,9 @@ class Weights(NamedTuple):
       kind: without a description, the kind of encoder whose torch layout recognised the file; otherwise "".
       config: the hub's description of the network, {} without one.
       preprocessing: of the images that the weights were trained on; None: not known.
-      origin: where the weights are from: "weights", "revision" and "licence" where they are known, and "sha256" of
-        each file.
+      usual: whether the preprocessing is only what such weights usually have; they do not tell.
+      origin: where the weights are from: "weights", "revision" and "licence" where they are known, and "sha256", the
+        hash and the name of each file.
       file: the first one, for messages.
     """
 
@@ -56,6 +58,7 @@ class Weights(NamedTuple):
     kind: str = ""
     config: Mapping[str, Any] = {}
     preprocessing: Preprocessing | None = None
+    usual: bool = False
     origin: Mapping[str, Any] = {}
     file: str = ""
 
@@ -138,27 +141,33 @@ def read(path: str | os.PathLike, *, kind: str = "") -> Weights:
     origin = {"weights": found.word, "revision": found.revision, "licence": found.licence}
     origin = {k: v for k, v in origin.items() if v} | {"sha256": hashes}
     known = found.preprocessing or of_export(str(file), about)
-
-    def weights(arrays: Variables, kind: str = "", preprocessing: Preprocessing | None = None) -> Weights:
-        return Weights(arrays, about, kind, found.config, known or preprocessing, origin, str(file))
+    facts = dict(about=about, config=found.config, origin=origin, file=str(file), preprocessing=known)
 
     if about.get("layout") == "jaxcl":
-        return weights(_arrays(file, tensors))
+        return Weights(_arrays(file, tensors), **facts)
     if about.get("layout") == "torch" and "architecture" in about:
         layout = torch_layout(about["architecture"].get("kind"))
-        return weights(layout.from_torch(_arrays(file, tensors, layout)))
+        return Weights(layout.from_torch(_arrays(file, tensors, layout)), **facts)
     for name, layout in _torch_layouts(kind):
         if layout.recognises(tensors):
             variables = layout.from_torch(_arrays(file, tensors, layout))
-            return weights(variables, name, layout.preprocessing(variables))
+            known = known or layout.preprocessing(variables)
+            usual = layout.usual_preprocessing if not known and _of_imagenet(tensors) else None
+            return Weights(variables, **facts | dict(kind=name, preprocessing=known or usual, usual=usual is not None))
     some = ", ".join(sorted(tensors)[:3]) or "nothing"
     networks = [layout.network for _, layout in _torch_layouts(kind)]
     raise UserError(f"{file} holds {some}, ...; expected an export of jaxcl, or {' or '.join(networks)}")
 
 
-def _content(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """-> (tensors by name, the description of the first file, the hash of each file by its name)"""
-    tensors, about, hashes = {}, {}, {}
+def _of_imagenet(tensors: Mapping[str, Any]) -> bool:
+    """Whether there is a classifier of ImageNet's 1,000 classes."""
+    heads = [tensors[name] for name in (f"{head}.weight" for head in CLASSIFIERS) if name in tensors]
+    return any(tuple(head["shape"])[:1] == (1000,) for head in heads)
+
+
+def _content(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """-> (tensors by name, the description of the first file that has one, "HASH  NAME" of each file)"""
+    tensors, about, hashes = {}, {}, ()
     for path in found.files:
         storage.need_library(path)
         try:
@@ -169,7 +178,7 @@ def _content(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[st
                 f"weights {path} cannot be read ({why}); expected a folder or file by jaxcl export, a .safetensors or "
                 f".pth file, hf:ORG/NAME, or {' or '.join(WORDS)}"
             ) from error
-        hashes[path.name] = hashlib.sha256(content).hexdigest()
+        hashes += (f"{hashlib.sha256(content).hexdigest()}  {path.name}",)
         if torch_pickle.looks_like(content):
             # In the form of safetensors' own.
             tensors |= {
@@ -220,12 +229,31 @@ def architecture(weights: Weights) -> dict[str, Any]:
       UserError: no encoder has such weights, or the description lacks the options.
     """
     if weights.kind:
-        layout = torch_layout(weights.kind)
-        said = layout.architecture_from_config(weights.config) if weights.config else None
-        return {"kind": weights.kind, **layout.architecture(weights.variables), **(said or {})}
+        return {
+            "kind": weights.kind,
+            **torch_layout(weights.kind).architecture(weights.variables),
+            **_said(weights),
+        }
     if "architecture" not in weights.about:
         raise UserError("it names no architecture")
     return weights.about["architecture"]
+
+
+def assumed(weights: Weights) -> set[str]:
+    """The options of `architecture` that nothing tells, so that they are as usual; a config may have others."""
+    if not weights.kind:
+        return set()
+    return set(torch_layout(weights.kind).assumed(weights.variables)) - set(_said(weights))
+
+
+def _said(weights: Weights) -> dict[str, Any]:
+    """The options that a config.json tells."""
+    try:
+        return torch_layout(weights.kind).architecture_from_config(weights.config) or {} if weights.config else {}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"its config.json is not as the hub has it ({quoted(error)})") from error
 
 
 def fit(where: str, variables: Variables, model: Model, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
@@ -251,7 +279,8 @@ def fit(where: str, variables: Variables, model: Model, image_shape: tuple[int, 
         if name not in needed or name not in variables or variables[name].shape != wanted[name]
     ]
     if odd:
-        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        others = [text.partition(" ")[0] for text in odd[1:3]]
+        more = f" (and {len(odd) - 1} more, such as {' and '.join(others)})" if others else ""
         raise UserError(f"{where} does not fit the encoder: {odd[0]}{more}; use the options of the model it is of")
     return nested({name: variables[source] for name, source in sources.items()})
 
