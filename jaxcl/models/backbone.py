@@ -72,6 +72,7 @@ class Backbone:
       class_names: of the training data; () for unknown.
       about: the description in the file; without one, the architecture and where the weights are from.
       interpolation: by which images are resized, bilinear or bicubic, antialiased.
+      fit: how images that are no squares become some: crop (their middle), squash, or letterbox (bars of the mean).
     """
 
     model: Model
@@ -82,6 +83,7 @@ class Backbone:
     class_names: tuple[str, ...] = ()
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     interpolation: str = "bilinear"
+    fit: str = "squash"
 
     def __repr__(self) -> str:
         count = sum(x.size for x in jax.tree.leaves(self.variables["params"]))
@@ -122,7 +124,18 @@ class Backbone:
     def _resized(self):
         # The view draws nothing: its keys only give the batch size.
         keys = lambda x: jax.random.split(jax.random.key(0), x.shape[0])  # noqa: E731
-        return jax.jit(lambda x: self.model.resized(self._view(keys(x), x)[0]))
+        return jax.jit(lambda x: self.model.resized(self._view(keys(x), self._square(x))[0]))
+
+    def _square(self, x: Array) -> Array:
+        _, H, W, _ = x.shape
+        top, left = abs(H - W) // 2 if H > W else 0, abs(H - W) // 2 if W > H else 0
+        if self.fit == "crop":
+            return x[:, top : top + min(H, W), left : left + min(H, W)]
+        if self.fit == "letterbox":
+            side, mean = max(H, W), jnp.asarray(self.mean, x.dtype)
+            around = ((0, 0), (left, side - H - left), (top, side - W - top), (0, 0))
+            return jnp.pad(x - mean, around) + mean
+        return x  # resizing squashes it
 
     @functools.cached_property
     def _encode(self):
@@ -158,8 +171,8 @@ def load_backbone(
     """Load a backbone that `jaxcl export` wrote, or published weights in the torch layout of an encoder.
 
     Args:
-      path: a word such as "efficientnet_lite0", "hf:ORG/NAME", a folder, or a file .safetensors or .pth; local or remote
-        (`jaxcl.models.pretrained`).
+      path: a word such as "efficientnet_lite0", "hf:ORG/NAME", a folder, or a file (.safetensors, .pth); local or
+        remote (`jaxcl.models.pretrained`).
       size, mean, std: replace those of the weights; where these say nothing about them, all three are needed.
 
     Raises:
@@ -195,4 +208,4 @@ def load_backbone(
     about = about or {"architecture": options, "provenance": dict(found.origin)}
     # There is no lanczos or box on the device.
     interpolation = "bicubic" if known and known.interpolation in ("bicubic", "lanczos") else "bilinear"
-    return Backbone(model, variables, size, mean, std, names, about, interpolation)
+    return Backbone(model, variables, size, mean, std, names, about, interpolation, known.fit if known else "squash")

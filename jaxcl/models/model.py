@@ -145,7 +145,7 @@ class Model:
     # ---- images -> features -> embeddings
 
     def resized(self, images: Array) -> Array:
-        """Images [N,H,W,C] at the encoder's `input_size`; those that have it, and all without one, are returned as is."""
+        """Images [N,H,W,C] at the encoder's `input_size`; unchanged if they have it, or if there is none."""
         count, *size, channels = images.shape
         S = self.input_size
         if not S or size == [S, S]:

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxcl.errors import UserError
-from jaxcl.models.resnet_blocks import DEPTHS, STEMS
 from jaxcl.models.preprocessing import IMAGENET, Preprocessing
+from jaxcl.models.resnet_blocks import DEPTHS, STEMS
 from jaxcl.models.torch_layout import TorchLayout, Variables
 
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}

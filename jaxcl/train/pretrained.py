@@ -129,8 +129,6 @@ def resolve(config: ConfigDict, workdir: str | os.PathLike = "") -> dict[str, bo
         if facts_of(config, key, node.weights):
             continue
         record = _record(workdir) if record is None else record
-        if _of_older_version(record, where, node.weights):
-            continue
         facts = _facts(record.get("pretrained"), key, node.weights) or _read(where, node.weights, node.kind)
         new[where] = _decide(config, where, facts)
         with config.unlocked(), config.ignore_type():
@@ -147,14 +145,6 @@ def _record(workdir: str | os.PathLike) -> dict[str, Any]:
     storage.need_library(workdir)
     path = storage.expanded(workdir) / "config.json"
     return storage.read_json(path) if path.exists() else {}
-
-
-def _of_older_version(record: Mapping[str, Any], where: str, word: str) -> bool:
-    """Whether the run began with these weights before they decided anything."""
-    slot, _, name = where.partition(".")
-    node = record.get(slot, {})
-    node = node.get(name, {}) if name else node
-    return "pretrained" not in record and isinstance(node, Mapping) and node.get("weights") == word
 
 
 def _decide(config: ConfigDict, where: str, facts: Facts) -> bool:
@@ -258,7 +248,7 @@ def settle(config: ConfigDict, new: Mapping[str, bool], stated: Collection[str] 
 
 
 def _decode_at(config: ConfigDict, size: int) -> None:
-    """Decode photos at the size that the encoder sees: larger ones would be made smaller again, smaller ones blurred."""
+    """Decode photos at the size that the encoder sees; smaller ones would be enlarged again, and blurred."""
     if not config.data.files.image_size and keeps_size(config.data.source):
         config.data.files.image_size = size
 
