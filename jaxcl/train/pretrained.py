@@ -123,7 +123,7 @@ def resolve(config: ConfigDict, workdir: str | os.PathLike = "") -> dict[str, bo
     """
     new, record, named = {}, None, list(encoders(config))
     with config.unlocked():
-        for key in config.pretrained.keys() - {key for _, key, _ in named}:
+        for key in set(config.pretrained) - {key for _, key, _ in named}:
             del config.pretrained[key]
     for where, key, node in named:
         if facts_of(config, key, node.weights):
@@ -266,7 +266,7 @@ def _choose_taps(config: ConfigDict, stated: Collection[str]) -> None:
     stages = [(f"stages[{i}].tap", stage) for i, stage in enumerate(config.stages) if "tap" in stage]
     places = [(key, node) for key, node in (("eval.tap", config.eval), *stages) if key not in stated]
     model = make_model(make_part("model", config.model, MODELS))
-    if not places or not model.taps:
+    if not places or not model.encoder.taps:
         return
     size = config.model.input_size or config.size or 64
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -276,6 +276,6 @@ def _choose_taps(config: ConfigDict, stated: Collection[str]) -> None:
         (activations, _), _ = jax.eval_shape(init, image)
         return min(activations.shape[1:3]) if activations.ndim == 4 else _SEEN
 
-    tap = next((tap for tap in reversed(model.taps) if side(tap) >= _SEEN), model.taps[-1])
+    tap = next((tap for tap in reversed(model.encoder.taps) if side(tap) >= _SEEN), model.encoder.taps[-1])
     for _, node in places:
         node.tap = tap
