@@ -51,6 +51,7 @@ _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _NESTS = ("state_dict", "model_state_dict", "model")  # where training scripts put the state dict
 _DIMENSIONS = 16  # of a tensor
+_SHARED = 4  # times the file's size, which all tensors together may have
 
 
 class _Refused(Exception):
@@ -72,6 +73,10 @@ class _Tensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.storage.dtype.itemsize
 
 
 def looks_like(content: bytes) -> bool:
@@ -95,7 +100,11 @@ def read(content: bytes, where: str) -> dict[str, np.ndarray]:
     try:
         read_format = _zip_archive if content[:2] == b"PK" else _row_of_pickles
         found, storage_of = read_format(memoryview(content))
-        return {name: _array(name, tensor, storage_of) for name, tensor in _state_dict(found).items()}
+        tensors = _state_dict(found)
+        # Some share a storage, as tied weights do. Thousands that share one would fill the memory when they are copied.
+        if sum(t.bytes for t in tensors.values()) > _SHARED * len(content):
+            raise ValueError("its tensors overlap")
+        return {name: _array(name, tensor, storage_of) for name, tensor in tensors.items()}
     except _Refused as error:
         raise UserError(f"{where} cannot be read without running code: {error}") from None
     except (

@@ -155,6 +155,19 @@ def test_impossible_sizes(name):
     refused(legacy(tensor(**SIZES[name]), ["0"], struct.pack("<q", SIZES[name].get("count", 2)) + data))
 
 
+def test_many_tensors_of_one_storage():
+    """Each is as large as the file; together they would fill the memory. Two, as of tied weights, are read."""
+    data, one = np.zeros(25_000, "<f4").tobytes(), tensor((25_000,), count=25_000)
+    begin, end = one.index(b"X\x01\x00\x00\x00w"), -2  # without the dict around the tensor, and the end
+
+    def several(count):
+        names = [b"X\x02\x00\x00\x00" + b"%02d" % i for i in range(count)]
+        return b"\x80\x02}" + b"".join(name + one[begin + 6 : end] + b"s" for name in names) + b"."
+
+    assert len(torch_pickle.read(zipped(several(2), data), "two")) == 2
+    assert "overlap" in refused(zipped(several(60), data))
+
+
 def test_huge_numbers_in_instructions_take_no_memory():
     refused(zipped(b"\x80\x02}r\xff\xff\xff\xffr\xff\xff\xff\xff."))  # places in the memo
     refused(zipped(b"\x80\x02X\xff\xff\xff\x7fabc."))  # the length of a text
