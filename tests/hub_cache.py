@@ -7,7 +7,7 @@ HASH = "0123456789abcdef0123456789abcdef01234567"
 
 
 def add(cache, name, files, *, revision=HASH, branch="main"):
-    """Put a model into the cache: blobs by their hash, a snapshot of links to them, a ref -> the folder of the model."""
+    """Put a model into the cache: blobs by their hash, a snapshot of links to them, a ref -> its folder."""
     folder = cache / f"models--{name.replace('/', '--')}"
     snapshot = folder / "snapshots" / revision
     for path in (folder / "refs", folder / "blobs", snapshot):

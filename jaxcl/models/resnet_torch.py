@@ -128,6 +128,10 @@ class ResNetLayout(TorchLayout):
         options = {"depth": depth or (50 if block == "bottleneck" else 18), "stem": stem}
         options |= {} if depth else {"stage_sizes": tuple(sizes)}
         usual = tuple(64 * 2**i for i in range(len(sizes)))
+        # A shortcut that changes no width is there for a stride.
+        shortcut = variables.get("params.stages_0_0.shortcut_conv.kernel")
+        if shortcut is not None and shortcut.shape[2] == shortcut.shape[3]:
+            options |= {"strides": (2,) * len(sizes)}
         return options | ({} if widths == usual else {"stage_widths": widths})
 
     def architecture_from_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -89,6 +89,8 @@ def _read(where: str, word: str, kind: str) -> Facts:
     try:
         found = weights.read(word, kind=kind)
         options = weights.architecture(found)
+        if not found.kind:  # an export; those of older versions lack this option
+            options = {"input_size": 0, **options}
         model_of(options)
         known, origin = found.preprocessing, found.origin
         return Facts(

@@ -19,7 +19,7 @@ config = ResNetConfig(
     num_labels=3,
 )
 model = ResNetForImageClassification(config).eval()
-for name, value in model.named_buffers():
+for value in model.buffers():
     if value.dtype.is_floating_point:
         value.add_(0.2 * torch.rand_like(value))
 model.save_pretrained(HERE)
