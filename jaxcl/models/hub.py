@@ -20,8 +20,8 @@ logger = logging.getLogger("jaxcl")
 
 PREFIX = "hf:"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-_WANTED = (CONFIG, PROCESSOR, SINGLE, INDEX, "model-*-of-*.safetensors")
+CONFIG, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
+_WANTED = (CONFIG, PROCESSOR, CARD, SINGLE, INDEX, "model-*-of-*.safetensors")
 _WORD = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 _HASH = re.compile(r"[0-9a-f]{40}")
 _TRUE = ("1", "ON", "YES", "TRUE")

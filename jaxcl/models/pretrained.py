@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -24,6 +25,7 @@ from jaxcl.runtime import storage
 SUFFIX = ".safetensors"
 DEFAULT_NAME = "backbone" + SUFFIX
 PICKLES = (".pth", ".pt", ".bin")
+_LICENCE = re.compile(r"\A---\s*\n(?:(?!---).*\n)*?license:[ \t]*['\"]?([\w.+-]+)")
 
 
 class Word(NamedTuple):
@@ -119,6 +121,15 @@ def _in_package(word: str, known: Word) -> epath.Path:
     )
 
 
+def _licence_on_card(path: epath.Path) -> str:
+    """The licence in the header of a model's card, which the hub writes in YAML; "" without one."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        found = _LICENCE.search(file.read(2**14).decode(errors="replace"))
+    return found[1] if found else ""
+
+
 def _of_folder(word: str, folder: epath.Path) -> Checkpoint:
     """A folder with config.json and model.safetensors, whole or in shards, as the hub has them."""
     said = {}
@@ -128,7 +139,7 @@ def _of_folder(word: str, folder: epath.Path) -> Checkpoint:
     config = said[hub.CONFIG]
     known = preprocessing.of_hub(word, config, said[hub.PROCESSOR])
     timm = config.get("pretrained_cfg")
-    licence = (timm if isinstance(timm, dict) else config).get("license", "")
+    licence = (timm if isinstance(timm, dict) else config).get("license") or _licence_on_card(folder / hub.CARD)
     if (folder / hub.SINGLE).exists():
         names = [hub.SINGLE]
     else:

@@ -9,6 +9,7 @@ is read too if an encoder's torch layout recognises it.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from jaxcl.models.trees import ENCODER, encoder_stats
 from jaxcl.runtime import storage
 from jaxcl.runtime.options import quoted
 
+logger = logging.getLogger("jaxcl")
 Tree = Any
 LAYOUTS = ("jaxcl", "torch")
 _KEY = "jaxcl"  # in the header
@@ -229,11 +231,10 @@ def architecture(weights: Weights) -> dict[str, Any]:
       UserError: no encoder has such weights, or the description lacks the options.
     """
     if weights.kind:
-        return {
-            "kind": weights.kind,
-            **torch_layout(weights.kind).architecture(weights.variables),
-            **_said(weights),
-        }
+        known = torch_layout(weights.kind).architecture(weights.variables) | _said(weights)
+        if taken := ", ".join(f"{k} {known[k]}" for k in sorted(assumed(weights))):
+            logger.info("%s does not tell all of its %s; taken as usual: %s", weights.file, weights.kind, taken)
+        return {"kind": weights.kind, **known}
     if "architecture" not in weights.about:
         raise UserError("it names no architecture")
     return weights.about["architecture"]
@@ -243,7 +244,8 @@ def assumed(weights: Weights) -> set[str]:
     """The options of `architecture` that nothing tells, so that they are as usual; a config may have others."""
     if not weights.kind:
         return set()
-    return set(torch_layout(weights.kind).assumed(weights.variables)) - set(_said(weights))
+    layout, said = torch_layout(weights.kind), _said(weights)
+    return {option for option in layout.assumed(weights.variables) if option not in said}
 
 
 def _said(weights: Weights) -> dict[str, Any]:

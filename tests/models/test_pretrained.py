@@ -125,6 +125,24 @@ def test_odd_descriptions_of_the_hub(cache, tmp_path):
     says("preprocess", weights.read, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\ntags:\n- vision\nlicense: apache-2.0\n---\n# Net", "apache-2.0"),
+        ('---\nlicense: "cc-by-nc-4.0"\n---\n', "cc-by-nc-4.0"),
+        ("---\ntags: x\n---\nlicense: none of this\n", ""),
+        ("# Net\nlicense: mit\n", ""),
+        ("---\n" * 5000 + "\xff", ""),
+    ],
+)
+def test_the_licence_of_a_card(card, licence, cache):
+    hub_cache.add(cache, "org/net", hub_files() | {"README.md": card.encode("latin-1")})
+    assert pretrained.find("hf:org/net").licence == licence
+    known = json.loads((HUB / "config.json").read_text()) | {"pretrained_cfg": {"license": "mit"}}
+    hub_cache.add(cache, "org/timm", hub_files() | {"config.json": json.dumps(known).encode()})
+    assert pretrained.find("hf:org/timm").licence == "mit"
+
+
 # ---- files
 
 
