@@ -41,7 +41,7 @@ class Facts(NamedTuple):
       weights: the same, with the hash of its commit if it is on the hub.
       licence: "" if nobody tells.
       sha256: the hash and the name of each file.
-      architecture: the encoder's options, with its kind.
+      architecture: the encoder's options, with its kind; {} of tensors by jaxcl's names without a description.
       assumed: those of them that are only usual.
       preprocessing: fields of `Preprocessing`; {} if it is not known.
       usual: whether the preprocessing is only what such weights usually have.
@@ -88,10 +88,11 @@ def _tuples(value: Any) -> Any:
 def _read(where: str, word: str, kind: str) -> Facts:
     try:
         found = weights.read(word, kind=kind)
-        options = weights.architecture(found)
-        if not found.kind:  # an export; those of older versions lack this option
-            options = {"input_size": 0, **options}
-        model_of(options)
+        options = weights.architecture(found) if found.kind or "architecture" in found.about else {}
+        if options:
+            # An export of an older version lacks the option.
+            options = options if found.kind else {"input_size": 0, **options}
+            model_of(options)
         known, origin = found.preprocessing, found.origin
         return Facts(
             word=word,
@@ -151,6 +152,8 @@ def _record(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def _decide(config: ConfigDict, where: str, facts: Facts) -> bool:
     """-> whether the encoder had another architecture."""
+    if not facts.architecture:
+        return False
     old = _node(config, where)
     kind, usual = facts.architecture["kind"], configs.default().model.kind
     if old.kind not in (usual, kind):
