@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     given = FLAGS.parse(argv)
     if given.config is None:
         raise UserError("no --config; for example --config=configs/excon.py")
-    config = read_config(given.config, given.overrides)
+    workdir = given.workdir or _default_workdir(given.config)
+    config = read_config(given.config, given.overrides, workdir)
     if given.distributed == "off":
         compile_cache.turn_on()
     distributed.join(given.distributed, timeout=given.join_timeout, heartbeat=given.heartbeat_timeout)
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
 
     together.listen()
     try:
-        train.run(config, given.workdir or _default_workdir(given.config), profile=given.profile or 0)
+        train.run(config, workdir, profile=given.profile or 0)
     except Exception as error:
         if isinstance(error, (UserError, Diverged, Preempted)):
             if isinstance(error, UserError):  # the others reach all processes

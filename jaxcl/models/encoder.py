@@ -160,7 +160,11 @@ class EncoderOptions(Options, Contract):
     head_unit_input: bool = False  # the head gets the features at unit length (SupCon on ImageNet)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, losses, statistics are float32
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
-    weights: str = ""  # start from this safetensors file: by `jaxcl export`, or in the encoder's torch layout
+    # Start from these: a word, hf:ORG/NAME, a folder or a file (`jaxcl.models.pretrained`).
+    weights: str = ""
+    # Side to which images are resized on the device, before the encoder; 0: they stay as they are.
+    input_size: Annotated[int, Range(0)] = 0
+    input_interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of that, antialiased
 
     def make(self, dtype: Any) -> Encoder:
         """The encoder that these options describe. dtype: of the activations, a type of jax.numpy."""

@@ -31,6 +31,8 @@ class Model:
       encoder: the network, by the contract of `jaxcl.models.encoder`.
       head: features [N,D] -> embedding [N,E].
       branches: (stage, counted from 1, its adapter, its head), where a pass of that depth leaves the encoder.
+      input_size: side to which images are resized before the encoder; 0: they are encoded as they are.
+      input_interpolation: "bilinear" or "bicubic", antialiased.
 
     `jaxcl.models.trees` says where the parameters and statistics of each lie.
     """
@@ -38,6 +40,8 @@ class Model:
     encoder: Encoder
     head: ProjectionHead
     branches: tuple[tuple[int, nn.Module, ProjectionHead], ...] = ()
+    input_size: int = 0
+    input_interpolation: str = "bilinear"
 
     # ---- facts
 
@@ -89,6 +93,8 @@ class Model:
     def init(self, key: Array, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
         """-> (parameters, batch statistics of all sets of batch norms). image_shape: (H, W, C)."""
         encoder_key, head_key = jax.random.split(key)
+        if self.input_size:
+            image_shape = (self.input_size, self.input_size, image_shape[-1])
         variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
         if "batch_stats" in variables and not self.batch_norm:
             name = type(self.encoder).__name__
@@ -138,6 +144,15 @@ class Model:
 
     # ---- images -> features -> embeddings
 
+    def resized(self, images: Array) -> Array:
+        """Images [N,H,W,C] at the encoder's `input_size`; unchanged if they have it, or if there is none."""
+        count, *size, channels = images.shape
+        S = self.input_size
+        if not S or size == [S, S]:
+            return images
+        method = "cubic" if self.input_interpolation == "bicubic" else "linear"
+        return jax.image.resize(images, (count, S, S, channels), method, antialias=True)
+
     def encode(
         self,
         params: Tree,
@@ -167,6 +182,7 @@ class Model:
         Raises:
           UserError: the model has no such set or depth.
         """
+        images = self.resized(images)
         mode = dict(train=train, where=where, norm_set=norm_set)
         if not depth:
             extra = {"key": key} if self.encoder.takes_key else {}
@@ -216,6 +232,7 @@ class Model:
         """images [N,H,W,C] -> outputs [N,h,w,M] of the stages, in inference mode. Raises UserError without stages."""
         if not self.num_stages:
             raise UserError("this encoder has no stages; expected one with stages, such as a resnet")
+        images = self.resized(images)
         return self._apply(params, stats, images, train=False, where=None, norm_set="", method="maps")[0]
 
     def split_at(
@@ -231,6 +248,7 @@ class Model:
           (activations at the tap, such as [N,h,w,M]; tail: activations -> (features [N,D], batch statistics after both
           halves); batch statistics after the first half)
         """
+        images = self.resized(images)
         (a, rest), new = self._apply(params, stats, images, tap, train=train, norm_set=norm_set, method="to_tap")
 
         def tail(a: Array) -> tuple[Array, Tree]:
@@ -293,4 +311,4 @@ def make_model(options: EncoderOptions) -> Model:
 
     stages = sorted(set(options.branches))
     branches = tuple((i, encoder.adapter(i), head(i in options.branch_embeds)) for i in stages)
-    return Model(encoder, head(True), branches)
+    return Model(encoder, head(True), branches, options.input_size, options.input_interpolation)

@@ -1,6 +1,7 @@
 """The training loop, read top to bottom: data -> update -> metrics -> evaluate -> checkpoint -> report."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -31,7 +32,7 @@ from jaxcl.report.verdict import main_accuracies
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import agreement, config_diff, run_folder
+from jaxcl.train import agreement, config_diff, pretrained, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best, check_selection
 from jaxcl.train.checkpoint import AGAIN, Checkpoints, Preemption
@@ -88,6 +89,9 @@ def _run(
 ) -> dict[str, Any]:
     started = time.monotonic()
     configs.check(config)
+    if any(pretrained.encoders(config)):
+        config = copy.deepcopy(config)
+        pretrained.settle(config, pretrained.resolve(config, workdir))
     plain = configs.to_dict(config)
     if jax.process_count() > 1:
         agreement.same_start(plain, workdir, _latest(workdir), {"--profile": profile})
