@@ -7,6 +7,7 @@ MODELS = Registry(
     "jaxcl.models.encoder:EncoderOptions",
     {
         "resnet": "jaxcl.models.resnet:ResNetOptions",
+        "efficientnet": "jaxcl.models.efficientnet:EfficientNetOptions",
         "vit": "jaxcl.models.vit:ViTOptions",
     },
 )
