@@ -8,6 +8,7 @@ MODELS = Registry(
     {
         "resnet": "jaxcl.models.resnet:ResNetOptions",
         "efficientnet": "jaxcl.models.efficientnet:EfficientNetOptions",
+        "convnext": "jaxcl.models.convnext:ConvNeXtOptions",
         "vit": "jaxcl.models.vit:ViTOptions",
     },
 )
