@@ -102,6 +102,7 @@ class ConvNeXt(Encoder):
 
     norm = "layer"
     layer_decay = 0.8
+    pixels_at_once = 2 * 224**2
 
     stage_sizes: Sequence[int]
     widths: Sequence[int]

@@ -24,6 +24,7 @@ from jaxcl.models.norms import MOMENTUM, SET_MOMENTUM, add_norms, apply_norm, ch
 from jaxcl.runtime.options import POSITIVE, OptionError, Range
 
 Array = jax.Array
+PIXELS_AT_ONCE = 2 * 224**2  # measured
 
 
 class EfficientNet(Encoder):
@@ -31,6 +32,8 @@ class EfficientNet(Encoder):
 
     A tap "stageK" is the map that stage K hands on, "head" the last activations, whose mean is the features.
     """
+
+    pixels_at_once = PIXELS_AT_ONCE
 
     stage_sizes: Sequence[int]
     widths: Sequence[int]
