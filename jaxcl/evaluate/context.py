@@ -107,7 +107,8 @@ class EvalContext:
     """
 
     def __init__(self, setup: EvalSetup, state: TrainState, mesh: Mesh, split: str):
-        self.setup, self.recipe, self.options = setup, setup.recipe, setup.options
+        self.setup, self.options = setup, setup.options
+        self.recipe = setup.recipe.for_one_device() if mesh.size == 1 else setup.recipe
         self.state, self.mesh = state, mesh
         self.test = setup.source(split)
         self.split = split

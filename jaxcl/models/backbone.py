@@ -139,7 +139,8 @@ class Backbone:
 
     @functools.cached_property
     def _encode(self):
-        return jax.jit(lambda v, x: self.model.encode({ENCODER: v["params"]}, v["batch_stats"], x, train=False)[0])
+        model = self.model.for_one_device()
+        return jax.jit(lambda v, x: model.encode({ENCODER: v["params"]}, v["batch_stats"], x, train=False)[0])
 
     @functools.cached_property
     def _maps(self):

@@ -53,6 +53,8 @@ class Encoder(Contract, nn.Module):
       takes_key: whether `__call__` takes `key`, because it drops something at random in training.
       num_stages: number of maps that `maps` returns; 0 without stages.
       taps: names of the activations that `to_tap` can return.
+      pixels_at_once: of the images that a CPU encodes together in inference, so that their maps stay in its cache; 0:
+        of all images.
     """
 
     # Not annotated: a subclass that declares one as a field may place it after fields without a default.
@@ -65,6 +67,7 @@ class Encoder(Contract, nn.Module):
     takes_key = False
     num_stages = 0
     taps = ()
+    pixels_at_once = 0
 
     def __call__(
         self,

@@ -33,6 +33,7 @@ class Model:
       branches: (stage, counted from 1, its adapter, its head), where a pass of that depth leaves the encoder.
       input_size: side to which images are resized before the encoder; 0: they are encoded as they are.
       input_interpolation: "bilinear" or "bicubic", antialiased.
+      few_at_once: in inference, encode as many images together as `Encoder.pixels_at_once` says.
 
     `jaxcl.models.trees` says where the parameters and statistics of each lie.
     """
@@ -42,6 +43,7 @@ class Model:
     branches: tuple[tuple[int, nn.Module, ProjectionHead], ...] = ()
     input_size: int = 0
     input_interpolation: str = "bilinear"
+    few_at_once: bool = False
 
     # ---- facts
 
@@ -186,6 +188,8 @@ class Model:
         mode = dict(train=train, where=where, norm_set=norm_set)
         if not depth:
             extra = {"key": key} if self.encoder.takes_key else {}
+            if self.few_at_once and not train:
+                return self._few_at_once(params, stats, images, norm_set), stats
             return self._apply(params, stats, images, **mode, **extra)
         adapter, _ = self._branch(depth)
         maps, stats = self._apply(params, stats, images, **mode, depth=depth, method="maps")
@@ -256,6 +260,20 @@ class Model:
 
         return a, tail, new
 
+    def _few_at_once(self, params: Tree, stats: Tree, images: Array, norm_set: str) -> Array:
+        """Features in inference mode, by a loop over equal parts of the batch."""
+        (N, H, W, _), model = images.shape, self.for_loops()
+        most = min(N, max(1, self.encoder.pixels_at_once // max(1, H * W)))
+        rows = next((n for n in range(most, 1, -1) if N % n == 0), 1)
+
+        def encode(x: Array) -> Array:
+            return model._apply(params, stats, x, train=False, where=None, norm_set=norm_set)[0]
+
+        if rows >= N:
+            return encode(images)
+        h = jax.lax.map(encode, images.reshape(N // rows, rows, *images.shape[1:]))
+        return h.reshape(N, *h.shape[2:])
+
     def _branch(self, depth: int) -> tuple[nn.Module, ProjectionHead]:
         self.check_depth("depth", depth)
         return next((adapter, head) for stage, adapter, head in self.branches if stage == depth)
@@ -277,8 +295,10 @@ class Model:
         return self._with_convolution(cpu.loop_conv)
 
     def for_one_device(self) -> "Model":
-        """The same function, faster to differentiate outside of loops if one device has the whole batch."""
-        return self._with_convolution(cpu.chunked_conv)
+        """The same function, faster outside of loops if one device has the whole batch."""
+        model = self._with_convolution(cpu.chunked_conv)
+        few = cpu.in_use() and self.encoder.pixels_at_once > 0
+        return dataclasses.replace(model, few_at_once=True) if few else model
 
     def _with_convolution(self, convolution: Callable) -> "Model":
         if not cpu.in_use():

@@ -7,6 +7,8 @@ MODELS = Registry(
     "jaxcl.models.encoder:EncoderOptions",
     {
         "resnet": "jaxcl.models.resnet:ResNetOptions",
+        "efficientnet": "jaxcl.models.efficientnet:EfficientNetOptions",
+        "convnext": "jaxcl.models.convnext:ConvNeXtOptions",
         "vit": "jaxcl.models.vit:ViTOptions",
     },
 )
