@@ -7,6 +7,7 @@ MODELS = Registry(
     "jaxcl.models.encoder:EncoderOptions",
     {
         "resnet": "jaxcl.models.resnet:ResNetOptions",
+        "vision_transformer": "jaxcl.models.vision_transformer:VisionTransformerOptions",
         "vit": "jaxcl.models.vit:ViTOptions",
     },
 )

@@ -43,6 +43,18 @@ class TorchLayout(Contract):
         """The options of the encoder with these variables, found by names and shapes. Raises UserError for none."""
         raise NotImplementedError(f"{type(self).__name__} must define `architecture`")
 
+    def assumed(self, variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Those of the options of `architecture` that the tensors do not tell, so that they are taken as usual."""
+        return {}
+
+    def architecture_from_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The options that the config.json beside published weights tells; None for a network of another kind.
+
+        They go over those of `architecture`: {**architecture(variables), **architecture_from_config(config)}. Raises
+        UserError for a network of this kind that the encoder cannot be.
+        """
+        return None
+
     def check(self, encoder: Any) -> None:
         """Raises UserError for an encoder of this kind that the network in torch cannot express."""
 
