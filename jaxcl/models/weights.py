@@ -7,6 +7,7 @@ without a description is read too if an encoder's torch layout recognises it.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from jaxcl.models.torch_layout import TorchLayout, Variables
 from jaxcl.models.trees import ENCODER, encoder_stats
 from jaxcl.runtime import storage
 
+logger = logging.getLogger("jaxcl")
 Tree = Any
 SUFFIX = ".safetensors"
 DEFAULT_NAME = "backbone" + SUFFIX
@@ -178,7 +180,11 @@ def architecture(weights: Weights) -> dict[str, Any]:
       UserError: no encoder has such weights, or the description lacks the options.
     """
     if weights.kind:
-        return {"kind": weights.kind, **torch_layout(weights.kind).architecture(weights.variables)}
+        layout = torch_layout(weights.kind)
+        if assumed := layout.assumed(weights.variables):
+            taken = ", ".join(f"{k} {v}" for k, v in assumed.items())
+            logger.info("the tensors do not tell all of the %s; taken as usual: %s", weights.kind, taken)
+        return {"kind": weights.kind, **layout.architecture(weights.variables)}
     if "architecture" not in weights.about:
         raise UserError("it names no architecture")
     return weights.about["architecture"]
