@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jaxcl.errors import UserError
+
 _TIMM = re.compile(r"(.*?)patch_embed\.proj\.weight")
 _CLIP = re.compile(r"(.*?)conv1\.weight")
 _BLOCK = re.compile(r"(?:blocks|transformer\.resblocks)\.(\d+)\.(.+)")
@@ -78,6 +80,8 @@ def renamed(name: str) -> str | None:
 # ---- config.json
 
 _NAME = re.compile(r"(?:vit|deit3?)_.*patch(\d+).*")
+# Networks with names and tensors like these, but other positions, norms or blocks.
+_OTHERS = re.compile(r"_rope_|_pe_|_lingbot|_radio|_tipsv2|_sapiens|relpos_|_xp_|_18x2_|_(?:d|p|dp)wee_|_dlittle_")
 _POOLINGS = {"token": "cls", "avg": "mean", "map": "attention"}
 # SigLIP's networks with the tanh form of GELU.
 _TANH = re.compile(r"patch32_siglip(_gap)?_256|large_patch16_siglip(_gap)?_512|(so400m|giantopt)_patch16_siglip")
@@ -100,6 +104,11 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     found = _NAME.fullmatch(name)
     if not found:
         return None
+    if other := _OTHERS.search(name):
+        raise UserError(
+            f"architecture is {name}, which differs from this encoder ({other[0].strip('_')}); expected a plain vision "
+            "transformer, DeiT, MAE, DINOv2, DINOv3, SigLIP or CLIP"
+        )
     patch = int(found[1])
     given = config.get("model_args") or {}
     size = given.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size", (3, 224, 224))[1:]

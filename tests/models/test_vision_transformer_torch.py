@@ -304,30 +304,36 @@ def test_configs_as_the_hub_has_them():
 
 
 def test_timms_configs_tell_what_its_networks_are():
-    """Heads, epsilon, activation and pooling of every network that the layout reads, by the name alone."""
+    """Heads, epsilon, activation, pooling, positions of each of timm's networks that is not refused, by its name."""
     timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
-    names = [n for n in timm.list_models(["vit_*", "deit*"]) if "patch" in n]
+    acts = {"GELU": "gelu", "SiLU": "silu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}
+    poolings = {"token": "cls", "avg": "mean", "map": "attention"}
     count = 0
-    for name in names:
+    for name in timm.list_models(["vit_*_patch*", "deit*"]):
+        config = {"architecture": name}
         try:
-            with torch.device("meta"):
-                net = timm.create_model(name, depth=1, num_classes=0)
-        except (AssertionError, TypeError, RuntimeError):
-            continue  # its depth cannot be 1
+            layout.architecture_from_config(config)
+        except UserError:
+            continue
+        with torch.device("meta"):
+            net = timm.create_model(name, depth=1, num_classes=0)
         state = net.state_dict()
-        module, prefix = timm_names, timm_names.prefix_of(set(state))
-        if prefix is None or not layout.recognises(state):
-            continue
-        if any(module.renamed(k) is None and not layout.ignores(k) for k in state):
-            continue  # it has layers of another kind
-        block, config = net.blocks[0], {"architecture": name, "num_features": net.num_features}
-        if type(net).__name__ == "Eva" and getattr(net.rope, "periods", None) is None:
-            continue
-        options = layout.architecture_from_config(config | {"global_pool": net.global_pool})
-        act = {"SiLU": "silu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}.get(type(block.mlp.act).__name__)
-        want = (block.attn.num_heads, block.norm1.eps, act or "gelu")
-        assert (options["heads"], options["norm_epsilon"], options["activation"]) == want, name
-        assert options["pooling"] == {"token": "cls", "avg": "mean", "map": "attention"}[net.global_pool]
-        assert options["patch"] == net.patch_embed.patch_size[0]
+        assert layout.recognises(state), name
+        assert all(timm_names.renamed(k) for k in state if not layout.ignores(k)), name
+        options = layout.architecture_from_config(
+            config | {"num_features": net.num_features, "global_pool": net.global_pool}
+        )
+        block, rope = net.blocks[0], type(getattr(net, "rope", None)).__name__
+        got = [options[k] for k in ("heads", "norm_epsilon", "activation", "patch", "pooling")]
+        want = [block.attn.num_heads, block.norm1.eps, acts[type(block.mlp.act).__name__]]
+        assert got == [*want, net.patch_embed.patch_size[0], poolings[net.global_pool]], name
+        assert type(block.norm1).__name__ == "LayerNorm", name
+        assert rope == ("RotaryEmbeddingDinoV3" if options.get("position") == "rope" else "NoneType"), name
         count += 1
-    assert count > 100
+    assert count > 150
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_rope_224", "vit_pe_core_base_patch16_224"])
+def test_others_of_timm_are_refused(name):
+    with pytest.raises(UserError, match="^architecture"):
+        layout.architecture_from_config({"architecture": name})
