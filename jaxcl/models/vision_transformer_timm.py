@@ -101,6 +101,10 @@ _HEAD_FEATURES = (
 def options_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The options that timm's config.json tells beside the tensors; None for another network, see `TorchLayout`."""
     name = str(config.get("architecture", "")).partition(".")[0]
+    if name.startswith("naflexvit"):
+        raise UserError(
+            f"architecture is {name}, a NaFlex network for images of any aspect; expected one of a fixed size"
+        )
     found = _NAME.fullmatch(name)
     if not found:
         return None
