@@ -73,7 +73,7 @@ class VisionTransformer(Encoder):
 
     @property
     def features(self) -> int:
-        return self.projection or self.width
+        return self.projection or (2 if self.pooling == "cls_mean" else 1) * self.width
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -165,10 +165,14 @@ class VisionTransformer(Encoder):
     def _pool(self, x_NxTxD: Array) -> Array:
         # A norm sees each token by itself, so it need not see those that nobody reads.
         x = x_NxTxD[:, 0] if self.pooling == "cls" else x_NxTxD[:, self._before :]
+        if self.pooling == "cls_mean":
+            x = jnp.concatenate([x_NxTxD[:, :1], x], 1)
         if self.final_norm == "before":
             x = self.last_norm(x)
         if self.pooling == "mean":
             x = x.mean(1)
+        elif self.pooling == "cls_mean":
+            x = jnp.concatenate([x[:, 0], x[:, 1:].mean(1)], -1)
         elif self.pooling == "attention":
             x = self.pool(x)
         if self.final_norm == "after":
@@ -230,7 +234,8 @@ class VisionTransformerOptions(EncoderOptions):
     patch_bias: bool = True  # of the patch embedding; CLIP has none
     pre_norm: bool = False  # a norm before the first block, as in CLIP
     layer_scale: Annotated[float, Range(0)] = 0.0  # first value of a learned scale of each branch; 0: none
-    pooling: Literal["cls", "mean", "attention"] = "cls"  # the class token, the mean of the patches, a learned query
+    # The class token; the mean of the patches; both, one after the other, so 2 D features; a learned query.
+    pooling: Literal["cls", "mean", "cls_mean", "attention"] = "cls"
     final_norm: Literal["before", "after", "none"] = "before"  # where the last norm is: before or after the pooling
     projection: Annotated[int, Range(0)] = 0  # size of a last linear layer without bias, as in CLIP; 0: none
     drop_path: Annotated[float, Range(0, below=1)] = 0.0  # of a branch of an image, in the last block; linear from 0
@@ -242,8 +247,10 @@ class VisionTransformerOptions(EncoderOptions):
         if self.position == "rope" and self.width // self.heads % 4:
             size = self.width // self.heads
             raise OptionError("heads", f"is {self.heads}, so a head has {size} features; expected a multiple of 4")
-        if self.pooling == "cls" and not self.class_token:
-            raise OptionError("pooling", "is cls without a class token; expected mean or attention")
+        if self.pooling in ("cls", "cls_mean") and not self.class_token:
+            raise OptionError("pooling", f"is {self.pooling} without a class token; expected mean or attention")
+        if self.pooling == "cls_mean" and self.final_norm == "after":
+            raise OptionError("final_norm", "is after with pooling cls_mean; expected before or none")
         if bool(self.position_grid[0]) != bool(self.position_grid[1]):
             raise OptionError("position_grid", f"is {tuple(self.position_grid)}; expected rows and columns, or 0 0")
 

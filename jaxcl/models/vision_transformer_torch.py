@@ -139,31 +139,59 @@ class VisionTransformerLayout(TorchLayout):
     # ---- timm's layout, to write
 
     def check(self, encoder: Any) -> None:
-        if encoder.position == "none":
-            raise UserError("timm's vision transformers have positions, this one position=none; use layout jaxcl")
+        rope = encoder.position == "rope"
+        wrong = {
+            "position=none": encoder.position == "none",
+            "pooling=cls_mean": encoder.pooling == "cls_mean",
+            f"patch_bias={encoder.patch_bias}, pre_norm={encoder.pre_norm}": encoder.patch_bias == encoder.pre_norm,
+            "position=rope, pooling=attention": rope and encoder.pooling == "attention",
+            "position=rope, qkv_bias=all": rope and encoder.qkv_bias == "all",
+            f"position=rope, gated={encoder.gated}, activation={encoder.activation}": rope
+            and encoder.activation != ("silu" if encoder.gated else "gelu"),
+        }
+        if found := [options for options, is_wrong in wrong.items() if is_wrong]:
+            raise UserError(f"timm has no vision transformer with {found[0]}; use layout jaxcl")
 
     def changes(self, encoder: Any) -> dict[str, Any]:
-        """-> the arguments of timm's VisionTransformer, or of its Eva for rotary positions, beside the image size."""
+        """-> the class of timm and its arguments in JSON, with those that are Python objects apart.
+
+        {"class": VisionTransformer or Eva, "arguments": as they are, "norm_epsilon": of its norm_layer, "mlp_layer": a
+        name in timm.layers, "" for the usual one}
+        """
         rope = encoder.position == "rope"
-        out = dict(
+        packed = encoder.gated and not rope  # one layer gives both the gate and what is gated
+        # timm rounds down, so half a feature more.
+        hidden = (encoder.mlp_width or 4 * encoder.width) * (2 if packed else 1) + 0.5
+        out: dict[str, Any] = dict(
             patch_size=encoder.patch,
             embed_dim=encoder.width,
             depth=encoder.depth,
             num_heads=encoder.heads,
-            mlp_ratio=(encoder.mlp_width or 4 * encoder.width) / encoder.width,
+            mlp_ratio=hidden / encoder.width,
             class_token=encoder.class_token,
             init_values=encoder.layer_scale or None,
             qkv_bias=encoder.qkv_bias != "none",
             global_pool={"cls": "token", "mean": "avg", "attention": "map"}[encoder.pooling],
             num_classes=encoder.projection,
         )
+        if all(encoder.position_grid):
+            out["img_size"] = [n * encoder.patch for n in encoder.position_grid]
         if rope:
-            own = dict(rope_type="dinov3", rope_rotate_half=True, use_rot_pos_emb=True, use_abs_pos_emb=False)
-            swiglu = dict(swiglu_mlp=encoder.gated, swiglu_align_to=8 if encoder.gated else 0)
-            registers = dict(num_reg_tokens=encoder.registers, rope_temperature=encoder.rope_theta)
-            return out | own | swiglu | registers | dict(use_fc_norm=encoder.final_norm == "after")
-        out |= dict(pre_norm=encoder.pre_norm, reg_tokens=encoder.registers, no_embed_class=encoder.registers > 0)
-        return out | dict(fc_norm=encoder.final_norm == "after", final_norm=encoder.final_norm != "none")
+            out |= dict(rope_type="dinov3", rope_rotate_half=True, use_rot_pos_emb=True, use_abs_pos_emb=False)
+            out |= dict(swiglu_mlp=encoder.gated, swiglu_align_to=int(encoder.gated))
+            out |= dict(num_reg_tokens=encoder.registers, rope_temperature=encoder.rope_theta)
+            out |= dict(use_fc_norm=encoder.final_norm == "after")
+            out |= dict(use_post_transformer_norm=encoder.final_norm == "before")
+        else:
+            out |= dict(pre_norm=encoder.pre_norm, reg_tokens=encoder.registers, no_embed_class=encoder.registers > 0)
+            out |= dict(fc_norm=encoder.final_norm == "after", final_norm=encoder.final_norm != "none")
+            out |= dict(act_layer=encoder.activation)
+        return {
+            "class": "Eva" if rope else "VisionTransformer",
+            "arguments": out,
+            "norm_epsilon": encoder.norm_epsilon,
+            "mlp_layer": "SwiGLUPacked" if packed else "",
+        }
 
     def to_torch(self, variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         v = {name.removeprefix("params."): value for name, value in variables.items()}

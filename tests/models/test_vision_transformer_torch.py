@@ -185,33 +185,46 @@ def test_timms_names_are_written(name):
         layout.to_torch({"params.odd.kernel": np.zeros((2, 2))})
 
 
-@pytest.mark.parametrize("name", ["vit_timm", "dinov2_giant_timm", "dinov3_timm", "siglip_timm", "clip_projection_hf"])
+@pytest.mark.parametrize("name", originals.FAMILIES)
 def test_timm_loads_what_is_written(name):
+    """A network made by the arguments that an export tells takes all of its tensors, and gives the same features."""
     timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
-
-    assert timm
     state, config, given, runs = stored(name)
     encoder, params = ours(state, config, given)
-    changes = layout.changes(encoder)
-    swiglu = {}
-    if encoder.gated and encoder.position == "learned":
-        from timm.layers import SwiGLUPacked
-
-        swiglu = dict(mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU)
-        changes["mlp_ratio"] *= 2
-    make = Eva if encoder.position == "rope" else functools.partial(VisionTransformer, **swiglu)
-    acts = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
-    extra = dict(act_layer=acts[encoder.activation]) if make is not Eva and not swiglu else {}
-    norm = functools.partial(torch.nn.LayerNorm, eps=encoder.norm_epsilon)
-    net = make(img_size=originals.SIDE, norm_layer=norm, **extra, **changes).eval()
+    if encoder.pooling == "cls_mean":
+        with pytest.raises(UserError):
+            layout.check(encoder)
+        return
+    layout.check(encoder)
+    told = json.loads(json.dumps(layout.changes(encoder)))
+    make = {"Eva": timm.models.eva.Eva, "VisionTransformer": timm.models.vision_transformer.VisionTransformer}
+    norm = functools.partial(torch.nn.LayerNorm, eps=told["norm_epsilon"])
+    mlp = {"mlp_layer": getattr(timm.layers, told["mlp_layer"])} if told["mlp_layer"] else {}
+    arguments = {"img_size": originals.SIDE} | told["arguments"]
+    net = make[told["class"]](norm_layer=norm, **mlp, **arguments).eval()
     variables = weights.flat(jax.tree.map(np.asarray, params), {})
     written = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in layout.to_torch(variables).items()}
     assert not any(net.load_state_dict(written, strict=True))
     images, _, features = runs[0]
     with torch.no_grad():
         close(net(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy(), features)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(position="none"),
+        dict(pooling="cls_mean"),
+        dict(patch_bias=False),
+        dict(position="rope", qkv_bias="all"),
+        dict(position="rope", qkv_bias="none", activation="quick_gelu"),
+        dict(position="rope", qkv_bias="none", pooling="attention"),
+    ],
+)
+def test_what_timm_cannot_express_is_refused(options):
+    encoder = VisionTransformerOptions(**(dict(patch=4, width=16, depth=1, heads=2) | options)).make(np.float32)
+    with pytest.raises(UserError):
+        layout.check(encoder)
 
 
 def test_others_are_not_recognised():

@@ -25,11 +25,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "deit_hf": ("DeiTModel", HF, {}),
     "mae_hf": ("ViTMAEModel", HF | dict(mask_ratio=0.0), {}),
     "dinov2_hf": ("Dinov2Model", HF | dict(mlp_ratio=2), {}),
+    "dinov2_linear_hf": ("Dinov2ForImageClassification", HF | dict(mlp_ratio=2), dict(pooling="cls_mean")),
     "dinov2_giant_hf": ("Dinov2Model", HF | dict(use_swiglu_ffn=True), {}),
     "dinov2_registers_hf": ("Dinov2WithRegistersModel", HF | dict(mlp_ratio=2, num_register_tokens=3), {}),
     "dinov3_hf": ("DINOv3ViTModel", ROPE, {}),
     "dinov3_gated_hf": ("DINOv3ViTModel", ROPE | dict(use_gated_mlp=True, hidden_act="silu", rope_theta=50.0), {}),
     "siglip_hf": ("SiglipVisionModel", HF, {}),
+    "siglip_headless_hf": ("SiglipVisionModel", HF | dict(vision_use_head=False), {}),
     "siglip_full_hf": ("SiglipModel", HF, {}),
     "clip_hf": ("CLIPVisionModel", HF, {}),
     "clip_projection_hf": ("CLIPVisionModelWithProjection", HF | dict(projection_dim=6), {}),
@@ -48,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "siglip_timm": ("vit_base_patch16_siglip_224", {}, {}),
     "siglip_mean_timm": ("vit_base_patch16_siglip_gap_224", {}, {}),
+    "siglip2_timm": ("vit_so400m_patch16_siglip_256", {}, dict(activation="gelu_tanh")),
     "clip_timm": (
         "vit_base_patch16_clip_quickgelu_224",
         {},
@@ -98,6 +101,9 @@ class Original(NamedTuple):
             return net(x, noise=noise, interpolate_pos_encoding=True).last_hidden_state[:, 0]
         if kind == "ViTForImageClassification":
             net = net.vit
+        if kind == "Dinov2ForImageClassification":  # what its classifier gets
+            tokens = net.dinov2(x).last_hidden_state
+            return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
         size = {} if kind.lower().startswith("dino") else dict(interpolate_pos_encoding=True)
         if kind in ("CLIPModel", "SiglipModel"):
             out = net.get_image_features(x, **size)
@@ -105,6 +111,8 @@ class Original(NamedTuple):
         out = net(x, **size)
         if kind == "CLIPVisionModelWithProjection":
             return out.image_embeds
+        if getattr(net.config, "vision_use_head", True) is False:
+            return out.last_hidden_state.mean(1)
         cls = kind.startswith(("ViT", "DeiT"))  # their pooler is a layer of its own on top
         return out.last_hidden_state[:, 0] if cls else out.pooler_output
 
