@@ -299,7 +299,7 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def model(kind: str, **overrides: Any) -> ConfigDict:
-    """An encoder by kind: resnet, vit."""
+    """An encoder by kind: resnet, vision_transformer, vit."""
     return _part(MODELS, kind, overrides)
 
 

@@ -117,6 +117,11 @@ class Encoder(Contract, nn.Module):
         return self.clone(**{"norm_set_momentum" if norm_set else "momentum": 0.0})
 
     @nn.nowrap
+    def may_lack(self, name: str) -> bool:
+        """Whether this variable ("params.project.kernel") of a checkpoint is left out where the encoder has none."""
+        return False
+
+    @nn.nowrap
     def with_convolution(self, convolution: Callable) -> "Encoder":
         """The same encoder with another function in place of `lax.conv_general_dilated`, where it allows for that."""
         return self

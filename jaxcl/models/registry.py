@@ -9,6 +9,7 @@ MODELS = Registry(
         "resnet": "jaxcl.models.resnet:ResNetOptions",
         "efficientnet": "jaxcl.models.efficientnet:EfficientNetOptions",
         "convnext": "jaxcl.models.convnext:ConvNeXtOptions",
+        "vision_transformer": "jaxcl.models.vision_transformer:VisionTransformerOptions",
         "vit": "jaxcl.models.vit:ViTOptions",
     },
 )

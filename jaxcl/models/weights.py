@@ -275,6 +275,7 @@ def fit(where: str, variables: Variables, model: Model, image_shape: tuple[int, 
     wanted = shapes(model, image_shape)
     sources = {name: _clean(name, model.encoder.norm_sets) for name in wanted}
     needed = set(sources.values())
+    variables = {n: v for n, v in variables.items() if n in needed or not model.encoder.may_lack(n)}
     odd = [
         f"{name} is {_shape(variables, name)} there and {wanted.get(name, 'absent')} here"
         for name in sorted(needed | set(variables))
