@@ -36,7 +36,10 @@ def with_transformer(name, npz):
     return c
 
 
-@pytest.mark.parametrize("name", ["simclr", "excon", "clae"])
+slow = pytest.mark.slow  # one update of each is in tests/models/test_vision_transformer.py
+
+
+@pytest.mark.parametrize("name", ["excon", pytest.param("simclr", marks=slow), pytest.param("clae", marks=slow)])
 def test_a_run_is_continued(name, npz, tmp_path):
     """From the checkpoint in the middle the second half is the same, bit for bit."""
     c = with_transformer(name, npz)
