@@ -27,6 +27,7 @@ SIDE = 16
 FORMS = {
     "plain": dict(),
     "mean": dict(pooling="mean", final_norm="after", class_token=False),
+    "both": dict(pooling="cls_mean"),
     "attention": dict(pooling="attention", class_token=False, activation="gelu_tanh"),
     "dinov2": dict(layer_scale=0.5, registers=2, gated=True, activation="silu"),
     "dinov3": dict(layer_scale=0.5, registers=2, position="rope", qkv_bias="query_value"),
@@ -114,7 +115,9 @@ def test_rotations_depend_on_the_distance_only():
 def test_the_two_halves_are_the_whole(form):
     model, params = net(form)
     images = tiny.normal(4, 12, 16, 3)
-    assert model.encoder.taps == tuple(f"block{i + 1}" for i in range(3 if form in ("mean", "attention") else 2))
+    assert model.encoder.taps == tuple(
+        f"block{i + 1}" for i in range(3 if form in ("mean", "both", "attention") else 2)
+    )
 
     @jax.jit
     def halves(params, images):
@@ -147,7 +150,11 @@ def test_layers(form):
 
 @pytest.mark.parametrize(
     "form, dtype",
-    [("mean", "float32"), ("attention", "float32"), ("dinov2", "float32"), ("clip", "float32"), ("dinov3", "bfloat16")],
+    [
+        ("attention", "float32"),
+        ("dinov3", "bfloat16"),
+        *(pytest.param(form, "float32", marks=pytest.mark.slow) for form in ("mean", "dinov2", "clip")),
+    ],
 )
 def test_the_same_gradient_when_blocks_are_computed_again(form, dtype):
     images, key = tiny.normal(4, SIDE, SIDE, 3), jax.random.key(0)
@@ -236,6 +243,7 @@ def test_attention_written_out():
         ("width", dict(heads=5)),
         ("heads", dict(position="rope", heads=8)),
         ("pooling", dict(class_token=False)),
+        ("final_norm", dict(pooling="cls_mean", final_norm="after")),
         ("pooling", dict(pooling="max")),
         ("position_grid", dict(position_grid=(0, 3))),
         ("activation", dict(activation="relu")),
