@@ -75,8 +75,8 @@ def find(word: str) -> Snapshot:
     if not _complete(found):
         there = ", ".join(sorted(p.name for p in found.iterdir())[:6]) or "nothing"
         raise UserError(
-            f"{word} has no {SINGLE}, or not all of its shards (there: {there}); fetch it again, or choose a model with "
-            "safetensors"
+            f"{word} has no {SINGLE}, or not all of its shards (there: {there}); fetch it again, or choose "
+            "a model with safetensors"
         )
     return Snapshot(f"{PREFIX}{name}@{found.name}", found, found.name)
 

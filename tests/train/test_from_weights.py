@@ -25,8 +25,8 @@ from jaxcl.method.update import make_update
 from jaxcl.models import make_model, weights
 from jaxcl.models.registry import MODELS
 from jaxcl.runtime.registry import make_part
-from jaxcl.train import loop as train
 from jaxcl.train import config_diff, pretrained
+from jaxcl.train import loop as train
 from jaxcl.train.runs import load_run, open_run
 
 HUB = pathlib.Path(__file__).resolve().parents[1] / "golden" / "hub_resnet"
