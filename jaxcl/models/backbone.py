@@ -33,7 +33,8 @@ Array = jax.Array
 Tree = Any
 
 # Options that matter in training only. A backbone lacks them, and the head's options.
-_TRAINING_OPTIONS = ("branches", "branch_embeds", "norm_sets", "norm_set_momentum", "weights")
+_TRAINING_OPTIONS = ("branches", "branch_embeds", "norm_sets", "norm_set_momentum", "weights", "norm_statistics")
+_TRAINING_PREFIXES = ("head_", "lora_")
 # Options that change no shape and no feature of the frozen encoder: a run may have its own.
 FREE_OPTIONS = (
     *("dtype", "remat", "zero_init_residual", "input_size", "input_interpolation", "drop_path", "dropout"),
@@ -44,7 +45,7 @@ FREE_OPTIONS = (
 def architecture(node: ConfigDict) -> dict[str, Any]:
     """The options of an encoder alone, from a config's model: no head, no branches, one set of batch norms."""
     options = dataclasses.asdict(make_part("model", node, MODELS))
-    options = {k: v for k, v in options.items() if k not in _TRAINING_OPTIONS and not k.startswith("head_")}
+    options = {k: v for k, v in options.items() if k not in _TRAINING_OPTIONS and not k.startswith(_TRAINING_PREFIXES)}
     return {"kind": node.kind} | options
 
 
@@ -52,7 +53,7 @@ def architecture_defaults(kind: str) -> dict[str, Any]:
     """The options by which encoders of a kind differ in their features, with their defaults."""
     known = defaults(MODELS.resolve(kind))
     out = (*_TRAINING_OPTIONS, *FREE_OPTIONS)
-    return {k: v for k, v in known.items() if k not in out and not k.startswith("head_")}
+    return {k: v for k, v in known.items() if k not in out and not k.startswith(_TRAINING_PREFIXES)}
 
 
 def model_of(architecture: Mapping[str, Any]) -> Model:

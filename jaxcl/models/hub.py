@@ -8,6 +8,7 @@ is read as it is. A revision that is a whole commit hash is never looked up agai
 """
 
 import importlib.util
+import json
 import logging
 import os
 import pathlib
@@ -74,8 +75,8 @@ def find(word: str) -> Snapshot:
     if not _complete(found):
         there = ", ".join(sorted(p.name for p in found.iterdir())[:6]) or "nothing"
         raise UserError(
-            f"{word} has no {SINGLE} (there: {there}); choose a model with safetensors, or convert this one where you "
-            "trust it"
+            f"{word} has no {SINGLE}, or not all of its shards (there: {there}); fetch it again, or choose "
+            "a model with safetensors"
         )
     return Snapshot(f"{PREFIX}{name}@{found.name}", found, found.name)
 
@@ -92,7 +93,16 @@ def _in_cache(folder: pathlib.Path, revision: str) -> pathlib.Path | None:
 
 
 def _complete(folder: pathlib.Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    """Whether the weights are there, with all of their shards; a fetch may have been interrupted."""
+    if (folder / SINGLE).is_file():
+        return True
+    try:
+        shards = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
+        return all((folder / os.path.basename(name)).is_file() for name in set(shards))
+    except FileNotFoundError:
+        return False
+    except (OSError, RecursionError, ValueError, AttributeError, LookupError, TypeError):
+        return True  # not as the hub has it, which the reader tells
 
 
 def _fetched(word: str, name: str, revision: str, cached: pathlib.Path | None) -> pathlib.Path:

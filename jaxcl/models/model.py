@@ -331,4 +331,5 @@ def make_model(options: EncoderOptions) -> Model:
 
     stages = sorted(set(options.branches))
     branches = tuple((i, encoder.adapter(i), head(i in options.branch_embeds)) for i in stages)
-    return Model(encoder, head(True), branches, options.input_size, options.input_interpolation)
+    resizing = dict(input_size=options.input_size, input_interpolation=options.input_interpolation)
+    return Model(encoder, head(True), branches, **resizing)

@@ -98,6 +98,8 @@ def read(content: bytes, where: str) -> dict[str, np.ndarray]:
       UserError: the file is cut off or damaged, or holds something else than tensors in dicts; one line.
     """
     try:
+        if not looks_like(content):
+            raise ValueError("it does not begin as torch.save writes it")
         read_format = _zip_archive if content[:2] == b"PK" else _row_of_pickles
         found, storage_of = read_format(memoryview(content))
         tensors = _state_dict(found)

@@ -26,7 +26,7 @@ from jaxcl.errors import UserError
 from jaxcl.models import torch_pickle
 from jaxcl.models.model import Model
 from jaxcl.models.preprocessing import CLASSIFIERS, Preprocessing, of_export
-from jaxcl.models.pretrained import SUFFIX, WORDS, Checkpoint, file_of, find
+from jaxcl.models.pretrained import PICKLES, SUFFIX, WORDS, Checkpoint, file_of, find
 from jaxcl.models.registry import MODELS
 from jaxcl.models.torch_layout import TorchLayout, Variables
 from jaxcl.models.trees import ENCODER, encoder_stats
@@ -181,7 +181,7 @@ def _content(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], tuple[s
                 f".pth file, hf:ORG/NAME, or {' or '.join(WORDS)}"
             ) from error
         hashes += (f"{hashlib.sha256(content).hexdigest()}  {path.name}",)
-        if torch_pickle.looks_like(content):
+        if torch_pickle.looks_like(content) or (path.name.endswith(PICKLES) and content[8:9] != b"{"):
             # In the form of safetensors' own.
             tensors |= {
                 k: dict(dtype=_dtype(v), shape=v.shape, data=v)

@@ -69,7 +69,16 @@ def test_the_cache_alone(cache, no_client):
 
 def test_models_without_safetensors(cache, no_client):
     hub_cache.add(cache, "org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"PK"})
-    says("has no model.safetensors (there: config.json, pytorch_model.bin)", "hf:org/pickled")
+    says("(there: config.json, pytorch_model.bin)", "hf:org/pickled")
+
+
+def test_a_fetch_that_was_interrupted(cache, client):
+    index = b'{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}'
+    files = {"model.safetensors.index.json": index, "model-1-of-2.safetensors": b"1"}
+    client.answer = hub_cache.add(cache, "org/net", files) / "snapshots" / hub_cache.HASH
+    says("not all of its shards", f"hf:org/net@{hub_cache.HASH}")  # asked for, and still not there
+    hub_cache.add(cache, "org/net", {"model-2-of-2.safetensors": b"2"})
+    assert hub.find(f"hf:org/net@{hub_cache.HASH}").folder == client.answer and len(client.calls) == 1
 
 
 def test_a_file_that_was_removed_from_the_cache(cache, no_client):

@@ -193,6 +193,9 @@ def test_a_pickle_that_runs_code(tmp_path, monkeypatch):
     (tmp_path / "evil.pth").write_bytes(b"\x80\x02cos\nsystem\nX\x0b\x00\x00\x00touch PWNEDR.")
     says("'os.system'", jaxcl.load_backbone, tmp_path / "evil.pth")
     assert [p.name for p in tmp_path.iterdir()] == ["evil.pth"]
+    for content in (b"", b"\x80\x04\x95", b"GIF89a and so on"):
+        (tmp_path / "evil.pth").write_bytes(content)
+        says("is no file of torch.save, or damaged", jaxcl.load_backbone, tmp_path / "evil.pth")
 
 
 # ---- words

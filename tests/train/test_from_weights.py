@@ -25,8 +25,8 @@ from jaxcl.method.update import make_update
 from jaxcl.models import make_model, weights
 from jaxcl.models.registry import MODELS
 from jaxcl.runtime.registry import make_part
+from jaxcl.train import config_diff, pretrained
 from jaxcl.train import loop as train
-from jaxcl.train import pretrained
 from jaxcl.train.runs import load_run, open_run
 
 HUB = pathlib.Path(__file__).resolve().parents[1] / "golden" / "hub_resnet"
@@ -251,6 +251,12 @@ def test_a_file_that_changes_before_the_first_checkpoint(cache, tmp_path):
     pretrained.settle(c, pretrained.resolve(c))
     recipe = tiny.recipe(c)
     assert set(starting_weights(c, recipe)) == {""}
+    before = configs.to_dict(c)
     tensors = safetensors.numpy.load((HUB / "model.safetensors").read_bytes())
     safetensors.numpy.save_file({k: np.asarray(v + 1) for k, v in tensors.items()}, tmp_path / "net.safetensors")
     says("is another file than when the run began", starting_weights, c, recipe)
+    # Hosts of one run compare their configs, and so the hashes of their files.
+    c.pretrained = {}
+    pretrained.settle(c, pretrained.resolve(c))
+    (odd,) = config_diff.differences(before, configs.to_dict(c))
+    assert odd.startswith("pretrained.model.sha256")
