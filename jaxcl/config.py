@@ -38,7 +38,7 @@ OF_CLASSIFIERS = (
 # Keys that hold parts, which are checked where they are made: {name: part}, lists of parts, and single parts.
 MAPPINGS, LISTS = ("views", "terms", "memory", "heads", "encoders"), ("stages", "passes")
 PARTS = ("model", "optimizer", "grad_cache", "accumulate")
-FREE_FORM = ("data.options",)  # checked by the source that takes them
+FREE_FORM = ("data.options", "pretrained")  # checked by the source that takes them; written by `train.pretrained`
 
 Count, Size = Annotated[int, Range(1)], Annotated[int, Range(0)]  # Size: 0 is "automatic" or "none"
 
@@ -172,6 +172,7 @@ class Base(Options):
     log_examples: bool = False  # the example ids of every update to examples.jsonl
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    pretrained: dict = dataclasses.field(default_factory=dict)  # what model.weights tells; filled in by the program
     wandb: str = ""  # a Weights & Biases project to log to as well, if the package is installed; "": $WANDB_PROJECT
     report: bool = True  # write report/index.html at the end
 
@@ -298,7 +299,7 @@ def stage(kind: str, **overrides: Any) -> ConfigDict:
 
 
 def model(kind: str, **overrides: Any) -> ConfigDict:
-    """An encoder by kind: resnet, vit."""
+    """An encoder by kind: resnet, vision_transformer, vit."""
     return _part(MODELS, kind, overrides)
 
 

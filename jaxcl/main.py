@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "--profile and --replay were given; a replay trains nothing that could be traced: use one of them"
         )
-    config = read_config(given.config, given.overrides)
+    workdir = given.workdir or _default_workdir(given.config)
+    config = read_config(given.config, given.overrides, workdir)
     if given.distributed == "off":
         compile_cache.turn_on()
     distributed.join(given.distributed, timeout=given.join_timeout, heartbeat=given.heartbeat_timeout)
@@ -72,7 +73,6 @@ def main(argv: list[str]) -> int:
     from jaxcl.train import replay
 
     together.listen()
-    workdir = given.workdir or _default_workdir(given.config)
     try:
         if given.replay:
             replay.run(config, workdir, given.replay)

@@ -18,6 +18,9 @@ FIRST = Phase("encoder")
 
 def config(method="supcon", **changes):
     c = tiny.config(stage=False)
+    if method == "vision_transformer":
+        sizes = dict(patch=4, width=16, depth=2, heads=2, layer_scale=0.5, registers=1, drop_path=0.3)
+        c.model = base.model("vision_transformer", head_features=12, **sizes)
     if method in ("byol", "moco"):
         del c.terms.supcon, c.memory.probe
         c.memory.target = base.memory("ema", decay=0.9, order="after" if method == "byol" else "before")

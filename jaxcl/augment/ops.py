@@ -300,13 +300,13 @@ def join(planes: Sequence[jax.Array]) -> jax.Array:
     return images
 
 
-def resize(images: jax.Array, size: int, *, antialias: bool = True) -> jax.Array:
-    """Resizes [N,H,W,C] to [N,size,size,C], bilinear like `resized_crop`, without keeping the aspect ratio."""
+def resize(images: jax.Array, size: int, *, antialias: bool = True, cubic: bool = False) -> jax.Array:
+    """Resizes [N,H,W,C] to [N,size,size,C] like `resized_crop`, without keeping the aspect ratio."""
     count, height, width, _ = images.shape
     if (height, width) == (size, size):
         return images
     boxes = jnp.broadcast_to(jnp.array([0, 0, height, width], jnp.float32), (count, 4))
-    return resized_crop(images, boxes, size, antialias=antialias)
+    return resized_crop(images, boxes, size, antialias=antialias, cubic=cubic)
 
 
 def flip(images: jax.Array, flipped: jax.Array) -> jax.Array:

@@ -168,9 +168,11 @@ def random_view(
     return Pipeline(tuple(op for op in every if getattr(op, "p", 1.0) > 0.0))
 
 
-def standard_view(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Pipeline:
+def standard_view(
+    size: int, mean: tuple[float, ...], std: tuple[float, ...], *, interpolation: Interpolation = "bilinear"
+) -> Pipeline:
     """The image itself, resized to `size` if it has another size, and normalised. It draws nothing."""
-    return Pipeline((Resize(size=size), Normalize(mean=mean, std=std)))
+    return Pipeline((Resize(size=size, interpolation=interpolation), Normalize(mean=mean, std=std)))
 
 
 def classifier_view(

@@ -204,10 +204,14 @@ class RandomSolarize(Op):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resize(Op):
-    """Resizes to size x size without keeping the aspect ratio. Images of that size are returned unchanged."""
+    """Resizes to size x size without keeping the aspect ratio. Images of that size are returned unchanged.
+
+    interpolation: bilinear, or bicubic, whose values are clipped to [0, 1].
+    """
 
     size: int
     antialias: bool = True
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     name: str = "resize"
 
     def __post_init__(self) -> None:
@@ -215,7 +219,9 @@ class Resize(Op):
         _check_size(self)
 
     def __call__(self, keys: Array, images: Array) -> tuple[Array, Params]:
-        return ops.resize(images, self.size, antialias=self.antialias), {}
+        cubic = self.interpolation == "bicubic"
+        resized = ops.resize(images, self.size, antialias=self.antialias, cubic=cubic)
+        return resized.clip(0, 1) if cubic else resized, {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

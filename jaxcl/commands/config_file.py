@@ -19,20 +19,24 @@ from ml_collections import ConfigDict, config_flags
 from jaxcl.errors import UserError
 from jaxcl.runtime.options import SYNONYMS, Option, expected, quoted
 
+_WEIGHTS = re.compile(r"(model|encoders\.\w+)\.weights")
 _KEY = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*")
 
 
-def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def read_config(argument: str, overrides: Sequence[str] = (), workdir: str | os.PathLike = "") -> ConfigDict:
     """The config of a command line, locked.
 
     Args:
       argument: FILE[:PRESET]. A file below configs/ that is not in the current folder is looked up among the configs
         that are installed with jaxcl.
       overrides: "--config.KEY=VALUE" each; "--config.KEY" and "--noconfig.KEY" set a Boolean. Another kind of a part
-        (KEY ends in ".kind") is set first, with the options and defaults of that kind.
+        (KEY ends in ".kind") is set first, with the options and defaults of that kind, then weights, with what they
+        decide (`train.pretrained`).
+      workdir: the run folder; a run in it remembers what weights decided.
 
     Raises:
-      UserError: no such file, a file that does not run, an unknown preset or key, or a value of the wrong type.
+      UserError: no such file, a file that does not run, an unknown preset or key, a value of the wrong type, or weights
+        that cannot be read or are contradicted.
     """
     config = _load(argument)
     given: dict[str, list[str]] = {}
@@ -42,10 +46,25 @@ def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     for key in list(given):
         if key.endswith(".kind") and _set_kind(config, key, given[key][-1]):
             del given[key]
+    stated = tuple(given)
+    for key in [key for key in given if _WEIGHTS.fullmatch(key)]:
+        _set(config, key, given.pop(key))
+    named = "pretrained" in config and any(node.get("weights") for node in _encoders(config))
+    if named:
+        from jaxcl.train import pretrained  # late: it imports JAX
+
+        new = pretrained.resolve(config, workdir)
     for key, texts in given.items():
         _set(config, key, texts)
+    if named:
+        pretrained.settle(config, new, stated)
     config.lock()
     return config
+
+
+def _encoders(config: ConfigDict) -> list[ConfigDict]:
+    nodes = [config.get("model"), *dict(config.get("encoders") or {}).values()]
+    return [node for node in nodes if isinstance(node, ConfigDict)]
 
 
 # ---- the file

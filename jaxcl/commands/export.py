@@ -12,9 +12,11 @@ import logging
 import os
 
 import numpy as np
+from ml_collections import ConfigDict
 
 import jaxcl
 from jaxcl.data import source_of
+from jaxcl.data.sources import parse
 from jaxcl.errors import UserError
 from jaxcl.method.forward import of_encoder, with_targets
 from jaxcl.models import weights
@@ -67,7 +69,13 @@ def export(saved: Saved, out: str | os.PathLike, *, encoder: str = "", layout: s
     about = {
         "architecture": options,
         "features": model.features,
-        "preprocessing": {"size": recipe.image_shape[0], "mean": recipe.mean, "std": recipe.std},
+        "preprocessing": {
+            "size": recipe.image_shape[0],
+            "mean": recipe.mean,
+            "std": recipe.std,
+            "interpolation": recipe.model.input_interpolation,
+            "fit": _fit(config),
+        },
         "class_names": _class_names(saved),
         "provenance": {
             "name": config.name,
@@ -82,6 +90,17 @@ def export(saved: Saved, out: str | os.PathLike, *, encoder: str = "", layout: s
     if torch:
         about["torch"] = torch.changes(model.encoder)
     return weights.write(out, variables, about, torch=torch)
+
+
+def _fit(config: ConfigDict) -> str:
+    """How the run's images became squares. Arrays of other shapes than a square are squashed."""
+    try:
+        kind, _ = parse(config.data.source)
+    except UserError:  # somebody's own source, which is not here; the export does not need it
+        return "squash"
+    if not kind.keeps_size:
+        return "squash"
+    return config.data.files.get("fit", "") or getattr(kind, "default_fit", "crop")
 
 
 def _class_names(saved: Saved) -> tuple[str, ...]:

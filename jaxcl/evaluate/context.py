@@ -58,7 +58,8 @@ class EvalSetup:
         self.config, self.options, self.recipe = config, config.eval, recipe
         self.training, self._make_source = train, make_source
         self.selects_on = "validation" if config.data.validation else "test"
-        self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std)
+        how = recipe.model.input_interpolation  # bilinear, unless the model's weights were trained with another one
+        self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std, interpolation=how)
         self.classifier = next((name for name, part in recipe.memory.items() if part.classifies), None)
         self.kinds: frozenset[str] = frozenset()
         self._class_names = None if class_names is None else tuple(class_names)
@@ -106,7 +107,8 @@ class EvalContext:
     """
 
     def __init__(self, setup: EvalSetup, state: TrainState, mesh: Mesh, split: str):
-        self.setup, self.recipe, self.options = setup, setup.recipe, setup.options
+        self.setup, self.options = setup, setup.options
+        self.recipe = setup.recipe.for_one_device() if mesh.size == 1 else setup.recipe
         self.state, self.mesh = state, mesh
         self.test = setup.source(split)
         self.split = split

@@ -91,7 +91,7 @@ class Recipe:
         return self._with_encoders(Model.for_loops)
 
     def for_one_device(self) -> "Recipe":
-        """The same recipe, with encoders to be differentiated on a batch that is all on one device."""
+        """The same recipe, with encoders for a batch that is all on one device."""
         return self._with_encoders(Model.for_one_device)
 
     def _with_encoders(self, change: Callable[[Model], Model]) -> "Recipe":

@@ -20,26 +20,40 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl.augment import Pipeline, standard_view, to_float
+from jaxcl.augment import Normalize, Pipeline, Resize, to_float
 from jaxcl.errors import UserError
 from jaxcl.models import weights
 from jaxcl.models.model import Model, make_model
 from jaxcl.models.registry import MODELS
 from jaxcl.models.trees import ENCODER
+from jaxcl.runtime.options import defaults
 from jaxcl.runtime.registry import make_part
 
 Array = jax.Array
 Tree = Any
 
 # Options that matter in training only. A backbone lacks them, and the head's options.
-_TRAINING_OPTIONS = ("branches", "branch_embeds", "norm_sets", "norm_set_momentum", "weights")
+_TRAINING_OPTIONS = ("branches", "branch_embeds", "norm_sets", "norm_set_momentum", "weights", "norm_statistics")
+_TRAINING_PREFIXES = ("head_", "lora_")
+# Options that change no shape and no feature of the frozen encoder: a run may have its own.
+FREE_OPTIONS = (
+    *("dtype", "remat", "zero_init_residual", "input_size", "input_interpolation", "drop_path", "dropout"),
+    *("block_dropout", "attention_dropout", "query_dropout"),
+)
 
 
 def architecture(node: ConfigDict) -> dict[str, Any]:
     """The options of an encoder alone, from a config's model: no head, no branches, one set of batch norms."""
     options = dataclasses.asdict(make_part("model", node, MODELS))
-    options = {k: v for k, v in options.items() if k not in _TRAINING_OPTIONS and not k.startswith("head_")}
+    options = {k: v for k, v in options.items() if k not in _TRAINING_OPTIONS and not k.startswith(_TRAINING_PREFIXES)}
     return {"kind": node.kind} | options
+
+
+def architecture_defaults(kind: str) -> dict[str, Any]:
+    """The options by which encoders of a kind differ in their features, with their defaults."""
+    known = defaults(MODELS.resolve(kind))
+    out = (*_TRAINING_OPTIONS, *FREE_OPTIONS)
+    return {k: v for k, v in known.items() if k not in out and not k.startswith(_TRAINING_PREFIXES)}
 
 
 def model_of(architecture: Mapping[str, Any]) -> Model:
@@ -57,7 +71,9 @@ class Backbone:
       size: side in pixels to which images are resized.
       mean, std: of the training images, per channel, in [0, 1] units.
       class_names: of the training data; () for unknown.
-      about: the description in the file.
+      about: the description in the file; without one, the architecture and where the weights are from.
+      interpolation: by which images are resized, bilinear or bicubic, antialiased.
+      fit: how images that are no squares become some: crop (their middle), squash, or letterbox (bars of the mean).
     """
 
     model: Model
@@ -67,6 +83,8 @@ class Backbone:
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    interpolation: str = "bilinear"
+    fit: str = "squash"
 
     def __repr__(self) -> str:
         count = sum(x.size for x in jax.tree.leaves(self.variables["params"]))
@@ -86,10 +104,13 @@ class Backbone:
 
     @functools.cached_property
     def _view(self) -> Pipeline:
-        return standard_view(self.size, self.mean, self.std)
+        resize = Resize(size=self.size, interpolation=self.interpolation)
+        return Pipeline((resize, Normalize(mean=self.mean, std=self.std)))
 
     def normalize(self, images: Any) -> Array:
-        """uint8 [N,H,W,C], or floats in [0, 1] -> float32 [N,size,size,C], resized and normalised as in training.
+        """uint8 [N,H,W,C], or floats in [0, 1] -> float32 [N,S,S,C], resized and normalised as in training.
+
+        S is `size`, or the model's `input_size`.
 
         A single channel is repeated for an encoder of several. Raises UserError for other shapes and values.
         """
@@ -103,11 +124,24 @@ class Backbone:
     @functools.cached_property
     def _resized(self):
         # The view draws nothing: its keys only give the batch size.
-        return jax.jit(lambda x: self._view(jax.random.split(jax.random.key(0), x.shape[0]), x)[0])
+        keys = lambda x: jax.random.split(jax.random.key(0), x.shape[0])  # noqa: E731
+        return jax.jit(lambda x: self.model.resized(self._view(keys(x), self._square(x))[0]))
+
+    def _square(self, x: Array) -> Array:
+        _, H, W, _ = x.shape
+        top, left = abs(H - W) // 2 if H > W else 0, abs(H - W) // 2 if W > H else 0
+        if self.fit == "crop":
+            return x[:, top : top + min(H, W), left : left + min(H, W)]
+        if self.fit == "letterbox":
+            side, mean = max(H, W), jnp.asarray(self.mean, x.dtype)
+            around = ((0, 0), (left, side - H - left), (top, side - W - top), (0, 0))
+            return jnp.pad(x - mean, around) + mean
+        return x  # resizing squashes it
 
     @functools.cached_property
     def _encode(self):
-        return jax.jit(lambda v, x: self.model.encode({ENCODER: v["params"]}, v["batch_stats"], x, train=False)[0])
+        model = self.model.for_one_device()
+        return jax.jit(lambda v, x: model.encode({ENCODER: v["params"]}, v["batch_stats"], x, train=False)[0])
 
     @functools.cached_property
     def _maps(self):
@@ -139,18 +173,22 @@ def load_backbone(
     """Load a backbone that `jaxcl export` wrote, or published weights in the torch layout of an encoder.
 
     Args:
-      path: the folder, or the .safetensors file; local or remote ("gs://...").
-      size, mean, std: replace those in the file; a file without a description needs all three.
+      path: a word such as "efficientnet_lite0", "hf:ORG/NAME", a folder, or a file (.safetensors, .pth); local or
+        remote (`jaxcl.models.pretrained`).
+      size, mean, std: replace those of the weights; where these say nothing about them, all three are needed.
 
     Raises:
       UserError: the file is missing, damaged or no backbone, or its preprocessing is unknown.
+
+    Example:
+      features = jaxcl.load_backbone("efficientnet_lite0")(images)
     """
     found = weights.read(path)
-    about, file = found.about, weights.file_of(path)
-    known = about.get("preprocessing", {})
-    known = known if isinstance(known, dict) else {}
+    about, file, known = found.about, found.file, found.preprocessing
+    names = ("image_size", "mean", "std")
     size, mean, std = (
-        given if given is not None else known.get(key) for key, given in (("size", size), ("mean", mean), ("std", std))
+        given if given is not None else getattr(known, name, None)
+        for name, given in zip(names, (size, mean, std), strict=True)
     )
     if size is None or mean is None or std is None:
         raise UserError(
@@ -158,7 +196,8 @@ def load_backbone(
             "ImageNet: size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
         )
     try:
-        model = model_of(weights.architecture(found))
+        options = weights.architecture(found)
+        model = model_of(options)
     except UserError as error:
         raise UserError(f"{file} is no backbone of this version of jaxcl: {error}") from error
     try:
@@ -166,6 +205,9 @@ def load_backbone(
         names = tuple(map(str, about.get("class_names", ())))
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: size, mean or std is not a number for each channel ({error})") from error
-    params, stats = weights.fit(str(file), found.variables, model, (size, size, len(mean)))
+    params, stats = weights.fit(file, found.variables, model, (size, size, len(mean)))
     variables = jax.device_put({"params": params, "batch_stats": stats})
-    return Backbone(model, variables, size, mean, std, names, about)
+    about = about or {"architecture": options, "provenance": dict(found.origin)}
+    # There is no lanczos or box on the device.
+    interpolation = "bicubic" if known and known.interpolation in ("bicubic", "lanczos") else "bilinear"
+    return Backbone(model, variables, size, mean, std, names, about, interpolation, known.fit if known else "squash")

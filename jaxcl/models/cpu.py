@@ -6,6 +6,7 @@ usual ones. docs/benchmarks.md has the measured times.
     relu           XLA moves a maximum with zeros into a library kernel, and first writes the zeros to memory.
     matmul         XLA transposes the incoming gradient in memory to form the kernel's gradient.
     depthwise      XLA's grouped convolutions are slow, above all their gradients.
+    depthwise_rows the same, with gradients for large maps.
     loop_conv      Inside a loop XLA has fast code for one layout only, which JAX's own gradients do not have.
     chunked_conv   To XLA the batch is the channels of the convolution that gives the kernel's gradient, which is slow
                    for large batches.
@@ -68,12 +69,82 @@ def _matmul_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def depthwise(x: Array, kernel: Array, stride: int) -> Array:
-    """x [N,H,W,C], kernel [3,3,1,C] -> [N,h,w,C], padding 1, as a sum of nine shifted products."""
-    (_, H, W, _), s = x.shape, stride
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # Positions 0, s, 2s ... of the padded map, one less than its side over s, rounded down.
-    return sum(x[:, i : i + H : s, j : j + W : s] * kernel[i, j, 0] for i in range(3) for j in range(3))
+def depthwise(x: Array, kernel: Array, stride: int, padding: Pads = ((1, 1), (1, 1))) -> Array:
+    """x [N,H,W,C], kernel [k,k,1,C] -> [N,h,w,C], as a sum of k x k shifted products; padding: around an image."""
+    (h, w), s, k = _sides(x, kernel, stride, padding), stride, len(kernel)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    # Positions 0, s, 2s ... of the padded map, h or w of them.
+    H, W = (h - 1) * s + 1, (w - 1) * s + 1
+    return sum(x[:, i : i + H : s, j : j + W : s] * kernel[i, j, 0] for i in range(k) for j in range(k))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise_rows(x: Array, kernel: Array, stride: int, padding: Pads) -> Array:
+    """As `depthwise`, for large maps and kernels: the gradients read the maps row by row. Reverse mode only.
+
+    It is apart from `depthwise`, whose gradients add in another order.
+    """
+    return depthwise(x, kernel, stride, padding)
+
+
+def _rows_forward(x: Array, kernel: Array, stride: int, padding: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return depthwise(x, kernel, stride, padding), (x, kernel)
+
+
+def _rows_backward(stride: int, padding: Pads, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    return _depthwise_of_x(x, kernel, g, stride, padding), _depthwise_of_kernel(x, kernel, g, stride, padding)
+
+
+depthwise_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _sides(x: Array, kernel: Array, stride: int, padding: Pads) -> list[int]:
+    """(h, w) of a convolution."""
+    return [(side + sum(pad) - len(kernel)) // stride + 1 for side, pad in zip(x.shape[1:3], padding, strict=True)]
+
+
+def _depthwise_of_x(x: Array, kernel: Array, g_NxhxwxC: Array, stride: int, padding: Pads) -> Array:
+    """Positions of x with the same remainder by the stride meet the same places of the kernel: one sum for each."""
+    (N, H, W, C), s, k = x.shape, stride, len(kernel)
+    near = -(-k // s)  # places of the kernel that a remainder meets, at most
+    Hs, Ws = (-(-(side + sum(pad)) // s) for side, pad in zip((H, W), padding, strict=True))
+    edges = [(near - 1, max(0, side - have)) for side, have in zip((Hs, Ws), g_NxhxwxC.shape[1:3], strict=True)]
+    g = jnp.pad(g_NxhxwxC, ((0, 0), *edges, (0, 0)))
+
+    def of(row: int, column: int) -> Array:
+        places = [(a, b) for a in range(near) for b in range(near) if row + s * a < k and column + s * b < k]
+        if not places:  # a stride longer than the kernel
+            return jnp.zeros((N, Hs, Ws, C), g.dtype)
+        begins = [(near - 1 - a, near - 1 - b) for a, b in places]
+        return sum(
+            g[:, i : i + Hs, j : j + Ws] * kernel[row + s * a, column + s * b, 0]
+            for (i, j), (a, b) in zip(begins, places, strict=True)
+        )
+
+    dx = jnp.stack([jnp.stack([of(row, column) for column in range(s)], 3) for row in range(s)], 2)
+    (top, _), (left, _) = padding
+    return dx.reshape(N, Hs * s, Ws * s, C)[:, top : top + H, left : left + W].astype(x.dtype)
+
+
+def _depthwise_of_kernel(x: Array, kernel: Array, g_NxhxwxC: Array, stride: int, padding: Pads) -> Array:
+    """The sum over the rows in a loop, which keeps a row in the cache for all places of the kernel.
+
+    The sum over images comes last: a batch that is spread over devices is reduced once, not in each round.
+    """
+    (N, _, _, C), s, k = x.shape, stride, len(kernel)
+    h, w = g_NxhxwxC.shape[1:3]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    x, W = jnp.pad(x, ((0, 0), *padding, (0, 0))), (w - 1) * s + 1
+
+    def add(row: Array, total_NxkxkxC: Array) -> Array:
+        x_NxkxWxC = lax.dynamic_slice_in_dim(x, row * s, k, axis=1).astype(wide)
+        g_Nx1xwxC = lax.dynamic_slice_in_dim(g_NxhxwxC, row, 1, axis=1).astype(wide)
+        shifted = [(x_NxkxWxC[:, :, j : j + W : s] * g_Nx1xwxC).sum(2) for j in range(k)]
+        return total_NxkxkxC + jnp.stack(shifted, 2)
+
+    total = lax.fori_loop(0, h, add, jnp.zeros((N, k, k, C), wide))
+    return total.sum(0)[:, :, None].astype(kernel.dtype)
 
 
 def loop_conv(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]], **options) -> Array:

@@ -53,6 +53,8 @@ class Encoder(Contract, nn.Module):
       takes_key: whether `__call__` takes `key`, because it drops something at random in training.
       num_stages: number of maps that `maps` returns; 0 without stages.
       taps: names of the activations that `to_tap` can return.
+      pixels_at_once: of the images that a CPU encodes together in inference, so that their maps stay in its cache; 0:
+        of all images.
     """
 
     # Not annotated: a subclass that declares one as a field may place it after fields without a default.
@@ -65,6 +67,7 @@ class Encoder(Contract, nn.Module):
     takes_key = False
     num_stages = 0
     taps = ()
+    pixels_at_once = 0
 
     def __call__(
         self,
@@ -114,6 +117,11 @@ class Encoder(Contract, nn.Module):
         return self.clone(**{"norm_set_momentum" if norm_set else "momentum": 0.0})
 
     @nn.nowrap
+    def may_lack(self, name: str) -> bool:
+        """Whether this variable ("params.project.kernel") of a checkpoint is left out where the encoder has none."""
+        return False
+
+    @nn.nowrap
     def with_convolution(self, convolution: Callable) -> "Encoder":
         """The same encoder with another function in place of `lax.conv_general_dilated`, where it allows for that."""
         return self
@@ -160,7 +168,11 @@ class EncoderOptions(Options, Contract):
     head_unit_input: bool = False  # the head gets the features at unit length (SupCon on ImageNet)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, losses, statistics are float32
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
-    weights: str = ""  # start from this safetensors file: by `jaxcl export`, or in the encoder's torch layout
+    # Start from these: a word, hf:ORG/NAME, a folder or a file (`jaxcl.models.pretrained`).
+    weights: str = ""
+    # Side to which images are resized on the device, before the encoder; 0: they stay as they are.
+    input_size: Annotated[int, Range(0)] = 0
+    input_interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of that, antialiased
 
     def make(self, dtype: Any) -> Encoder:
         """The encoder that these options describe. dtype: of the activations, a type of jax.numpy."""

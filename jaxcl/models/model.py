@@ -31,6 +31,9 @@ class Model:
       encoder: the network, by the contract of `jaxcl.models.encoder`.
       head: features [N,D] -> embedding [N,E].
       branches: (stage, counted from 1, its adapter, its head), where a pass of that depth leaves the encoder.
+      input_size: side to which images are resized before the encoder; 0: they are encoded as they are.
+      input_interpolation: "bilinear" or "bicubic", antialiased.
+      few_at_once: in inference, encode as many images together as `Encoder.pixels_at_once` says.
 
     `jaxcl.models.trees` says where the parameters and statistics of each lie.
     """
@@ -38,6 +41,9 @@ class Model:
     encoder: Encoder
     head: ProjectionHead
     branches: tuple[tuple[int, nn.Module, ProjectionHead], ...] = ()
+    input_size: int = 0
+    input_interpolation: str = "bilinear"
+    few_at_once: bool = False
 
     # ---- facts
 
@@ -89,6 +95,8 @@ class Model:
     def init(self, key: Array, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
         """-> (parameters, batch statistics of all sets of batch norms). image_shape: (H, W, C)."""
         encoder_key, head_key = jax.random.split(key)
+        if self.input_size:
+            image_shape = (self.input_size, self.input_size, image_shape[-1])
         variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
         if "batch_stats" in variables and not self.batch_norm:
             name = type(self.encoder).__name__
@@ -138,6 +146,15 @@ class Model:
 
     # ---- images -> features -> embeddings
 
+    def resized(self, images: Array) -> Array:
+        """Images [N,H,W,C] at the encoder's `input_size`; unchanged if they have it, or if there is none."""
+        count, *size, channels = images.shape
+        S = self.input_size
+        if not S or size == [S, S]:
+            return images
+        method = "cubic" if self.input_interpolation == "bicubic" else "linear"
+        return jax.image.resize(images, (count, S, S, channels), method, antialias=True)
+
     def encode(
         self,
         params: Tree,
@@ -167,9 +184,12 @@ class Model:
         Raises:
           UserError: the model has no such set or depth.
         """
+        images = self.resized(images)
         mode = dict(train=train, where=where, norm_set=norm_set)
         if not depth:
             extra = {"key": key} if self.encoder.takes_key else {}
+            if self.few_at_once and not train:
+                return self._few_at_once(params, stats, images, norm_set), stats
             return self._apply(params, stats, images, **mode, **extra)
         adapter, _ = self._branch(depth)
         maps, stats = self._apply(params, stats, images, **mode, depth=depth, method="maps")
@@ -216,6 +236,7 @@ class Model:
         """images [N,H,W,C] -> outputs [N,h,w,M] of the stages, in inference mode. Raises UserError without stages."""
         if not self.num_stages:
             raise UserError("this encoder has no stages; expected one with stages, such as a resnet")
+        images = self.resized(images)
         return self._apply(params, stats, images, train=False, where=None, norm_set="", method="maps")[0]
 
     def split_at(
@@ -231,12 +252,27 @@ class Model:
           (activations at the tap, such as [N,h,w,M]; tail: activations -> (features [N,D], batch statistics after both
           halves); batch statistics after the first half)
         """
+        images = self.resized(images)
         (a, rest), new = self._apply(params, stats, images, tap, train=train, norm_set=norm_set, method="to_tap")
 
         def tail(a: Array) -> tuple[Array, Tree]:
             return self._apply(params, new, a, rest, tap, train=train, norm_set=norm_set, method="from_tap")
 
         return a, tail, new
+
+    def _few_at_once(self, params: Tree, stats: Tree, images: Array, norm_set: str) -> Array:
+        """Features in inference mode, by a loop over equal parts of the batch."""
+        (N, H, W, _), model = images.shape, self.for_loops()
+        most = min(N, max(1, self.encoder.pixels_at_once // max(1, H * W)))
+        rows = next((n for n in range(most, 1, -1) if N % n == 0), 1)
+
+        def encode(x: Array) -> Array:
+            return model._apply(params, stats, x, train=False, where=None, norm_set=norm_set)[0]
+
+        if rows >= N:
+            return encode(images)
+        h = jax.lax.map(encode, images.reshape(N // rows, rows, *images.shape[1:]))
+        return h.reshape(N, *h.shape[2:])
 
     def _branch(self, depth: int) -> tuple[nn.Module, ProjectionHead]:
         self.check_depth("depth", depth)
@@ -259,8 +295,10 @@ class Model:
         return self._with_convolution(cpu.loop_conv)
 
     def for_one_device(self) -> "Model":
-        """The same function, faster to differentiate outside of loops if one device has the whole batch."""
-        return self._with_convolution(cpu.chunked_conv)
+        """The same function, faster outside of loops if one device has the whole batch."""
+        model = self._with_convolution(cpu.chunked_conv)
+        few = cpu.in_use() and self.encoder.pixels_at_once > 0
+        return dataclasses.replace(model, few_at_once=True) if few else model
 
     def _with_convolution(self, convolution: Callable) -> "Model":
         if not cpu.in_use():
@@ -293,4 +331,5 @@ def make_model(options: EncoderOptions) -> Model:
 
     stages = sorted(set(options.branches))
     branches = tuple((i, encoder.adapter(i), head(i in options.branch_embeds)) for i in stages)
-    return Model(encoder, head(True), branches)
+    resizing = dict(input_size=options.input_size, input_interpolation=options.input_interpolation)
+    return Model(encoder, head(True), branches, **resizing)

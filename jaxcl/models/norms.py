@@ -42,11 +42,11 @@ def norm_groups(channels: int) -> int:
     return max(g for g in range(1, max(1, min(32, channels // 2)) + 1) if channels % g == 0)
 
 
-def _norm(kind: str, channels: int, momentum: float, dtype: Any, zero: bool) -> nn.Module:
+def _norm(kind: str, channels: int, momentum: float, dtype: Any, zero: bool, epsilon: float) -> nn.Module:
     if kind == "batch":
-        return BatchNorm(momentum=momentum, epsilon=1e-5, dtype=dtype, zero_scale=zero)
+        return BatchNorm(momentum=momentum, epsilon=epsilon, dtype=dtype, zero_scale=zero)
     start = nn.initializers.zeros if zero else nn.initializers.ones
-    return nn.GroupNorm(num_groups=norm_groups(channels), epsilon=1e-5, dtype=dtype, scale_init=start)
+    return nn.GroupNorm(num_groups=norm_groups(channels), epsilon=epsilon, dtype=dtype, scale_init=start)
 
 
 def name_in_set(name: str, norm_set: str) -> str:
@@ -54,14 +54,15 @@ def name_in_set(name: str, norm_set: str) -> str:
     return f"{name}_{norm_set}" if norm_set else name
 
 
-def add_norms(module: nn.Module, name: str, channels: int, zero: bool = False) -> None:
+def add_norms(module: nn.Module, name: str, channels: int, zero: bool = False, epsilon: float = 1e-5) -> None:
     """In a module's `setup`: add a norm of this name for each set. zero: their scales start at 0 instead of 1.
 
     The module has the fields norm, norm_sets, momentum, norm_set_momentum and dtype.
     """
     for norm_set in ("", *module.norm_sets):
         momentum = module.norm_set_momentum if norm_set else module.momentum
-        setattr(module, name_in_set(name, norm_set), _norm(module.norm, channels, momentum, module.dtype, zero))
+        norm = _norm(module.norm, channels, momentum, module.dtype, zero, epsilon)
+        setattr(module, name_in_set(name, norm_set), norm)
 
 
 def apply_norm(module: nn.Module, name: str, x: Array, mode: dict) -> Array:

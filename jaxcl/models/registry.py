@@ -7,6 +7,9 @@ MODELS = Registry(
     "jaxcl.models.encoder:EncoderOptions",
     {
         "resnet": "jaxcl.models.resnet:ResNetOptions",
+        "efficientnet": "jaxcl.models.efficientnet:EfficientNetOptions",
+        "convnext": "jaxcl.models.convnext:ConvNeXtOptions",
+        "vision_transformer": "jaxcl.models.vision_transformer:VisionTransformerOptions",
         "vit": "jaxcl.models.vit:ViTOptions",
     },
 )

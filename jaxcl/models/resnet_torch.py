@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxcl.errors import UserError
+from jaxcl.models.preprocessing import IMAGENET, Preprocessing
 from jaxcl.models.resnet_blocks import DEPTHS, STEMS
 from jaxcl.models.torch_layout import TorchLayout, Variables
 
@@ -28,16 +29,35 @@ _FLAX = re.compile(
 )
 _TORCH = re.compile(r"(?:(conv|bn)1|layer([1-9]\d*)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01])))\.(\w+)")
 # A classifier, and counters of torch's batch norms.
-_IGNORED = re.compile(r"fc\.(weight|bias)|.*\.num_batches_tracked")
+_IGNORED = re.compile(r"fc\.(weight|bias)|classifier\.1\.(weight|bias)|.*\.num_batches_tracked")
+# The same network by the names of transformers, with "resnet." before them where a classifier is beside it.
+_HUB = re.compile(
+    r"(?:resnet\.)?(?:embedder\.embedder|encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:layer\.(\d+)|(shortcut)))"
+    r"\.(convolution|normalization)\.(\w+)"
+)
+
+
+def _torchvision(name: str) -> str:
+    """A name of transformers -> torchvision's; other names stay as they are."""
+    found = _HUB.fullmatch(name)
+    if not found:
+        return name
+    stage, block, number, shortcut, kind, leaf = found.groups()
+    conv = kind == "convolution"
+    if stage is None:
+        return f"{'conv1' if conv else 'bn1'}.{leaf}"
+    inner = f"downsample.{int(not conv)}" if shortcut else f"{'conv' if conv else 'bn'}{int(number) + 1}"
+    return f"layer{int(stage) + 1}.{block}.{inner}.{leaf}"
 
 
 class ResNetLayout(TorchLayout):
     """Between a ResNet's variables and the state dict of torchvision's."""
 
     network: ClassVar[str] = "a ResNet by torchvision's names (conv1.weight, bn1.weight, layer1.0.conv1.weight, ...)"
+    usual_preprocessing: ClassVar[Preprocessing | None] = IMAGENET
 
     def recognises(self, names: Iterable[str]) -> bool:
-        return {"conv1.weight", "bn1.weight"} <= set(names)
+        return {"conv1.weight", "bn1.weight"} <= set(map(_torchvision, names))
 
     def ignores(self, name: str) -> bool:
         return bool(_IGNORED.fullmatch(name))
@@ -66,7 +86,7 @@ class ResNetLayout(TorchLayout):
         for name, value in state.items():
             if self.ignores(name):
                 continue
-            found = _TORCH.fullmatch(name)
+            found = _TORCH.fullmatch(_torchvision(name))
             if not found:
                 out[name] = value
                 continue
@@ -108,7 +128,21 @@ class ResNetLayout(TorchLayout):
         options = {"depth": depth or (50 if block == "bottleneck" else 18), "stem": stem}
         options |= {} if depth else {"stage_sizes": tuple(sizes)}
         usual = tuple(64 * 2**i for i in range(len(sizes)))
+        # A shortcut that changes no width is there for a stride.
+        shortcut = variables.get("params.stages_0_0.shortcut_conv.kernel")
+        if shortcut is not None and shortcut.shape[2] == shortcut.shape[3]:
+            options |= {"strides": (2,) * len(sizes)}
         return options | ({} if widths == usual else {"stage_widths": widths})
+
+    def architecture_from_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What tensors do not tell, in transformers' config.json: where the strides are."""
+        if config.get("model_type") != "resnet" or not isinstance(config.get("depths"), list):
+            return None
+        if config.get("downsample_in_bottleneck"):
+            raise UserError("it has the strides of bottlenecks on their first convolutions; expected them on the 3x3")
+        if config.get("hidden_act", "relu") != "relu":
+            raise UserError(f"its activation is {config['hidden_act']}; expected relu")
+        return {"strides": (2,) * len(config["depths"])} if config.get("downsample_in_first_stage") else {}
 
     def check(self, encoder: Any) -> None:
         if encoder.norm != "batch":

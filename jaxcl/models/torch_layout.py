@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxcl.models.preprocessing import Preprocessing
 from jaxcl.runtime.registry import Contract
 
 Variables = dict[str, np.ndarray]  # {"params.stem_conv.kernel": ...}: paths in flax's trees, joined by dots
@@ -19,9 +20,11 @@ class TorchLayout(Contract):
 
     Attributes:
       network: the network in torch and some of its names, for messages.
+      usual_preprocessing: of weights that do not tell theirs but classify ImageNet's 1,000 classes; None: it varies.
     """
 
     network: ClassVar[str] = ""
+    usual_preprocessing: ClassVar[Preprocessing | None] = None
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether a file with tensors of these names, and no word about itself, is in this layout."""
@@ -42,6 +45,22 @@ class TorchLayout(Contract):
     def architecture(self, variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The options of the encoder with these variables, found by names and shapes. Raises UserError for none."""
         raise NotImplementedError(f"{type(self).__name__} must define `architecture`")
+
+    def assumed(self, variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Those of the options of `architecture` that the tensors do not tell, so that they are taken as usual."""
+        return {}
+
+    def architecture_from_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The options that the config.json beside published weights tells; None for a network of another kind.
+
+        They go over those of `architecture`: {**architecture(variables), **architecture_from_config(config)}. Raises
+        UserError for a network of this kind that the encoder cannot be.
+        """
+        return None
+
+    def preprocessing(self, variables: Mapping[str, np.ndarray]) -> Preprocessing | None:
+        """What images must be like, where the tensors tell; None: they do not."""
+        return None
 
     def check(self, encoder: Any) -> None:
         """Raises UserError for an encoder of this kind that the network in torch cannot express."""

@@ -1,12 +1,15 @@
-"""Weights of encoders as safetensors files: write them, read them, and fit them to an encoder.
+"""Weights of encoders in files: write them as safetensors, read them, and fit them to an encoder.
 
-The header of a file holds a description in JSON, `about`: the layout of the tensors ("jaxcl" or "torch"), the encoder's
-architecture, its preprocessing and its provenance. In layout jaxcl the tensors are the variables of one encoder by the
-paths of flax's trees ("params.stem_conv.kernel"); in layout torch they are a state dict (`models.torch_layout`). A file
-without a description is read too if an encoder's torch layout recognises it.
+`models.pretrained` says which texts name files that can be read. The header of a file holds a description in JSON,
+`about`: the layout of the tensors ("jaxcl" or "torch"), the encoder's architecture, its preprocessing and its
+provenance. In layout jaxcl the tensors are the variables of one encoder by the paths of flax's trees
+("params.stem_conv.kernel"); in layout torch they are a state dict (`models.torch_layout`). A file without a description
+is read too if an encoder's torch layout recognises it.
 """
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,32 +23,46 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxcl.errors import UserError
+from jaxcl.models import torch_pickle
 from jaxcl.models.model import Model
+from jaxcl.models.preprocessing import CLASSIFIERS, Preprocessing, of_export
+from jaxcl.models.pretrained import PICKLES, SUFFIX, WORDS, Checkpoint, file_of, find
 from jaxcl.models.registry import MODELS
 from jaxcl.models.torch_layout import TorchLayout, Variables
 from jaxcl.models.trees import ENCODER, encoder_stats
 from jaxcl.runtime import storage
+from jaxcl.runtime.options import quoted
 
+logger = logging.getLogger("jaxcl")
 Tree = Any
-SUFFIX = ".safetensors"
-DEFAULT_NAME = "backbone" + SUFFIX
 LAYOUTS = ("jaxcl", "torch")
 _KEY = "jaxcl"  # in the header
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class Weights(NamedTuple):
-    """The content of a file.
+    """The content of a checkpoint.
 
     Attributes:
       variables: of one encoder, float32.
       about: the description in the file, {} without one.
       kind: without a description, the kind of encoder whose torch layout recognised the file; otherwise "".
+      config: the hub's description of the network, {} without one.
+      preprocessing: of the images that the weights were trained on; None: not known.
+      usual: whether the preprocessing is only what such weights usually have; they do not tell.
+      origin: where the weights are from: "weights", "revision" and "licence" where they are known, and "sha256", the
+        hash and the name of each file.
+      file: the first one, for messages.
     """
 
     variables: Variables
     about: dict[str, Any]
     kind: str = ""
+    config: Mapping[str, Any] = {}
+    preprocessing: Preprocessing | None = None
+    usual: bool = False
+    origin: Mapping[str, Any] = {}
+    file: str = ""
 
 
 def flat(params: Tree, stats: Tree) -> Variables:
@@ -57,12 +74,6 @@ def nested(variables: Variables) -> tuple[Tree, Tree]:
     """Variables by dotted names -> (parameters, batch statistics)."""
     tree = unflatten_dict(variables, sep=".")
     return tree["params"], tree.get("batch_stats", {})
-
-
-def file_of(path: str | os.PathLike) -> epath.Path:
-    """The file that a path means: itself, or the backbone in a folder."""
-    path = storage.folder(path)
-    return path if path.name.endswith(SUFFIX) else path / DEFAULT_NAME
 
 
 def torch_layout(kind: str) -> TorchLayout:
@@ -117,27 +128,77 @@ def _beside(path: epath.Path) -> epath.Path:
 
 
 def read(path: str | os.PathLike, *, kind: str = "") -> Weights:
-    """Read a file of weights.
+    """Read the weights of an encoder.
 
     Args:
-      path: the file, or a folder with an export.
+      path: a word, a model of the hub, a folder or a file, as `models.pretrained` describes them.
       kind: of the encoder that the weights are for; a file without a description is tried in its torch layout first.
 
     Raises:
       UserError: the file is missing or damaged, or its names are unknown.
     """
-    path = file_of(path)
-    storage.need_library(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise UserError(f"weights {path} cannot be read ({why}); expected a file by jaxcl export") from error
-    if content[:2] in (b"PK", b"\x80\x02"):
-        raise UserError(
-            f"{path} is a pickle of torch, which may run code when it is read; convert it where you trust it, with "
-            "safetensors.torch.save_file(model.state_dict(), PATH)"
-        )
+    found = find(path)
+    tensors, about, hashes = _content(found)
+    file = found.files[0]
+    origin = {"weights": found.word, "revision": found.revision, "licence": found.licence}
+    origin = {k: v for k, v in origin.items() if v} | {"sha256": hashes}
+    known = found.preprocessing or of_export(str(file), about)
+    facts = dict(about=about, config=found.config, origin=origin, file=str(file), preprocessing=known)
+
+    if about.get("layout") == "jaxcl":
+        return Weights(_arrays(file, tensors), **facts)
+    if about.get("layout") == "torch" and "architecture" in about:
+        layout = torch_layout(about["architecture"].get("kind"))
+        return Weights(layout.from_torch(_arrays(file, tensors, layout)), **facts)
+    for name, layout in _torch_layouts(kind):
+        if layout.recognises(tensors):
+            variables = layout.from_torch(_arrays(file, tensors, layout))
+            known = known or layout.preprocessing(variables)
+            usual = layout.usual_preprocessing if not known and _of_imagenet(tensors) else None
+            return Weights(variables, **facts | dict(kind=name, preprocessing=known or usual, usual=usual is not None))
+    some = ", ".join(sorted(tensors)[:3]) or "nothing"
+    networks = [layout.network for _, layout in _torch_layouts(kind)]
+    raise UserError(f"{file} holds {some}, ...; expected an export of jaxcl, or {' or '.join(networks)}")
+
+
+def _of_imagenet(tensors: Mapping[str, Any]) -> bool:
+    """Whether there is a classifier of ImageNet's 1,000 classes."""
+    heads = [tensors[name] for name in (f"{head}.weight" for head in CLASSIFIERS) if name in tensors]
+    return any(tuple(head["shape"])[:1] == (1000,) for head in heads)
+
+
+def _content(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """-> (tensors by name, the description of the first file that has one, "HASH  NAME" of each file)"""
+    tensors, about, hashes = {}, {}, ()
+    for path in found.files:
+        storage.need_library(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise UserError(
+                f"weights {path} cannot be read ({why}); expected a folder or file by jaxcl export, a .safetensors or "
+                f".pth file, hf:ORG/NAME, or {' or '.join(WORDS)}"
+            ) from error
+        hashes += (f"{hashlib.sha256(content).hexdigest()}  {path.name}",)
+        if torch_pickle.looks_like(content) or (path.name.endswith(PICKLES) and content[8:9] != b"{"):
+            # In the form of safetensors' own.
+            tensors |= {
+                k: dict(dtype=_dtype(v), shape=v.shape, data=v)
+                for k, v in torch_pickle.read(content, str(path)).items()
+            }
+        else:
+            new, known = _safetensors(path, content)
+            tensors, about = tensors | new, about or known
+    return tensors, about, hashes
+
+
+def _dtype(array: np.ndarray) -> str:
+    return next((name for name, kind in _FLOATS.items() if array.dtype == kind), str(array.dtype))
+
+
+def _safetensors(path: epath.Path, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """-> (tensors by name, the description)"""
     try:
         tensors = dict(safetensors.deserialize(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -146,17 +207,7 @@ def read(path: str | os.PathLike, *, kind: str = "") -> Weights:
             raise ValueError(f"the description {_KEY} is not one of jaxcl")
     except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no safetensors file, or damaged ({error})") from error
-    if about.get("layout") == "jaxcl":
-        return Weights(_arrays(path, tensors), about)
-    if about.get("layout") == "torch" and "architecture" in about:
-        layout = torch_layout(about["architecture"].get("kind"))
-        return Weights(layout.from_torch(_arrays(path, tensors, layout)), about)
-    for name, layout in _torch_layouts(kind):
-        if layout.recognises(tensors):
-            return Weights(layout.from_torch(_arrays(path, tensors, layout)), about, name)
-    some = ", ".join(sorted(tensors)[:3]) or "nothing"
-    networks = [layout.network for _, layout in _torch_layouts(kind)]
-    raise UserError(f"{path} holds {some}, ...; expected an export of jaxcl, or {' or '.join(networks)}")
+    return tensors, about
 
 
 def _arrays(path: epath.Path, tensors: Mapping[str, Any], layout: TorchLayout | None = None) -> Variables:
@@ -166,8 +217,10 @@ def _arrays(path: epath.Path, tensors: Mapping[str, Any], layout: TorchLayout | 
             continue
         if tensor["dtype"] not in _FLOATS:
             raise UserError(f"{path}: {name} is {tensor['dtype']}; expected one of {', '.join(_FLOATS)}")
-        array = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]])
-        arrays[name] = array.reshape(tensor["shape"]).astype(np.float32)
+        array = tensor["data"]
+        if not isinstance(array, np.ndarray):
+            array = np.frombuffer(array, _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
+        arrays[name] = array.astype(np.float32, order="C")
     return arrays
 
 
@@ -178,10 +231,31 @@ def architecture(weights: Weights) -> dict[str, Any]:
       UserError: no encoder has such weights, or the description lacks the options.
     """
     if weights.kind:
-        return {"kind": weights.kind, **torch_layout(weights.kind).architecture(weights.variables)}
+        known = torch_layout(weights.kind).architecture(weights.variables) | _said(weights)
+        if taken := ", ".join(f"{k} {known[k]}" for k in sorted(assumed(weights))):
+            logger.info("%s does not tell all of its %s; taken as usual: %s", weights.file, weights.kind, taken)
+        return {"kind": weights.kind, **known}
     if "architecture" not in weights.about:
         raise UserError("it names no architecture")
     return weights.about["architecture"]
+
+
+def assumed(weights: Weights) -> set[str]:
+    """The options of `architecture` that nothing tells, so that they are as usual; a config may have others."""
+    if not weights.kind:
+        return set()
+    layout, said = torch_layout(weights.kind), _said(weights)
+    return {option for option in layout.assumed(weights.variables) if option not in said}
+
+
+def _said(weights: Weights) -> dict[str, Any]:
+    """The options that a config.json tells."""
+    try:
+        return torch_layout(weights.kind).architecture_from_config(weights.config) or {} if weights.config else {}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"its config.json is not as the hub has it ({quoted(error)})") from error
 
 
 def fit(where: str, variables: Variables, model: Model, image_shape: tuple[int, int, int]) -> tuple[Tree, Tree]:
@@ -201,13 +275,15 @@ def fit(where: str, variables: Variables, model: Model, image_shape: tuple[int, 
     wanted = shapes(model, image_shape)
     sources = {name: _clean(name, model.encoder.norm_sets) for name in wanted}
     needed = set(sources.values())
+    variables = {n: v for n, v in variables.items() if n in needed or not model.encoder.may_lack(n)}
     odd = [
         f"{name} is {_shape(variables, name)} there and {wanted.get(name, 'absent')} here"
         for name in sorted(needed | set(variables))
         if name not in needed or name not in variables or variables[name].shape != wanted[name]
     ]
     if odd:
-        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        others = [text.partition(" ")[0] for text in odd[1:3]]
+        more = f" (and {len(odd) - 1} more, such as {' and '.join(others)})" if others else ""
         raise UserError(f"{where} does not fit the encoder: {odd[0]}{more}; use the options of the model it is of")
     return nested({name: variables[source] for name, source in sources.items()})
 

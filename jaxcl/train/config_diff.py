@@ -29,10 +29,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
       old, new: from `jaxcl.config.to_dict`.
 
     Returns:
-      The keys that differ, sorted, each as "key: old -> new".
+      The keys that differ, sorted, each as "key: old -> new"; weights come first, since they decide other keys.
     """
     a, b = _learned(old), _learned(new)
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    keys = sorted(a.keys() | b.keys(), key=lambda k: (not k.endswith(".weights"), k.startswith("pretrained"), k))
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
 
 def fingerprint(config: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from jaxcl.report.verdict import main_accuracies
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import agreement, code, diverged, run_folder
+from jaxcl.train import agreement, code, diverged, pretrained, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import AGAIN, Preemption, last_good
@@ -86,6 +86,7 @@ def _run(
 ) -> dict[str, Any]:
     started = time.monotonic()
     configs.check(config)
+    config = pretrained.resolved(config, workdir)
     plain = configs.to_dict(config)
     if jax.process_count() > 1:
         agreement.same_start(plain, workdir, latest(workdir), {"--profile": profile})

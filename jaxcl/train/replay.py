@@ -31,7 +31,7 @@ from jaxcl.method.update import compile_update, make_update
 from jaxcl.method.watch import Watched, watched
 from jaxcl.report.metrics import as_json
 from jaxcl.runtime import distributed, storage
-from jaxcl.train import agreement, diverged, run_folder
+from jaxcl.train import agreement, diverged, pretrained, run_folder
 from jaxcl.train.checkpoint import Checkpoints, Preemption
 from jaxcl.train.intervals import due
 from jaxcl.train.job import Job, latest, prepare, same_data, writes
@@ -71,6 +71,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, step: int) -> dict[str, 
     storage.need_library(workdir)
     workdir = storage.expanded(workdir)
     configs.check(config)
+    config = pretrained.resolved(config, workdir)
     plain = configs.to_dict(config)
     for name in ("config.json", "data.json"):
         if not (workdir / name).is_file():
