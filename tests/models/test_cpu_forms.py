@@ -185,6 +185,45 @@ def test_depthwise_convolution(stride, side, monkeypatch):
     np.testing.assert_allclose(here, out, rtol=1e-5, atol=1e-5)
 
 
+DEPTHWISE = [
+    # kernel, stride, padding, height and width
+    (3, 1, ((1, 1), (1, 1)), (5, 6)),
+    (5, 2, ((1, 2), (2, 2)), (8, 7)),
+    (3, 2, ((0, 1), (1, 1)), (8, 7)),
+    (7, 1, ((3, 3), (3, 3)), (4, 9)),
+    (2, 3, ((0, 1), (0, 0)), (7, 8)),
+    (5, 3, ((2, 2), (0, 0)), (6, 12)),
+]
+
+
+def test_depthwise_of_large_maps():
+    """Values and gradients of the grouped convolution, for any kernel, stride and padding; in float64."""
+    inputs = [
+        (tiny.normal(2, *side, 3, seed=i), tiny.normal(k, k, 1, 3)) for i, (k, _, _, side) in enumerate(DEPTHWISE)
+    ]
+
+    def value_and_grads(conv, case, x, kernel):
+        y, pull = jax.vjp(lambda x, kernel: conv(x, kernel, case[1], case[2]), x, kernel)
+        return y, *pull(jnp.sin(y))
+
+    def reference(x, kernel, stride, padding):
+        options = dict(dimension_numbers=LAYOUT, feature_group_count=x.shape[-1])
+        return lax.conv_general_dilated(x, kernel, (stride, stride), padding, **options)
+
+    with jax.enable_x64(True):
+        wide = [(x.astype(np.float64), k.astype(np.float64)) for x, k in inputs]
+        ours, theirs = jax.jit(
+            lambda wide: [
+                [value_and_grads(f, c, *i) for c, i in zip(DEPTHWISE, wide, strict=True)]
+                for f in (cpu.depthwise_rows, reference)
+            ]
+        )(wide)
+    for case, a, b in zip(DEPTHWISE, ours, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.shape == y.shape and x.dtype == np.float64, case
+            np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10, err_msg=str(case))
+
+
 @pytest.mark.parametrize("backend, form", [("cpu", "cpu"), ("gpu", "usual"), ("tpu", "usual")])
 def test_the_form_is_chosen_by_backend(backend, form, monkeypatch):
     chosen = cpu.choose(lambda: "cpu", elsewhere=lambda: "usual")
