@@ -53,6 +53,8 @@ class Encoder(Contract, nn.Module):
       takes_key: whether `__call__` takes `key`, because it drops something at random in training.
       num_stages: number of maps that `maps` returns; 0 without stages.
       taps: names of the activations that `to_tap` can return.
+      num_layers: number of blocks, which are numbered 1 .. num_layers by `layer_of`; 0: the layers are not told apart.
+      layer_decay: the `optimizer.layer_decay` that is usual when such an encoder is trained on from weights.
     """
 
     # Not annotated: a subclass that declares one as a field may place it after fields without a default.
@@ -65,6 +67,8 @@ class Encoder(Contract, nn.Module):
     takes_key = False
     num_stages = 0
     taps = ()
+    num_layers = 0
+    layer_decay = 1.0
 
     def __call__(
         self,
@@ -117,6 +121,20 @@ class Encoder(Contract, nn.Module):
     def with_convolution(self, convolution: Callable) -> "Encoder":
         """The same encoder with another function in place of `lax.conv_general_dilated`, where it allows for that."""
         return self
+
+    @nn.nowrap
+    def layer_of(self, path: tuple[str, ...]) -> int:
+        """The layer of a parameter by its path in the encoder's tree.
+
+        Returns:
+          0 for the stem or embedding, 1 .. num_layers for the blocks in order, num_layers + 1 for what follows them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has num_layers, and must define `layer_of`")
+
+    @nn.nowrap
+    def layer_of_stage(self, stage: int) -> int:
+        """The last layer of a stage, from 1; of encoders with num_stages and num_layers."""
+        raise NotImplementedError(f"{type(self).__name__} has num_layers and stages, and must define `layer_of_stage`")
 
     @nn.nowrap
     def tap_index(self, tap: str) -> int:
