@@ -32,13 +32,13 @@ Array = jax.Array
 Tree = Any
 
 # Options that matter in training only. A backbone lacks them, and the head's options.
-_TRAINING_OPTIONS = ("branches", "branch_embeds", "norm_sets", "norm_set_momentum", "weights")
+_TRAINING_OPTIONS = ("branches", "branch_embeds", "norm_sets", "norm_set_momentum", "weights", "norm_statistics")
 
 
 def architecture(node: ConfigDict) -> dict[str, Any]:
     """The options of an encoder alone, from a config's model: no head, no branches, one set of batch norms."""
     options = dataclasses.asdict(make_part("model", node, MODELS))
-    options = {k: v for k, v in options.items() if k not in _TRAINING_OPTIONS and not k.startswith("head_")}
+    options = {k: v for k, v in options.items() if k not in _TRAINING_OPTIONS and not k.startswith(("head_", "lora_"))}
     return {"kind": node.kind} | options
 
 

@@ -21,8 +21,8 @@ N batch, H W image, C image channels, h w M height, width and channels of a stag
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -55,6 +55,7 @@ class Encoder(Contract, nn.Module):
       taps: names of the activations that `to_tap` can return.
       num_layers: number of blocks, which are numbered 1 .. num_layers by `layer_of`; 0: the layers are not told apart.
       layer_decay: the `optimizer.layer_decay` that is usual when such an encoder is trained on from weights.
+      lora_modules: for `jaxcl.models.lora`: a word such as "qkv" -> modules, as in `LoRA.modules`.
     """
 
     # Not annotated: a subclass that declares one as a field may place it after fields without a default.
@@ -69,6 +70,7 @@ class Encoder(Contract, nn.Module):
     taps = ()
     num_layers = 0
     layer_decay = 1.0
+    lora_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __call__(
         self,
@@ -178,6 +180,12 @@ class EncoderOptions(Options, Contract):
     head_unit_input: bool = False  # the head gets the features at unit length (SupCon on ImageNet)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters, losses, statistics are float32
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
+    # Batch norms of the encoder in training: by the statistics of the batch, or frozen, by the running ones, which then
+    # stay as they are (scales and biases still learn). Encoders without batch norms are the same with both.
+    norm_statistics: Literal["batch", "frozen"] = "batch"
+    lora_rank: Annotated[int, Range(0)] = 0  # train low-rank factors instead of the encoder's own parameters; 0: no
+    lora_alpha: Annotated[float, Range(0)] = 0.0  # the factors' product is multiplied by this / rank; 0: as the rank
+    lora_targets: tuple[str, ...] = ("qkv",)  # the kernels that get factors, in words of the encoder: qkv, proj, mlp
     weights: str = ""  # start from this safetensors file: by `jaxcl export`, or in the encoder's torch layout
 
     def make(self, dtype: Any) -> Encoder:

@@ -151,6 +151,7 @@ class ViT(Encoder):
     norm = "layer"
     takes_key = True
     layer_decay = 0.7
+    lora_modules = {"qkv": ("qkv",), "mlp": ("mlp_hidden", "mlp_out")}  # noqa: RUF012
 
     patch: int = 4
     width: int = 256
