@@ -35,6 +35,7 @@ EVALUATORS = Registry(
         "transfer_augmented": "jaxcl.evaluate.transfer:TransferAugmented",
         "worst_group": "jaxcl.evaluate.worst_group:WorstGroup",
         "collapse": "jaxcl.evaluate.collapse:Collapse",
+        "drift": "jaxcl.evaluate.drift:Drift",
         "neighbours": "jaxcl.evaluate.neighbours:Neighbours",
         "ood": "jaxcl.evaluate.ood:OutOfDomain",
         "shape_bias": "jaxcl.evaluate.shape_bias:ShapeBias",

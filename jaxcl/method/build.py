@@ -85,7 +85,7 @@ def build_recipe(
             raise UserError(
                 f"{name}.constant_lr is {probe_options.constant_lr}; expected (): a memory part has one rate"
             )
-        for key in ("freeze", "layer_decay", "head_warmup"):
+        for key in ("freeze", "layer_decay", "encoder_lr", "head_warmup"):
             given, usual = getattr(probe_options, key), getattr(OptimizerOptions, key)
             if str(given) != str(usual):
                 raise UserError(f"{name}.{key} is {given!r}; expected {usual!r}: a memory part has no layers")

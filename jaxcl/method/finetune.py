@@ -38,13 +38,15 @@ class FineTune:
     Attributes:
       model: the main encoder and its head, before anything is frozen.
       frozen: the last frozen layer; -1: none, inf: the whole encoder.
-      layer_decay: the steps of layer i are multiplied by layer_decay ** (num_layers + 1 - i), those of heads by 1.
+      layer_decay, encoder_lr: the steps of layer i are multiplied by encoder_lr * layer_decay ** (num_layers + 1 - i),
+        those of what is not the main encoder by 1.
       warmup_steps: updates of the encoder's phase in which all but the main encoder learns.
     """
 
     model: Model
     frozen: float = -1
     layer_decay: float = 1.0
+    encoder_lr: float = 1.0
     warmup_steps: int = 0
 
     def layer(self, path: Path) -> int | None:
@@ -76,7 +78,9 @@ class FineTune:
     def scale(self, path: Path) -> float:
         """The factor of a parameter's steps."""
         layer = self.layer(path)
-        return 1.0 if layer is None else self.layer_decay ** (self.model.encoder.num_layers + 1 - layer)
+        if layer is None:
+            return 1.0
+        return self.encoder_lr * self.layer_decay ** (self.model.encoder.num_layers + 1 - layer)
 
     def optimizer(
         self, make: Callable[[Schedule], optax.GradientTransformation], schedule: Schedule
@@ -95,15 +99,15 @@ class FineTune:
                 {"heads": tx, "encoder": late},
                 lambda params: _map(lambda path, _: places[self.layer(path) is None], params),
             )
-        if self.layer_decay == 1:
+        if self.layer_decay == self.encoder_lr == 1:
             return tx
         return optax.chain(tx, optax.stateless(lambda u, _: _map(lambda path, x: x * self.scale(path), u)))
 
-    def say(self, params: Tree) -> None:
-        """Logs in one line what is frozen. params: of a run, or their shapes."""
+    def say(self, params: Callable[[], Tree]) -> None:
+        """Logs in one line what is frozen. params: makes the parameters of a run, or their shapes."""
         parts = []
         if not self.trains_all:
-            counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for t in _split(params, self.learns)]
+            counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for t in _split(params(), self.learns)]
             parts.append(f"{counts[0]:,} parameters are trained and {counts[1]:,} of the encoder are not")
         if self.frozen >= 0 and self.model.encoder.norm == "batch":
             parts.append("batch norms of frozen layers normalise by their running statistics, which stay")
@@ -111,9 +115,9 @@ class FineTune:
             parts.append("batch norms of the encoder normalise by their running statistics, which stay")
         if self.warmup_steps:
             parts.append(f"the encoder is not trained in the first {self.warmup_steps} updates")
-        if self.layer_decay != 1:
-            first = self.layer_decay ** (self.model.encoder.num_layers + 1)
-            parts.append(f"learning rates fall from the heads to the stem, to {first:.3g} of theirs")
+        if (self.layer_decay, self.encoder_lr) != (1, 1):
+            first = self.encoder_lr * self.layer_decay ** (self.model.encoder.num_layers + 1)
+            parts.append(f"learning rates fall through the encoder to {first:.3g} of the heads'")
         if parts:
             logger.info("continued training: %s", "; ".join(parts))
 

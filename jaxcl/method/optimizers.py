@@ -50,7 +50,8 @@ class OptimizerOptions(Options):
     constant_lr: Sequence[str] = ()  # parameters that keep the rate lr: "heads/predictor" (SimSiam), "encoder", ...
     # ---- training on from weights (method/finetune.py); of the main encoder, and not of memory parts
     freeze: str = ""  # layers that are not trained, from the input to this one: stem, stage2, layer5, encoder (all)
-    # The rate of layer i is lr * layer_decay**(layers behind it); 0: as is usual for the kind of encoder (ViT 0.7).
+    encoder_lr: Annotated[float, POSITIVE] = 1.0  # the rate of the encoder is lr times this; heads have lr
+    # The rate of a layer is lr * encoder_lr * layer_decay**(layers behind it); 0: as usual for its kind (ViT: 0.7).
     layer_decay: Annotated[float, Range(0, at_most=1)] = 1.0
     head_warmup: str = "0"  # any duration, from the start on, in which everything but the encoder is trained
 
@@ -242,7 +243,7 @@ def make_finetune(options: OptimizerOptions, model: Model, *, steps: int, **unit
             "optimizer.freeze=encoder"
         )
     decay = decay or (encoder.layer_decay if encoder.num_layers else 1.0)
-    return FineTune(model, frozen_layer(options.freeze, encoder), decay, warmup)
+    return FineTune(model, frozen_layer(options.freeze, encoder), decay, options.encoder_lr, warmup)
 
 
 def rate_labels(params: Any, paths: Sequence[str]) -> Any:

@@ -30,7 +30,7 @@ from jaxcl.method.update import compile_update
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import agreement, config_diff, run_folder
+from jaxcl.train import agreement, config_diff, first_weights, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best, check_selection
 from jaxcl.train.checkpoint import AGAIN, Checkpoints, Preemption
@@ -103,6 +103,8 @@ def _run(
     lock = run_folder.claim(workdir, plain, known, _writes())
     if lock:
         stack.callback(lock.close)
+    if _writes() and job.weights and "drift" in (*config.eval.quick, *config.eval.final):
+        first_weights.record(workdir, job.weights)
     wandb = report.open_wandb(config.wandb, workdir, plain) if _writes() else None
     if wandb:
         stack.enter_context(wandb)
@@ -273,7 +275,9 @@ def _prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path, pro
     facts = data_facts(source)
     recipe = build_recipe(config, **facts, num_devices=devices)
     evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: source_of(config, split))
+    evaluation.first = lambda: first_weights.first_weights(config, recipe, workdir)
     evaluation.check_options()
+    recipe.finetune.say(lambda: jax.eval_shape(lambda: init_state(recipe)).params)
     check_selection(config)
     every = intervals_of(config, recipe)
     if profile:
