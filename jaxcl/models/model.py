@@ -133,7 +133,9 @@ class Model:
 
     def encoder_params(self, params: Tree) -> Tree:
         """The parameters that the network runs with: with LoRA, its own and what the factors add."""
-        return self.lora.merged(params[ENCODER], params[LORA]) if LORA in params else params[ENCODER]
+        if self.lora and LORA in params:  # GradCache hands over what is merged already
+            return self.lora.merged(params[ENCODER], params[LORA])
+        return params[ENCODER]
 
     def keeps_statistics(self, path: tuple[str, ...]) -> bool:
         """Whether a batch norm at this path in the encoder's tree keeps its running statistics in training."""
