@@ -47,8 +47,10 @@ def shrink(c, lora):
         c.model.depth, c.model.strides = 18, (1, 2)
         c.optimizer.freeze = "stage1"
     c.batch_size, c.duration, c.size, c.optimizer.head_warmup = 16, "8 steps", tiny.SIDE, "2 steps"
+    c.optimizer.warmup = "0"
     for view in c.views.values():
-        view.jitter_p = view.grayscale = 0.0  # colour compiles slowly
+        if view.kind == "random":
+            view.jitter_p = view.grayscale = 0.0  # colour compiles slowly
     for p in c.passes:
         p.norm_set = "" if lora else p.norm_set
     for stage in c.stages:
