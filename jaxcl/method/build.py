@@ -70,6 +70,9 @@ def build_recipe(
 
     model = make_model(make_part("model", config.model, MODELS))
     encoders = {n: make_model(make_part(f"encoders.{n}", node, MODELS)) for n, node in config.encoders.items()}
+    for n, other in encoders.items():
+        if other.lora:
+            raise UserError(f"encoders.{n}.lora_rank is {other.lora.rank}; expected 0: LoRA is for the main encoder")
     options = construct("optimizer", OptimizerOptions, config.optimizer)
     check_paths("optimizer.constant_lr", options.constant_lr, heads, encoders)
     schedule = make_schedule(options, name="optimizer", steps=steps, **unit)

@@ -152,6 +152,13 @@ def test_a_memory_part_has_no_layers():
         tiny.recipe(c)
 
 
+def test_lora_is_for_the_main_encoder():
+    c = config()
+    c.encoders.second = base.model("vit", lora_rank=2)
+    with pytest.raises(UserError, match=r"^encoders\.second\.lora_rank is 2"):
+        tiny.recipe(c)
+
+
 # ---- in an update
 
 
