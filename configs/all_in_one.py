@@ -43,6 +43,7 @@ DATASETS = ("garments", "cifar10")
 SCALES = ("paper", "cpu")
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "no_adversary,no_patches"."""
     switches = [(part, f"no_{part}") for part in PARTS]

@@ -40,6 +40,7 @@ RECIPES = ("own", "resnet18")
 LABELS = ("labelled", "unlabelled")
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "cifar10,cpu"."""
     dataset, scale, recipe, labels = base.choose(preset, DATASETS, SCALES, RECIPES, LABELS)

@@ -49,6 +49,7 @@ SIMCLR_CIFAR_STD = (0.5, 0.5, 0.5)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "plain,cifar100,clean_pair"."""
     method, dataset, scale, control, labels = base.choose(preset, METHODS, DATASETS, SCALES, CONTROLS, LABELS)

@@ -28,6 +28,7 @@ SCHEDULES = ("online", "alternating", "sequential")
 SCALES = ("paper", "cpu")
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "cifar100,alternating,excon"."""
     variant, dataset, schedule, scale = base.choose(preset, VARIANTS, DATASETS, SCHEDULES, SCALES)

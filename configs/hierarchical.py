@@ -68,6 +68,7 @@ BLURS = ("rule", "always", "never")
 VIEWS = ("view1", "view2")  # the views of the last rung
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "byol,imagenet100,uniform" or "uniform,told=color"."""
     words = [w.strip() for w in (preset or "").split(",")]

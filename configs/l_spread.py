@@ -62,6 +62,7 @@ MOMENTS = {  # of the released code: mean, standard deviation
 }
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "supcon,cifar10,resnet"."""
     method, dataset, scale, network, schedule = base.choose(preset, METHODS, DATASETS, SCALES, NETWORKS, SCHEDULES)

@@ -48,6 +48,7 @@ LABELS = ("labelled", "unlabelled")
 GROUPS = 4  # the paper's number of devices is not known
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "imagenet100,ifm"."""
     dataset, scale, setting, recipe, labels = base.choose(preset, DATASETS, SCALES, SETTINGS, RECIPES, LABELS)

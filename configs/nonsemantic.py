@@ -57,6 +57,7 @@ TERMS = {"moco": "moco", "simclr": "nt_xent", "byol": "byol"}
 ALPHAS = {"moco": 2.0, "simclr": 2.0, "byol": 0.2}  # BYOL: above 1 the best prediction would point away from the target
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "byol,texture,cifar10"."""
     axes = (METHODS, NEGATIVES, OF, DATASETS, SCALES, SETTINGS, LABELS)

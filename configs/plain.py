@@ -34,6 +34,7 @@ LABELS = ("labelled", "unlabelled")
 AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # the other data sets have only the cpu scale
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "cifar100,cpu"."""
     dataset, scale, labels = base.choose(preset, DATASETS, SCALES, LABELS)

@@ -12,6 +12,8 @@ axis is its default.
                 supcon.py
     labels      labelled: a classifier is trained beside the encoder and does not change it; every training image needs
                 a label. unlabelled: no classifier; the evaluation uses the labels that exist.
+    start       finetune, a word of every config: train on from weights, --config.model.weights=FILE, see
+                docs/finetune.md
 
     configs/simclr.py                          garments on a CPU: 3 minutes, linear probe 43.2 %
     configs/simclr.py:cifar10,cpu              CIFAR-10 on a CPU; 8 epochs on one core: 8 minutes, linear probe 52.0 %
@@ -55,6 +57,7 @@ AT_SCALE = ("cifar10", "cifar100", "tiny_imagenet")  # as in the baseline of CLA
 STANDARD = ("stl10", "imagenet100", "imagenet")  # as in SimCLR; the other data sets have only the cpu scale
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "cifar100,cpu"."""
     dataset, scale, recipe, labels = base.choose(preset, DATASETS, SCALES, RECIPES, LABELS)

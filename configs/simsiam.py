@@ -36,6 +36,7 @@ RECIPES = ("own", "resnet18")
 LABELS = ("labelled", "unlabelled")
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "imagenet100,unlabelled"."""
     dataset, scale, recipe, labels = base.choose(preset, DATASETS, SCALES, RECIPES, LABELS)

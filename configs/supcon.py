@@ -10,6 +10,8 @@ axis is its default.
     scale       paper: the authors' network and budget; cpu: the small network and the short run of the embedded sets.
                 The embedded sets (garments, fashion_mnist) have only the latter.
     recipe      own: the method's own settings; resnet18: of cifar10 and cifar100, the ResNet-18 that papers compare by
+    start       finetune, a word of every config: train on from weights, --config.model.weights=FILE, see
+                docs/finetune.md
 
     configs/supcon.py                          garments on a CPU: 3 minutes, linear probe 64.2 %
     configs/supcon.py:cifar10,cpu              CIFAR-10 on a CPU; 8 epochs on one core: 8 minutes, linear probe 62.8 %
@@ -74,6 +76,7 @@ MOMENTS = {
 }
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "cifar100,alternating"."""
     dataset, schedule, scale, recipe = base.choose(preset, DATASETS, SCHEDULES, SCALES, RECIPES)

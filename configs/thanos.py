@@ -36,6 +36,7 @@ NETWORKS = ("vit", "resnet")
 SCHEDULES = ("cosine", "released")
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "supcon,cifar10"."""
     axes = base.choose(preset, METHODS, ENCODERS, DATASETS, SCALES, NETWORKS, SCHEDULES)

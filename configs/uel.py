@@ -31,6 +31,7 @@ SCALES = ("paper", "cpu")
 LABELS = ("labelled", "unlabelled")
 
 
+@base.with_finetune
 def get_config(preset: str = ""):
     """The config of a preset such as "cifar100,cpu"."""
     dataset, scale, labels = base.choose(preset, DATASETS, SCALES, LABELS)

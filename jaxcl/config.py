@@ -9,6 +9,7 @@ def get_config(preset="garments"):
 """
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -257,6 +258,7 @@ __all__ = [
     "default",
     "encode",
     "extend",
+    "finetune",
     "head",
     "memory",
     "model",
@@ -266,6 +268,7 @@ __all__ = [
     "term",
     "title",
     "view",
+    "with_finetune",
     "with_kind",
     "without_labels",
 ]
@@ -338,6 +341,46 @@ def without_labels(c: ConfigDict) -> None:
         del c.memory.probe
     kept = tuple(name for name in c.eval.final if name not in OF_CLASSIFIERS and name not in OF_IMAGES)
     c.eval.final = (*OF_IMAGES, *kept)
+
+
+def finetune(c: ConfigDict) -> None:
+    """Train on from weights, on a few images: smaller steps, the heads first, milder views, and what it changed.
+
+    Conventions all, none of them measured: see docs/finetune.md.
+    """
+    c.duration = "200 steps"  # in place of epochs: folders of any size get enough updates
+    c.optimizer = options(
+        OptimizerOptions,
+        kind="adamw",
+        lr=1e-3,  # of the heads, which are new
+        encoder_lr=0.1,  # of the encoder, which is not
+        layer_decay=0.0,  # as is usual for its kind
+        weight_decay=1e-4,
+        schedule="cosine",
+        warmup="20%",
+        head_warmup="10%",  # then the encoder joins, at half of the rate's peak
+        constant_lr=c.optimizer.constant_lr,
+    )
+    for view in c.views.values():
+        if view.kind == "random":  # small crops and strong colours are for learning from nothing
+            view.crop_area = (max(0.4, view.crop_area[0]), view.crop_area[1])
+            view.jitter = tuple(map(min, view.jitter, (0.4, 0.4, 0.2, 0.1)))
+    c.eval.final += ("drift",)
+
+
+def with_finetune(get_config: Callable[[str], ConfigDict]) -> Callable[[str], ConfigDict]:
+    """A config's function that also takes the word "finetune" among its presets, see `finetune`."""
+
+    @functools.wraps(get_config)
+    def get(preset: str = "") -> ConfigDict:
+        words = [w.strip() for w in (preset or "").split(",")]
+        c = get_config(",".join(w for w in words if w != "finetune"))
+        if "finetune" in words:
+            finetune(c)
+            c.name += " finetune"
+        return c
+
+    return get
 
 
 def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:

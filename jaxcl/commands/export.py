@@ -63,7 +63,8 @@ def export(saved: Saved, out: str | os.PathLike, *, encoder: str = "", layout: s
         torch.check(model.encoder)
     trees = (saved.state.params, "params"), (saved.state.batch_stats, "batch_stats")
     params, stats = (of_encoder(with_targets(recipe, tree, saved.state.memory, part), encoder) for tree, part in trees)
-    variables = weights.flat(params["encoder"], recipe.encoder(encoder).statistics_of(stats))
+    trained = recipe.encoder(encoder)
+    variables = weights.flat(trained.encoder_params(params), trained.statistics_of(stats))
     wanted = weights.shapes(model, recipe.image_shape)  # only the clean set of batch norms
     variables = {k: np.asarray(v) for k, v in variables.items() if k in wanted}
     about = {

@@ -43,6 +43,7 @@ class EvalSetup:
       selects_on: the split that checkpoints and settings are chosen on: "validation", or "test" without one.
       view: the standard view, [B,H,W,C] in [0,1] -> normalised [B,S,S,C].
       classifier: name of the memory part that classifies; None where the config has none.
+      first: makes the parameters and batch statistics that the run began with; None: unknown. It may raise UserError.
       kinds: kinds of features that evaluators of the config ask for, beside the config's own choice.
     """
 
@@ -61,6 +62,8 @@ class EvalSetup:
         how = recipe.model.input_interpolation  # bilinear, unless the model's weights were trained with another one
         self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std, interpolation=how)
         self.classifier = next((name for name, part in recipe.memory.items() if part.classifies), None)
+        self.first: Callable[[], tuple[Any, Any]] | None = None
+        self._first_features: dict[int, np.ndarray] = {}  # by source
         self.kinds: frozenset[str] = frozenset()
         self._class_names = None if class_names is None else tuple(class_names)
         self._sources: dict[str, Source | None] = {"train": None if train is None else train.plain}
@@ -238,6 +241,24 @@ class EvalContext:
         found = self._encoded(source, ("h", "z") if "z" in (kind, self.options.knn_features) else ("h",))[kind]
         check_images(found, source, "changed")
         return found
+
+    def first_features(self, split: str) -> np.ndarray:
+        """float32 [N,D]: pooled features of a split by the state that the run began with, computed once in a run.
+
+        Raises:
+          UserError: it is unknown, or its weights cannot be read.
+        """
+        source, known = self.source(split), self.setup._first_features
+        if id(source) not in known:
+            if self.setup.first is None:
+                raise UserError("the weights that the run began with are unknown")
+            params, stats = sharding.device_put(self.setup.first(), sharding.replicated(self.mesh))
+            first = EvalContext(
+                self.setup, self.state.replace(params=params, batch_stats=stats), self.mesh, self._split
+            )
+            known[id(source)] = first._encoded(source, ("h",))["h"]
+            check_images(known[id(source)], source, split)
+        return known[id(source)]
 
     def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
         """Yields features of kind "h" or "z", float32 [n,D], batch by batch: for more images than memory holds."""

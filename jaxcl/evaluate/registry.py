@@ -37,6 +37,7 @@ EVALUATORS = Registry(
         "transfer_augmented": "jaxcl.evaluate.transfer:TransferAugmented",
         "worst_group": "jaxcl.evaluate.worst_group:WorstGroup",
         "collapse": "jaxcl.evaluate.collapse:Collapse",
+        "drift": "jaxcl.evaluate.drift:Drift",
         "neighbours": "jaxcl.evaluate.neighbours:Neighbours",
         "clusters": "jaxcl.evaluate.clusters:Clusters",
         "ood": "jaxcl.evaluate.ood:OutOfDomain",

@@ -1,5 +1,6 @@
 """From a config to a recipe. Whatever cannot work is refused here, in one line, before anything compiles."""
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,7 +10,7 @@ from jaxcl.method import registry
 from jaxcl.method.accumulate import Accumulate
 from jaxcl.method.check import check, check_paths
 from jaxcl.method.grad_cache import GradCache
-from jaxcl.method.optimizers import OptimizerOptions, make_optimizer, make_schedule
+from jaxcl.method.optimizers import OptimizerOptions, make_finetune, make_optimizer, make_schedule
 from jaxcl.method.recipe import ForwardPass, Recipe
 from jaxcl.models.model import make_model
 from jaxcl.models.registry import MODELS
@@ -69,9 +70,14 @@ def build_recipe(
 
     model = make_model(make_part("model", config.model, MODELS))
     encoders = {n: make_model(make_part(f"encoders.{n}", node, MODELS)) for n, node in config.encoders.items()}
+    for n, other in encoders.items():
+        if other.lora:
+            raise UserError(f"encoders.{n}.lora_rank is {other.lora.rank}; expected 0: LoRA is for the main encoder")
     options = construct("optimizer", OptimizerOptions, config.optimizer)
     check_paths("optimizer.constant_lr", options.constant_lr, heads, encoders)
     schedule = make_schedule(options, name="optimizer", steps=steps, **unit)
+    finetune = make_finetune(options, model, steps=steps, **unit)
+    model = dataclasses.replace(model, frozen_norms=max(model.frozen_norms, finetune.frozen))
     memory_schedule, memory_tx, probe_steps = {}, {}, steps
     for n, node in config.memory.items():
         name = f"memory.{n}.optimizer"
@@ -82,6 +88,10 @@ def build_recipe(
             raise UserError(
                 f"{name}.constant_lr is {probe_options.constant_lr}; expected (): a memory part has one rate"
             )
+        for key in ("freeze", "layer_decay", "encoder_lr", "head_warmup"):
+            given, usual = getattr(probe_options, key), getattr(OptimizerOptions, key)
+            if str(given) != str(usual):
+                raise UserError(f"{name}.{key} is {given!r}; expected {usual!r}: a memory part has no layers")
         own_steps, own_unit = _own_phase(f"memory.{n}", memory[n], steps, unit)
         probe_steps = max(1, own_steps * own_unit["batch_size"] // B)
         memory_schedule[n] = make_schedule(probe_options, name=name, steps=own_steps, **own_unit)
@@ -89,6 +99,7 @@ def build_recipe(
 
     recipe = Recipe(
         model=model,
+        finetune=finetune,
         encoders=encoders,
         representation=tuple(config.representation),
         heads=heads,
@@ -101,7 +112,7 @@ def build_recipe(
         passes=passes,
         terms=terms,
         memory=memory,
-        tx=make_optimizer(options, schedule),
+        tx=make_optimizer(options, schedule, finetune),
         schedule=schedule,
         memory_tx=memory_tx,
         memory_schedule=memory_schedule,

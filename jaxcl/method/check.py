@@ -117,7 +117,7 @@ def _known_encoder(recipe: Recipe, where: str, name: str, trained: bool = False)
 def _check_groups(recipe: Recipe, where: str, p: ForwardPass) -> None:
     if p.bn_groups == 1:
         return
-    if not recipe.encoder(p.encoder).batch_norm:
+    if recipe.encoder(p.encoder).encoder.norm != "batch":
         raise UserError(f"{where}.bn_groups is {p.bn_groups}, but its encoder has no batch norm; use 1")
     if recipe.grad_cache.micro_batch:
         raise UserError(f"{where}.bn_groups with grad_cache.micro_batch: both divide the batch norm; use one of them")

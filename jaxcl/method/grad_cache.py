@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxcl.errors import UserError
 from jaxcl.method.sharding import AXIS
 from jaxcl.models import Model
-from jaxcl.models.trees import ENCODER
+from jaxcl.models.trees import ENCODER, encoder_stats
 from jaxcl.runtime.options import Options, Range
 
 Array = jax.Array
@@ -106,7 +106,7 @@ def encode(
       mesh: the mesh of the update, or None for one device. No image moves between devices, and the gradient of the
         parameters is summed over devices once, not once a micro-batch.
     """
-    encoder = {ENCODER: params[ENCODER]}
+    encoder = {ENCODER: model.encoder_params(params)}  # merged once, not in each micro-batch
     devices = 1 if mesh is None else mesh.size
     if groups % (chunks * devices):
         raise UserError(
@@ -117,10 +117,10 @@ def encode(
     looped = model.for_loops()
     if not model.batch_norm:
 
-        def whole(params: Tree, _: Tree, x: Array, key: Array | None) -> Array:
-            return looped.encode(params, {}, x, train=True, key=key)[0]
+        def whole(params: Tree, stats: Tree, x: Array, key: Array | None) -> Array:
+            return looped.encode(params, stats, x, train=True, norm_set=norm_set, key=key)[0]
 
-        return _by_rows(whole, chunks, mesh, key)(encoder, {}, images), stats
+        return _by_rows(whole, chunks, mesh, key)(encoder, encoder_stats(stats), images), stats
     batch = batch_statistics(
         model, encoder, stats, images, where=where, norm_set=norm_set, chunks=chunks, groups=groups, mesh=mesh
     )

@@ -64,7 +64,7 @@ def init_state(
         key=key,
         params=params,
         batch_stats=stats,
-        opt_state=recipe.tx.init(params),
+        opt_state=recipe.tx.init(recipe.finetune.split(params)[0]),
         memory=memory,
     )
 

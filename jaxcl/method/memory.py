@@ -216,7 +216,8 @@ class EMA(MemoryPart):
 
         def average(path: tuple, k: Array, q: Array) -> Array:
             own = not self.average_embeds and any(str(p.key).startswith(EMBED) for p in path)
-            return q if own else keep * k + (1 - keep) * q
+            # Equal arrays, such as those of frozen layers, stay equal to the bit.
+            return q if own else jnp.where(k == q, q, keep * k + (1 - keep) * q)
 
         return {**memory, "params": jax.tree_util.tree_map_with_path(average, memory["params"], params)}
 

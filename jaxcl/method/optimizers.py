@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxcl.errors import UserError
+from jaxcl.method.finetune import FineTune, frozen_layer
+from jaxcl.models import Model
 from jaxcl.runtime.durations import to_steps
 from jaxcl.runtime.options import POSITIVE, Options, Range
 
@@ -46,6 +48,12 @@ class OptimizerOptions(Options):
     # multiplied by lr (LARC). Recipes for small sets clip, with a coefficient of 0.02.
     clip_trust: bool = False
     constant_lr: Sequence[str] = ()  # parameters that keep the rate lr: "heads/predictor" (SimSiam), "encoder", ...
+    # ---- training on from weights (method/finetune.py); of the main encoder, and not of memory parts
+    freeze: str = ""  # layers that are not trained, from the input to this one: stem, stage2, layer5, encoder (all)
+    encoder_lr: Annotated[float, POSITIVE] = 1.0  # the rate of the encoder is lr times this; heads have lr
+    # The rate of a layer is lr * encoder_lr * layer_decay**(layers behind it); 0: as usual for its kind (ViT: 0.7).
+    layer_decay: Annotated[float, Range(0, at_most=1)] = 1.0
+    head_warmup: str = "0"  # any duration, from the start on, in which everything but the encoder is trained
 
 
 def epoch_cosine(
@@ -199,19 +207,43 @@ def _schedule(options: OptimizerOptions, name: str, warmup: int, steps: int, ste
     return optax.join_schedules([optax.linear_schedule(options.warmup_from, options.lr, warmup), main], [warmup])
 
 
-def make_optimizer(options: OptimizerOptions, schedule: Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    options: OptimizerOptions, schedule: Schedule, finetune: FineTune | None = None
+) -> optax.GradientTransformation:
     """The optimiser of these options.
 
     "sgd" and "adam" add the weight decay to the gradient of all parameters, like torch; "adamw" and "lars" decay
     matrices only; "torch_adamw" decays all parameters by lr * weight_decay * p, including norms, biases and tokens, as
     torch does by default. Adam corrects both means for their start at 0, then steps by lr * m / (sqrt(v) + eps).
     Parameters under a path of `constant_lr` have an optimiser of the same kind at the constant rate lr.
+
+    finetune: what it says of the steps of layers and of the warm-up of the heads; None: nothing.
     """
-    tx = _one_optimizer(options, schedule)
-    if options.constant_lr:
+
+    def make(schedule: Schedule) -> optax.GradientTransformation:
+        tx = _one_optimizer(options, schedule)
+        if not options.constant_lr:
+            return tx
         constant = _one_optimizer(options, optax.constant_schedule(options.lr))
-        tx = optax.partition({"scheduled": tx, "constant": constant}, lambda p: rate_labels(p, options.constant_lr))
+        return optax.partition({"scheduled": tx, "constant": constant}, lambda p: rate_labels(p, options.constant_lr))
+
+    tx = finetune.optimizer(make, schedule) if finetune else make(schedule)
     return optax.chain(optax.clip_by_global_norm(options.clip_norm), tx) if options.clip_norm else tx
+
+
+def make_finetune(options: OptimizerOptions, model: Model, *, steps: int, **unit: int) -> FineTune:
+    """How the main encoder is trained on, from the options of `optimizer`. steps: of the run. Raises UserError."""
+    encoder, decay = model.encoder, options.layer_decay
+    if decay and decay < 1 and not encoder.num_layers:
+        raise UserError(f"optimizer.layer_decay is {decay}; expected 1: this encoder has no known layers")
+    warmup = to_steps(options.head_warmup, name="optimizer.head_warmup", total=steps, **unit)
+    if warmup >= steps:
+        raise UserError(
+            f"optimizer.head_warmup {options.head_warmup!r} is all of the run's {steps} updates; expected less, or "
+            "optimizer.freeze=encoder"
+        )
+    decay = decay or (encoder.layer_decay if encoder.num_layers else 1.0)
+    return FineTune(model, frozen_layer(options.freeze, encoder), decay, options.encoder_lr, warmup)
 
 
 def rate_labels(params: Any, paths: Sequence[str]) -> Any:

@@ -1,6 +1,7 @@
 """A recipe: the five slots, models and optimisers of one method, and what each phase of its schedule does."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import optax
 
 from jaxcl import augment
 from jaxcl.method.accumulate import Accumulate
+from jaxcl.method.finetune import FineTune
 from jaxcl.method.grad_cache import GradCache
 from jaxcl.method.heads import Head, HeadInput
 from jaxcl.method.memory import MemoryPart
@@ -51,6 +53,7 @@ class Phase:
 
     learns: str  # "encoder" or "probe"
     stages: tuple[int, ...] = ()
+    warms: bool = False  # the main encoder does not learn yet, while what is on top of it does
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +88,7 @@ class Recipe:
     std: tuple[float, ...]
     num_classes: int
     labelled: bool  # every training image is
+    finetune: FineTune  # what of the main encoder learns
 
     def for_loops(self) -> "Recipe":
         """The same recipe, with encoders to be differentiated inside a loop."""
@@ -93,6 +97,10 @@ class Recipe:
     def for_one_device(self) -> "Recipe":
         """The same recipe, with encoders for a batch that is all on one device."""
         return self._with_encoders(Model.for_one_device)
+
+    def warming(self) -> "Recipe":
+        """The same recipe, with all batch norms of the main encoder as they are when it is frozen."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, frozen_norms=math.inf))
 
     def _with_encoders(self, change: Callable[[Model], Model]) -> "Recipe":
         encoders = {n: change(m) for n, m in self.encoders.items()}
@@ -157,7 +165,8 @@ class Recipe:
         done = self.encoder_step(step)
         if self.encoder_step(step + 1) == done:
             return Phase("probe")
-        return Phase("encoder", tuple(i for i, start in enumerate(self.stage_starts) if done >= start))
+        begun = tuple(i for i, start in enumerate(self.stage_starts) if done >= start)
+        return Phase("encoder", begun, done < self.finetune.warmup_steps)
 
     def view_names(self, phase: Phase) -> tuple[str, ...]:
         """The view pipelines that run in a phase: those its passes and stages read."""

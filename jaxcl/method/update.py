@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxcl.method import accumulate
+from jaxcl.method.finetune import keep_statistics, merge
 from jaxcl.method.forward import of_encoder, represent, run_heads, run_pass, with_targets
 from jaxcl.method.init_state import replicate_params
 from jaxcl.method.inputs import encoder_inputs, make_views
@@ -65,6 +66,8 @@ def compile_update(recipe: Recipe, phase: Phase, state_sharding, batch_sharding)
 
 
 def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: bool, details: bool) -> Update:
+    if phase.warms:
+        recipe = recipe.warming()
     active = recipe.term_names(phase)
     term_values, head_views = make_terms(recipe, mesh, active), recipe.head_views(active)
     views_in_terms = {e for n in active for e in recipe.terms[n].images}
@@ -87,8 +90,11 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
             found = {n: recipe.terms[n].count(label, where) for n in active}
             return {n: count for n, count in found.items() if count is not None}
 
-        def loss_fn(params, rows, stats, key, shares=None):
+        learns, others = recipe.finetune.split(state.params, phase.warms)
+
+        def loss_fn(learns, rows, stats, key, shares=None):
             (views, label), embeddings = rows, {}
+            params = merge(learns, others)  # the others are constants: no backward pass runs through frozen layers
             params = all_gather_params(mesh, recipe.sharding, with_targets(recipe, params, memory, "params"))
             for spec in recipe.passes:
                 # Keyed by the first embedding, not by position: adding a pass changes nothing in the others.
@@ -107,7 +113,7 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         stats = with_targets(recipe, stage_stats, memory, "batch_stats")
-        args = (state.params, (views, batch["label"]), stats, jax.random.fold_in(state.key, state.step))
+        args = (learns, (views, batch["label"]), stats, jax.random.fold_in(state.key, state.step))
         if micro_batches > 1:
             loss, terms, embeddings, stats, grads = accumulate.gradients(
                 grad_fn, *args, micro_batches=micro_batches, mesh=mesh, counts=counts
@@ -115,13 +121,14 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         else:
             (loss, (terms, embeddings, stats)), grads = grad_fn(*args)
         with scope("optimizer"):
-            updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params, opt_state = _step(recipe, phase, state, grads)
 
         with scope("metrics"):
             metrics |= _similarities(recipe, active, embeddings, len(batch["label"]), memory)
             metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        stats = keep_statistics(recipe.model, state.batch_stats, stats)
         for name, target_stats in stats.pop(TARGETS, {}).items():
+            target_stats = keep_statistics(recipe.encoder(name), memory[name]["batch_stats"], target_stats)
             memory[name] = {**memory[name], "batch_stats": target_stats}
         out = StepOutput(
             represented=lambda v: _represented(recipe, embeddings, v),
@@ -146,6 +153,16 @@ def _encoder_update(recipe: Recipe, phase: Phase, mesh: Mesh | None, runs_here: 
         ), metrics
 
     return update
+
+
+def _step(recipe: Recipe, phase: Phase, state: TrainState, grads: dict) -> tuple[dict, dict]:
+    """The optimiser's step. grads: of the parameters that learn in this phase. -> (parameters, optimiser's state)"""
+    learns, others = recipe.finetune.split(state.params)
+    if phase.warms:  # the optimiser's state is that of all that will learn
+        grads = merge(grads, recipe.finetune.split(jax.tree.map(jnp.zeros_like, learns), warms=True)[1])
+    options = {"warms": True} if phase.warms else {}
+    updates, opt_state = recipe.tx.update(grads, state.opt_state, learns, **options)
+    return merge(optax.apply_updates(learns, updates), others), opt_state
 
 
 def _memory_before(recipe: Recipe, state: TrainState, progress: Array) -> dict:

@@ -21,8 +21,8 @@ N batch, H W image, C image channels, h w M height, width and channels of a stag
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -55,6 +55,9 @@ class Encoder(Contract, nn.Module):
       taps: names of the activations that `to_tap` can return.
       pixels_at_once: of the images that a CPU encodes together in inference, so that their maps stay in its cache; 0:
         of all images.
+      num_layers: number of blocks, which are numbered 1 .. num_layers by `layer_of`; 0: the layers are not told apart.
+      layer_decay: the `optimizer.layer_decay` that is usual when such an encoder is trained on from weights.
+      lora_modules: for `jaxcl.models.lora`: a word such as "qkv" -> modules, as in `LoRA.modules`.
     """
 
     # Not annotated: a subclass that declares one as a field may place it after fields without a default.
@@ -68,6 +71,9 @@ class Encoder(Contract, nn.Module):
     num_stages = 0
     taps = ()
     pixels_at_once = 0
+    num_layers = 0
+    layer_decay = 1.0
+    lora_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __call__(
         self,
@@ -127,6 +133,20 @@ class Encoder(Contract, nn.Module):
         return self
 
     @nn.nowrap
+    def layer_of(self, path: tuple[str, ...]) -> int:
+        """The layer of a parameter by its path in the encoder's tree.
+
+        Returns:
+          0 for the stem or embedding, 1 .. num_layers for the blocks in order, num_layers + 1 for what follows them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has num_layers, and must define `layer_of`")
+
+    @nn.nowrap
+    def layer_of_stage(self, stage: int) -> int:
+        """The last layer of a stage, from 1; of encoders with num_stages and num_layers."""
+        raise NotImplementedError(f"{type(self).__name__} has num_layers and stages, and must define `layer_of_stage`")
+
+    @nn.nowrap
     def tap_index(self, tap: str) -> int:
         """The place of a tap in `taps`. Raises UserError, which lists the taps, for an unknown one."""
         if tap not in self.taps:
@@ -170,6 +190,12 @@ class EncoderOptions(Options, Contract):
     remat: bool = False  # keep activations between blocks only, and compute each block again in the backward pass
     # Start from these: a word, hf:ORG/NAME, a folder or a file (`jaxcl.models.pretrained`).
     weights: str = ""
+    # Batch norms of the encoder in training: by the statistics of the batch, or frozen, by the running ones, which then
+    # stay as they are (scales and biases still learn). Encoders without batch norms are the same with both.
+    norm_statistics: Literal["batch", "frozen"] = "batch"
+    lora_rank: Annotated[int, Range(0)] = 0  # train low-rank factors instead of the encoder's own parameters; 0: no
+    lora_alpha: Annotated[float, Range(0)] = 0.0  # the factors' product is multiplied by this / rank; 0: as the rank
+    lora_targets: tuple[str, ...] = ("qkv",)  # the kernels that get factors, in words of the encoder: qkv, proj, mlp
     # Side to which images are resized on the device, before the encoder; 0: they stay as they are.
     input_size: Annotated[int, Range(0)] = 0
     input_interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of that, antialiased

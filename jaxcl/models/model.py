@@ -4,6 +4,8 @@ N batch, H W image, C image channels, h w M height, width and channels of a map,
 """
 
 import dataclasses
+import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,19 @@ from jaxcl.errors import UserError
 from jaxcl.models import cpu
 from jaxcl.models.encoder import Encoder, EncoderOptions
 from jaxcl.models.heads import ProjectionHead
-from jaxcl.models.norms import replace, statistics_of
-from jaxcl.models.trees import ADAPTER, BRANCHES, ENCODER, HEAD, branch_name, encoder_stats, with_branch, with_head
+from jaxcl.models.lora import LoRA as LowRank
+from jaxcl.models.norms import replace, statistics_of, with_running_statistics
+from jaxcl.models.trees import (
+    ADAPTER,
+    BRANCHES,
+    ENCODER,
+    HEAD,
+    LORA,
+    branch_name,
+    encoder_stats,
+    with_branch,
+    with_head,
+)
 
 Array = jax.Array
 Tree = Any
@@ -34,6 +47,9 @@ class Model:
       input_size: side to which images are resized before the encoder; 0: they are encoded as they are.
       input_interpolation: "bilinear" or "bicubic", antialiased.
       few_at_once: in inference, encode as many images together as `Encoder.pixels_at_once` says.
+      lora: low-rank factors of the encoder's kernels; None: it has none.
+      frozen_norms: the last layer (`Encoder.layer_of`) whose batch norms normalise by their running statistics in
+        training too, and keep them; -1: none, inf: all.
 
     `jaxcl.models.trees` says where the parameters and statistics of each lie.
     """
@@ -44,6 +60,8 @@ class Model:
     input_size: int = 0
     input_interpolation: str = "bilinear"
     few_at_once: bool = False
+    lora: LowRank | None = None
+    frozen_norms: float = -1
 
     # ---- facts
 
@@ -65,7 +83,7 @@ class Model:
     @property
     def batch_norm(self) -> bool:
         """Whether the features of an image depend on its batch in training."""
-        return self.encoder.norm == "batch"
+        return self.encoder.norm == "batch" and self.frozen_norms < math.inf
 
     def check_depth(self, where: str, depth: int) -> None:
         """Raises UserError unless `encode` can stop after that many stages; 0 means the whole network.
@@ -81,7 +99,7 @@ class Model:
         """Raises UserError unless the encoder has this set of batch norms. where: the config key that names it."""
         known = ("", *self.encoder.norm_sets)
         if name not in known:
-            if not self.batch_norm:
+            if self.encoder.norm != "batch":
                 raise UserError(f"{where} is {name!r}; expected '': this encoder has no batch norms")
             names = ", ".join(map(repr, known))
             raise UserError(f"{where} is {name!r}; expected one of {names}; model.norm_sets adds further ones")
@@ -98,12 +116,14 @@ class Model:
         if self.input_size:
             image_shape = (self.input_size, self.input_size, image_shape[-1])
         variables = self.encoder.init(encoder_key, jnp.zeros((1, *image_shape)), train=False)
-        if "batch_stats" in variables and not self.batch_norm:
+        if "batch_stats" in variables and self.encoder.norm != "batch":
             name = type(self.encoder).__name__
             raise UserError(f"{name} keeps batch statistics, but says norm={self.encoder.norm!r}; expected 'batch'")
         head = self.head.init(head_key, jnp.zeros((1, self.features)))
         stats = with_head(dict(variables.get("batch_stats", {})), head.get("batch_stats", {}))
         params = {ENCODER: variables["params"], HEAD: head.get("params", {})}
+        if self.lora:
+            params[LORA] = self.lora.init(jax.random.fold_in(key, zlib.crc32(LORA.encode())), params[ENCODER])
         if not self.branches:
             return params, stats
         image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -118,6 +138,16 @@ class Model:
                 own = {k: v[kind] for k, v in branch.items() if v.get(kind)}
                 tree[BRANCHES] = {**tree.get(BRANCHES, {}), branch_name(stage): own}
         return params, stats
+
+    def encoder_params(self, params: Tree) -> Tree:
+        """The parameters that the network runs with: with LoRA, its own and what the factors add."""
+        if self.lora and LORA in params:  # GradCache hands over what is merged already
+            return self.lora.merged(params[ENCODER], params[LORA])
+        return params[ENCODER]
+
+    def keeps_statistics(self, path: tuple[str, ...]) -> bool:
+        """Whether a batch norm at this path in the encoder's tree keeps its running statistics in training."""
+        return self.frozen_norms == math.inf or self.encoder.layer_of(path) <= self.frozen_norms
 
     def statistics_of(self, stats: Tree, norm_set: str = "") -> Tree:
         """The encoder's batch statistics of one set of batch norms."""
@@ -282,10 +312,14 @@ class Model:
         """Call the encoder -> (its output, batch statistics of the model)."""
         self.check_norm_set("norm_set", norm_set)
         kwargs |= dict(train=train, norm_set=norm_set)
-        variables = {"params": params[ENCODER], "batch_stats": encoder_stats(stats)}
+        variables = {"params": self.encoder_params(params), "batch_stats": encoder_stats(stats)}
         if not train:
             return self.encoder.apply(variables, *args, **kwargs), stats
-        out, new = self.encoder.apply(variables, *args, mutable=["batch_stats"], **kwargs)
+        if self.frozen_norms < 0 or self.encoder.norm != "batch":
+            out, new = self.encoder.apply(variables, *args, mutable=["batch_stats"], **kwargs)
+        else:
+            with with_running_statistics(self.keeps_statistics):
+                out, new = self.encoder.apply(variables, *args, mutable=["batch_stats"], **kwargs)
         return out, {**stats, **new.get("batch_stats", {})}
 
     # ---- forms for CPUs (`jaxcl.models.cpu`); on other backends these are the same model
@@ -331,5 +365,12 @@ def make_model(options: EncoderOptions) -> Model:
 
     stages = sorted(set(options.branches))
     branches = tuple((i, encoder.adapter(i), head(i in options.branch_embeds)) for i in stages)
-    resizing = dict(input_size=options.input_size, input_interpolation=options.input_interpolation)
-    return Model(encoder, head(True), branches, **resizing)
+    return Model(
+        encoder,
+        head(True),
+        branches,
+        input_size=options.input_size,
+        input_interpolation=options.input_interpolation,
+        lora=LowRank.of(options, encoder),
+        frozen_norms=math.inf if options.norm_statistics == "frozen" else -1,
+    )

@@ -7,13 +7,14 @@ all other parameters (auxiliary batch norms: Xie et al. 2020, "Adversarial Examp
 C channels.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from jaxcl.models.batch_norm import BatchNorm
+from jaxcl.models.batch_norm import BatchNorm, zero_rows
 from jaxcl.runtime.options import OptionError
 
 Array = jax.Array
@@ -77,6 +78,23 @@ def apply_norm(module: nn.Module, name: str, x: Array, mode: dict) -> Array:
             if norm_set != chosen:
                 getattr(module, name_in_set(name, norm_set))(x, **mode)
     return getattr(module, name_in_set(name, chosen))(x, **mode)
+
+
+def with_running_statistics(frozen: Callable[[tuple[str, ...]], bool]) -> contextlib.AbstractContextManager:
+    """Within it, batch norms normalise by their running statistics in training too, and keep them.
+
+    frozen: path of a norm in the tree of the network that is applied -> whether it does.
+    """
+
+    def call(norm: Callable, args: tuple, kwargs: dict, context: Any) -> Array:
+        module = context.module
+        is_norm = isinstance(module, (BatchNorm, nn.BatchNorm)) and context.method_name == "__call__"
+        if not is_norm or module.is_initializing() or not frozen(module.path):
+            return norm(*args, **kwargs)
+        # Padded rows stay zero, as the norms that follow need them.
+        return zero_rows(norm(args[0], use_running_average=True), kwargs.get("where"))
+
+    return nn.intercept_methods(call)
 
 
 def statistics_of(stats: Tree, norm_set: str, norm_sets: Sequence[str]) -> Tree:

@@ -59,6 +59,21 @@ class ResNet(Encoder):
     def taps(self) -> tuple[str, ...]:
         return tuple(f"stage{i + 1}" for i in range(len(self.stage_sizes)))
 
+    @property
+    def num_layers(self) -> int:
+        return sum(self.stage_sizes)
+
+    @nn.nowrap
+    def layer_of(self, path: tuple[str, ...]) -> int:
+        if not path[0].startswith("stages_"):
+            return 0
+        stage, block = map(int, path[0].split("_")[1:])  # flax's name of a list in a list: stages_STAGE_BLOCK
+        return sum(self.stage_sizes[:stage]) + block + 1
+
+    @nn.nowrap
+    def layer_of_stage(self, stage: int) -> int:
+        return sum(self.stage_sizes[:stage])
+
     @nn.nowrap
     def adapter(self, stage: int) -> Adapter:
         names = ("norm", "momentum", "norm_sets", "norm_set_momentum", "dtype")

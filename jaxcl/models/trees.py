@@ -2,6 +2,7 @@
 
 params                                     batch statistics
 encoder/...                                ... (those of the encoder, at the top)
+lora/... (factors, a tree like encoder/)
 head/...                                   head/...
 branches/stageK/{adapter,head}/...         branches/stageK/{adapter,head}/...
 encoders/NAME/ (a tree like this one)      encoders/NAME/
@@ -16,6 +17,7 @@ Tree = Any
 # Of one model.
 ENCODER, HEAD, BRANCHES = "encoder", "head", "branches"
 ADAPTER = "adapter"  # in a branch, beside its HEAD
+LORA = "lora"  # low-rank factors of the encoder's kernels
 # Beside the main model: other models, the heads that terms read, and EMA encoders, which memory holds.
 ENCODERS, HEADS, TARGETS = "encoders", "heads", "targets"
 

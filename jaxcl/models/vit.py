@@ -150,6 +150,8 @@ class ViT(Encoder):
 
     norm = "layer"
     takes_key = True
+    layer_decay = 0.7
+    lora_modules = {"qkv": ("qkv",), "mlp": ("mlp_hidden", "mlp_out")}  # noqa: RUF012
 
     patch: int = 4
     width: int = 256
@@ -171,6 +173,17 @@ class ViT(Encoder):
     @property
     def taps(self) -> tuple[str, ...]:
         return tuple(f"block{i}" for i in range(1, self.depth))
+
+    @property
+    def num_layers(self) -> int:
+        return self.depth
+
+    @nn.nowrap
+    def layer_of(self, path: tuple[str, ...]) -> int:
+        name, _, number = path[0].partition("_")
+        if name == "blocks":
+            return int(number) + 1
+        return 0 if name == "embedding" else self.depth + 1
 
     def setup(self):
         self.embedding = Embedding(self.patch, self.width, self.dropout, self.dtype)

@@ -20,7 +20,7 @@ from jaxcl.method.init_state import init_state, state_shardings
 from jaxcl.method.initial_weights import starting_weights
 from jaxcl.method.recipe import Recipe
 from jaxcl.method.state import TrainState
-from jaxcl.train import agreement, config_diff, run_folder
+from jaxcl.train import agreement, config_diff, first_weights, run_folder
 from jaxcl.train.best import check_selection
 from jaxcl.train.checkpoint import Checkpoints
 from jaxcl.train.intervals import Intervals, intervals_of
@@ -161,7 +161,9 @@ def prepare(config: ConfigDict, plain: dict[str, Any], workdir: epath.Path) -> J
     facts = data_facts(source)
     recipe = build_recipe(config, **facts, num_devices=devices)
     evaluation = Evaluation(config, recipe, train=source, make_source=lambda split: source_of(config, split))
+    evaluation.first = lambda: first_weights.first_weights(config, recipe, workdir)
     evaluation.check_options()
+    recipe.finetune.say(lambda: jax.eval_shape(lambda: init_state(recipe)).params)
     check_selection(config)
     return Job(
         config=config,

@@ -22,7 +22,7 @@ from jaxcl.report.verdict import main_accuracies
 from jaxcl.report.wandb import WandbRun
 from jaxcl.runtime import storage
 from jaxcl.runtime.lock import RunLock
-from jaxcl.train import agreement, code, diverged, pretrained, run_folder
+from jaxcl.train import agreement, code, diverged, first_weights, pretrained, run_folder
 from jaxcl.train import profile as profiles
 from jaxcl.train.best import Best
 from jaxcl.train.checkpoint import AGAIN, Preemption, last_good
@@ -100,6 +100,8 @@ def _run(
     lock = run_folder.claim(workdir, plain, job.known, writes())
     if lock:
         stack.callback(lock.close)
+    if writes() and job.weights and "drift" in (*config.eval.quick, *config.eval.final):
+        first_weights.record(workdir, job.weights)
     wandb = report.open_wandb(config.wandb, workdir, plain) if writes() else None
     if wandb:
         stack.enter_context(wandb)

@@ -31,6 +31,7 @@ from jaxcl.method.state import TrainState
 from jaxcl.runtime import storage
 from jaxcl.runtime.options import OptionError, check, options_of, suggestion
 from jaxcl.train.checkpoint import Checkpoints
+from jaxcl.train.first_weights import first_weights
 from jaxcl.train.run_folder import FINGERPRINT, ROW_ORDER
 
 logger = logging.getLogger("jaxcl")
@@ -95,6 +96,7 @@ def load_run(
         make_source=lambda split: source_of(config, split),
         class_names=saved.class_names,
     )
+    evaluation.first = lambda: first_weights(saved.config, saved.recipe, saved.workdir)
     return Run(**vars(saved), evaluation=evaluation)
 
 

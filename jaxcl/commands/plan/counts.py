@@ -138,7 +138,8 @@ def _traffic(recipe: Recipe, phase: Phase, state: Any) -> dict[str, dict[str, fl
     two in the backward pass; and the parameters where they are sharded. tests/commands/test_plan.py compares this with
     compiled programs.
     """
-    params, probe = _bytes(state.params), sum(_bytes(m["params"]) for n, m in state.memory.items() if "opt_state" in m)
+    params, learned = _bytes(state.params), _bytes(recipe.finetune.split(state.params)[0])
+    probe = sum(_bytes(m["params"]) for n, m in state.memory.items() if "opt_state" in m)
     targets = sum(_bytes(state.memory[n]["params"]) for n in recipe.targets)
     norms = 0
     for p in recipe.passes:
@@ -148,11 +149,11 @@ def _traffic(recipe: Recipe, phase: Phase, state: Any) -> dict[str, dict[str, fl
         own = {k: v for k, v in tree.items() if k not in ("encoders", "heads")}
         norms += _bytes(own) * (2 if trained else 1)
     if recipe.sharding == "data":
-        return {"gradients": {"all-reduce": params + probe}, "norms": {"all-reduce": norms}, "parameters": {}}
+        return {"gradients": {"all-reduce": learned + probe}, "norms": {"all-reduce": norms}, "parameters": {}}
     # fsdp gathers for the forward pass and again for the backward pass; zero1 gathers the updated parameters.
-    gathered = 2 * params + targets if recipe.sharding == "fsdp" else params + targets
+    gathered = 2 * params + targets if recipe.sharding == "fsdp" else learned + targets
     return {
-        "gradients": {"reduce-scatter": params, "all-reduce": probe},
+        "gradients": {"reduce-scatter": learned, "all-reduce": probe},
         "norms": {"all-reduce": norms},
         "parameters": {"all-gather": gathered},
     }
