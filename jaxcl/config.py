@@ -60,6 +60,9 @@ class Files(Options):
     """`data.files`: of folder, csv, waterbirds, celeb_a and voc (whose default is 224)"""
 
     image_size: Size = 0  # side after resizing; 0: unchanged if all have one shape of at most 256, otherwise 64
+    # How a resized image becomes a square. crop: the sides of a wide image are cut off; squash: all of it, out of
+    # proportion; letterbox: all of it, with bars. "": squash for folder and csv, crop for sets whose protocols crop.
+    fit: Literal["", "crop", "squash", "letterbox"] = ""
     max_pixels: Count = 2**30  # of an image; files with more count as bad, as an attack on the memory
 
 
