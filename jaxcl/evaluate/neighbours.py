@@ -3,19 +3,23 @@
 N images, Q queries, D features, k neighbours.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxcl.data import Source
+from jaxcl.data import Source, default_fit
+from jaxcl.data.originals import Originals, originals
 from jaxcl.data.selection import cut_down
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels
 from jaxcl.evaluate.context import THUMBNAIL, EvalContext, EvalSetup
-from jaxcl.evaluate.duplicates import connected_groups, near_duplicates, normalized
+from jaxcl.evaluate.duplicate_table import Row, table
+from jaxcl.evaluate.duplicates import Found, near_duplicates
 from jaxcl.evaluate.knn import nearest_neighbours
+from jaxcl.evaluate.structure import unboxed
 
-LISTED = 100  # near-duplicates in results.json
+LISTED = 100  # groups of near-duplicates in results.json
 PICTURED, MAPPED = 8, 1000  # queries in the report; images on its map
 GROUPS, GROUP_SIZE = 12, 8  # groups of near-duplicates in the report, and images shown of each
 
@@ -25,8 +29,9 @@ class Neighbours(Evaluator):
 
     Metrics: "cosine", mean over the test images of the cosine to the nearest training image; "any_cosine", the mean
     cosine over all pairs; "agreement", share of the neighbours that have the class of the test image, where labels are
-    known; "copies", number of images that are near-duplicates of another one, not counting the first of each group;
-    "all_compared", whether no pair was skipped; "near_duplicates", the first pairs by the names of their images.
+    known; "copies", number of images that are near-duplicates of another one, not counting one of each group;
+    "groups" and "pairs" of near-duplicates; "all_compared", whether no pair was skipped; "near_duplicates", the first
+    `LISTED` groups, or pairs outside groups, by the names of their images. The report's duplicates.csv has them all.
     """
 
     feature_kinds = (THUMBNAIL,)
@@ -50,10 +55,8 @@ class Neighbours(Evaluator):
         options = setup.options
         if options.neighbours < 1:
             raise UserError(f"eval.neighbours is {options.neighbours}; expected at least 1")
-        if not -1 <= options.duplicate_cosine <= 1:
-            raise UserError(f"eval.duplicate_cosine is {options.duplicate_cosine}; expected a cosine, such as 0.95")
-        if not 0 <= options.duplicate_pixels <= 1:
-            raise UserError(f"eval.duplicate_pixels is {options.duplicate_pixels}; expected a number from 0 to 1")
+        if not 0 < options.duplicate_score <= 1:
+            raise UserError(f"eval.duplicate_score is {options.duplicate_score}; expected a number from 0 to 1")
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
         options = context.options
@@ -65,25 +68,21 @@ class Neighbours(Evaluator):
             "k": cosine_Qxk.shape[1],
             "cosine": float(cosine_Qxk[:, 0].mean()),
             # The mean over all pairs.
-            "any_cosine": float(normalized(bank_NxD).mean(0) @ normalized(queries_QxD).mean(0)),
+            "any_cosine": float(_normalized(bank_NxD).mean(0) @ _normalized(queries_QxD).mean(0)),
         }
         known_Qxk = (test.labels >= 0)[:, None] & (train.labels[rows_Qxk] >= 0)
         agree_Qxk = test.labels[:, None] == train.labels[rows_Qxk]
         if known_Qxk.any():
             metrics["agreement"] = float(agree_Qxk[known_Qxk].mean())
 
-        both = _Both(train, test)
-        thumbnails = np.concatenate([context.features(split, THUMBNAIL) for split in ("train", "test")])
-        features = np.concatenate([bank_NxD, queries_QxD])
-        limits = dict(cosine=options.duplicate_cosine, pixels=options.duplicate_pixels)
-        found = near_duplicates(features, thumbnails, both.images, **limits)
+        both, features = _Both(train, test), np.concatenate([bank_NxD, queries_QxD])
+        found, rows, fit = self._duplicates(context, both)
         metrics |= {
-            "copies": len(found.pairs),  # each pair adds one image to a group
+            "copies": sum(len(group) - 1 for group in found.groups),
+            "groups": len(found.groups),
+            "pairs": len(found.pairs),
             "all_compared": found.complete,
-            "near_duplicates": [
-                {"images": [both.name(p.first), both.name(p.second)], "cosine": p.cosine, "pixels": p.pixels}
-                for p in found.pairs[:LISTED]
-            ],
+            "near_duplicates": _listed(rows),
         }
 
         shown = cut_down(test.labels, PICTURED, seed=0)
@@ -98,12 +97,50 @@ class Neighbours(Evaluator):
             },
             "map": both.sample(MAPPED, features),
         }
-        if groups := connected_groups(found.pairs)[:GROUPS]:
+        if rows:
+            groups = found.groups[:GROUPS] or [[p.first, p.second] for p in found.pairs[:GROUPS]]
             panels["near_duplicates"] = {
                 "images": [both.images(np.array(group[:GROUP_SIZE])) for group in groups],
-                "names": [[both.name(i) for i in group] for group in groups],
+                "rows": rows,
+                "shown": [[both.name(i) for i in group] for group in groups],
+                "fit": fit,
+                "complete": found.complete,
             }
         return metrics, panels
+
+    def _duplicates(self, context: EvalContext, both: "_Both") -> tuple[Found, list[Row], str]:
+        """(near-duplicates, their table, how images became squares)."""
+        config, files = context.setup.config, both.originals()
+        thumbnails = np.concatenate([context.features(split, THUMBNAIL) for split in ("train", "test")])
+        fit = config.data.files.fit or default_fit(config.data.source)
+        # Middle squares have no proportions to compare.
+        aspect = np.ones(len(thumbnails)) if fit == "crop" else files.width / np.maximum(1, files.height)
+        if fit == "letterbox":
+            thumbnails = unboxed(thumbnails, aspect)
+        found = near_duplicates(thumbnails, aspect, least=context.options.duplicate_score)
+        return found, table(found, both.name, files), fit
+
+
+def _listed(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The first groups, or pairs outside groups, as results.json has them."""
+    units: dict[Any, list[Row]] = {}
+    for row in rows:
+        units.setdefault(row.group or row, []).append(row)
+    return [
+        {
+            "images": [row.file for row in unit] if unit[0].group else [unit[0].like, unit[0].file],
+            "score": min(row.score for row in unit),
+        }
+        for unit in list(units.values())[:LISTED]
+    ]
+
+
+def _normalized(x: np.ndarray) -> np.ndarray:
+    """Rows [N,D] at unit length, float32; rows of zeros stay zero."""
+    x = np.asarray(x, np.float32)
+    largest = np.abs(x).max(1, keepdims=True, initial=0)
+    x = np.ldexp(x, -np.frexp(largest)[1])  # squares of the result neither overflow nor vanish
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 class _Both:
@@ -119,6 +156,9 @@ class _Both:
         out[rows < n] = self._train.batch(rows[rows < n])["image"]
         out[rows >= n] = self._test.batch(rows[rows >= n] - n)["image"]
         return out
+
+    def originals(self) -> Originals:
+        return Originals(*map(np.concatenate, zip(originals(self._train), originals(self._test), strict=True)))
 
     def name(self, row: int) -> str:
         """The name of the file, or the split and the row in it."""
