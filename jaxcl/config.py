@@ -116,7 +116,7 @@ class Eval(Options):
     knn_k: Count = 200
     knn_temperature: Annotated[float, POSITIVE] = 0.1
     neighbours: Count = 8  # shown for each image, by the evaluator of that name
-    duplicate_score: float = 0.75  # near-duplicates: of what is at least so alike in structure; 1: the same picture
+    duplicate_score: float = 0.7  # near-duplicates: of what is at least so alike in structure; 1: the same picture
     logistic_epochs: Count = 1000
     logistic_batch_size: Count = 256
     logistic_lr: Annotated[float, POSITIVE] = 3e-4  # of Adam, constant

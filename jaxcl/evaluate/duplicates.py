@@ -15,7 +15,9 @@ import numpy as np
 from jaxcl.evaluate import structure
 from jaxcl.runtime.cores import usable_cores
 
-LEAST_SCORE = 0.75  # of two images that count as near-duplicates, by default
+# Of two images that count as near-duplicates, by default. Of 400 altered copies of CIFAR-10's training images all but
+# none have more than 0.8, and of 2,000 of these images all pairs that are no copies by eye have less than 0.55.
+LEAST_SCORE = 0.7
 CANDIDATES = 12  # images that each image is compared with in detail
 COARSELY_ALIKE = 0.75  # correlation of coarse pictures below which nothing is compared in detail
 MOST_COMPARED = 2_000_000  # pairs inside groups; beyond it `complete` is False

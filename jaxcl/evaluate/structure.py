@@ -18,7 +18,8 @@ SMALLEST = 0.7  # side of a window: a crop that leaves less than half of the are
 LEAST_CONTRAST = 2.0  # standard deviation of grey values (of 255) below which an image has no structure
 LEAST_CORRELATION = 0.8  # of the windows, before their parts are compared
 _STRIDE = 4  # between the parts that are compared one by one, which are twice as large
-_NOISE = 0.02  # variance of a part, in units of the image's, below which it is plain
+_NOISE = 0.05  # variance of a part, in units of the image's, below which it is plain
+_FRAME = 0.03  # of each side that does not count: there the pixels of a border or of a cut mix with the picture's
 _WORST = 10  # percent of the parts
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -87,8 +88,7 @@ class Likeness(NamedTuple):
 
     Attributes:
       score: [n] in [-1,1]; 1 for the same picture. The lower of two: the correlation of details, each part weighted by
-        its contrast; and the mean similarity of the worst tenth of the parts, which a change in one place lowers, half
-        way to 1.
+        its contrast; and the mean similarity of the worst tenth of the parts, which a change in one place lowers.
       window: [n,4].
       second_contains: bool [n]; the window is one of the second image, otherwise of the first.
       mirrored: bool [n].
@@ -135,10 +135,15 @@ def _contained(a_nxP: np.ndarray, b_nxP: np.ndarray, ratio: np.ndarray) -> tuple
     score = np.full(n, -1.0, np.float32)
     left = np.flatnonzero((ratio >= SMALLEST) & (ratio <= 1 / SMALLEST))
     for side, steps in ((16, 6), (SIDE, 3)):  # coarse pictures first: their correlation has fewer local maxima
+        if not len(left):
+            return score, window, mirrored
         window[left], correlation = _aligned(a[left], b[left], window[left], ratio[left], side, steps)
         left = left[correlation >= LEAST_CORRELATION]
-    looks = [_score(sampled(a[left, c], window[left], SIDE)[0], b[left, c]) for c in (0, 1)]
-    score[left] = np.maximum(*looks)
+    if len(left):
+        frame = np.full((len(left), 4), (_FRAME, _FRAME, 1 - 2 * _FRAME, 1 - 2 * _FRAME), np.float32)
+        inner = np.concatenate([window[left, :2] + _FRAME * window[left, 2:], window[left, 2:] * (1 - 2 * _FRAME)], 1)
+        sides = ((sampled(a[left, c], inner, SIDE)[0], sampled(b[left, c], frame, SIDE)[0]) for c in (0, 1))
+        score[left] = np.maximum(*(np.minimum(*parts_of(*pair)) for pair in sides))
     return score, window, mirrored
 
 
@@ -243,11 +248,6 @@ def parts_of(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     details = (weight * details).sum(1) / np.maximum(weight.sum(1), 1e-6)
     similar = np.sort((2 * both + _NOISE) / (var_a + var_b + _NOISE), axis=1)
     return details, similar[:, : max(1, similar.shape[1] * _WORST // 100)].mean(1)
-
-
-def _score(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    details, worst = parts_of(a, b)
-    return np.minimum(details, (1 + worst) / 2)
 
 
 def _blocks(x: np.ndarray) -> np.ndarray:

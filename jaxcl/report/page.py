@@ -11,7 +11,7 @@ import matplotlib.figure
 import numpy as np
 from etils import epath
 
-from jaxcl.report import figures, neighbours, similarities, step_time, transfer, verdict
+from jaxcl.report import duplicates, figures, neighbours, similarities, step_time, transfer, verdict
 from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI, Titled
 from jaxcl.runtime import storage
@@ -51,10 +51,10 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | 
     ),
     "near_duplicates": (
         "Near-duplicates",
-        "Groups of images that are alike both to the encoder and pixel by pixel: copies, other sizes or compressions "
-        "of one image, or frames of one scene. Copies in both the training and the test split make results look too "
-        "good; many copies of one image give it too much weight in training.",
-        lambda panel: neighbours.duplicate_grid(**panel),
+        "Images of the same structure, compared as wholes and without the encoder: copies in another size, compression "
+        "or colour, crops, mirror images, or frames of one scene. Copies in both the training and the test split make "
+        "results look too good; many copies of one image give it too much weight in training.",
+        duplicates.figure,
     ),
     "similarities": (
         "Near and far",
@@ -162,7 +162,7 @@ def write_report(
       panels: name -> the data of its figure; each may be missing:
         "views": {"images": {view: [n,H,W,C]}, "labels": [n]}; "saliency", "adversary", "embedding", "confusion": the
         arguments of `saliency_grid`, `adversary_grid`, `embedding` and `confusion`; "neighbours", "map",
-        "near_duplicates": the arguments of `neighbour_grid`, `thumbnail_map` and `duplicate_grid`; "transfer": a panel
+        "near_duplicates": the arguments of `neighbour_grid`, `thumbnail_map` and `duplicates`; "transfer": a panel
         of `fine_embedding`; "invariance": the panel of `invariance`; "ood": the rows of `out_of_domain`; "reliability",
         "reliability_fgsm" (on attacked images), "robustness": the argument of the function with that name;
         "step_time": the contents of step_time.json (`jaxcl.train.profile`).
@@ -180,13 +180,16 @@ def write_report(
     panels = {"curves": metrics, "similarities": similarities.rows(metrics), **panels}
     for name in panels.keys() - _SECTIONS.keys():
         logger.warning("the report has no section for the panel %r", name)
+    (folder / duplicates.FILE).unlink(missing_ok=True)
+    if _present(panels.get("near_duplicates")):
+        duplicates.write_table(folder, panels["near_duplicates"]["rows"])
     sections = [_section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))]
 
     title = verdict.title(config) or storage.folder(workdir).name
     command = results.get("command") or environment.get("command")
     lead = verdict.sentence(config, results, images or {})
     body = [
-        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p></header>",
+        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>{_note(config)}</header>",
         _verdict_table(results),
         *sections,
         step_time.section(measured) if measured else "",
@@ -205,6 +208,11 @@ def write_page(path: str | os.PathLike, title: str, body: str, style: str = "") 
     path = epath.Path(path)
     storage.write_whole(path, _PAGE.format(title=escape(title), style=_CSS + style, body=body))
     return path
+
+
+def _note(config: Mapping[str, Any]) -> str:
+    line = duplicates.fit_line(config)
+    return f"<p>{escape(line)}</p>" if line else ""
 
 
 def _present(panel: Any) -> bool:
@@ -233,14 +241,9 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
             for x, y, w, h, text in titles
         )
         picture = f"<div class=titled>{picture}{over}</div>"
-    below = _file_names(panel["names"]) if name == "near_duplicates" else ""
+    below = duplicates.below(panel) if name == "near_duplicates" else ""
     head = f"<h2>{escape(title)}</h2><p>{escape(caption)}</p>"
     return f'<section id="{name}">{head}<figure>{picture}</figure>{below}</section>'
-
-
-def _file_names(groups: Sequence[Sequence[str]]) -> str:
-    rows = {str(i): ", ".join(group[:50]) for i, group in enumerate(groups, 1)}
-    return f"<details><summary>Their names</summary>{_table(rows)}</details>"
 
 
 def _verdict_table(results: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """The page stands alone, says and escapes what it was given, and survives a panel that cannot be drawn."""
 
+import csv
 import html.parser
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from jaxcl.evaluate.duplicate_table import Row
 from jaxcl.report import MetricsWriter, figures, read_metrics, style, verdict, write_report
 from jaxcl.report import curves as curves_module
 from jaxcl.report import similarities as similarities_module
@@ -34,7 +37,18 @@ def _panels(n=12, classes=4):
             "found_names": [[EVIL, "a", 'b"c']] * 2,
         },
         "map": {"features": rng.normal(size=(n, 8)), "images": images, "names": [f"{EVIL}/{i}.jpg" for i in range(n)]},
-        "near_duplicates": {"images": [images[:2], images[:3]], "names": [["a", EVIL], ["b", "c", "d/猫.png"]]},
+        "near_duplicates": {
+            "images": [images[:2], images[:3]],
+            "shown": [["a", EVIL], ["b", "c", "d/猫.png"]],
+            "rows": [
+                Row(1, "yes", "a", 30, 20, 900, 1.0, "a", ""),
+                Row(1, "", EVIL, 15, 10, 0, 0.93, "a", "mirrored"),
+                *(Row(2, "", name, 8, 8, 100, 0.9, "b", "") for name in ("b", "c", "d/猫.png")),
+                Row(0, "", "e", 8, 8, 100, 0.8, "a", ""),
+            ],
+            "fit": "squash",
+            "complete": True,
+        },
         "saliency": {
             "image": images,
             "map": heat,
@@ -155,7 +169,13 @@ def test_page_escapes_everything_it_is_given(full):
     for place in (f"--config={EVIL}", f"strange.note{EVIL}", f"devices{EVIL}"):
         assert place in page.text
     assert page.text.count(EVIL) >= 4
-    assert "a, " + EVIL in page.text  # of the near-duplicates
+    table = list(csv.DictReader(io.StringIO((full.parent / "duplicates.csv").read_text(encoding="utf-8"))))
+    assert [row["file"] for row in table] == ["a", EVIL, "b", "c", "d/猫.png", "e"]
+    assert table[1] == {
+        **dict(group="1", keep="", file=EVIL, width="15", height="10", bytes="", score="0.93", like="a"),
+        "how": "mirrored",
+    }
+    assert table[5]["group"] == "" and "duplicates.csv" in page.text and "data.files.fit: squash" in page.text
     titles = page.titles
     assert f"{EVIL}/3.jpg" in titles and f'b"c, cosine {_panels()["neighbours"]["cosine"][0, 2]:.3f}' in titles
 
