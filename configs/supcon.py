@@ -98,7 +98,8 @@ def get_config(preset: str = ""):
     c.data.source = SOURCES.get(dataset, dataset)
     c.size = SIDES.get(dataset, 0)
     if dataset == "imagenet100":
-        c.data.files.image_size = 256  # size of the decoded photos; views of 224 are cropped from them
+        # Size of the decoded photos, of their middle squares; views of 224 are cropped from them.
+        c.data.files.image_size, c.data.files.fit = 256, "crop"
     c.data.tfds.image_size = 256 if dataset == "imagenet" else 0
     if dataset in SOURCES and scale == "paper":
         _paper(c, dataset)

@@ -67,6 +67,9 @@ class Files(Options):
     """`data.files`: of folder, csv, waterbirds, celeb_a and voc (whose default is 224)"""
 
     image_size: Size = 0  # side after resizing; 0: unchanged if all have one shape of at most 256, otherwise 64
+    # How a resized image becomes a square. crop: the sides of a wide image are cut off; squash: all of it, out of
+    # proportion; letterbox: all of it, with bars. "": squash for folder and csv, crop for sets whose protocols crop.
+    fit: Literal["", "crop", "squash", "letterbox"] = ""
     max_pixels: Count = 2**30  # of an image; files with more count as bad, as an attack on the memory
 
 
@@ -121,8 +124,7 @@ class Eval(Options):
     knn_temperature: Annotated[float, POSITIVE] = 0.1
     neighbours: Count = 8  # shown for each image, by the evaluator of that name
     clusters: Size = 0  # groups of alike images, by the evaluator of that name; 0: the square root of half the images
-    duplicate_cosine: float = 0.95  # near-duplicates: features at least so similar,
-    duplicate_pixels: float = 0.06  # and pixels no further apart, root mean square, as a share of their range
+    duplicate_score: float = 0.7  # near-duplicates: of what is at least so alike in structure; 1: the same picture
     logistic_epochs: Count = 1000
     logistic_batch_size: Count = 256
     logistic_lr: Annotated[float, POSITIVE] = 3e-4  # of Adam, constant

@@ -9,7 +9,7 @@ from jaxcl.data.from_config import order_of, source_of
 from jaxcl.data.kind import SourceKind
 from jaxcl.data.loader import Loader, batches
 from jaxcl.data.source import ArraySource, Source
-from jaxcl.data.sources import has_own_validation, keeps_size, make_source
+from jaxcl.data.sources import default_fit, has_own_validation, keeps_size, make_source
 
 __all__ = [
     "ArraySource",
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "SourceKind",
     "batches",
+    "default_fit",
     "has_own_validation",
     "keeps_size",
     "make_source",

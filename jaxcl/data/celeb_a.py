@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcl.data.csv_file import integers, read_table
 from jaxcl.data.files import ImageFiles
+from jaxcl.data.images import Fit
 from jaxcl.data.listing import Listing, columns
 from jaxcl.data.paths import first, join, read_text, root_of, shown
 from jaxcl.data.waterbirds import SPLITS
@@ -30,13 +31,14 @@ class CelebA(ImageFiles):
     Options:
       target: the attribute that is the class.
       group: the attribute that divides each class into groups.
-      image_size, on_bad_image: as of `ImageFiles`; image_size 0 is 178.
+      image_size, fit, on_bad_image: as of `ImageFiles`; image_size 0 is 178, and fit "" is crop.
 
     Errors: as of `ImageFiles`; UserError for an unknown attribute.
     """
 
     config_keys: ClassVar[tuple[str, ...]] = ("celeb_a", "files", "on_bad_image")
     default_size: ClassVar[int] = SIDE
+    default_fit: ClassVar[Fit] = "crop"
 
     target: str = "Blond_Hair"
     group: str = "Male"

@@ -12,7 +12,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,10 @@ class ImageFiles(SourceKind):
     """A kind of source made of image files. A subclass defines `listing`.
 
     Options:
-      image_size: side to which images are resized (shorter side, then the centre). 0: they keep their size if
-        they all have the same size of at most 256 pixels, otherwise 64.
+      image_size: side to which images are resized. 0: they keep their size if they all have the same size of at most
+        256 pixels, otherwise 64.
+      fit: how a resized image becomes a square: "crop" (the middle of it), "squash" or "letterbox" (all of it), as of
+        `images.fitted`. "": squash, or what the kind of source says.
       max_pixels: of an image; files with more count as bad.
       on_bad_image: what happens to files that cannot be read: "raise" ends with their names, "skip" leaves them out
         and logs their names.
@@ -52,8 +54,10 @@ class ImageFiles(SourceKind):
     config_keys: ClassVar[tuple[str, ...]] = ("files", "on_bad_image")
     keeps_size: ClassVar[bool] = True
     default_size: ClassVar[int] = 0  # the meaning of image_size 0, where it is not the one below
+    default_fit: ClassVar[images.Fit] = "squash"
 
     image_size: Size = 0
+    fit: Literal["", "crop", "squash", "letterbox"] = ""
     max_pixels: Pixels = images.MAX_PIXELS
     on_bad_image: Literal["raise", "skip"] = "raise"
 
@@ -76,7 +80,7 @@ class ImageFiles(SourceKind):
         """
         listing = self.listing(argument)
         size, skip = self.image_size or self.default_size, self.on_bad_image == "skip"
-        files = _checked(listing, size, self.max_pixels, skip=skip)
+        files = _checked(listing, Form(size, self.fit or self.default_fit, self.max_pixels), skip=skip)
         rows = files.rows_of(base_split)
         rows = rows[select(files.columns(rows)[0])]
         mean, std = files.moments_of_training()
@@ -86,6 +90,14 @@ class ImageFiles(SourceKind):
         return source_in_memory(
             files, *files.read_all(rows), names_of_rows=files.names(rows), paths=files.paths(rows), **about
         )
+
+
+class Form(NamedTuple):
+    """How files are decoded: the side of the square (0: none), how they become square, how large they may be."""
+
+    size: int
+    fit: images.Fit
+    max_pixels: int
 
 
 class Files(Reader):
@@ -100,17 +112,10 @@ class Files(Reader):
     """
 
     def __init__(
-        self,
-        listing: Listing,
-        sizes: np.ndarray,
-        image_shape: tuple[int, int, int],
-        size: int,
-        max_pixels: int,
-        *,
-        skip: bool,
+        self, listing: Listing, sizes: np.ndarray, image_shape: tuple[int, int, int], form: Form, *, skip: bool
     ):
-        self._max_pixels, self._skip = max_pixels, skip
-        self.listing, self.image_shape, self._size, self.threads = listing, image_shape, size, listing.threads
+        self.listing, self.image_shape, self.form, self.threads = listing, image_shape, form, listing.threads
+        self._skip = skip
         self.class_names, self.coarse_names = listing.class_names, listing.coarse_names
         self.group_names = listing.group_names
         self.sizes = sizes
@@ -141,9 +146,8 @@ class Files(Reader):
         with open_file(path) as stream:
             # One request per remote file. A local file is not read as a whole: if it is no image, it may be larger than
             # the memory.
-            image = images.decode(
-                io.BytesIO(stream.read()) if is_remote(path) else stream, self._size, self._max_pixels
-            )
+            stream = io.BytesIO(stream.read()) if is_remote(path) else stream
+            image = images.decode(stream, self.form.size, self.form.max_pixels, self.form.fit)
         if image.shape != self.image_shape:
             raise ValueError(f"image is {image.shape}, the set's are {self.image_shape}: set image_size")
         return image
@@ -233,21 +237,19 @@ class Files(Reader):
 _latest: tuple[bytes, Files] | None = None
 
 
-def _checked(listing: Listing, image_size: int, max_pixels: int, *, skip: bool) -> Files:
+def _checked(listing: Listing, form: Form, *, skip: bool) -> Files:
     """The good files of a listing. Errors: UserError for bad ones without `skip`, or if none is good."""
     global _latest
     if not listing.paths:
         raise UserError(f"{listing.spec} holds no images{''.join(f'; {note}' for note in listing.notes)}")
     bad: dict[int, str] = {}
-    key = hashlib.blake2b(
-        repr((listing.spec, image_size, max_pixels, skip, listing.names)).encode("utf-8", "surrogateescape")
-    )
+    key = hashlib.blake2b(repr((listing.spec, form, skip, listing.names)).encode("utf-8", "surrogateescape"))
     stamps = _stamps(listing.paths, bad)
     for column in (listing.columns, listing.splits, stamps):
         key.update(column.tobytes())
     if _latest is None or _latest[0] != key.digest():
         _latest = None  # frees its images before the next ones are decoded
-        _latest = key.digest(), _check(listing, stamps[:, 0], image_size, max_pixels, skip, bad)
+        _latest = key.digest(), _check(listing, stamps[:, 0], form, skip, bad)
     return _latest[1]
 
 
@@ -269,31 +271,29 @@ def _stamps(paths: list[str], bad: dict[int, str]) -> np.ndarray:
     return stamps
 
 
-def _check(
-    listing: Listing, sizes: np.ndarray, image_size: int, max_pixels: int, skip: bool, bad: dict[int, str]
-) -> Files:
+def _check(listing: Listing, sizes: np.ndarray, form: Form, skip: bool, bad: dict[int, str]) -> Files:
     spec, count = listing.spec, len(listing.paths)
     shapes = np.zeros((count, 2), np.int64)
 
     def header(i: int) -> None:
         with open_file(listing.paths[i]) as stream:
-            shapes[i] = images.shape(stream, max_pixels)
+            shapes[i] = images.shape(stream, form.max_pixels)
 
     # Headers are not needed where the size is given and every image is decoded anyway.
-    if not image_size or not (skip or fits_in_memory(count, (image_size, image_size, 3))):
+    if not form.size or not (skip or fits_in_memory(count, (form.size, form.size, 3))):
         _each(header, _good(count, bad), bad, listing.threads)
     good = _good(count, bad)
     if not good:
         _refuse(listing, bad)
     seen = np.unique(shapes[good], axis=0)
-    size, why = image_size, ""
+    size, why = form.size, ""
     if not size and (len(seen) > 1 or seen.max() > LARGEST):
         size = DEFAULT_SIZE
         seen = f"{seen[:, 1].min()}x{seen[:, 0].min()} to {seen[:, 1].max()}x{seen[:, 0].max()}"
-        why = f" (of {seen}; data.files.image_size sets another)"
+        why = f" (of {seen} by {form.fit}; data.files.image_size and data.files.fit set others)"
     shape = (size, size, 3) if size else (int(seen[0, 0]), int(seen[0, 1]), 3)
 
-    files = Files(listing, sizes, shape, size, max_pixels, skip=skip)
+    files = Files(listing, sizes, shape, form._replace(size=size), skip=skip)
     if fits := files.fits(len(good)):
         files.images, files.sums = np.zeros((count, *shape), np.uint8), np.zeros((count, 2, 3), np.int64)
 

@@ -6,7 +6,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Literal, get_args
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -23,6 +23,11 @@ FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
 
 MAX_PIXELS = 2**30  # of an image, by default: far above a panorama, below what fills a machine's memory
 SMALL = 2**20  # pixels; smaller images do not wait for others
+Fit = Literal["crop", "squash", "letterbox"]
+FITS: tuple[str, ...] = get_args(Fit)
+# Of the bars of a letterbox: ImageNet's mean colour, a warm grey. It is about 0 once an image is normalised, so that
+# the bars say little to an encoder, whereas black or white bars would be the strongest edges of most images.
+BARS = (124, 116, 104)
 AT_ONE_TIME = 2**27  # pixels that are decoded at one time: half a gigabyte as RGB with its copy for Pillow
 _RAW_EXIF = b"Raw profile type exif"
 _TURNS = {
@@ -46,8 +51,8 @@ def shape(stream: IO[bytes], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         return (width, height) if known and 5 <= _orientation(image) <= 8 else (height, width)
 
 
-def decode(stream: IO[bytes], size: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The first frame as RGB, uint8 [H,W,3], or [size,size,3] by `resize_and_crop`.
+def decode(stream: IO[bytes], size: int | None = None, max_pixels: int = MAX_PIXELS, fit: Fit = "crop") -> np.ndarray:
+    """The first frame as RGB, uint8 [H,W,3], or [size,size,3] by `fitted`.
 
     The EXIF orientation is applied. Greyscale is repeated, 16 bits are scaled to 8, CMYK is converted without colour
     profiles, and transparent pixels become white.
@@ -64,9 +69,48 @@ def decode(stream: IO[bytes], size: int | None = None, max_pixels: int = MAX_PIX
             image.load()
         rgb = _rgb(image)
         if size:
-            rgb = resize_and_crop(rgb, size, extent=drafted[1][2:] if drafted else None)
+            rgb = fitted(rgb, size, fit, extent=drafted[1][2:] if drafted else None)
         turn = _TURNS.get(_orientation(image))
         return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def fitted(
+    image: Image.Image, size: int, fit: Fit = "crop", *, extent: tuple[float, float] | None = None
+) -> Image.Image:
+    """Makes an RGB image a square of `size` (bilinear, antialiased).
+
+    Args:
+      fit: "crop": the shorter side becomes `size`, and of the longer one the middle remains. "squash": both sides
+        become `size`; all of the image remains, its proportions do not. "letterbox": the longer side becomes `size`,
+        and bars of the colour `BARS` fill the square; all of the image remains, smaller.
+      extent: as of `resize_and_crop`.
+    """
+    if fit == "crop":
+        return resize_and_crop(image, size, extent=extent)
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}")
+    width, height = extent or image.size
+    if fit == "squash" or width == height:
+        return _whole(image, (size, size), (width, height))
+    # The two bars are equally wide, so that an image that is turned later is as if it had been turned before.
+    inner = [
+        size - 2 * min((size - 1) // 2, round(size * (1 - side / max(width, height)) / 2)) for side in (width, height)
+    ]
+    square = Image.new("RGB", (size, size), BARS)
+    square.paste(_whole(image, (inner[0], inner[1]), (width, height)), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return square
+
+
+def _whole(image: Image.Image, to: tuple[int, int], extent: tuple[float, float]) -> Image.Image:
+    """All of an image at another size, whatever its proportions."""
+    if image.size == to:
+        return image
+    box = (0, 0, *extent)
+    if extent[0] < to[0] and extent[1] > to[1]:
+        # Pillow resizes rows first, which would fill the memory for a strip of 1 x 20,000,000 pixels.
+        image = image.resize((image.width, to[1]), Image.Resampling.BILINEAR, box=(0, 0, image.width, extent[1]))
+        box = (0, 0, extent[0], to[1])
+    return image.resize(to, Image.Resampling.BILINEAR, box=box)
 
 
 def resize_and_crop(

@@ -39,7 +39,7 @@ def make_source(
         test_images / test_labels; without test images a fixed tenth of every class is the test split,
         whatever the seed), "cifar:PATH" (the folder of CIFAR-10 or CIFAR-100, python or binary version),
         "tfds:NAME" (a prepared TFDS folder; options `data_dir`, `image_size`, and `label` and `group`, which name
-        features). Image files, local or remote ("gs://..."), with the options `image_size` and `on_bad_image`:
+        features). Image files, local or remote ("gs://..."), with the options `image_size`, `fit` and `on_bad_image`:
         "folder:PATH" (one folder per class, or one without labels; with train/ and test/ or val/, otherwise a fixed
         tenth is the test split), "csv:PATH" (path,label[,coarse][,group][,split]), "waterbirds:PATH" and
         "celeb_a:PATH" (as published; extras["group"]; options of celeb_a: `target`, `group`). "voc:PATH" is a folder
@@ -169,6 +169,11 @@ def has_own_validation(spec: str) -> bool:
 def keeps_size(spec: str) -> bool:
     """Whether images of this kind keep the size of their files where no image_size is given."""
     return parse(spec)[0].keeps_size
+
+
+def default_fit(spec: str) -> str:
+    """How images of this kind become squares where the config does not say; "" for kinds that are no image files."""
+    return getattr(parse(spec)[0], "default_fit", "")
 
 
 def _is_dotted(name: str) -> bool:

@@ -7,7 +7,7 @@ N images, S side.
 
 import dataclasses
 import pathlib
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Voc(SourceKind):
 
     Options:
       image_size: side to which images are resized, shorter side first, and cropped; 0: 224. Each pixel keeps one class.
+      fit: "crop"; "" is the same.
       max_pixels: of an image.
 
     Extras: "segmentation" int32 [N,S,S], the class of each pixel as its PNG numbers it, -1 where the PNG has 255.
@@ -42,6 +43,7 @@ class Voc(SourceKind):
     config_keys: ClassVar[tuple[str, ...]] = ("files",)
 
     image_size: Size = 0
+    fit: Literal["", "crop"] = ""
     max_pixels: Pixels = MAX_PIXELS
 
     def load(self, argument: str, *, split: str, base_split: str, select: Select) -> ArraySource:

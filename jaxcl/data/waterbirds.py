@@ -4,11 +4,13 @@ PATH is the published folder: metadata.csv and the images that it names.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
 from jaxcl.data.csv_file import integers, read_table
 from jaxcl.data.files import ImageFiles
+from jaxcl.data.images import Fit
 from jaxcl.data.listing import Listing, columns
 from jaxcl.data.paths import join, root_of, shown
 
@@ -20,8 +22,10 @@ SPLITS = ("train", "validation", "test")  # in the order of their published numb
 class Waterbirds(ImageFiles):
     """Two classes in four groups: extras["group"] is 2 * bird + place. It has the published validation split.
 
-    Options and errors: as of `ImageFiles`.
+    Options and errors: as of `ImageFiles`; fit "" is crop, as in the published protocol.
     """
+
+    default_fit: ClassVar[Fit] = "crop"
 
     def listing(self, path: str) -> Listing:
         return listing_of(path)

@@ -5,6 +5,7 @@ N images, D features, n chosen rows.
 
 import numpy as np
 
+from jaxcl.data.originals import Originals, originals
 from jaxcl.evaluate.context import EvalContext
 
 MAPPED = 1500  # images that the report places on its map
@@ -26,6 +27,10 @@ class AllImages:
         out[rows < n] = self._train.batch(rows[rows < n])["image"]
         out[rows >= n] = self._test.batch(rows[rows >= n] - n)["image"]
         return out
+
+    def originals(self) -> Originals:
+        """What the files of the images are like."""
+        return Originals(*map(np.concatenate, zip(originals(self._train), originals(self._test), strict=True)))
 
     def features(self, context: EvalContext) -> np.ndarray:
         """float32 [N,D], of the kind by which images are compared."""

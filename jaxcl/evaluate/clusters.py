@@ -11,8 +11,8 @@ from jaxcl.errors import UserError
 from jaxcl.evaluate.all_images import AllImages
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.context import EvalContext, EvalSetup
-from jaxcl.evaluate.duplicates import normalized
 from jaxcl.evaluate.knn import nearest_neighbours
+from jaxcl.evaluate.rows import normalized
 
 FEWEST, MOST = 2, 48  # groups, where their number is not given
 SAMPLE = 2000  # images that the components and the silhouette are computed of

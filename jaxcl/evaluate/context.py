@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from jaxcl.augment import standard_view, to_float
 from jaxcl.data import Source, batches
 from jaxcl.errors import UserError
-from jaxcl.evaluate.duplicates import thumbnail
 from jaxcl.evaluate.linear_probe import LinearFit, fit_linear_probe, probe_logits
 from jaxcl.evaluate.rows import check_images
+from jaxcl.evaluate.structure import thumbnail
 from jaxcl.losses.common import unit
 from jaxcl.method import sharding
 from jaxcl.method.forward import represent
@@ -27,7 +27,7 @@ from jaxcl.method.views import view_keys
 
 Array = jax.Array
 FEATURES = {"h": "pooled features", "z": "the embedding, scaled to unit length"}
-THUMBNAIL = "thumbnail"  # the mean colours of an image's parts, for evaluators that compare pixels
+THUMBNAIL = "thumbnail"  # small pictures, for evaluators that compare pixels; uint8, as of `structure.thumbnail`
 KINDS = (*FEATURES, THUMBNAIL)
 
 
@@ -218,7 +218,7 @@ class EvalContext:
           kind: "h", pooled features; "z", embeddings at unit length; "thumbnail" [N,P]; "": as in `eval.features`.
 
         Returns:
-          float32 [N,D].
+          float32 [N,D]; uint8 of thumbnails.
 
         Raises:
           NotFinite: by the name of the image; `EvalSetup.final` then leaves the evaluator out, with one line.

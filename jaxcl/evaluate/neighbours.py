@@ -4,23 +4,27 @@ N images, Q queries, D features, k neighbours.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxcl.data import default_fit
 from jaxcl.data.selection import cut_down
 from jaxcl.errors import UserError
 from jaxcl.evaluate.all_images import AllImages
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, NotApplicable, Panels
 from jaxcl.evaluate.beginnings import PRETRAINED, at_the_beginning, beginnings
 from jaxcl.evaluate.context import THUMBNAIL, EvalContext, EvalSetup
-from jaxcl.evaluate.duplicates import connected_groups, near_duplicates, normalized
+from jaxcl.evaluate.duplicate_table import Row, table
+from jaxcl.evaluate.duplicates import Found, near_duplicates
 from jaxcl.evaluate.knn import nearest_neighbours
-from jaxcl.evaluate.rows import NotFinite
+from jaxcl.evaluate.rows import NotFinite, normalized
+from jaxcl.evaluate.structure import unboxed
 
 logger = logging.getLogger("jaxcl")
 
-LISTED = 100  # near-duplicates in results.json
+LISTED = 100  # groups of near-duplicates in results.json
 PICTURED = 8  # queries in the report
 GROUPS, GROUP_SIZE = 12, 8  # groups of near-duplicates in the report, and images shown of each
 
@@ -30,8 +34,9 @@ class Neighbours(Evaluator):
 
     Metrics: "cosine", mean over the test images of the cosine to the nearest training image; "any_cosine", the mean
     cosine over all pairs; "agreement", share of the neighbours that have the class of the test image, where labels are
-    known; "copies", number of images that are near-duplicates of another one, not counting the first of each group;
-    "all_compared", whether no pair was skipped; "near_duplicates", the first pairs by the names of their images.
+    known; "copies", number of images that are near-duplicates of another one, not counting one of each group;
+    "groups" and "pairs" of near-duplicates; "all_compared", whether no pair was skipped; "near_duplicates", the first
+    `LISTED` groups, or pairs outside groups, by the names of their images. The report's duplicates.csv has them all.
     """
 
     feature_kinds = (THUMBNAIL,)
@@ -55,10 +60,8 @@ class Neighbours(Evaluator):
         options = setup.options
         if options.neighbours < 1:
             raise UserError(f"eval.neighbours is {options.neighbours}; expected at least 1")
-        if not -1 <= options.duplicate_cosine <= 1:
-            raise UserError(f"eval.duplicate_cosine is {options.duplicate_cosine}; expected a cosine, such as 0.95")
-        if not 0 <= options.duplicate_pixels <= 1:
-            raise UserError(f"eval.duplicate_pixels is {options.duplicate_pixels}; expected a number from 0 to 1")
+        if not 0 < options.duplicate_score <= 1:
+            raise UserError(f"eval.duplicate_score is {options.duplicate_score}; expected a number from 0 to 1")
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
         options = context.options
@@ -77,18 +80,14 @@ class Neighbours(Evaluator):
         if known_Qxk.any():
             metrics["agreement"] = float(agree_Qxk[known_Qxk].mean())
 
-        both = AllImages(context)
-        thumbnails = np.concatenate([context.features(split, THUMBNAIL) for split in ("train", "test")])
-        features = np.concatenate([bank_NxD, queries_QxD])
-        limits = dict(cosine=options.duplicate_cosine, pixels=options.duplicate_pixels)
-        found = near_duplicates(features, thumbnails, both.images, **limits)
+        both, features = AllImages(context), np.concatenate([bank_NxD, queries_QxD])
+        found, rows, fit = self._duplicates(context, both)
         metrics |= {
-            "copies": len(found.pairs),  # each pair adds one image to a group
+            "copies": sum(len(group) - 1 for group in found.groups),
+            "groups": len(found.groups),
+            "pairs": len(found.pairs),
             "all_compared": found.complete,
-            "near_duplicates": [
-                {"images": [both.name(p.first), both.name(p.second)], "cosine": p.cosine, "pixels": p.pixels}
-                for p in found.pairs[:LISTED]
-            ],
+            "near_duplicates": _listed(rows),
         }
 
         shown = cut_down(test.labels, PICTURED, seed=0)
@@ -103,12 +102,42 @@ class Neighbours(Evaluator):
             },
             "map": _map(context, both, features),
         }
-        if groups := connected_groups(found.pairs)[:GROUPS]:
+        if rows:
+            groups = found.groups[:GROUPS] or [[p.first, p.second] for p in found.pairs[:GROUPS]]
             panels["near_duplicates"] = {
                 "images": [both.images(np.array(group[:GROUP_SIZE])) for group in groups],
-                "names": [[both.name(i) for i in group] for group in groups],
+                "rows": rows,
+                "shown": [[both.name(i) for i in group] for group in groups],
+                "fit": fit,
+                "complete": found.complete,
             }
         return metrics, panels
+
+    def _duplicates(self, context: EvalContext, both: AllImages) -> tuple[Found, list[Row], str]:
+        """(near-duplicates, their table, how images became squares)."""
+        config, files = context.setup.config, both.originals()
+        thumbnails = np.concatenate([context.features(split, THUMBNAIL) for split in ("train", "test")])
+        fit = config.data.files.fit or default_fit(config.data.source)
+        # Middle squares have no proportions to compare.
+        aspect = np.ones(len(thumbnails)) if fit == "crop" else files.width / np.maximum(1, files.height)
+        if fit == "letterbox":
+            thumbnails = unboxed(thumbnails, aspect)
+        found = near_duplicates(thumbnails, aspect, least=context.options.duplicate_score)
+        return found, table(found, both.name, files), fit
+
+
+def _listed(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The first groups, or pairs outside groups, as results.json has them."""
+    units: dict[Any, list[Row]] = {}
+    for row in rows:
+        units.setdefault(row.group or row, []).append(row)
+    return [
+        {
+            "images": [row.file for row in unit] if unit[0].group else [unit[0].like, unit[0].file],
+            "score": min(row.score for row in unit),
+        }
+        for unit in list(units.values())[:LISTED]
+    ]
 
 
 def _map(context: EvalContext, both: AllImages, features: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcl.augment import ops, quilt_texture, tile_patches
 from jaxcl.augment.patches import whole
-from jaxcl.data import ArraySource, Source, source_of
+from jaxcl.data import ArraySource, Source, default_fit, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate import corruptions
 from jaxcl.evaluate.base import Evaluator, Metric, Metrics, Panels, accuracy, from_files
@@ -262,6 +262,8 @@ def _open(setup: EvalSetup, spec: str, split: str) -> Source:
     config.data.source, config.data.validation, config.data.labels, config.data.imbalance = spec, 0.0, "fine", ""
     config.data.limit = 0
     config.data.files.image_size = config.data.tfds.image_size = setup.source("train").image_shape[0]
+    # As the training images are made square; beside sets that are no files, as is customary for benchmarks.
+    config.data.files.fit = config.data.files.fit or default_fit(setup.config.data.source) or "crop"
     if split:
         return source_of(config, split)
     sources, errors = [], []

@@ -53,3 +53,11 @@ def check_images(features: np.ndarray, source: Any, split: str) -> None:
 @jax.jit
 def _finite_rows(features):
     return jnp.all(jnp.isfinite(features), axis=1)
+
+
+def normalized(x: np.ndarray) -> np.ndarray:
+    """Rows [N,D] at unit length, float32; rows of zeros stay zero."""
+    x = np.asarray(x, np.float32)
+    largest = np.abs(x).max(1, keepdims=True, initial=0)
+    x = np.ldexp(x, -np.frexp(largest)[1])  # squares of the result neither overflow nor vanish
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -18,7 +18,7 @@ import matplotlib.figure
 import numpy as np
 from etils import epath
 
-from jaxcl.report import figures, neighbours, similarities, step_time, transfer, verdict
+from jaxcl.report import duplicates, figures, neighbours, similarities, step_time, transfer, verdict
 from jaxcl.report.explorer import explorer
 from jaxcl.report.invariance import invariance
 from jaxcl.report.style import DPI, Titled
@@ -51,10 +51,10 @@ _SECTIONS: dict[str, tuple[str, str, Callable[[Any], matplotlib.figure.Figure | 
     ),
     "near_duplicates": (
         "Near-duplicates",
-        "Groups of images that are alike both to the encoder and pixel by pixel: copies, other sizes or compressions "
-        "of one image, or frames of one scene. Copies in both the training and the test split make results look too "
-        "good; many copies of one image give it too much weight in training.",
-        lambda panel: neighbours.duplicate_grid(**panel),
+        "Images of the same structure, compared as wholes and without the encoder: copies in another size, compression "
+        "or colour, crops, mirror images, or frames of one scene. Copies in both the training and the test split make "
+        "results look too good; many copies of one image give it too much weight in training.",
+        duplicates.figure,
     ),
     "odd": (
         "Odd ones out",
@@ -185,7 +185,7 @@ def write_report(
       panels: name -> the data of its figure; each may be missing:
         "views": {"images": {view: [n,H,W,C]}, "labels": [n]}; "saliency", "adversary", "embedding", "confusion": the
         arguments of `saliency_grid`, `adversary_grid`, `embedding` and `confusion`; "neighbours", "map",
-        "near_duplicates", "clusters", "odd": the arguments of `neighbour_grid`, `explorer`, `duplicate_grid`,
+        "near_duplicates", "clusters", "odd": the arguments of `neighbour_grid`, `explorer`, `duplicates`,
         `cluster_grid` and `odd_grid`; "table": {"columns", "rows"} of images.csv; "transfer": a panel of
         `fine_embedding`; "invariance": the panel of `invariance`; "ood": the rows of `out_of_domain`; "reliability",
         "reliability_fgsm" (on attacked images), "robustness": the argument of the function with that name;
@@ -207,13 +207,16 @@ def write_report(
     panels = {"curves": metrics, "similarities": similarities.rows(metrics), **panels}
     for name in panels.keys() - _SECTIONS.keys():
         logger.warning("the report has no section for the panel %r", name)
+    (folder / duplicates.FILE).unlink(missing_ok=True)
+    if _present(panels.get("near_duplicates")):
+        duplicates.write_table(folder, panels["near_duplicates"]["rows"])
     sections = {name: _section(folder, name, panels[name]) for name in _SECTIONS if _present(panels.get(name))}
 
     title = verdict.title(config) or storage.folder(workdir).name
     command = results.get("command") or environment.get("command")
     lead = verdict.sentence(config, results, images or {})
     body = [
-        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p></header>",
+        f"<header><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>{_note(config)}</header>",
         *_in_order(_verdict_table(results), sections, results),
         step_time.section(measured) if measured else "",
         _table_section("All results", verdict.flatten({k: v for k, v in results.items() if k != "command"})),
@@ -247,6 +250,11 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return out.getvalue()
 
 
+def _note(config: Mapping[str, Any]) -> str:
+    line = duplicates.fit_line(config)
+    return f"<p>{escape(line)}</p>" if line else ""
+
+
 def _present(panel: Any) -> bool:
     return panel is not None and len(panel) > 0
 
@@ -276,17 +284,12 @@ def _section(folder: epath.Path, name: str, panel: Any) -> str:
             for x, y, w, h, text in titles
         )
         picture = f"<div class=titled>{picture}{over}</div>"
-    below = _file_names(panel["names"]) if name == "near_duplicates" else ""
+    below = duplicates.below(panel) if name == "near_duplicates" else ""
     return _whole(name, title, caption, f"<figure>{picture}</figure>{below}")
 
 
 def _whole(name: str, title: str, caption: str, body: str) -> str:
     return f'<section id="{name}"><h2>{escape(title)}</h2><p>{escape(caption)}</p>{body}</section>'
-
-
-def _file_names(groups: Sequence[Sequence[str]]) -> str:
-    rows = {str(i): ", ".join(group[:50]) for i, group in enumerate(groups, 1)}
-    return f"<details><summary>Their names</summary>{_table(rows)}</details>"
 
 
 def _verdict_table(results: Mapping[str, Any]) -> str:

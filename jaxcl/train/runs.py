@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxcl import config as configs
-from jaxcl.data import Source, keeps_size, source_of
+from jaxcl.data import Source, default_fit, keeps_size, source_of
 from jaxcl.errors import UserError
 from jaxcl.evaluate.base import Metrics
 from jaxcl.evaluate.context import EvalContext
@@ -132,6 +132,8 @@ def open_run(
     environment = workdir / "environment.json"
     with _of_jaxcl(files["config"]):
         config = configs.from_dict(plain)
+        if "fit" not in plain["data"].get("files", {}) and default_fit(config.data.source):
+            config.data.files.fit = "crop"  # as versions did that had no such key
     config.report = False
     config.data.textures = ""  # only training needs them
     if source:

@@ -13,7 +13,7 @@ from PIL import Image
 from source_checks import fails
 
 from jaxcl import config as configs
-from jaxcl.data import Loader, files, listing, make_source, paths, source_of
+from jaxcl.data import Loader, default_fit, files, images, listing, make_source, paths, source_of
 from jaxcl.data.folder import listing_of
 from jaxcl.errors import UserError
 
@@ -90,7 +90,9 @@ def test_sizes(tmp_path, classes, caplog):
     assert alike.image_shape == (14, 20, 3) and "each 20x14" in caplog.text
     caplog.clear()
     assert make_source(f"folder:{classes}").image_shape == (64, 64, 3)
-    assert "each 64x64 (of 12x12 to 16x18; data.files.image_size sets another)" in caplog.text
+    assert (
+        "each 64x64 (of 12x12 to 16x18 by squash; data.files.image_size and data.files.fit set others)" in caplog.text
+    )
     assert caplog.text.count("60 images, 3 classes") == 1
     make_source(f"folder:{classes}", split="test")
     assert caplog.text.count("60 images, 3 classes") == 1  # not for every split
@@ -389,3 +391,25 @@ def test_the_limit_of_pixels_by_its_name(tmp_path):
     assert "\n" not in str(error.value)
     options = dict(max_pixels=500, on_bad_image="skip")
     assert sum(len(make_source(f"folder:{tmp_path}", split=s, **options)) for s in ("train", "test")) == 4
+
+
+def test_whole_images_unless_a_crop_is_asked_for(tmp_path):
+    """The same files by each `fit`, in memory; a set that was read one way is read anew for another one."""
+    picture = np.zeros((10, 30, 3), np.uint8)
+    picture[:, :6] = 255
+    for i in range(6):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{i}.png,a\n" for i in range(6)))
+    for spec in (f"folder:{tmp_path}", f"csv:{tmp_path}/list.csv"):
+        found = {
+            fit: make_source(spec, image_size=10, fit=fit).images[0] for fit in ("", "crop", "squash", "letterbox")
+        }
+        assert (found[""] == found["squash"]).all() and (found["squash"][:, :2] > 200).all()
+        assert found["crop"].max() == 0 and found["letterbox"][0, 0].tolist() == list(images.BARS)
+    fails("fit is 'stretch'", f"folder:{tmp_path}", fit="stretch")
+
+
+def test_sets_with_a_protocol_crop():
+    assert [default_fit(f"{kind}:a") for kind in ("folder", "csv", "waterbirds", "celeb_a", "npz")] == [
+        *("squash", "squash", "crop", "crop", "")
+    ]

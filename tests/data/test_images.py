@@ -125,6 +125,50 @@ def test_resize_takes_the_shorter_side_and_the_centre():
     )  # 512 x 15 million as a whole
 
 
+def fitted(x, size, fit):
+    return np.asarray(images.fitted(Image.fromarray(x), size, fit))
+
+
+def test_whole_images_as_squares():
+    x = np.zeros((40, 80, 3), np.uint8)
+    x[:, :8], x[:, 72:] = (240, 0, 0), (0, 240, 0)  # what a crop cuts off
+    wide, boxed = fitted(x, 20, "squash"), fitted(x, 20, "letterbox")
+    assert (fitted(x, 20, "crop") == 0).all()
+    for out in (wide, boxed[5:15]):
+        assert (out[:, 0] == (240, 0, 0)).all() and (out[:, -1] == (0, 240, 0)).all()
+    assert (boxed[:5] == images.BARS).all() and (boxed[15:] == images.BARS).all() and (boxed[5:15, 3:-3] == 0).all()
+    assert (fitted(x.transpose(1, 0, 2), 20, "letterbox") == boxed.transpose(1, 0, 2)).all()
+    for fit in images.FITS:  # a square is a square, a constant image constant
+        square = np.random.default_rng(0).integers(0, 256, (30, 30, 3)).astype(np.uint8)
+        assert (fitted(square, 30, fit) == square).all() and (
+            fitted(square, 12, fit) == fitted(square, 12, "crop")
+        ).all()
+    with pytest.raises(ValueError, match="fit is 'cut'"):
+        fitted(x, 8, "cut")
+
+
+@pytest.mark.parametrize("fit", images.FITS)
+def test_every_shape_is_fitted(fit):
+    for height, width in ((1, 1), (1, 2), (3, 500), (500, 3), (7, 12), (64, 63), (2, 60_000), (60_000, 2)):
+        for size in (1, 2, 7, 32):
+            out = fitted(np.full((height, width, 3), 200, np.uint8), size, fit)
+            assert out.shape == (size, size, 3) and (out == 200).all(-1).any()
+            assert fit == "letterbox" or (out == 200).all()
+    assert fitted(np.zeros((2, 60_000, 3), np.uint8), 512, fit).shape == (512, 512, 3)
+
+
+@pytest.mark.parametrize("fit", images.FITS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_fitted_as_it_stands_upright(fit, orientation):
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    upright = np.random.default_rng(0).integers(0, 256, (21, 34, 3)).astype(np.uint8)
+    stored = np.ascontiguousarray(TURNS[orientation](upright))
+    out = images.decode(encoded(stored, "PNG", exif=tag.tobytes()), 16, fit=fit).astype(int)
+    # Pillow rounds between rows and columns, so which of them come first may change a value by one.
+    assert np.abs(out - fitted(upright, 16, fit)).max() <= 1
+
+
 def test_a_large_jpeg_decoded_in_part_is_the_same_picture():
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)).resize(
@@ -136,6 +180,10 @@ def test_a_large_jpeg_decoded_in_part_is_the_same_picture():
     for turn, options in ((lambda x: x, {}), (np.fliplr, {"exif": mirrored.tobytes()})):
         apart = np.abs(turn(images.decode(encoded(smooth, "JPEG", quality=95, **options), 40)) - whole)
         assert apart.mean() < 2 and apart.max() < 12  # of 256; neighbours are up to 60 apart
+    for fit in ("squash", "letterbox"):
+        whole = np.asarray(images.fitted(smooth, 40, fit), int)
+        apart = np.abs(images.decode(encoded(smooth, "JPEG", quality=95), 40, fit=fit) - whole)
+        assert apart.mean() < 2 and apart.max() < 12
 
 
 def test_only_images_are_opened():

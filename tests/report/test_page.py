@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from jaxcl.evaluate.duplicate_table import Row
 from jaxcl.report import MetricsWriter, figures, read_metrics, style, verdict, write_report
 from jaxcl.report import curves as curves_module
 from jaxcl.report import similarities as similarities_module
@@ -44,8 +45,19 @@ def _panels(n=12, classes=4):
             "groups": labels.tolist(),
         },
         "clusters": {"images": [images[:2], images[:3]], "names": [["a", EVIL], ["b"] * 3], "sizes": [9, 3], "more": 2},
-        "near_duplicates": {"images": [images[:2], images[:3]], "names": [["a", EVIL], ["b", "c", "d/猫.png"]]},
         "odd": {"images": images[:3], "names": [EVIL, "b", "c"], "odd": heat[0, 0, :3]},
+        "near_duplicates": {
+            "images": [images[:2], images[:3]],
+            "shown": [["a", EVIL], ["b", "c", "d/猫.png"]],
+            "rows": [
+                Row(1, "yes", "a", 30, 20, 900, 1.0, "a", ""),
+                Row(1, "", EVIL, 15, 10, 0, 0.93, "a", "mirrored"),
+                *(Row(2, "", name, 8, 8, 100, 0.9, "b", "") for name in ("b", "c", "d/猫.png")),
+                Row(0, "", "e", 8, 8, 100, 0.8, "a", ""),
+            ],
+            "fit": "squash",
+            "complete": True,
+        },
         "saliency": {
             "image": images,
             "map": heat,
@@ -186,7 +198,13 @@ def test_page_escapes_everything_it_is_given(full):
     for place in (f"--config={EVIL}", f"strange.note{EVIL}", f"devices{EVIL}"):
         assert place in page.text
     assert page.text.count(EVIL) >= 4
-    assert "a, " + EVIL in page.text  # of the near-duplicates
+    table = list(csv.DictReader(io.StringIO((full.parent / "duplicates.csv").read_text(encoding="utf-8"))))
+    assert [row["file"] for row in table] == ["a", EVIL, "b", "c", "d/猫.png", "e"]
+    assert table[1] == {
+        **dict(group="1", keep="", file=EVIL, width="15", height="10", bytes="", score="0.93", like="a"),
+        "how": "mirrored",
+    }
+    assert table[5]["group"] == "" and "duplicates.csv" in page.text and "data.files.fit: squash" in page.text
     titles = page.titles
     assert EVIL in titles and f'b"c, cosine {_panels()["neighbours"]["cosine"][0, 2]:.3f}' in titles
 
