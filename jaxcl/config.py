@@ -251,6 +251,18 @@ def with_kind(config: ConfigDict, path: str, kind: str) -> None:
             config[slot][name] = new
         else:
             config[slot] = new
+    if (path == "model" or slot == "encoders") and "norm_sets" not in new:
+        _without_norm_sets(config, name)
+
+
+def _without_norm_sets(config: ConfigDict, encoder: str) -> None:
+    """Passes and stages of an encoder without batch norms, in a config for one that has several sets of them."""
+    for p in config.passes:
+        if p.encoder == encoder:
+            p.norm_set = ""
+    for stage in config.stages:
+        if "norm_set" in stage and not encoder:
+            stage.norm_set = ""
 
 
 # Named here so that configs need import nothing else.

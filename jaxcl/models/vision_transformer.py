@@ -45,6 +45,12 @@ class VisionTransformer(Encoder):
 
     norm = "layer"
     takes_key = True
+    layer_decay = 0.7
+    lora_modules = {  # noqa: RUF012
+        "qkv": ("attention/query", "attention/key", "attention/value"),
+        "proj": ("attention/out",),
+        "mlp": ("mlp/hidden", "mlp/gate", "mlp/out"),
+    }
 
     patch: int = 16
     width: int = 768

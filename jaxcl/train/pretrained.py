@@ -182,8 +182,6 @@ def _decide(config: ConfigDict, where: str, facts: Facts) -> bool:
             node[option] = facts.architecture.get(option, value)
         if not node.input_size:
             node.input_size, node.input_interpolation = _input(facts)
-        if "norm_sets" not in node:
-            _without_norm_sets(config, where)
     after = architecture(node)
     return any(before.get(k) != v for k, v in after.items() if k not in FREE_OPTIONS)
 
@@ -201,17 +199,6 @@ def _input(facts: Facts) -> tuple[int, str]:
     known = facts.preprocessing
     cubic = known.get("interpolation") in ("bicubic", "lanczos")  # there is no other one on the device
     return known.get("image_size", 0), "bicubic" if cubic else "bilinear"
-
-
-def _without_norm_sets(config: ConfigDict, where: str) -> None:
-    """An encoder without batch norms, in a config for one that has several sets of them."""
-    name = where.partition(".")[2]
-    for p in config.passes:
-        if p.encoder == name:
-            p.norm_set = ""
-    for stage in config.stages:
-        if "norm_set" in stage and not name:
-            stage.norm_set = ""
 
 
 def _decide_moments(config: ConfigDict) -> None:
