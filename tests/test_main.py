@@ -46,7 +46,7 @@ SMALL = f"{SUPCON}:fashion_mnist", "--config.data.source=npz:{npz}", "--config.b
         ([*SMALL, "--config.devices=9"], ["devices", "9", "8"]),
         ([*SMALL, "--config.duration=4 weeks"], ["duration", "4 weeks"]),
         ([*SMALL, "--config.optimizer.lr=-1.0"], ["optimizer.lr", "-1.0"]),
-        ([*SMALL, "--config.eval.tap=stage9"], ["tap", "stage9"]),
+        ([*SMALL, "--config.eval.final=('explanation',)", "--config.eval.tap=stage9"], ["tap", "stage9"]),
         ([*SMALL, "--config.eval.quick=('knnn',)"], ["knnn", "knn"]),
         ([*SMALL, "--config.log_every=often"], ["log_every", "often"]),
     ],

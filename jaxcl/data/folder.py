@@ -174,7 +174,7 @@ def _walk_disk(spec: str, root: str) -> Iterator[tuple[Name, list[str]]]:
         try:
             with os.scandir(real) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
-                    if not entry.is_dir():
+                    if not _is_folder(entry):
                         names.append(entry.name)
                     elif not _skipped(entry.name):
                         target, within = os.path.join(real, entry.name), seen
@@ -192,6 +192,13 @@ def _walk_disk(spec: str, root: str) -> Iterator[tuple[Name, list[str]]]:
             shown_path = shown("/".join((root, *inside)))
             raise UserError(f"{spec}: {shown_path} cannot be read ({(error.strerror or str(error)).lower()})") from None
         yield inside, names
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; the name is then that of a file that cannot be read
+        return False
 
 
 def _below(folder: str, top: str) -> bool:
