@@ -118,6 +118,9 @@ class Eval(Options):
     state: Literal["last", "best"] = "last"  # that the final suite measures; best: on validation images, as in best/
     split: Literal["test", "validation"] = "test"  # that the final suite is measured on; validation to choose settings
     batch_size: Count = 500
+    # Side of the images that are evaluated, embedded and exported for, in pixels; 0: that of the views. Encoders see
+    # most at the size they were first trained on, and training on at half the side takes a quarter of the time.
+    size: Annotated[int, Range(0, 2**15)] = 0
     features: Literal["h", "z"] = "h"  # of knn, linear, logistic: h, pooled features; z, embeddings at unit length
     knn_features: Literal["", "h", "z"] = ""  # knn's own choice of the two; "": as above
     knn_k: Count = 200

@@ -71,7 +71,7 @@ def export(saved: Saved, out: str | os.PathLike, *, encoder: str = "", layout: s
         "architecture": options,
         "features": model.features,
         "preprocessing": {
-            "size": recipe.image_shape[0],
+            "size": recipe.eval_size,
             "mean": recipe.mean,
             "std": recipe.std,
             "interpolation": recipe.model.input_interpolation,

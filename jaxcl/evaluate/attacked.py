@@ -100,7 +100,7 @@ def _attacked(
     metrics, by_epsilon = {}, {}
     mean, std = jnp.asarray(context.recipe.mean), jnp.asarray(context.recipe.std)
     plain, how = ((0.0,) * len(mean), (1.0,) * len(mean)), context.recipe.model.input_interpolation
-    resize = standard_view(context.recipe.image_shape[0], *plain, interpolation=how)
+    resize = standard_view(context.recipe.eval_size, *plain, interpolation=how)
 
     def attack(state: TrainState, batch: dict[str, Array], *weights: Any) -> Array:
         pixels = to_float(batch["image"])

@@ -43,7 +43,7 @@ class Color(Evaluator):
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
         if context.recipe.image_shape[2] != 3:
             raise NotApplicable("the images have no colour")
-        size, seed = context.recipe.image_shape[0], context.recipe.seed
+        size, seed = context.recipe.eval_size, context.recipe.seed
         pipeline = augment.Pipeline((augment.Resize(size=size), augment.ColorJitter(**JITTER, p=1.0)))
 
         def two(state: TrainState, batch: dict[str, Array]) -> dict[str, list[Array]]:

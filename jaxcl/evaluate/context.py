@@ -60,7 +60,7 @@ class EvalSetup:
         self.training, self._make_source = train, make_source
         self.selects_on = "validation" if config.data.validation else "test"
         how = recipe.model.input_interpolation  # bilinear, unless the model's weights were trained with another one
-        self.view = standard_view(recipe.image_shape[0], recipe.mean, recipe.std, interpolation=how)
+        self.view = standard_view(recipe.eval_size, recipe.mean, recipe.std, interpolation=how)
         self.classifier = next((name for name, part in recipe.memory.items() if part.classifies), None)
         self.first: Callable[[], tuple[Any, Any]] | None = None
         self._first_features: dict[int, np.ndarray] = {}  # by source

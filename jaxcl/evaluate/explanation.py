@@ -157,7 +157,7 @@ class Explanation(Evaluator):
             raise UserError(f"eval.tap: {error}; `explanation` in eval.final reads it") from None
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
-        S = context.recipe.image_shape[0]
+        S = context.recipe.eval_size
 
         def explain(state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
             image, logits_fn = context.normalize(to_float(batch["image"])), context.logits_fn(state)

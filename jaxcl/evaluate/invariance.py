@@ -47,7 +47,7 @@ class Invariance(Evaluator):
     """
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
-        model, size, seed = context.recipe.model, context.recipe.image_shape[0], context.recipe.seed
+        model, size, seed = context.recipe.model, context.recipe.eval_size, context.recipe.seed
         if not model.num_stages:
             raise NotApplicable("the network has no stages")
         if len(context.test) < 2:

@@ -103,7 +103,7 @@ class LinearSGD(Evaluator):
         steps = len(train) // B
         rate = schedule(protocol, batch_size=B, steps_per_epoch=steps)
         tx = optax.adam(rate) if protocol.kind == "adam" else optax.sgd(rate, momentum=0.9)
-        view = _training_view(protocol, recipe.image_shape[0], recipe.mean, recipe.std)
+        view = _training_view(protocol, recipe.eval_size, recipe.mean, recipe.std)
         key = jax.random.key(recipe.seed, impl="threefry2x32")
 
         def step(state: TrainState, carry: Any, batch: dict[str, Array]) -> Any:

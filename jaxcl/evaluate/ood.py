@@ -66,7 +66,7 @@ class OutOfDomain(Evaluator):
             corruptions.check_name("eval.corruptions has", name, known)
         for severity in options.severities:
             corruptions.check_severity("eval.severities has", severity)
-        side = setup.recipe.image_shape[0]
+        side = setup.recipe.eval_size
         for grid in options.shuffle_grids:
             if not whole(grid) or not 2 <= grid <= side:
                 raise UserError(
@@ -80,7 +80,7 @@ class OutOfDomain(Evaluator):
             _shared(f"eval.ood: {name}", source, setup.source("train").class_names)
 
     def __call__(self, context: EvalContext) -> tuple[Metrics, Panels]:
-        options, test, side = context.options, context.test, context.recipe.image_shape[0]
+        options, test, side = context.options, context.test, context.recipe.eval_size
         chance = 1 / context.num_classes
         # The test split first: other evaluators read the same features.
         metrics: Metrics = {"accuracy": accuracy(_predicted(context, context.features("test")), test.labels)}
@@ -128,7 +128,7 @@ def _corruptions(context: EvalContext) -> Metrics:
                 value = by_class_name(context, _stored(context.setup, name, severity))["accuracy"]
         else:
             change = functools.partial(_corrupted, name=name, severity=severity)
-            changed = Changed(test, context.recipe.image_shape[0], change, context.batch_size)
+            changed = Changed(test, context.recipe.eval_size, change, context.batch_size)
             value = accuracy(_predicted(context, context.features_of(changed)), test.labels)
         by_name.setdefault(name, {})[str(severity)] = {"accuracy": value}
     means = {name: float(np.mean([v["accuracy"] for v in values.values()])) for name, values in by_name.items()}

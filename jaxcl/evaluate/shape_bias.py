@@ -132,7 +132,7 @@ class ShapeBias(Evaluator):
             panel[title] = {"value": metrics["shape_bias"], "chance": 0.5}
         if folder:
             with from_files():
-                stimuli = read_stimuli(folder, context.recipe.image_shape[0])
+                stimuli = read_stimuli(folder, context.recipe.eval_size)
             to_category = category_of(context.source("train").class_names)
             covered = np.unique(to_category[to_category >= 0])
             labels = (stimuli.extras[cue] for cue in ("shape", "texture"))

@@ -125,6 +125,7 @@ def build_recipe(
         encoder_steps=steps,
         probe_steps=probe_steps,
         image_shape=(size, size, image_shape[2]),
+        eval_size=config.eval.size or size,
         mean=tuple(mean),
         std=tuple(std),
         num_classes=num_classes,

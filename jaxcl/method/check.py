@@ -2,9 +2,14 @@
 
 from collections.abc import Iterable
 
+import jax
+import jax.numpy as jnp
+from flax.errors import FlaxError
+
 from jaxcl.errors import UserError
 from jaxcl.method.recipe import ForwardPass, Recipe
 from jaxcl.method.terms.base import embedding_name, split_name
+from jaxcl.models import Model
 from jaxcl.models.trees import BRANCHES, ENCODER, ENCODERS, HEAD, HEADS
 from jaxcl.runtime.options import suggestion
 
@@ -23,6 +28,7 @@ def check(recipe: Recipe, *, num_devices: int) -> None:
         recipe.grad_cache.check(model, recipe.batch_size, num_devices)
     for n, part in recipe.memory.items():
         part.check(f"memory.{n}", recipe)
+    _check_eval_size(recipe)
     for name in set(recipe.encoders) & set(recipe.targets):
         raise UserError(f"encoders.{name} and memory.{name} are two encoders of one name; rename one")
     for name in (*recipe.views, *recipe.encoders, *recipe.targets):
@@ -112,6 +118,25 @@ def _known_encoder(recipe: Recipe, where: str, name: str, trained: bool = False)
     if name not in names:
         known = ", ".join(map(repr, names))
         raise UserError(f"{where} names encoder {name!r}; expected one of {known} ('' is the main one)")
+
+
+def _check_eval_size(recipe: Recipe) -> None:
+    side, (size, _, channels) = recipe.eval_size, recipe.image_shape
+    if side == size:
+        return
+
+    def features(model: Model, image: jax.Array) -> jax.Array:
+        params, stats = model.init(jax.random.key(0), recipe.image_shape)
+        return model.encode(params, stats, image, train=False)[0]
+
+    for model in (recipe.model, *recipe.encoders.values()):
+        image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+        try:
+            jax.eval_shape(lambda x, model=model: features(model, x), image)
+        except (FlaxError, TypeError, ValueError) as error:
+            raise UserError(
+                f"eval.size is {side}, but an encoder that is trained on {size} pixels takes no others; leave it out"
+            ) from error
 
 
 def _check_groups(recipe: Recipe, where: str, p: ForwardPass) -> None:

@@ -84,6 +84,7 @@ class Recipe:
     encoder_steps: int
     probe_steps: int  # updates of the phase in which only the probe learns, if its schedule is sequential
     image_shape: tuple[int, int, int]  # of a view
+    eval_size: int  # side of the images that are evaluated
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int

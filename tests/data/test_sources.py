@@ -22,7 +22,7 @@ def pictures(n, *shape, seed=0):
 @pytest.mark.parametrize(
     "spec, options, match",
     [
-        ("garment", {}, "'garments'.*known: garments, fashion_mnist, npz:PATH, idx:PATH, cifar:PATH, tfds:NAME, folder:PATH"),
+        ("garment", {}, "'garments'.*known: garments, fashion_mnist, npz:PATH, idx:PATH, cifar:PATH"),
         ("garments:x", {}, "must be written garments"),
         ("garments:", {}, "must be written garments"),
         ("npz", {}, "must be written npz:PATH"),
