@@ -45,7 +45,7 @@ def record(lab: Lab, fault: Fault, rounds: int) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begun, 1),
         "date": datetime.date.today().isoformat(),
         "machine": machine(PACKAGES),
-        "commit": run_folder.environment()["commit"],
+        "commit": run_folder.environment({})["commit"],
     }
 
 

@@ -28,7 +28,8 @@ Path = tuple[str, ...]
 Schedule = Callable[[Array], Array]
 
 _PLACE = re.compile(r"(stage|layer)(\d+)")
-EXAMPLES = "'' for none, 'stem', 'stage2' and 'layer5' (up to it, from the input on) or 'encoder'"
+_SHARE = re.compile(r"(\d+)%")
+EXAMPLES = "'' for none, 'stem', 'stage2', 'layer5' and '70%' of the layers (up to it, from the input on) or 'encoder'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,9 @@ def frozen_layer(freeze: str, encoder: Encoder) -> float:
         return math.inf
     if not encoder.num_layers:
         raise UserError(f"optimizer.freeze is {freeze!r}; expected '' or 'encoder': this encoder has no known layers")
+    share = _SHARE.fullmatch(freeze)
+    if share and int(share[1]) <= 100:
+        return encoder.num_layers * int(share[1]) // 100
     place = _PLACE.fullmatch(freeze) or ([0, "layer", 0] if freeze == "stem" else None)
     if place is None:
         raise UserError(f"optimizer.freeze is {freeze!r}; expected {EXAMPLES}")

@@ -49,7 +49,7 @@ class OptimizerOptions(Options):
     clip_trust: bool = False
     constant_lr: Sequence[str] = ()  # parameters that keep the rate lr: "heads/predictor" (SimSiam), "encoder", ...
     # ---- training on from weights (method/finetune.py); of the main encoder, and not of memory parts
-    freeze: str = ""  # layers that are not trained, from the input to this one: stem, stage2, layer5, encoder (all)
+    freeze: str = ""  # layers that are not trained, from the input to this one: stem, stage2, layer5, 70%, encoder
     encoder_lr: Annotated[float, POSITIVE] = 1.0  # the rate of the encoder is lr times this; heads have lr
     # The rate of a layer is lr * encoder_lr * layer_decay**(layers behind it); 0: as usual for its kind (ViT: 0.7).
     layer_decay: Annotated[float, Range(0, at_most=1)] = 1.0

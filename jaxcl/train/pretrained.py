@@ -180,7 +180,7 @@ def _decide(config: ConfigDict, where: str, facts: Facts) -> bool:
                 node[option] = old[option]
         for option, value in architecture_defaults(kind).items():
             node[option] = facts.architecture.get(option, value)
-        if not node.input_size:
+        if not node.input_size and not config.eval.size:  # a config that sets both sizes gives encoders what they see
             node.input_size, node.input_interpolation = _input(facts)
     after = architecture(node)
     return any(before.get(k) != v for k, v in after.items() if k not in FREE_OPTIONS)
@@ -247,7 +247,7 @@ def settle(config: ConfigDict, new: Mapping[str, bool], stated: Collection[str] 
                     f"{getattr(known, option)}; leave it out"
                 )
         if known and where == "model" and where in new and "data.files.image_size" not in stated:
-            _decode_at(config, node.input_size or known.image_size)
+            _decode_at(config, config.eval.size or node.input_size or known.image_size)
     if new.get("model"):
         _choose_taps(config, stated)
 
