@@ -1,10 +1,11 @@
 """Losses and attacks of this copy of jaxcl against those of another copy, such as an older commit, in one run.
 
     git worktree add --detach /tmp/before COMMIT
-    python -m benchmarks.against /tmp/before [--rounds=41] [--only=REGEX] [--out=FILE.json] [--write_docs]
+    python -m benchmarks.against /tmp/before [--starts=5] [--rounds=9] [--only=REGEX] [--out=FILE.json] [--write_docs]
 
 Three processes, each on one core: this copy, the other one, and the other one once more, which tells how much two
-equal programs differ here. A round asks each of them in turn for a burst of each task, so what else the machine does
+equal programs differ here. Where a process lays its arrays may cost some tasks half as much again, so all of them are
+started anew several times. A round asks each of them in turn for a burst of each task, so what else the machine does
 meets all of them. A burst counts the CPU time of its process, which the work of others hardly changes. Ratios are taken
 round by round; the table has their median with quartiles, and the ratio of the shortest bursts.
 """
@@ -27,6 +28,8 @@ from jaxcl.runtime import storage
 TASKS = ROOT / "benchmarks" / "_against_tasks.py"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table of two copies -->", "<!-- end of table of two copies -->"
+# {task: {"this", "other", "again": CPU seconds of a call, by round}}
+Times = dict[str, dict[str, list[float]]]
 START = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
@@ -57,8 +60,18 @@ class Copy:
         self._process.wait()
 
 
-def measure(other: pathlib.Path, rounds: int, seconds: float, only: str) -> dict[str, dict[str, list[float]]]:
-    """{task: {"this", "other", "again": CPU seconds of a call, by round}}."""
+def measure(other: pathlib.Path, starts: int, rounds: int, seconds: float, only: str) -> Times:
+    """The rounds of all starts, one after the other."""
+    found: Times = {}
+    for _ in range(starts):
+        for task, times in _measured(other, rounds, seconds, only).items():
+            known = found.setdefault(task, {name: [] for name in times})
+            for name, values in times.items():
+                known[name] += values
+    return found
+
+
+def _measured(other: pathlib.Path, rounds: int, seconds: float, only: str) -> Times:
     core = max(os.sched_getaffinity(0))
     copies = {"this": Copy(ROOT, core), "other": Copy(other, core), "again": Copy(other, core)}
     names = [t for t in copies["this"].ask("tasks", 0) if re.search(only, t)]
@@ -92,8 +105,8 @@ def table(state: dict[str, Any]) -> str:
         lines.append([task, f"{min(times['other']) * 1e6:,.0f} us", cells[0], f"{new['least']:.3f}", cells[1]])
     about = ", ".join(v if k in ("processor", "memory") else f"{k} {v}" for k, v in state["machine"].items())
     first, last = state["load"]
-    head = f"{state['date']}, commit {state['this']} against {state['other']}, {state['rounds']} rounds; {about}; "
-    head += f"load average {first:.1f} to {last:.1f}."
+    head = f"{state['date']}, commit {state['this']} against {state['other']}; "
+    head += f"{state['starts']} starts of {state['rounds']} rounds; {about}; load average {first:.1f} to {last:.1f}."
     columns = ("task", "before, least", "after / before", "of the least", "before / before")
     return f"{head}\n\n{markdown(columns, lines)}"
 
@@ -106,7 +119,8 @@ def commit(tree: pathlib.Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__.splitlines()[0])
     parser.add_argument("other", type=pathlib.Path, help="folder of the other copy, a clone or a worktree")
-    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--starts", type=int, default=5, help="of all processes")
+    parser.add_argument("--rounds", type=int, default=9, help="of each start")
     parser.add_argument("--seconds", type=float, default=0.05, help="of a burst")
     parser.add_argument("--only", default="", help="a regular expression for the tasks")
     parser.add_argument("--out", type=pathlib.Path, help="JSON of all bursts")
@@ -117,10 +131,11 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "this": commit(ROOT),
         "other": commit(given.other),
+        "starts": given.starts,
         "rounds": given.rounds,
         "machine": machine(("jax", "jaxlib")),
     }
-    state["times"] = measure(given.other.resolve(), given.rounds, given.seconds, given.only)
+    state["times"] = measure(given.other.resolve(), given.starts, given.rounds, given.seconds, given.only)
     state["load"] = [load, os.getloadavg()[0]]
     if given.out:
         storage.write_whole(given.out, json.dumps(state) + "\n")
