@@ -24,7 +24,7 @@ docs/photos.md has what was measured.
 import logging
 
 from jaxcl import config as base
-from jaxcl.models.pretrained import installed
+from jaxcl.models import pretrained
 
 logger = logging.getLogger("jaxcl")
 
@@ -35,7 +35,7 @@ WEIGHTS = "efficientnet_lite0"
 def get_config(preset: str = ""):
     """The config of a preset such as "scratch"."""
     (start,) = base.choose(preset, STARTS)
-    begins = start or ("pretrained" if installed(WEIGHTS) else "scratch")
+    begins = start or ("pretrained" if pretrained.installed(WEIGHTS) else "scratch")
     c = base.extend(__file__, "simclr.py", "unlabelled" if begins == "scratch" else "unlabelled,finetune")
     c.name = " ".join(["photos", start]).strip()
     c.data.source = "folder:my_photos"
