@@ -413,7 +413,7 @@ def choose(argument: str | None, *axes: Sequence[str]) -> tuple[str, ...]:
         if len(mine) > 1:
             raise UserError(f"preset {argument!r} names both {mine[0]!r} and {mine[1]!r}; choose one")
         chosen.append(mine[0] if mine else axis[0])
-    known = [w for axis in axes for w in axis]
+    known = [w for axis in axes for w in axis if w]
     for w in words:
         if w not in known:
             raise UserError(f"unknown preset {w!r}{suggestion(w, known)}")

@@ -1,7 +1,6 @@
 """The encoder as it was before training, beside which a trained one is shown."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +11,6 @@ from jaxcl.evaluate.base import NotApplicable
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.method import sharding
 from jaxcl.method.init_state import init_state
-from jaxcl.method.initial_weights import starting_weights
 
 PRETRAINED, UNTRAINED = "pretrained", "untrained"
 
@@ -33,19 +31,19 @@ def at_the_beginning(context: EvalContext, which: str) -> EvalContext:
     Raises:
       NotApplicable: the pretrained weights cannot be read any more.
     """
-    recipe, weights = context.recipe, {}
     if which == PRETRAINED:
         try:
-            weights = starting_weights(context.setup.config, recipe)
+            return context.at_first()
         except UserError as error:
             raise NotApplicable(f"the weights that training began with cannot be read any more ({error})") from error
+    recipe = context.recipe
 
-    def variables(seed: jax.Array, weights: Any) -> tuple[dict, dict]:
-        state = init_state(recipe, seed, weights)
+    def variables(seed: jax.Array) -> tuple[dict, dict]:
+        state = init_state(recipe, seed)
         return state.params, state.batch_stats
 
     replicated = sharding.replicated(context.mesh)
     fresh = context.setup.compiled(which, lambda: jax.jit(variables, out_shardings=replicated))
-    params, batch_stats = fresh(np.uint32(recipe.seed), weights)
+    params, batch_stats = fresh(np.uint32(recipe.seed))
     state = dataclasses.replace(context.state, params=params, batch_stats=batch_stats)
     return EvalContext(context.setup, state, context.mesh, context.split)

@@ -250,15 +250,20 @@ class EvalContext:
         """
         source, known = self.source(split), self.setup._first_features
         if id(source) not in known:
-            if self.setup.first is None:
-                raise UserError("the weights that the run began with are unknown")
-            params, stats = sharding.device_put(self.setup.first(), sharding.replicated(self.mesh))
-            first = EvalContext(
-                self.setup, self.state.replace(params=params, batch_stats=stats), self.mesh, self._split
-            )
-            known[id(source)] = first._encoded(source, ("h",))["h"]
+            known[id(source)] = self.at_first()._encoded(source, ("h",))["h"]
             check_images(known[id(source)], source, split)
         return known[id(source)]
+
+    def at_first(self) -> "EvalContext":
+        """The context of the same images and of the encoder that the run began with.
+
+        Raises:
+          UserError: it is unknown, or its weights cannot be read.
+        """
+        if self.setup.first is None:
+            raise UserError("the weights that the run began with are unknown")
+        params, stats = sharding.device_put(self.setup.first(), sharding.replicated(self.mesh))
+        return EvalContext(self.setup, self.state.replace(params=params, batch_stats=stats), self.mesh, self.split)
 
     def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
         """Yields features of kind "h" or "z", float32 [n,D], batch by batch: for more images than memory holds."""

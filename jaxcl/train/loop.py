@@ -100,7 +100,7 @@ def _run(
     lock = run_folder.claim(workdir, plain, job.known, writes())
     if lock:
         stack.callback(lock.close)
-    if writes() and job.weights and "drift" in (*config.eval.quick, *config.eval.final):
+    if writes() and job.weights and {"drift", "neighbours"} & {*config.eval.quick, *config.eval.final}:
         first_weights.record(workdir, job.weights)
     wandb = report.open_wandb(config.wandb, workdir, plain) if writes() else None
     if wandb:

@@ -9,7 +9,7 @@ from evaluations import evaluation, source
 from jaxcl.errors import UserError
 from jaxcl.evaluate import clusters as module
 from jaxcl.evaluate.clusters import clusters, oddness, usual_count
-from jaxcl.evaluate.duplicates import normalized
+from jaxcl.evaluate.rows import normalized
 
 
 def planted(sizes, seed=0, features=20):
