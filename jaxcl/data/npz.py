@@ -15,6 +15,7 @@ from jaxcl.data.moments import as_rgb, moments
 from jaxcl.data.selection import TEST_SPLIT, Select, hold_out
 from jaxcl.data.source import ArraySource
 from jaxcl.errors import UserError
+from jaxcl.runtime import messages
 from jaxcl.runtime.storage import is_remote
 
 logger = logging.getLogger("jaxcl")
@@ -113,7 +114,7 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except ValueError as error:
-        if "pickle" in str(error):
+        if messages.PICKLED in str(error):
             raise UserError(
                 f"{path} holds pickled objects (or is no npz file), which are never loaded; save plain arrays"
             ) from error

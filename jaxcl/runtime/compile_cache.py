@@ -27,10 +27,11 @@ import warnings
 import zlib
 from collections.abc import MutableMapping
 
+from jaxcl.runtime import messages
+
 logger = logging.getLogger("jaxcl")
 MAX_BYTES = 2**30  # for all kinds of CPU together; a default run needs a few MiB
 MIN_SECONDS = 0.0  # of compilation: reading even the smallest program is faster than compiling it
-_FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']*)': (.*)", re.S)
 
 
 def turn_on(environ: MutableMapping[str, str] = os.environ) -> pathlib.Path | None:
@@ -126,7 +127,7 @@ def _say_failures_once(folder: pathlib.Path | None) -> None:
     said: list[str] = []
 
     def show(message, category, filename, lineno, file=None, line=None):
-        failed = _FAILED.match(str(message))
+        failed = messages.COMPILE_CACHE_FAILED.match(str(message))
         if not failed:
             return shown(message, category, filename, lineno, file, line)
         doing, program, reason = failed.groups()
@@ -139,7 +140,7 @@ def _say_failures_once(folder: pathlib.Path | None) -> None:
 
     show.of_compile_cache = True
     warnings.showwarning = show
-    warnings.filterwarnings("always", message="Error (reading|writing) persistent compilation cache")
+    warnings.filterwarnings("always", message=messages.COMPILE_CACHE_WARNING)
 
 
 def forget(folder: pathlib.Path, program: str) -> None:

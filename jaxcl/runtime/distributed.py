@@ -6,7 +6,6 @@ process under a small parent, which reports the reason in one line and with an e
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,22 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxcl.errors import LostHost, UserError
-from jaxcl.runtime import signals
+from jaxcl.runtime import messages, signals
 
 JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 100  # the defaults of JAX
 _FORMS = "expected off, auto or HOST:PORT,COUNT,ID with ID from 0 to COUNT - 1"
 _GUARDED = "JAXCL_GUARDED"
-# What abseil writes when it aborts, and lines that the runtime writes before that.
-_FATAL = re.compile(rb"^F\d{4} .*distributed service detected fatal errors|^terminate called")
-_NOISE = re.compile(
-    rb"^[WE]\d{4} .*coordination\w*\.(cc|h):\d+\]|^RPC: /xla\.coordination|CoordinationServiceError|^\d*$"
-)
-_LOST = re.compile(
-    "gloo|connection (closed|reset|refused)|socket closed|broken pipe|coordination|heartbeat|barrier|UNAVAILABLE"
-    "|DEADLINE_EXCEEDED|ABORTED",
-    re.I,
-)
-_PORT = re.compile(rb"Failed to add port to server|Failed to start RPC server")
 LOST = "another process of this run has ended or cannot be reached; the same command on all hosts resumes the run"
 
 
@@ -59,7 +47,7 @@ def join(spec: str, *, timeout: int = JOIN_SECONDS, heartbeat: int = HEARTBEAT_S
             warnings.simplefilter("ignore")  # JAX warns of clusters that this is not; `_hint` says what matters
             jax.distributed.initialize(*where, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat)
     except Exception as error:  # noqa: BLE001 - a metadata server, a Kubernetes API, an address in use
-        if spec == "auto" and "coordinator_address should be defined" in str(error):
+        if spec == "auto" and messages.NO_CLUSTER in str(error):
             raise UserError(f"--distributed=auto found no cluster; {_hint()}") from None
         text = str(error).strip() or type(error).__name__
         raise UserError(f"--distributed={spec} failed: {text.splitlines()[0]}") from None
@@ -133,8 +121,8 @@ def lost(error: BaseException) -> LostHost | None:
     if jax.process_count() == 1:
         return None
     while error is not None:
-        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        if of_jax and _LOST.search(str(error)):
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or messages.GLOO in str(error)
+        if of_jax and messages.PROCESS_LOST.search(str(error)):
             return LostHost(LOST)
         error = error.__cause__ or error.__context__
     return None
@@ -173,11 +161,11 @@ def guard() -> int:
         signal.signal(signum, ask)
     noise, fatal, port = [], [], False
     for line in child.stderr:
-        if _PORT.search(line):
+        if messages.PORT_IN_USE.search(line):
             port = True
-        elif fatal or _FATAL.search(line):
+        elif fatal or messages.SERVICE_ABORTS.search(line):
             fatal.append(line)
-        elif _NOISE.search(line):
+        elif messages.SERVICE_NOISE.search(line):
             noise.append(line)
         else:
             _pass(line)
@@ -187,7 +175,7 @@ def guard() -> int:
         return 75
     if code == -signal.SIGABRT and fatal:
         text = b"".join(noise + fatal)
-        if b"RegisterTask" in text or b"Wait_for_all_tasks_to_register" in text:
+        if messages.NEVER_CAME.search(text):
             print(f"jaxcl: {_never_came(sys.argv)}", file=sys.stderr)
             return 75 if "--distributed=auto" in sys.argv else 2
         print(f"jaxcl: {LOST}", file=sys.stderr)

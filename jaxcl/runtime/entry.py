@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import logging as absl_logging
 
 from jaxcl.errors import Diverged, LostHost, Preempted, UserError
-from jaxcl.runtime import distributed, huge_pages, signals, storage, together
+from jaxcl.runtime import distributed, huge_pages, messages, signals, storage, together
 
 EXIT_SECONDS = 10.0  # for threads to end after Ctrl-C; one may wait for a file system for ever
 CODES = {UserError: 2, Diverged: 3, Preempted: 75, LostHost: 75}
@@ -95,7 +95,7 @@ def _quiet_libraries() -> None:
     # Pillow warns of damaged metadata and large images; jaxcl names a file that cannot be used itself.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     # Orbax prints pages about a save that failed; jaxcl prints one line.
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("absl").addFilter(lambda record: messages.ORBAX_MODULES not in record.pathname)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _except_late_answers
 

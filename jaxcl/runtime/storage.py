@@ -15,15 +15,15 @@ from typing import IO, Any
 from etils import epath
 
 from jaxcl.errors import UserError
+from jaxcl.runtime import messages
 
-# Errors of a disk that refuses to write, and how libraries word them.
+# Errors of a disk that refuses to write.
 _REFUSED = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the quota is used up",
     errno.EROFS: "it is read-only",
 }
 _ODD = re.compile(r"[\[\]*?\\\ud800-\udfff]")
-_TEXT = re.compile("no space left on device|disk quota exceeded|read-only file system", re.I)
 
 
 def expanded(path: str | os.PathLike) -> epath.Path:
@@ -191,7 +191,7 @@ def refusal(error: BaseException | None) -> str:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _REFUSED:
             return _REFUSED[error.errno]
-        if match := _TEXT.search(str(error)):
+        if match := messages.DISK_REFUSES.search(str(error)):
             return match[0].lower()
         todo += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
     return ""
