@@ -48,4 +48,5 @@ def get_config(preset: str = ""):
     c.batch_size = 64
     c.duration = "60 steps"
     c.optimizer.freeze = "70%"
+    c.optimizer.head_warmup, c.eval.every = "0", "0"  # each would compile a program, or encode all photos, once more
     return c

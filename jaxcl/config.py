@@ -378,11 +378,12 @@ def finetune(c: ConfigDict) -> None:
         head_warmup="10%",  # then the encoder joins, at half of the rate's peak
         constant_lr=c.optimizer.constant_lr,
     )
+    c.model.norm_statistics = "frozen"  # those of few images lose more than training on gains
     for view in c.views.values():
         if view.kind == "random":  # small crops and strong colours are for learning from nothing
             view.crop_area = (max(0.4, view.crop_area[0]), view.crop_area[1])
             view.jitter = tuple(map(min, view.jitter, (0.4, 0.4, 0.2, 0.1)))
-    c.eval.final += ("drift",)
+    c.eval.final += ("pretrained", "drift")
 
 
 def with_finetune(get_config: Callable[[str], ConfigDict]) -> Callable[[str], ConfigDict]:

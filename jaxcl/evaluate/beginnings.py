@@ -1,7 +1,5 @@
 """The encoder as it was before training, beside which a trained one is shown."""
 
-import dataclasses
-
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -44,6 +42,4 @@ def at_the_beginning(context: EvalContext, which: str) -> EvalContext:
 
     replicated = sharding.replicated(context.mesh)
     fresh = context.setup.compiled(which, lambda: jax.jit(variables, out_shardings=replicated))
-    params, batch_stats = fresh(np.uint32(recipe.seed))
-    state = dataclasses.replace(context.state, params=params, batch_stats=batch_stats)
-    return EvalContext(context.setup, state, context.mesh, context.split)
+    return context.of_other(which, lambda: fresh(np.uint32(recipe.seed)))

@@ -120,6 +120,7 @@ class EvalContext:
         self._features: dict[tuple[str, str], np.ndarray] = {}
         self._finite: set[tuple[str, str]] = set()  # features that were looked at
         self._probe: LinearFit | None = None
+        self._others: dict[str, EvalContext] = {}
 
     # ---- data
 
@@ -250,8 +251,7 @@ class EvalContext:
         """
         source, known = self.source(split), self.setup._first_features
         if id(source) not in known:
-            known[id(source)] = self.at_first()._encoded(source, ("h",))["h"]
-            check_images(known[id(source)], source, split)
+            known[id(source)] = self.at_first().features(split, "h")
         return known[id(source)]
 
     def at_first(self) -> "EvalContext":
@@ -262,8 +262,15 @@ class EvalContext:
         """
         if self.setup.first is None:
             raise UserError("the weights that the run began with are unknown")
-        params, stats = sharding.device_put(self.setup.first(), sharding.replicated(self.mesh))
-        return EvalContext(self.setup, self.state.replace(params=params, batch_stats=stats), self.mesh, self.split)
+        return self.of_other("first", self.setup.first)
+
+    def of_other(self, name: str, make: Callable[[], tuple[Any, Any]]) -> "EvalContext":
+        """The context of the same images and of other parameters and batch statistics, made once for each name."""
+        if name not in self._others:
+            params, stats = sharding.device_put(make(), sharding.replicated(self.mesh))
+            state = self.state.replace(params=params, batch_stats=stats)
+            self._others[name] = EvalContext(self.setup, state, self.mesh, self.split)
+        return self._others[name]
 
     def stream(self, source: Source, kind: str) -> Iterator[np.ndarray]:
         """Yields features of kind "h" or "z", float32 [n,D], batch by batch: for more images than memory holds."""

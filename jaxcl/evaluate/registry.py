@@ -24,6 +24,7 @@ EVALUATORS = Registry(
         "linear_sgd": "jaxcl.evaluate.linear_sgd:LinearSGD",
         "raw_pixels": "jaxcl.evaluate.baselines:RawPixels",
         "untrained": "jaxcl.evaluate.baselines:Untrained",
+        "pretrained": "jaxcl.evaluate.baselines:Pretrained",
         "majority": "jaxcl.evaluate.baselines:Majority",
         "classifier": "jaxcl.evaluate.classifier:Classifier",
         "explanation": "jaxcl.evaluate.explanation:Explanation",

@@ -4,16 +4,17 @@ import csv
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from jaxcl.data import default_fit
 from jaxcl.errors import UserError
-from jaxcl.evaluate.duplicate_table import Row
 from jaxcl.report.neighbours import duplicate_grid
 from jaxcl.report.style import Titled
 from jaxcl.runtime import storage
+
+if TYPE_CHECKING:
+    from jaxcl.evaluate.duplicate_table import Row
 
 FILE = "duplicates.csv"
 LISTED = 200  # rows of the table on the page
@@ -26,6 +27,8 @@ _FITTED = {
 
 def fit_line(config: Mapping[str, Any]) -> str:
     """One line on how images became squares; "" for data that are no image files."""
+    from jaxcl.data import default_fit  # late: it imports JAX, which a command that only writes a page does not need
+
     data = config.get("data") or {}
     try:
         fit = (data.get("files") or {}).get("fit") or default_fit(data.get("source") or "")
@@ -41,11 +44,11 @@ def figure(panel: Mapping[str, Any]) -> Titled:
     return duplicate_grid(panel["images"], panel["shown"])
 
 
-def write_table(folder: epath.Path, rows: Sequence[Row]) -> None:
+def write_table(folder: epath.Path, rows: "Sequence[Row]") -> None:
     """Write duplicates.csv (UTF-8), complete."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(Row._fields)
+    out.writerow(rows[0]._fields)
     out.writerows(row._replace(group=row.group or "", bytes=row.bytes or "") for row in rows)
     storage.write_whole(folder / FILE, text.getvalue())
 

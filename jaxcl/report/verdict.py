@@ -68,6 +68,18 @@ _PERCENT = (
         "overlap of the true object with the one found by a linear classifier on the map of the best stage",
     ),
     (
+        "Baseline: pretrained, linear probe",
+        (names.PRETRAINED,),
+        "",
+        "the same linear probe on the network as its weights were: what training on has to keep",
+    ),
+    (
+        "Baseline: pretrained, neighbours",
+        (names.PRETRAINED_KNN,),
+        "",
+        "nearest neighbours by the network as its weights were",
+    ),
+    (
         "Baseline: untrained, linear probe",
         (names.UNTRAINED,),
         "",
@@ -249,6 +261,8 @@ def interval(results: Mapping[str, Any], name: str) -> str:
 _LAST_LINES = (
     ("linear probe", names.LINEAR),
     ("nearest neighbours", names.KNN),
+    ("pretrained encoder, linear probe", names.PRETRAINED),
+    ("pretrained encoder, neighbours", names.PRETRAINED_KNN),
     ("untrained encoder, linear probe", names.UNTRAINED),
     ("untrained encoder, neighbours", names.UNTRAINED_KNN),
     ("raw pixels", names.RAW_PIXELS),

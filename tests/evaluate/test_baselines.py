@@ -1,5 +1,7 @@
 """Baselines of an own data set: an untrained encoder, the largest class, and the interval of a share."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ from evaluations import evaluation, source
 from scipy.stats import binomtest
 
 from jaxcl.data import ArraySource
-from jaxcl.evaluate.base import share_interval
+from jaxcl.evaluate.base import NotApplicable, share_interval
+from jaxcl.evaluate.baselines import Pretrained, RawPixels
 from jaxcl.evaluate.context import EvalContext
 from jaxcl.evaluate.knn import neighbours_for
 from jaxcl.evaluate.linear_probe import fit_linear_probe, probe_logits
@@ -56,3 +59,25 @@ def test_a_class_of_median_size_bounds_the_neighbours(counts, k, expected):
     labels = np.concatenate([np.repeat(np.arange(len(counts)), counts), [-1, -1]])
     assert neighbours_for(labels, k) == expected
     assert neighbours_for(np.array([-1]), k) == k
+
+
+def test_the_pretrained_encoder_is_a_baseline_where_there_was_one(monkeypatch):
+    e, state, mesh = evaluation(final=("pretrained", "knn", "linear"))
+    with pytest.raises(NotApplicable):
+        Pretrained()(EvalContext(e, state, mesh, "test"))
+    e.config.model.weights = "some.safetensors"
+    e.first = lambda: (state.params, state.batch_stats)  # those that are evaluated
+    results, _ = e.final(state, mesh)
+    assert results["pretrained"]["accuracy"] == results["linear"]["accuracy"]
+    assert results["pretrained"]["knn_accuracy"] == results["knn"]["accuracy"]
+
+
+def test_pixels_of_large_images_are_those_of_small_ones():
+    small = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    found = []
+    for images in (small, small.repeat(3, 1).repeat(3, 2)):
+        moments = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+        part = ArraySource(images=images, labels=np.arange(8) % 4, class_names=tuple("abcd"), split="test", **moments)
+        context = types.SimpleNamespace(source=lambda _, part=part: part, test=part, num_classes=4)
+        found.append(RawPixels()(context)[0])
+    assert found[0] == found[1] and found[0]["accuracy"] == 1

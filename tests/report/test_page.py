@@ -167,7 +167,7 @@ def test_the_page_is_one_file(full):
     drawn = [name for name in page.sections if name != "map"]
     assert sorted(page.sections) == sorted(["curves", *_panels()])
     pictures = [f"{name}.png" for name in drawn]
-    assert {p.name for p in full.parent.iterdir()} == {"index.html", *pictures}
+    assert {p.name for p in full.parent.iterdir()} == {"index.html", "duplicates.csv", *pictures}
     for name, link in zip(pictures, page.links, strict=True):
         kind, _, content = link.partition(",")
         assert kind == "data:image/png;base64" and base64.b64decode(content) == (full.parent / name).read_bytes()

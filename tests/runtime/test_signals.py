@@ -10,7 +10,7 @@ from processes import ROOT
 
 from jaxcl.runtime import distributed, signals
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
+pytestmark = [pytest.mark.skipif(os.name != "posix", reason="signals"), pytest.mark.usefixtures("usual_signals")]
 
 
 def test_signals_of_one_request_count_once(monkeypatch):

@@ -294,6 +294,7 @@ def test_a_killed_process_goes_on(undisturbed, npz, tmp_path):
 @pytest.mark.parametrize(
     "asked, saved", [("SIGINT", True), ("SIGHUP", True), ("SIGHUP SIGHUP", True), ("SIGINT SIGTERM", False)]
 )
+@pytest.mark.usefixtures("usual_signals")
 def test_other_requests_save_too_and_a_second_one_does_not(asked, saved, npz, tmp_path, monkeypatch):
     """Cases B.10: Ctrl-C and a closed terminal are answered like SIGTERM; whoever asks again does not wait."""
     (tmp_path / "shrunk.py").write_text(CONFIG_FILE.format(npz=str(npz)))
