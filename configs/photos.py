@@ -46,7 +46,7 @@ def get_config(preset: str = ""):
     c.model.weights = WEIGHTS
     c.size, c.eval.size = 112, 224
     c.batch_size = 64
-    c.duration = "60 steps"
+    c.duration = "40 steps"
     c.optimizer.freeze = "70%"
     c.optimizer.head_warmup, c.eval.every = "0", "0"  # each would compile a program, or encode all photos, once more
     return c

@@ -67,7 +67,7 @@ def explorer(
                 "cosine": np.round(cosine, 3).tolist(),
             }
         )
-    content |= _sprite(as_rgb(np.asarray(images)[rows]))
+    content |= _sprite(np.asarray(images), rows)
     for key, values in (("names", names), ("classes", classes), ("groups", groups)):
         content[key] = None if values is None else [values[i] for i in rows]
     chosen = f", {len(rows):,} of {total:,} images, chosen at random" if total > len(rows) else ""
@@ -90,17 +90,17 @@ def _nearest(features_nxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(cosine, near, 1), near
 
 
-def _sprite(images: np.ndarray) -> dict[str, Any]:
-    """All images [n,H,W,3] in one picture, row by row: JPEG, or PNG of images so small that JPEG would blur them."""
+def _sprite(images: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+    """These images of [n,H,W,C] in one picture, row by row: JPEG, or PNG of images so small that JPEG would blur them."""
     from PIL import Image
 
-    n, H, W, _ = images.shape
+    n, (H, W) = len(rows), as_rgb(images[rows[0]]).shape[:2]
     scale = min(1.0, CELL / max(H, W))
     h, w = max(1, round(H * scale)), max(1, round(W * scale))
     columns = math.ceil(math.sqrt(n * h / w)) or 1
     sheet = Image.new("RGB", (columns * w, math.ceil(n / columns) * h))
-    for i, image in enumerate((255 * images).round().astype(np.uint8)):
-        picture = Image.fromarray(image)
+    for i, row in enumerate(rows):  # one by one: as floats, all of them would take four times as much memory
+        picture = Image.fromarray((255 * as_rgb(images[row])).round().astype(np.uint8))
         picture = picture if (w, h) == (W, H) else picture.resize((w, h), Image.Resampling.BOX, reducing_gap=None)
         sheet.paste(picture, (i % columns * w, i // columns * h))
     kind = "PNG" if max(h, w) < 32 else "JPEG"

@@ -135,8 +135,10 @@ def as_rgb(images: np.ndarray) -> np.ndarray:
     images = np.asarray(images)
     if images.ndim == 2 or images.shape[-1] not in (1, 3):
         images = images[..., None]
-    scale = 255.0 if images.dtype == np.uint8 else 1.0
-    images = np.clip(np.nan_to_num(images.astype(np.float32) / scale), 0.0, 1.0)
+    if images.dtype == np.uint8:
+        images = images * np.float32(1 / 255)
+    else:
+        images = np.clip(np.nan_to_num(images.astype(np.float32)), 0.0, 1.0)
     return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
