@@ -1,6 +1,7 @@
 """The house: fifteen rooms at the root, imports that point down, no circle, at run time or for typing."""
 
 import ast
+import configparser
 import pathlib
 import re
 
@@ -114,3 +115,14 @@ def test_each_folder_says_what_belongs_in_it(folder):
 def test_no_reference_to_files_that_are_not_here():
     for path in MODULES.values():
         assert not re.search(r"papers/\w+\.md|shared/", path.read_text()), path
+
+
+def test_every_requirement_has_a_lowest_version():
+    """Cases D.3: .ci/lowest_versions installs these and runs tests with them, so none may be without a number."""
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.with_name("setup.cfg"))
+    lines = setup["options"]["install_requires"].splitlines()
+    for extra in ("tfds", "parquet", "pretrained", "test"):
+        lines += setup["options.extras_require"][extra].splitlines()
+    names = [line for line in map(str.strip, lines) if line and not line.startswith(("#", "jaxcl["))]
+    assert len(names) > 20 and [line for line in names if not re.search(r"(>=|==)\d", line)] == []

@@ -29,6 +29,12 @@ def read(argument, *overrides):
 # ---- the file
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_config_is_read_without_warnings():
+    """Cases D.2: ml_collections' own flags load files by what Python 3.15 no longer has."""
+    assert read(SUPCON, "seed=3").seed == 3
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
