@@ -91,7 +91,7 @@ def _nearest(features_nxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sprite(images: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-    """These images of [n,H,W,C] in one picture, row by row: JPEG, or PNG where JPEG would blur them, they are so small."""
+    """These images of [n,H,W,C] in one picture, row by row: JPEG, or PNG of those so small that JPEG blurs them."""
     from PIL import Image
 
     n, (H, W) = len(rows), as_rgb(images[rows[0]]).shape[:2]
