@@ -71,6 +71,8 @@ def near_duplicates(
       least: the least score.
     """
     N = len(thumbnails_NxP)
+    if not N:
+        return Found([], [], True, np.arange(0))
     aspect = np.ones(N) if aspect is None else np.asarray(aspect, np.float64)
     same = _identical(thumbnails_NxP, aspect)
     first, twin = np.array([rows[0] for rows in same], np.int64), np.arange(N)

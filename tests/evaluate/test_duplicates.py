@@ -134,7 +134,7 @@ def test_images_without_structure_are_compared_with_none():
 
 
 def test_a_limit_is_said(monkeypatch):
-    monkeypatch.setattr(module, "CANDIDATES", 1)
+    monkeypatch.setattr(module, "CANDIDATES", 4)
     base = np.asarray(photo(0), int)
     images = [
         Image.fromarray(np.clip(base + np.random.default_rng(i).integers(-4, 5, base.shape), 0, 255).astype(np.uint8))
