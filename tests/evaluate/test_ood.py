@@ -48,7 +48,7 @@ def context():
         c.eval.update(dict(severities=(), shuffle_grids=()) | options)
         sources = {"train": source(40, seed=1), "test": source(30, seed=2), "test_shifted": shifted}
         setup = SimpleNamespace(
-            config=c, options=c.eval, recipe=SimpleNamespace(image_shape=(S, S, 3)), source=sources.get
+            config=c, options=c.eval, recipe=SimpleNamespace(image_shape=(S, S, 3), eval_size=S), source=sources.get
         )
         return SimpleNamespace(
             setup=setup,

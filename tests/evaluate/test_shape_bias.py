@@ -104,7 +104,7 @@ def context(sources, probe, features_of, *, stimuli="", side=4):
     test = sources["test"]
     return SimpleNamespace(
         options=SimpleNamespace(cue_conflict=stimuli),
-        recipe=SimpleNamespace(image_shape=(side, side, 3)),
+        recipe=SimpleNamespace(image_shape=(side, side, 3), eval_size=side),
         num_classes=test.num_classes,
         source=sources.get,
         test=test,

@@ -154,11 +154,12 @@ def test_nothing_is_labelled_and_nothing_classifies(caplog):
         classifier,
         ["adversary"],
         ["transfer", "transfer_augmented"],
+        ["drift"],
         ["tint"],
         ["dense"],
     ]
     for reason, word in zip(
-        reasons, ("label", "label", "classifier", "adversary", "level", "tint", "pixel"), strict=True
+        reasons, ("label", "label", "classifier", "adversary", "level", "began", "tint", "pixel"), strict=True
     ):
         assert word in reason
 

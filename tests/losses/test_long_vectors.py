@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxcl import losses
-from jaxcl.evaluate import collapse_metrics, knn_predict, near_duplicates, nearest_neighbours
+from jaxcl.evaluate import collapse_metrics, knn_predict, nearest_neighbours
+from jaxcl.evaluate.rows import normalized
 from jaxcl.losses.common import rescaled, unit
 
 X = np.random.default_rng(0).normal(size=(8, 2, 6)).astype(np.float32)
@@ -44,14 +45,9 @@ def test_no_scale_changes_a_measurement(scale):
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
-def test_near_duplicates_at_any_scale(scale):
-    """cases A.11"""
-    features = np.concatenate([A, A[:2]]) * np.float32(scale)
-    images = np.random.default_rng(1).integers(0, 256, (8, 8, 8, 3), np.uint8)
-    images = np.concatenate([images, images[:2]])
-    thumbnails = images.reshape(10, -1).astype(np.float32) / 255
-    found = near_duplicates(features, thumbnails, lambda rows: images[rows], cosine=0.95, pixels=0.1)
-    assert sorted((p.first, p.second) for p in found.pairs) == [(0, 8), (1, 9)]
+def test_unit_rows_at_any_scale(scale):
+    """cases A.11: of groups and of neighbours."""
+    np.testing.assert_allclose(normalized(A * np.float32(scale)), normalized(A), rtol=1e-6)
 
 
 def test_rescaled_is_exact():
