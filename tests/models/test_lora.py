@@ -56,7 +56,7 @@ def test_the_equation_and_its_gradients():
         merged["encoder"][name]["qkv"]["kernel"] += 3.0 * np.asarray(node["qkv"]["a"]) @ np.asarray(node["qkv"]["b"])
     value, gradient = jax.value_and_grad(lambda p: loss(model, p))(params)
     expected, of_kernels = jax.value_and_grad(lambda p: loss(plain, p))(merged)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
     dW = np.asarray(of_kernels["encoder"]["blocks_1"]["qkv"]["kernel"])
     found = gradient["lora"]["blocks_1"]["qkv"]
     for name, written in (("a", 3.0 * dW @ np.asarray(factors["b"]).T), ("b", 3.0 * np.asarray(factors["a"]).T @ dW)):
