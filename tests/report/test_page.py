@@ -172,7 +172,7 @@ def test_the_page_is_one_file(full):
         kind, _, content = link.partition(",")
         assert kind == "data:image/png;base64" and base64.b64decode(content) == (full.parent / name).read_bytes()
     for name in pictures:
-        pixels = imread(full.parent / name)
+        pixels = imread(str(full.parent / name))
         assert 500 <= pixels.shape[1] <= 1640 and pixels[..., :3].std() > 0.02  # something is drawn
 
 
